@@ -1,0 +1,41 @@
+# make demo   .venv, install, and the whole pipeline on this machine's own Python library
+# make test   everything that must pass; what CI runs
+# make check  format, lint, types, room rules, fast tests: under three minutes
+VENV   := .venv
+PYTHON ?= python3
+PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
+export PYTHONUNBUFFERED := 1
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/athanor run experiment=demo
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest -m "not slow" $(PYTEST_ARGS)
+
+format: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+# torch first and alone: a later range must find the pinned build in place instead of resolving the newest one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python {v[0]}.{v[1]} found, Athanor needs 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing Athanor into $(VENV) (a few minutes the first time)"
+	@$(PIP) install -q "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) install -q -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@$(PIP) install -q -e '.[dev]' -c constraints.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
