@@ -1,0 +1,13 @@
+"""The one exception the engine raises for a user's mistake or a machine's refusal."""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """A problem a person can act on: the message names the value, the rule and the remedy.
+
+    Anything with an ``exit_code`` is printed without a traceback and ends the command with that code. Only one
+    positional argument, so that it survives pickling through worker processes.
+    """
+
+    exit_code = 2

@@ -1,0 +1,141 @@
+"""What a stage author needs: Step, Artifact, Context. Everything else in the engine serves these three.
+
+    def run(settings, inputs, out_dir, ctx) -> dict      # a stage: writes files under out_dir, returns its metrics
+
+A step's identity is what it is made from: its name and ``version``, the identity fields of its settings, the digests of
+its inputs and the contents of its files. Where and how fast it runs never enters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipelines.engine.errors import EngineError
+
+__all__ = ["Artifact", "Context", "EngineError", "StageFn", "Step"]
+
+
+class Context(Protocol):
+    """What the engine does for a running stage."""
+
+    scratch: Path
+    """A folder that survives kills on this machine and is never published."""
+
+    def map_shards(
+        self,
+        fn: Callable[[Any, Path], dict[str, Any]],
+        payloads: Mapping[str, Any],
+        *,
+        label: str = "shards",
+        cpus: float = 1,
+        gpus: float = 0,
+    ) -> dict[str, dict[str, Any]]:
+        """Run ``fn(payload, out_dir)`` once per shard, in worker processes, and return {name: its result}.
+
+        ``fn`` is a module-level function that writes files under the folder it is given (they appear in the stage's
+        out_dir, same relative paths, when it returns) and returns a JSON-able dict. A finished shard is never
+        redone after a kill. Other shard names than a killed attempt had under this label: EngineError.
+        """
+        ...
+
+    def call(self, fn: Callable[..., Any], *args: Any, cpus: float = 1, gpus: float = 0) -> Any:
+        """Run ``fn(*args)`` in one worker process and return its (small) result."""
+        ...
+
+    def gang(
+        self,
+        fn: Callable[[dict[str, Any]], Any],
+        config: dict[str, Any],
+        *,
+        workers: int,
+        cpus_per_worker: float = 1,
+        gpus_per_worker: float = 0,
+        backend: str = "gloo",
+        max_failures: int = 3,
+        while_waiting: Callable[[], None] | None = None,
+    ) -> Any:
+        """Run ``fn(config)`` in ``workers`` processes at once and return rank 0's (JSON-able) result.
+
+        RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set. The torch process group is
+        already there under Ray and not under the local backend: initialize it unless ``dist.is_initialized()``. When
+        a process dies, all are started again (at most ``max_failures`` times) and ``fn`` continues from what it finds.
+        ``while_waiting`` is called about once a second in the driver, to turn files the ranks write into progress.
+        """
+        ...
+
+    def keep(self, relpath: str) -> None:
+        """Make out_dir/relpath durable now, so that another machine could continue; its absence is kept as well.
+
+        With a store on this machine's disk there is nothing to do. Also usable inside a gang (it can be pickled).
+        """
+        ...
+
+    def progress(self, label: str, done: float, total: float | None, unit: str = "") -> None:
+        """Tell the display how far this stage is."""
+        ...
+
+    def say(self, line: str) -> None:
+        """One line for the person watching."""
+        ...
+
+    def still_holds(self) -> None:
+        """Raise EngineError if another process has taken this step over; cheap, call it before costly writes."""
+        ...
+
+
+StageFn = Callable[[Any, Mapping[str, "Artifact"], Path, Context], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """One node of the graph. Identity: name, version, settings, inputs, files. The rest is execution."""
+
+    name: str
+    run: StageFn
+    version: int
+    """Raised by whoever changes what the stage makes."""
+    settings: Any
+    inputs: Mapping[str, Step] = field(default_factory=dict)
+    files: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    """Sets of files from outside the graph. They enter by content and by name relative to the set's common folder."""
+    volatile: tuple[str, ...] = ()
+    """Glob patterns (relative to out_dir) of files that may differ between equal runs: logs, timings."""
+    resumes: bool = False
+    """True: the stage finds in out_dir whatever a killed attempt left. False: it finds finished shards only."""
+    cpus: float = 1
+    gpus: float = 0
+    """What the step uses altogether while it runs; steps whose sum fits run side by side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A published output: immutable files under ``path``, with the manifest that says what they are made from."""
+
+    step: str
+    digest: str
+    """Of what it was made from (64 hex characters)."""
+    url: str
+    """Where it is published: a local folder or an object store's prefix."""
+    manifest: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """A local folder with the files; downloaded once per machine, verified, when the store is remote."""
+        if "://" not in self.url:
+            return Path(self.url)
+        from pipelines.engine.store import fetch  # the store needs Artifact; only a remote artifact needs the store
+
+        return fetch(self)
+
+    @property
+    def content_digest(self) -> str:
+        """sha256 over (path, sha256) of the files that are not volatile: equal runs have equal content."""
+        return str(self.manifest["content_digest"])
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What the stage returned."""
+        return dict(self.manifest["metrics"])

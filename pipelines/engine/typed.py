@@ -1,0 +1,223 @@
+"""Plain mappings (YAML, JSON) to frozen dataclasses and back: strict, with errors that teach.
+
+Field types understood: ``bool int float str None``, ``Literal``, ``Optional``, ``tuple[T, ...]`` and fixed tuples,
+``dict[str, T]``, nested dataclasses, and unions of dataclasses told apart by their ``kind: Literal["..."]`` field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar, Union
+
+from pipelines.engine.errors import EngineError
+
+T = TypeVar("T")
+NoneType = type(None)
+
+
+def from_plain(cls: type[T], mapping: Mapping[str, Any], where: str = "settings") -> T:
+    """Build ``cls`` from a plain mapping.
+
+    ``where`` is the dotted path shown in errors. Raises EngineError for an unknown key (with the nearest known one), a
+    missing key, or a value of the wrong type; whatever ``__post_init__`` raises with an ``exit_code`` passes through.
+    """
+    return typing.cast(T, _dataclass(cls, mapping, where))
+
+
+def to_plain(value: Any) -> Any:
+    """The mapping ``from_plain`` reads: dataclasses to dicts, tuples to lists, scalars as they are."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Resolved type of each ``__init__`` field of a dataclass, in declaration order."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def _dataclass(cls: type, mapping: Any, where: str) -> Any:
+    if type(mapping) is cls:
+        return mapping
+    if not isinstance(mapping, Mapping):
+        known = ", ".join(field_types(cls))
+        raise EngineError(f"{where} = {mapping!r}: expected a mapping with the keys {known}.")
+    known_types = field_types(cls)
+    for key in mapping:
+        if key not in known_types:
+            raise EngineError(_unknown_key(cls, str(key), where))
+    required = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in mapping]
+    if missing:
+        listed = ", ".join(f"{where}.{name}" for name in missing)
+        raise EngineError(f"{where}: {listed} has no value and no default; set it.")
+    values = {key: _value(known_types[key], item, f"{where}.{key}") for key, item in mapping.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise EngineError(f"{where}: {error}") from error
+
+
+def _unknown_key(cls: type, key: str, where: str) -> str:
+    known = list(field_types(cls))
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if near:
+        advice = f"did you mean {where}.{near[0]}?"
+    else:
+        deeper = [path for path in _paths(cls, where) if path.rsplit(".", 1)[1] == key]
+        advice = f"did you mean {deeper[0]}?" if deeper else "known keys here: " + ", ".join(known) + "."
+    return f"{where}.{key}: no such key; {advice}"
+
+
+def _paths(cls: type, where: str) -> Iterator[str]:
+    """Every dotted key under ``cls``, for suggestions."""
+    for name, hint in field_types(cls).items():
+        yield f"{where}.{name}"
+        for inner in _dataclasses_in(hint):
+            yield from _paths(inner, f"{where}.{name}")
+
+
+def _dataclasses_in(hint: Any) -> list[type]:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return [hint]
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return [inner for arm in typing.get_args(hint) for inner in _dataclasses_in(arm)]
+    return []
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as the type ``hint``, or EngineError naming ``where``."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint in _SCALARS:
+        return _SCALARS[hint](value, where)
+    if hint in (None, NoneType):
+        if value is None:
+            return None
+        raise EngineError(f"{where} = {value!r}: the only value here is null.")
+    if origin is Literal:
+        return _literal(arguments, value, where)
+    if origin in (Union, types.UnionType):
+        return _union(arguments, value, where)
+    if origin is tuple:
+        return _tuple(arguments, value, where)
+    if origin is dict and arguments[0] is str:
+        if not isinstance(value, Mapping):
+            raise EngineError(f"{where} = {value!r}: expected a mapping of names to values.")
+        return {str(key): _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _dataclass(hint, value, where)
+    raise TypeError(f"{where}: settings cannot have the type {hint!r} (allowed: see pipelines/engine/typed.py)")
+
+
+def _bool(value: Any, where: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise EngineError(f"{where} = {value!r}: expected true or false.")
+
+
+def _int(value: Any, where: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    number = _number(value)
+    # 1e9 is how people write a billion; YAML makes a float of it.
+    if number is not None and number.is_integer() and abs(number) < 2**53:
+        return int(number)
+    raise EngineError(f"{where} = {value!r}: expected a whole number.")
+
+
+def _float(value: Any, where: str) -> float:
+    number = float(value) if isinstance(value, int) and not isinstance(value, bool) else _number(value)
+    if number is None or not math.isfinite(number):
+        raise EngineError(f"{where} = {value!r}: expected a finite number.")
+    return number
+
+
+def _number(value: Any) -> float | None:
+    """A float, or a string that spells one (YAML 1.1 reads ``1e-3`` as a string)."""
+    if isinstance(value, float):
+        return value
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return None
+
+
+def _str(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    raise EngineError(f"{where} = {value!r}: expected text; put it in quotes if it is meant as text.")
+
+
+_SCALARS: dict[Any, Any] = {bool: _bool, int: _int, float: _float, str: _str}
+
+
+def _literal(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    for choice in choices:
+        if type(choice) is type(value) and choice == value:
+            return choice
+    listed = ", ".join(str(choice) for choice in choices)
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.6)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise EngineError(f"{where} = {value!r}: must be one of {listed}.{hint}")
+
+
+def _tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, list | tuple):
+        raise EngineError(f"{where} = {value!r}: expected a list; write {where}=[{value}].")
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if len(value) != len(arguments):
+        raise EngineError(f"{where} = {value!r}: expected exactly {len(arguments)} values.")
+    pairs = zip(arguments, value, strict=True)
+    return tuple(_value(hint, item, f"{where}[{index}]") for index, (hint, item) in enumerate(pairs))
+
+
+def _union(arms: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and NoneType in arms:
+        return None
+    concrete = [arm for arm in arms if arm is not NoneType]
+    if len(concrete) == 1:
+        return _value(concrete[0], value, where)
+    classes = [arm for arm in concrete if dataclasses.is_dataclass(arm) and isinstance(arm, type)]
+    if classes and (isinstance(value, Mapping) or type(value) in classes or len(classes) == len(concrete)):
+        return _by_kind(classes, value, where)
+    for arm in concrete:  # an exact type wins over one reached by conversion: 1 stays an int in `int | float`
+        if arm is type(value):
+            return value
+    errors = []
+    for arm in concrete:
+        if arm in classes:
+            continue
+        try:
+            return _value(arm, value, where)
+        except EngineError as error:
+            errors.append(str(error).split(": ", 1)[1])
+    raise EngineError(f"{where} = {value!r}: " + " Or: ".join(errors))
+
+
+def _by_kind(classes: list[type], value: Any, where: str) -> Any:
+    if type(value) in classes:
+        return value
+    by_kind = {kind: cls for cls in classes for kind in typing.get_args(field_types(cls)["kind"])}
+    if not isinstance(value, Mapping) or "kind" not in value:
+        raise EngineError(f"{where} = {value!r}: needs a kind, one of {', '.join(by_kind)}.")
+    kind = _literal(tuple(by_kind), value["kind"], f"{where}.kind")
+    return _dataclass(by_kind[kind], value, where)
