@@ -1,0 +1,69 @@
+"""From a configuration to a model."""
+
+import logging
+
+import torch
+from torch import nn
+
+from model.architectures import Transformer
+from model.block import Block
+from model.config import ModelConfig
+from model.ffn import FeedForward
+from model.frontends import Embedding, TokenFrontend
+from model.heads import LanguageHead
+from model.init import initialize
+from model.kernels.attention import AttentionKernel, select_kernel
+from model.mixers.attention import Attention
+from model.norm import build_norm
+from model.position import LearnedPositionConfig, LearnedPositions
+from model.stack import Stack
+
+log = logging.getLogger("athanor.model")
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    kernel: str = "auto",
+) -> Transformer:
+    """The model of `config` with its starting weights, a function of `seed` alone; on the meta device, without any.
+
+    kernel: `auto`, `sdpa` or `dense`. Raises ModelError for a configuration that cannot be built.
+    """
+    kernel_name, attend = select_kernel(kernel)
+    with torch.device("meta"):
+        model = _assemble(config, attend).to(dtype)
+    if torch.device(device).type != "meta":
+        model.to_empty(device=device)
+        model.tie_weights()
+        initialize(model, config=config.init, n_layers=config.n_layers, seed=seed)
+    log.info("attention kernel: %s", kernel_name)
+    return model
+
+
+def _assemble(config: ModelConfig, attend: AttentionKernel) -> Transformer:
+    vocab_size, width = config.require_vocab_size(), config.d_model
+    learned = isinstance(config.position, LearnedPositionConfig)
+    positions = LearnedPositions(config.max_seq_len, width) if learned else None
+    frontend = TokenFrontend(Embedding(vocab_size, width), positions, config.dropout)
+    stack = Stack(
+        [_block(config, attend) for _ in range(config.n_layers)],
+        nn.Identity() if config.layout == "post" else build_norm(config.norm, width),
+    )
+    tied = frontend.tokens.weight if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, width))
+    head = LanguageHead(tied, soft_cap=config.logit_soft_cap, z_loss=config.z_loss)
+    return Transformer(config, frontend, stack, head)
+
+
+def _block(config: ModelConfig, attend: AttentionKernel) -> Block:
+    return Block(
+        layout=config.layout,
+        mixer_norm=build_norm(config.norm, config.d_model),
+        mixer=Attention(config.mixer, config.d_model, config.norm, attend),
+        ffn_norm=None if config.layout == "parallel" else build_norm(config.norm, config.d_model),
+        ffn=FeedForward(config.ffn, config.d_model),
+        dropout=config.dropout,
+    )

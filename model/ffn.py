@@ -1,0 +1,50 @@
+"""The position-wise feed-forward network, plain or gated (Shazeer 2020)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from model.errors import ModelError
+from model.init import Linear
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda x_BTF: nn.functional.gelu(x_BTF, approximate="tanh"),
+    "relu": nn.functional.relu,
+    "relu_squared": lambda x_BTF: nn.functional.relu(x_BTF).square(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FfnConfig:
+    """d_ff: hidden width. gated: activation(gate x) * (up x), which with silu is SwiGLU; else activation(up x)."""
+
+    kind: Literal["dense"] = "dense"
+    d_ff: int = 1024
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"] = "silu"
+    gated: bool = True
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.d_ff < 1:
+            raise ModelError(f"ffn.d_ff is {self.d_ff}: the hidden layer needs at least one unit.")
+
+
+class FeedForward(nn.Module):
+    """x_BTD -> y_BTD, each token by itself."""
+
+    def __init__(self, config: FfnConfig, d_model: int) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate = Linear(d_model, config.d_ff, bias=config.bias) if config.gated else None
+        self.up = Linear(d_model, config.d_ff, bias=config.bias)
+        self.down = Linear(config.d_ff, d_model, bias=config.bias, residual=True)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        if self.gate is None:
+            return self.down(self.activation(self.up(x_BTD)))
+        return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))

@@ -1,0 +1,38 @@
+"""What turns the last x_BTD into logits or a loss."""
+
+import torch
+from torch import nn
+
+from model.init import Declared, Parameter, declare
+from model.loss import chunked_cross_entropy
+
+
+class LanguageHead(Declared):
+    """Vocabulary logits, and their cross-entropy without ever holding them all.
+
+    A tied head registers the embedding's own parameter as its `weight`, so that it reads nothing but its own inside
+    its own forward: ZeRO-3 gathers a module's parameters around that module's forward and nowhere else.
+    """
+
+    declared = declare(weight=Parameter("head", "head"))
+
+    def __init__(self, weight_VD: nn.Parameter, *, soft_cap: float | None, z_loss: float) -> None:
+        super().__init__()
+        self.weight = weight_VD
+        self.soft_cap = soft_cap
+        self.z_loss = z_loss
+
+    def forward(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Without targets {"logits"}; with them the sums that `chunked_cross_entropy` returns."""
+        if targets_BT is not None:
+            return chunked_cross_entropy(
+                x_BTD.flatten(0, -2),
+                self.weight,
+                targets_BT.flatten(),
+                soft_cap=self.soft_cap,
+                z_loss=self.z_loss,
+            )
+        logits_BTV = nn.functional.linear(x_BTD, self.weight)
+        if self.soft_cap is not None:
+            logits_BTV = self.soft_cap * torch.tanh(logits_BTV.float() / self.soft_cap)
+        return {"logits": logits_BTV}

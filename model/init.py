@@ -1,0 +1,151 @@
+"""Parameter roles and the starting value of every parameter.
+
+A role says what a parameter is *for*. The optimizer's groups, weight decay, sharding and LoRA targets follow roles,
+never names. Starting values are drawn from a generator keyed by (seed, name): adding a layer, building on the meta
+device or initialising only the parameters of one rank changes no other value.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from model.errors import ModelError
+
+Role = Literal["matrix", "embedding", "head", "router", "expert", "norm", "bias", "adapter"]
+Draw = Literal["weight", "residual", "embedding", "head", "zeros", "ones"]
+
+# Roles that are not pulled towards zero by weight decay: a scale of one or an offset is not a weight to be kept small,
+# and a rare token's embedding would shrink between its sightings.
+NO_WEIGHT_DECAY: frozenset[Role] = frozenset({"norm", "bias", "embedding"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """How weights start.
+
+    std: standard deviation of weight matrices; null takes 1/sqrt(fan_in), which suits narrow models.
+    embedding_std, head_std: the same for token embeddings and an untied head; null takes `std`, or 0.02 where that is
+        null.
+    residual: the matrices that write into the residual stream are drawn with `std / sqrt(2 * n_layers)` (GPT-2),
+        left at `std` ("plain"), or start at zero so that every block begins as the identity.
+    """
+
+    std: float | None = 0.02
+    embedding_std: float | None = None
+    head_std: float | None = None
+    residual: Literal["scaled", "plain", "zero"] = "scaled"
+
+    def __post_init__(self) -> None:
+        for name in ("std", "embedding_std", "head_std"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ModelError(f"init.{name} is {value}: a standard deviation cannot be negative; use 0 or more.")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a module declares about one of its own parameters: its role and how it is drawn."""
+
+    role: Role
+    draw: Draw
+
+
+def declare(**by_local_name: Parameter) -> Mapping[str, Parameter]:
+    return by_local_name
+
+
+class Declared(nn.Module):
+    """A module that holds parameters, each with a declared role.
+
+    Subclasses set `declared`, from the local parameter name to its declaration, on the class or the instance.
+    """
+
+    declared: Mapping[str, Parameter] = declare()
+
+
+class Linear(Declared):
+    """y = x Wᵀ + b, with `weight` [out, in]; `residual` marks a map that writes into the residual stream."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, residual: bool = False) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.declared = declare(
+            weight=Parameter("matrix", "residual" if residual else "weight"), bias=Parameter("bias", "zeros")
+        )
+
+    def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x_BTI, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}{', bias' if self.bias is not None else ''}"
+
+
+def declarations(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Parameter]]:
+    """Every distinct parameter of `model` as (name, parameter, declaration); a tied parameter under its first name."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            declared: Mapping[str, Parameter] = getattr(module, "declared", {})
+            assert local in declared, f"{type(module).__name__} declares no role for its parameter {local!r}"
+            yield (f"{prefix}.{local}" if prefix else local), parameter, declared[local]
+
+
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
+    """The role of every parameter, by the name `model.named_parameters()` gives it."""
+    return {name: declaration.role for name, _, declaration in declarations(model)}
+
+
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters that take no weight decay."""
+    return {name for name, role in parameter_roles(model).items() if role in NO_WEIGHT_DECAY}
+
+
+def initial_value(
+    *, name: str, shape: torch.Size | tuple[int, ...], draw: Draw, config: InitConfig, n_layers: int, seed: int
+) -> torch.Tensor:
+    """The fp32 CPU starting value of one parameter: a pure function of its arguments."""
+    if draw == "ones":
+        return torch.ones(shape)
+    std = _std(shape=shape, draw=draw, config=config, n_layers=n_layers)
+    if std == 0.0:
+        return torch.zeros(shape)
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    # Always drawn on the CPU in fp32: a model started on another device or in another precision is the same model.
+    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(key[:8], "big", signed=True))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def _std(*, shape: torch.Size | tuple[int, ...], draw: Draw, config: InitConfig, n_layers: int) -> float:
+    if draw == "zeros":
+        return 0.0
+    if draw == "embedding" or draw == "head":
+        chosen = config.embedding_std if draw == "embedding" else config.head_std
+        fallback = 0.02 if config.std is None else config.std
+        return fallback if chosen is None else chosen
+    base = shape[-1] ** -0.5 if config.std is None else config.std
+    if draw == "residual":
+        if config.residual == "zero":
+            return 0.0
+        if config.residual == "scaled":
+            return float(base * (2 * n_layers) ** -0.5)
+    return float(base)
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, *, config: InitConfig, n_layers: int, seed: int) -> None:
+    """Fill every parameter of a materialised model with its starting value."""
+    for name, parameter, declaration in declarations(model):
+        value = initial_value(
+            name=name, shape=parameter.shape, draw=declaration.draw, config=config, n_layers=n_layers, seed=seed
+        )
+        parameter.copy_(value)

@@ -1,0 +1,55 @@
+"""Softmax attention behind one seam: every kernel has the signature of `dense_attention`, which is the oracle."""
+
+from collections.abc import Callable
+
+import torch
+
+from model.errors import ModelError
+from model.masks import Mask, dense
+
+AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mask, float], torch.Tensor]
+
+
+def dense_attention(
+    q_BTHC: torch.Tensor, k_BSKC: torch.Tensor, v_BSKC: torch.Tensor, mask: Mask, scale: float
+) -> torch.Tensor:
+    """out_BTHC by the definition: softmax in fp32, O(T²) memory; a query that sees nothing gives 0."""
+    groups = q_BTHC.shape[2] // k_BSKC.shape[2]
+    k_BSHC, v_BSHC = (x.repeat_interleave(groups, dim=2) for x in (k_BSKC, v_BSKC))
+    visible_BTS = dense(mask, q_BTHC.shape[1], k_BSKC.shape[1], q_BTHC.device)
+    scores_BHTS = torch.einsum("bthc,bshc->bhts", q_BTHC, k_BSHC).float() * scale
+    scores_BHTS = scores_BHTS.masked_fill(~visible_BTS[:, None], torch.finfo(torch.float32).min)
+    weights_BHTS = scores_BHTS.softmax(-1) * visible_BTS[:, None]
+    return torch.einsum("bhts,bshc->bthc", weights_BHTS.to(v_BSHC.dtype), v_BSHC)
+
+
+def sdpa_attention(
+    q_BTHC: torch.Tensor, k_BSKC: torch.Tensor, v_BSKC: torch.Tensor, mask: Mask, scale: float
+) -> torch.Tensor:
+    """PyTorch's fused kernels."""
+    visible_B1TS: torch.Tensor | None = None
+    causal = mask.causal and mask.slots_BT is None
+    if mask.documents_BT is not None or mask.slots_BT is not None:
+        visible_B1TS = dense(mask, q_BTHC.shape[1], k_BSKC.shape[1], q_BTHC.device)[:, None]
+        causal = False
+    out_BHTC = torch.nn.functional.scaled_dot_product_attention(
+        q_BTHC.transpose(1, 2),
+        k_BSKC.transpose(1, 2),
+        v_BSKC.transpose(1, 2),
+        attn_mask=visible_B1TS,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q_BTHC.shape[2] != k_BSKC.shape[2],
+    )
+    return out_BHTC.transpose(1, 2)
+
+
+KERNELS: dict[str, AttentionKernel] = {"dense": dense_attention, "sdpa": sdpa_attention}
+
+
+def select_kernel(name: str) -> tuple[str, AttentionKernel]:
+    """The kernel of that name; `auto` takes the fastest one that runs here. Raises ModelError for an unknown name."""
+    chosen = "sdpa" if name == "auto" else name
+    if chosen not in KERNELS:
+        raise ModelError(f"kernel is {name!r}: choose auto, {' or '.join(KERNELS)}.")
+    return chosen, KERNELS[chosen]

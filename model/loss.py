@@ -1,0 +1,117 @@
+"""Cross-entropy of a vocabulary head, a chunk of tokens at a time.
+
+The logits of a whole batch are the largest tensor of a small model's training step by far. Here a chunk's logits are
+made, turned into their own gradient and consumed before the next chunk is made (the idea of Liger Kernel, Hsu et al.
+2024): never a [B, T, V] in fp32, and no second head matmul in the backward pass as recomputation would need.
+"""
+
+from typing import Any
+
+import torch
+
+IGNORED = -100
+CHUNK_ELEMENTS = 1 << 22
+
+
+def chunk_tokens(vocab_size: int) -> int:
+    """Tokens whose fp32 logits fill about 16 MiB."""
+    return max(64, CHUNK_ELEMENTS // vocab_size // 64 * 64)
+
+
+def chunked_cross_entropy(
+    x_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
+) -> dict[str, torch.Tensor]:
+    """fp32 sums over the targets that are not -100: `loss_sum`, `target_count` and, if asked for, `z_loss_sum`.
+
+    soft_cap: logits become cap * tanh(logits / cap). z_loss: weight of Σ logsumexp² (PaLM, Chowdhery et al. 2022).
+    The value of `loss_sum` is the plain Σ NLL, fit for reports; its gradient is that of Σ NLL + z_loss Σ logsumexp², so
+    that whoever minimises it minimises both. `z_loss_sum` is the weighted second term, for reports only.
+    """
+    device = x_ND.device.type
+    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+    valid_N = targets_N != IGNORED
+    objective, nll_N, z_N = _HeadLoss.apply(
+        x_ND.to(precision),
+        weight_VD.to(precision),
+        targets_N.clamp(min=0),
+        valid_N,
+        soft_cap,
+        z_loss,
+        torch.is_grad_enabled() and x_ND.requires_grad,
+        torch.is_grad_enabled() and weight_VD.requires_grad,
+    )
+    nll = nll_N.sum()
+    sums = {"loss_sum": objective + (nll - objective).detach() if z_loss else objective, "target_count": valid_N.sum()}
+    if z_loss:
+        sums["z_loss_sum"] = z_N.sum()
+    return sums
+
+
+class _HeadLoss(torch.autograd.Function):
+    """(Σ NLL + z_loss Σ logsumexp², NLL per token, z_loss logsumexp² per token); only the first is differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        valid_N: torch.Tensor,
+        soft_cap: float | None,
+        z_loss: float,
+        wants_x: bool,
+        wants_weight: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        nlls, zs, grads_x = [], [], []
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        pieces = (tensor.split(chunk_tokens(weight_VD.shape[0])) for tensor in (x_ND, targets_N, valid_N))
+        for chunk_ND, chunk_targets_N, chunk_valid_N in zip(*pieces, strict=True):
+            logits_NV = chunk_ND @ weight_VD.T
+            nll_N, z_N, grad_NV = _chunk_loss(logits_NV, chunk_targets_N, chunk_valid_N, soft_cap, z_loss)
+            nlls.append(nll_N)
+            zs.append(z_N)
+            if wants_x:
+                grads_x.append(grad_NV @ weight_VD)
+            if grad_weight_VD is not None:
+                grad_weight_VD += grad_NV.T @ chunk_ND
+        nll_N, z_N = torch.cat(nlls), torch.cat(zs)
+        ctx.save_for_backward(torch.cat(grads_x) if wants_x else None, grad_weight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(nll_N, z_N)
+        return (nll_N + z_N).sum(), nll_N, z_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scale = grads[0]
+        grad_x_ND, grad_weight_VD = ctx.saved_tensors
+        if grad_x_ND is not None:
+            grad_x_ND = (grad_x_ND * scale).to(grad_x_ND.dtype)
+        if grad_weight_VD is not None:
+            grad_weight_VD = (grad_weight_VD * scale).to(ctx.weight_dtype)
+        return grad_x_ND, grad_weight_VD, None, None, None, None, None, None
+
+
+def _chunk_loss(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, valid_N: torch.Tensor, soft_cap: float | None, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """NLL and z-loss per token in fp32 (0 where not valid), and d(NLL + z-loss)/d logits in the logits' precision."""
+    capped_NV = logits_NV.float()
+    if soft_cap is not None:
+        capped_NV = soft_cap * torch.tanh(capped_NV / soft_cap)
+    target_N1 = targets_N[:, None]
+    log_p_NV = torch.log_softmax(capped_NV, dim=-1)
+    target_log_p_N1 = log_p_NV.gather(1, target_N1)
+    lse_N1 = capped_NV.gather(1, target_N1) - target_log_p_N1
+    valid_N1 = valid_N[:, None].float()
+    grad_NV = log_p_NV.exp() * (valid_N1 * (1 + 2 * z_loss * lse_N1))
+    grad_NV = grad_NV.scatter_add(1, target_N1, -valid_N1)
+    if soft_cap is not None:
+        grad_NV = grad_NV * (1 - (capped_NV / soft_cap).square())
+    nll_N = -(target_log_p_N1 * valid_N1)[:, 0]
+    z_N = (z_loss * lse_N1.square() * valid_N1)[:, 0]
+    return nll_N, z_N, grad_NV.to(logits_NV.dtype)

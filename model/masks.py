@@ -1,0 +1,38 @@
+"""Who may look at whom: a mask is data, which each attention kernel lowers for itself."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The rule of visibility between queries and keys.
+
+    causal: a token sees itself and what stands before it.
+    documents_BT: int32 document number of every token, 0 for padding; a document is one unbroken run of its number.
+        A token sees its own document only; padding sees nothing and is seen by nothing.
+    slots_BT: for cached decoding, the cache slot of every query; key `s` is visible to it when `s <= slot`.
+    """
+
+    causal: bool = True
+    documents_BT: torch.Tensor | None = None
+    slots_BT: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.documents_BT is None or self.slots_BT is None, "cached decoding knows one document per row"
+
+
+def dense(mask: Mask, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """The oracle's lowering: bool [B or 1, T, S], True where the query may look at the key."""
+    key_S = torch.arange(keys, device=device)
+    if mask.slots_BT is not None:
+        return key_S <= mask.slots_BT[..., None]
+    if mask.causal:
+        visible_BTS = (key_S <= torch.arange(queries, device=device)[:, None])[None]
+    else:
+        visible_BTS = torch.ones(1, queries, keys, dtype=torch.bool, device=device)
+    if mask.documents_BT is not None:
+        query_BT1, key_B1S = mask.documents_BT[:, :, None], mask.documents_BT[:, None, :]
+        visible_BTS = visible_BTS & (query_BT1 == key_B1S) & (query_BT1 != 0)
+    return visible_BTS

@@ -1,0 +1,38 @@
+"""What a block asks of its token mixer, whatever the mixer is."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from model.init import Declared
+from model.masks import Mask
+from model.position import Rotation
+
+
+@dataclass(frozen=True)
+class MixerInput:
+    """What every layer of one forward pass shares: the mask and, with rotary positions, the angles."""
+
+    mask: Mask
+    rotation: Rotation | None = None
+
+
+class MixerState:
+    """What one mixer remembers of one batch between decoding steps; its kind decides what that is."""
+
+    @abstractmethod
+    def reorder(self, rows_B: torch.Tensor) -> None:
+        """Row i becomes what row `rows_B[i]` was (beam search, dropping finished rows)."""
+
+
+class Mixer(Declared):
+    """Moves information between the tokens of a row: x_BTD -> y_BTD."""
+
+    @abstractmethod
+    def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
+        """Mix; with a state, continue from it and leave it updated."""
+
+    @abstractmethod
+    def new_state(self, rows: int, max_tokens: int) -> MixerState:
+        """An empty state for `rows` rows of at most `max_tokens` tokens each."""

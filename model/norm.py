@@ -1,0 +1,64 @@
+"""Normalisation layers. Statistics are always taken in fp32, whatever the precision of the input."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from model.errors import ModelError
+from model.init import Declared, Parameter, declare
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """kind: `rms` (Zhang & Sennrich 2019) or `layer` (Ba et al. 2016); bias is for `layer` only."""
+
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float = 1e-5
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.eps <= 0:
+            raise ModelError(f"norm.eps is {self.eps}: it keeps a division finite and must be above 0, such as 1e-5.")
+        if self.kind == "rms" and self.bias:
+            raise ModelError("norm.bias is true with norm.kind=rms: RMSNorm has no offset; drop it or use kind=layer.")
+
+
+class RMSNorm(Declared):
+    """x / rms(x) * weight over the last axis."""
+
+    declared = declare(weight=Parameter("norm", "ones"))
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        wide_BTD = x_BTD.float()
+        scale_BT1 = torch.rsqrt(wide_BTD.square().mean(-1, keepdim=True) + self.eps)
+        return (wide_BTD * scale_BT1 * self.weight.float()).to(x_BTD.dtype)
+
+
+class LayerNorm(Declared):
+    """(x - mean) / std * weight + bias over the last axis."""
+
+    declared = declare(weight=Parameter("norm", "ones"), bias=Parameter("bias", "zeros"))
+
+    def __init__(self, width: int, eps: float, bias: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        wide_BTD = nn.functional.layer_norm(x_BTD.float(), self.weight.shape, self.weight.float(), bias, self.eps)
+        return wide_BTD.to(x_BTD.dtype)
+
+
+def build_norm(config: NormConfig, width: int) -> nn.Module:
+    if config.kind == "rms":
+        return RMSNorm(width, config.eps)
+    return LayerNorm(width, config.eps, config.bias)

@@ -1,0 +1,24 @@
+"""The glossary of tensor axes: what each letter in a shape suffix means, for the whole project.
+
+A tensor's name ends in an underscore and one letter per axis, outermost first: `x_BTD` is [batch, tokens, width].
+`1` marks an axis kept for broadcasting, as in `cos_BT1C`. A test holds every name in this room to this table.
+"""
+
+AXES: dict[str, str] = {
+    "B": "batch: rows processed together",
+    "T": "tokens of a row (of the queries, where queries and keys differ)",
+    "S": "tokens that are attended to: keys and values, or cache slots",
+    "N": "tokens of all rows, flattened (B times T, or a chunk of it)",
+    "D": "model width",
+    "H": "query heads",
+    "K": "key/value heads",
+    "G": "query heads that share one key/value head (H = K times G)",
+    "C": "channels of one head",
+    "F": "hidden width of the feed-forward network",
+    "V": "vocabulary entries",
+    "R": "rank of a low-rank adapter",
+    "I": "inputs of a linear map",
+    "O": "outputs of a linear map",
+    "L": "layers",
+    "P": "positions a learned table can tell apart",
+}
