@@ -1,0 +1,15 @@
+"""The exceptions of the training room."""
+
+from __future__ import annotations
+
+
+class TrainingError(Exception):
+    """A user's mistake or a run that cannot go on: the offending value, the rule, the remedy, in one paragraph."""
+
+    exit_code = 2
+
+
+class TrainingStopped(TrainingError):
+    """A signal asked the ranks to leave; a checkpoint holds everything up to the step the message names."""
+
+    exit_code = 143

@@ -1,0 +1,254 @@
+"""What a training run can be told. Light to import: `plan` reads these without torch.
+
+A field marked execution says where or how fast a run goes and never what comes out of it, so it enters no digest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipelines.training.errors import TrainingError
+
+_EXECUTION: Any = {"execution": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWSettings:
+    """AdamW (Loshchilov & Hutter, 2019) for every parameter.
+
+    lr: peak learning rate, which the schedule scales. embedding_lr: the same for embeddings and an untied head; null
+    takes `lr`. weight_decay: for matrices only; norms, biases and embeddings take none.
+    """
+
+    kind: Literal["adamw"] = "adamw"
+    lr: float = 6e-4
+    embedding_lr: float | None = None
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_adam(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonSettings:
+    """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW with the fields above for the rest.
+
+    matrix_lr: peak learning rate of the matrices, in units of AdamW's: the orthogonal update is scaled to AdamW's usual
+    root mean square (Moonlight, 2025). Only with ZeRO stage 0, where each rank sees whole matrices.
+    """
+
+    kind: Literal["muon"] = "muon"
+    lr: float = 6e-4
+    embedding_lr: float | None = None
+    matrix_lr: float = 2e-3
+    momentum: float = 0.95
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_adam(self)
+        _require("optim.matrix_lr", self.matrix_lr, self.matrix_lr > 0, "a learning rate above 0")
+        _require("optim.momentum", self.momentum, 0 <= self.momentum < 1, "a fraction from 0 to below 1")
+
+
+OptimSettings = AdamWSettings | MuonSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSettings:
+    """How the learning rate moves: up linearly, then along `shape` to `final_fraction` of the peak.
+
+    warmup_fraction: of all steps. decay_fraction: of all steps, the linear tail of `wsd` (warmup, stable, decay).
+    """
+
+    shape: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_fraction: float = 0.02
+    decay_fraction: float = 0.2
+    final_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
+            value = getattr(self, name)
+            _require(f"schedule.{name}", value, 0 <= value <= 1, "a fraction from 0 to 1")
+        if self.shape == "wsd":
+            both = self.warmup_fraction + self.decay_fraction
+            _require(
+                "schedule.warmup_fraction + decay_fraction", both, both <= 1, "at most 1: together they are the run"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroSettings:
+    """What DeepSpeed's ranks share out: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters.
+
+    bucket_elements: elements reduced or gathered in one message.
+    """
+
+    stage: int = 0
+    bucket_elements: int = 50_000_000
+
+    def __post_init__(self) -> None:
+        _require("zero.stage", self.stage, self.stage in (0, 1, 2, 3), "0, 1, 2 or 3")
+        _require("zero.bucket_elements", self.bucket_elements, self.bucket_elements > 0, "a count above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """When a run saves itself: whichever of the two comes first (null: not by that clock); the last `keep` stay."""
+
+    every_steps: int | None = None
+    every_seconds: float | None = 300.0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _require("checkpoint.keep", self.keep, self.keep >= 1, "at least 1: a resumed run needs one")
+        for name in ("every_steps", "every_seconds"):
+            value = getattr(self, name)
+            _require(f"checkpoint.{name}", value, value is None or value > 0, "above 0, or null for never")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingSettings:
+    """Weights & Biases beside `metrics.jsonl`, which is always written.
+
+    mode: auto is online where a key is set (WANDB_API_KEY or `wandb login`), else offline, and says which.
+    """
+
+    mode: Literal["auto", "online", "offline", "off"] = "off"
+    project: str = "athanor"
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """One training run. Tokens are positions of packed rows: rows times seq_len.
+
+    total_tokens: how far to train; what is left of a last, partial global batch is not trained on.
+    global_batch_tokens: tokens per update over all ranks; micro-batch, accumulation and ranks are derived from it.
+    precision: bf16 is fp32 weights, gradients and sums with the matrix products in bf16.
+    clip_norm: gradients are scaled down to this global norm; null leaves them.
+    on_non_finite: an update with an infinite or NaN gradient is never applied; then the run stops or counts it.
+
+    micro_batch_rows: rows of one forward pass on one rank; null takes the largest that divides and fits.
+    recompute: forget the activations inside blocks and compute them again. threads: cores of one rank; null shares out.
+    compile: torch.compile of the blocks; auto where a C++ compiler exists and the run is long enough to earn it back.
+    """
+
+    total_tokens: int
+    global_batch_tokens: int
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    clip_norm: float | None = 1.0
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    optim: OptimSettings = field(default_factory=AdamWSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+
+    zero: ZeroSettings = field(default_factory=ZeroSettings, metadata=_EXECUTION)
+    micro_batch_rows: int | None = field(default=None, metadata=_EXECUTION)
+    recompute: bool = field(default=False, metadata=_EXECUTION)
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=_EXECUTION)
+    threads: int | None = field(default=None, metadata=_EXECUTION)
+    compile: Literal["auto", "on", "off"] = field(default="auto", metadata=_EXECUTION)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings, metadata=_EXECUTION)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings, metadata=_EXECUTION)
+
+    def __post_init__(self) -> None:
+        _require("train.total_tokens", self.total_tokens, self.total_tokens > 0, "above 0")
+        _require("train.global_batch_tokens", self.global_batch_tokens, self.global_batch_tokens > 0, "above 0")
+        _require(
+            "train.total_tokens",
+            self.total_tokens,
+            self.total_tokens >= self.global_batch_tokens,
+            f"at least one global batch, which is {self.global_batch_tokens:,} tokens (train.global_batch_tokens)",
+        )
+        _require("train.clip_norm", self.clip_norm, self.clip_norm is None or self.clip_norm > 0, "above 0, or null")
+        for name in ("micro_batch_rows", "threads"):
+            value = getattr(self, name)
+            _require(f"train.{name}", value, value is None or value >= 1, "at least 1, or null to have it derived")
+        if self.optim.kind == "muon" and self.zero.stage != 0:
+            raise TrainingError(
+                f"zero.stage = {self.zero.stage} with optim.kind = muon: Muon orthogonalizes whole matrices, and from "
+                "stage 1 on a rank holds pieces of them. Set zero.stage=0, or optim=adamw."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """How one global batch is shared out; every number follows from the settings, seq_len and the world size."""
+
+    seq_len: int
+    world_size: int
+    rows_per_step: int
+    micro_batch_rows: int
+    accumulation: int
+    total_steps: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.seq_len
+
+    @classmethod
+    def derive(cls, settings: TrainSettings, *, seq_len: int, world_size: int, largest_rows: int) -> BatchPlan:
+        """`largest_rows`: the most rows one forward pass may take where `micro_batch_rows` is null.
+
+        Raises TrainingError where a division leaves a remainder.
+        """
+        tokens = settings.global_batch_tokens
+        rows, rest = divmod(tokens, seq_len)
+        if rest or rows < 1:
+            below = max(rows, 1) * seq_len
+            raise TrainingError(
+                f"global_batch_tokens = {tokens:,} with seq_len = {seq_len:,}: a global batch is a whole number of "
+                f"rows, so seq_len must divide it. Use for example {below:,} or {below + seq_len:,}."
+            )
+        local_rows, rest = divmod(rows, world_size)
+        if rest or local_rows < 1:
+            fitting = max(local_rows, 1) * world_size * seq_len
+            raise TrainingError(
+                f"global_batch_tokens = {tokens:,} is {rows:,} rows of {seq_len:,}, shared by {world_size} ranks: each "
+                f"takes equally many whole rows. Use global_batch_tokens={fitting:,}, or a number of ranks that divides "
+                f"{rows:,}."
+            )
+        micro = settings.micro_batch_rows or _largest_divisor(local_rows, at_most=largest_rows)
+        if local_rows % micro:
+            raise TrainingError(
+                f"micro_batch_rows = {micro} with {local_rows} rows a rank and step (global_batch_tokens / seq_len / "
+                f"ranks): micro-batches are equal, so it must divide. Use "
+                f"{_largest_divisor(local_rows, at_most=micro)}, or null."
+            )
+        return cls(
+            seq_len=seq_len,
+            world_size=world_size,
+            rows_per_step=rows,
+            micro_batch_rows=micro,
+            accumulation=local_rows // micro,
+            total_steps=settings.total_tokens // tokens,
+        )
+
+
+def _largest_divisor(number: int, *, at_most: int) -> int:
+    return next(k for k in range(max(1, min(number, at_most)), 0, -1) if number % k == 0)
+
+
+def _check_adam(settings: AdamWSettings | MuonSettings) -> None:
+    _require("optim.lr", settings.lr, settings.lr > 0, "a learning rate above 0")
+    rate = settings.embedding_lr
+    _require("optim.embedding_lr", rate, rate is None or rate > 0, "a learning rate above 0, or null for optim.lr")
+    for name in ("beta1", "beta2"):
+        value = getattr(settings, name)
+        _require(f"optim.{name}", value, 0 <= value < 1, "a fraction from 0 to below 1")
+    _require("optim.eps", settings.eps, settings.eps > 0, "above 0")
+    _require("optim.weight_decay", settings.weight_decay, settings.weight_decay >= 0, "0 or more")
+
+
+def _require(name: str, value: object, holds: bool, rule: str) -> None:
+    if not holds:
+        raise TrainingError(f"{name} = {value}: it must be {rule}.")
