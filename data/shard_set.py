@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,15 +31,16 @@ READY_BLOCKS = 4096  # blocks whose arrays are kept as views; a window of the de
 
 @dataclass(eq=False)
 class ShardSet:
-    """Read access to all rows under one `shards.json`. Not thread-safe: one per reading thread."""
+    """Read access to all rows under one `shards.json`. Threads may share it."""
 
     directory: Path
     manifest: dict[str, Any]
     digest: str
     _row_ends: npt.NDArray[np.int64]
     _open: OrderedDict[int, _OpenShard] = field(default_factory=OrderedDict)
-    _blocks: OrderedDict[tuple[int, int], _Block] = field(default_factory=OrderedDict)
+    _blocks: OrderedDict[tuple[int, int], Block] = field(default_factory=OrderedDict)
     _verified: set[tuple[int, int]] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def open(cls, directory: Path | str, *, verify: bool = False) -> ShardSet:
@@ -94,48 +96,44 @@ class ShardSet:
 
     def where(self, row: int) -> tuple[int, int, int]:
         """Shard number, block in the shard, and row in the block, of a row numbered through all shards."""
-        return self._places(np.array([row]))[0]
+        shard, block, in_block = self.places(np.array([row]))
+        return int(shard[0]), int(block[0]), int(in_block[0])
+
+    def places(self, rows: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.integer], ...]:
+        """`where` for many rows: their shards, blocks and rows in the blocks."""
+        shard = np.searchsorted(self._row_ends, rows, side="right")
+        in_shard = rows - np.concatenate([[0], self._row_ends])[shard]
+        return shard, in_shard // self.rows_per_block, in_shard % self.rows_per_block
 
     def gather(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> PackedRows:
         """Copy out the given rows, in the given order. Raises DataError where a block does not match its checksum."""
-        width = self.seq_len + 1
-        tokens_RW = np.empty((len(rows), width), dtype=self.manifest["dtype"])
-        is_target_RW = np.empty((len(rows), width), dtype=np.bool_) if self.masked else None
-        pieces = [np.zeros((0, 4), dtype=np.uint32)]
-        row_pieces = np.zeros(len(rows) + 1, dtype=np.int64)
-        # A plain loop: copying one row costs about a microsecond of Python, a fancy index over the map costs more.
-        for i, (shard, block_number, row) in enumerate(self._places(np.asarray(rows))):
-            block = self._blocks.get((shard, block_number)) or self._ready_block(shard, block_number)
-            tokens_RW[i] = block.tokens_RW[row]
-            if is_target_RW is not None and block.is_target_RW is not None:
-                is_target_RW[i] = block.is_target_RW[row]
-            first, last = block.row_pieces[row], block.row_pieces[row + 1]
-            pieces.append(block.pieces_P4[first:last])
-            row_pieces[i + 1] = last - first
-        return PackedRows(
-            tokens_RW=tokens_RW,
-            pieces_P4=np.concatenate(pieces),
-            row_pieces=np.cumsum(row_pieces),
-            is_target_RW=is_target_RW,
-        )
+        return gather([self], np.zeros(len(rows), dtype=np.int64), np.asarray(rows))
+
+    def target_counts(self) -> npt.NDArray[np.int64]:
+        """How often each token id is a target, over all rows: the unigram model of what is trained on."""
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for start in range(0, self.rows, self.rows_per_block):
+            rows = self.gather(np.arange(start, min(start + self.rows_per_block, self.rows)))
+            valid_RT = rows.valid_targets(rows.document_numbers())
+            counts += np.bincount(rows.tokens_RW[:, 1:][valid_RT], minlength=self.vocab_size)
+        return counts
 
     def documents(self, shard: int) -> pa.Table:
         """The table of one shard's documents; `pieces_P4` numbers its records."""
         return pq.read_table(self.path_of(self.manifest["shards"][shard], "docs.parquet"))
 
-    def _places(self, rows: npt.NDArray[np.integer]) -> list[tuple[int, int, int]]:
-        shard = np.searchsorted(self._row_ends, rows, side="right")
-        in_shard = rows - np.concatenate([[0], self._row_ends])[shard]
-        block, row = np.divmod(in_shard, self.rows_per_block)
-        return list(zip(shard.tolist(), block.tolist(), row.tolist(), strict=True))
+    def block(self, shard: int, number: int) -> Block:
+        """Views of one block's arrays, checked against its checksum the first time."""
+        return self._blocks.get((shard, number)) or self._ready_block(shard, number)
 
-    def _ready_block(self, shard: int, number: int) -> _Block:
-        block = self._shard(shard).block(number, verify=(shard, number) not in self._verified)
-        self._verified.add((shard, number))
-        self._blocks[shard, number] = block
-        if len(self._blocks) > READY_BLOCKS:
-            self._blocks.popitem(last=False)
-        return block
+    def _ready_block(self, shard: int, number: int) -> Block:
+        with self._lock:
+            block = self._shard(shard).block(number, verify=(shard, number) not in self._verified)
+            self._verified.add((shard, number))
+            self._blocks[shard, number] = block
+            if len(self._blocks) > READY_BLOCKS:
+                self._blocks.popitem(last=False)
+            return block
 
     def _shard(self, number: int) -> _OpenShard:
         if number in self._open:
@@ -151,8 +149,44 @@ class ShardSet:
         return opened
 
 
+def gather(
+    shard_sets: Sequence[ShardSet], source: npt.NDArray[np.integer], rows: npt.NDArray[np.integer]
+) -> PackedRows:
+    """Copy rows out of several sets of one `seq_len`, in the given order; `source` says which set each row is of.
+
+    Where one set carries a loss mask, the rows of sets without one are all target.
+    """
+    width = shard_sets[0].seq_len + 1
+    tokens_RW = np.empty((len(rows), width), dtype=np.result_type(*(s.manifest["dtype"] for s in shard_sets)))
+    masked = any(shards.masked for shards in shard_sets)
+    is_target_RW = np.ones((len(rows), width), dtype=np.bool_) if masked else None
+    pieces: list[npt.NDArray[np.uint32]] = [np.zeros((0, 4), dtype=np.uint32)] * len(rows)
+    row_pieces = np.zeros(len(rows) + 1, dtype=np.int64)
+    for number, shards in enumerate(shard_sets):
+        here = np.flatnonzero(source == number)
+        shard_N, block_N, row_N = shards.places(rows[here])
+        # A plain loop: copying one row costs about a microsecond of Python, a fancy index over the map costs more.
+        for i, shard, block_number, row in zip(
+            here.tolist(), shard_N.tolist(), block_N.tolist(), row_N.tolist(), strict=True
+        ):
+            block = shards.block(shard, block_number)
+            tokens_RW[i] = block.tokens_RW[row]
+            if is_target_RW is not None and block.is_target_RW is not None:
+                is_target_RW[i] = block.is_target_RW[row]
+            pieces[i] = block.pieces_P4[block.row_pieces[row] : block.row_pieces[row + 1]]
+            row_pieces[i + 1] = len(pieces[i])
+    return PackedRows(
+        tokens_RW=tokens_RW,
+        pieces_P4=np.concatenate(pieces) if pieces else np.zeros((0, 4), dtype=np.uint32),
+        row_pieces=np.cumsum(row_pieces),
+        is_target_RW=is_target_RW,
+    )
+
+
 @dataclass(frozen=True)
-class _Block:
+class Block:
+    """Views into one block of a mapped shard; the columns are those of `PackedRows`."""
+
     tokens_RW: npt.NDArray[np.integer]
     pieces_P4: npt.NDArray[np.uint32]
     row_pieces: list[int]
@@ -172,7 +206,7 @@ class _OpenShard:
         with tar.open("rb") as file:
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def block(self, number: int, *, verify: bool) -> _Block:
+    def block(self, number: int, *, verify: bool) -> Block:
         entry = self.index[number]
         if verify:
             with memoryview(self.bytes) as whole, whole[int(entry["start"]) : int(entry["stop"])] as content:
@@ -181,7 +215,7 @@ class _OpenShard:
             if found != expected:
                 raise _corrupted(self.path, expected, found, part=f", block {number}")
         rows, pieces = int(entry["rows"]), int(entry["piece_count"])
-        return _Block(
+        return Block(
             self._array(entry["tokens"], self.dtype, rows, self.width),
             self._array(entry["pieces"], np.dtype(np.uint32), pieces, 4),
             self._array(entry["row_pieces"], np.dtype(np.int64), rows + 1, 1)[:, 0].tolist(),

@@ -97,9 +97,10 @@ def write_shard(
         "rows": len(rows),
         "blocks": len(index),
         "documents": documents_written,
-        "tokens": int(np.count_nonzero(numbers_RW)),
+        # Of the rows' seq_len input columns: tokens + padding = rows * seq_len.
+        "tokens": int(np.count_nonzero(numbers_RW[:, :-1])),
         "targets": int(np.count_nonzero(rows.valid_targets(numbers_RW))),
-        "padding": int(np.count_nonzero(numbers_RW == 0)),
+        "padding": int(np.count_nonzero(numbers_RW[:, :-1] == 0)),
         "pieces": len(rows.pieces_P4),
         "counts": dict(sorted(counts.items())),
         "files": {kind: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for kind, path in paths.items()},
