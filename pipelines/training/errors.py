@@ -9,7 +9,7 @@ class TrainingError(Exception):
     exit_code = 2
 
 
-class TrainingStopped(TrainingError):
+class TrainingStopped(TrainingError):  # noqa: N818  (not an error: it was asked for)
     """A signal asked the ranks to leave; a checkpoint holds everything up to the step the message names."""
 
     exit_code = 143

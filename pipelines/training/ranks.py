@@ -1,0 +1,104 @@
+"""The processes of one run: who I am, where I compute, and the few numbers ranks tell each other."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from pipelines.training.errors import TrainingError
+from pipelines.training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process of `world_size`, as launched by Ray, torchrun or nobody."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    threads: int
+    words: dist.ProcessGroup | None = None
+    """Group for CPU tensors; None where there is nobody to talk to, or where the default group takes them."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """[n] on the CPU in every rank -> [world_size, n] in rank order, the same everywhere."""
+        if self.world_size == 1:
+            return values[None]
+        rows = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(rows, values, group=self.words)
+        return torch.stack(rows)
+
+    def gather_objects(self, value: object) -> list[object]:
+        """Any picklable value of every rank, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[object] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.words)
+        return values
+
+    def total(self, value: int) -> int:
+        """Sum over ranks."""
+        return int(self.gather(torch.tensor([value], dtype=torch.int64)).sum())
+
+    def wait(self) -> None:
+        """Until every rank has come here."""
+        self.total(0)
+
+
+def join(settings: TrainSettings) -> Ranks:
+    """Take this process's place among the ranks: device, threads, process group.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_*, as torchrun and Ray Train set them; without them
+    this is a run of one process. A process group that is there already is used. Raises TrainingError for a GPU asked
+    for where there is none.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    device = _device(settings.device, local_rank)
+    threads = _take_threads(settings.threads, local_world_size)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, rank=rank, world_size=world_size)
+    # DeepSpeed reads these even where a process group exists.
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", local_rank)):
+        os.environ.setdefault(name, str(value))
+    os.environ["LOCAL_SIZE"] = str(local_world_size)
+    # Ray starts an nccl group that takes no CPU tensors; every rank comes here, so each can make the second group.
+    words = dist.new_group(backend="gloo") if world_size > 1 and "gloo" not in str(dist.get_backend_config()) else None
+    return Ranks(rank, world_size, local_rank, device, threads, words)
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise TrainingError(
+            "device = cuda: this process sees no GPU (torch.cuda.is_available() is false). Run where there is one, "
+            "install a CUDA build of torch, or use device=cpu."
+        )
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    # Ray shows each worker its own GPU only, torchrun shows all of them.
+    device = torch.device("cuda", local_rank if local_rank < torch.cuda.device_count() else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _take_threads(wanted: int | None, local_world_size: int) -> int:
+    if wanted is None and "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = wanted or max(1, cores // local_world_size)
+    torch.set_num_threads(threads)
+    return threads

@@ -1,0 +1,212 @@
+"""The only door to DeepSpeed: everything it is told, and what of its inner state a checkpoint needs.
+
+Why torch autocast and not DeepSpeed's own bf16 mode: with bf16 weights and fp32 sums DeepSpeed refuses stage 0, uses
+another optimizer for stage 1 and reduces in another order in 2 and 3. fp32 weights under autocast give the same numbers
+in all four stages, hold their master weights by construction, and cost the same memory at stage 1 (4 bytes of weight and
+4 of gradient, against 2 + 4 + 2). Nothing is communicated in bf16.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipelines.training.ranks import Ranks
+from pipelines.training.settings import BatchPlan, TrainSettings
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of one parameter, counted over its flattened elements, that this rank keeps and updates.
+
+    weight: the fp32 master weights of the stretch, [numel]. owner: the tensor the optimizer knows, and under which its
+    state is kept; the stretch starts at element `offset` of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    weight: torch.Tensor
+    owner: torch.Tensor
+    offset: int
+
+
+class ZeroEngine:
+    """A model and its optimizer under one ZeRO stage."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, settings: TrainSettings, plan: BatchPlan, ranks: Ranks
+    ) -> None:
+        self._deepspeed = _import_deepspeed(ranks.device)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        self.config = ds_config(settings, plan, parameters=trained)
+        self.optimizer = optimizer
+        self._stage, self._ranks, self._clip_norm = settings.zero.stage, ranks, settings.clip_norm
+        with _quiet():
+            self._engine = self._deepspeed.initialize(model=model, optimizer=optimizer, config=dict(self.config))[0]
+        # Alone there is nothing to reduce, and stage 0 would copy every gradient to a bucket and back.
+        self._engine.enable_backward_allreduce = self._stage > 0 or ranks.world_size > 1
+        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        out: dict[str, torch.Tensor] = self._engine(**batch)
+        return out
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradient of this micro-batch's share of the step's loss; `last`: it is the rank's last of the step.
+
+        The sum over micro-batches and ranks is what counts, so DeepSpeed's mean over ranks is undone here and its mean
+        over micro-batches is not asked for.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self._ranks.world_size, scale_wrt_gas=False)
+
+    def step(self) -> tuple[float, bool]:
+        """Clip and update; returns the global gradient norm before clipping, and whether the update was applied.
+
+        An update with an infinite or NaN gradient is dropped.
+        """
+        if self._stage == 0:
+            # DeepSpeed's stage 0 clips without telling the norm, and applies an update that is not finite.
+            limit = float("inf") if self._clip_norm is None else self._clip_norm
+            norm = nn.utils.clip_grad_norm_(self._named.values(), limit).item()
+            if not torch.isfinite(torch.tensor(norm)):
+                self._engine.zero_grad()
+                return norm, False
+            self._engine.step()
+            return norm, True
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied())
+
+    def pieces(self) -> list[Piece]:
+        """The stretches this rank keeps. Over all ranks they cover each trained parameter exactly once."""
+        if self._stage == 0:
+            items = enumerate(self._named.items())
+            return [
+                Piece(name, tuple(p.shape), 0, p.data.view(-1), p, 0)
+                for i, (name, p) in items
+                if i % self._ranks.world_size == self._ranks.rank
+            ]
+        find = _sharded_piece if self._stage == 3 else _flat_piece
+        found = (find(name, p, self._engine.optimizer, self._ranks) for name, p in self._named.items())
+        return [piece for piece in found if piece is not None]
+
+    def owners(self) -> list[torch.Tensor]:
+        """The tensors the optimizer holds state for on this rank; a piece may cover only part of one."""
+        return [tensor for group in self._all_groups() for tensor in group]
+
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter by name, whole, in rank 0; other ranks must iterate along and get empty tensors in stage 3."""
+        for name, parameter in self._engine.module.named_parameters():
+            if self._stage < 3:
+                yield name, parameter.detach()
+                continue
+            with self._deepspeed.zero.GatheredParameters([parameter]):
+                yield name, parameter.detach() if self._ranks.is_first else torch.empty(0)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the model again."""
+        self._engine.destroy()
+
+    def _all_groups(self) -> list[list[torch.Tensor]]:
+        wrapper = self._engine.optimizer
+        if self._stage == 3:
+            return [wrapper.fp32_partitioned_groups_flat]
+        if self._stage:
+            return [wrapper.single_partition_of_fp32_groups]
+        return [group["params"] for group in self.optimizer.param_groups]
+
+
+def ds_config(settings: TrainSettings, plan: BatchPlan, *, parameters: int) -> dict[str, Any]:
+    """Everything DeepSpeed is told; the loop writes it to `ds_config.json`. `parameters`: how many are trained."""
+    stage = settings.zero.stage
+    # Buckets are allocated whole, so none is larger than all gradients together.
+    bucket = max(1, min(settings.zero.bucket_elements, parameters))
+    config: dict[str, Any] = {
+        "train_batch_size": plan.rows_per_step,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_rows,
+        "gradient_accumulation_steps": plan.accumulation,
+        # Stage 0 is clipped in `ZeroEngine.step`.
+        "gradient_clipping": settings.clip_norm if stage and settings.clip_norm is not None else 0.0,
+        "steps_per_print": 2**31,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            # Overlapping the reduction has shipped wrong gradients in several releases, and gains nothing on gloo.
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+        },
+        # The optimizer is ours: one that is named here is compiled from source when the run starts.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    if stage == 3:
+        config["zero_optimization"] |= {"stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": 10**9}
+    if settings.precision == "bf16":
+        # Modules named as "safe" would have their gradients reduced in bf16, so none is named.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return config
+
+
+def _flat_piece(name: str, parameter: Any, wrapper: Any, ranks: Ranks) -> Piece | None:
+    """Stages 1 and 2: groups are flattened and cut into one stretch for each rank, across parameters."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+    owner = wrapper.single_partition_of_fp32_groups[mapping.param_group_index]
+    weight = owner.detach().narrow(0, here.start, here.numel)
+    return Piece(name, tuple(parameter.shape), there.start, weight, owner, here.start)
+
+
+def _sharded_piece(name: str, parameter: Any, wrapper: Any, ranks: Ranks) -> Piece | None:
+    """Stage 3: each parameter is cut into equal stretches, the last one padded."""
+    group, offset, numel = wrapper.grad_position[wrapper.get_param_id(parameter)]
+    start = ranks.rank * numel
+    held = min(numel, parameter.ds_numel - start)
+    if held <= 0:
+        return None
+    owner = wrapper.fp32_partitioned_groups_flat[group]
+    return Piece(name, tuple(parameter.ds_shape), start, owner.detach().narrow(0, offset, held), owner, offset)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    os.environ["DS_ACCELERATOR"] = "cuda" if device.type == "cuda" else "cpu"
+    with _quiet():
+        import deepspeed
+        import deepspeed.ops
+
+        # Its shared-memory all-reduce is compiled when the ranks meet, and a rank killed meanwhile leaves a lock that
+        # the next run waits for without end.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its collectives carry names that torch calls deprecated, at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    return deepspeed
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed's import and start without its warnings about optional parts."""
+    logger = logging.getLogger("DeepSpeed")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
