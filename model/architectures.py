@@ -1,14 +1,18 @@
 """A whole model: frontend, stack, head."""
 
+from typing import Literal
+
 import torch
 from torch import nn
 
+from model.cache import Cache
 from model.config import ModelConfig
+from model.errors import ModelError
 from model.frontends import TokenFrontend
 from model.heads import LanguageHead
 from model.masks import Mask
 from model.mixers.base import MixerInput
-from model.position import RopeConfig, document_positions, rotation
+from model.position import LearnedPositionConfig, RopeConfig, document_positions, rotation
 from model.stack import Stack
 
 
@@ -35,24 +39,65 @@ class Transformer(nn.Module):
         targets_BT: torch.Tensor | None = None,
         documents_BT: torch.Tensor | None = None,
         positions_BT: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        logits_for: Literal["all", "last"] | torch.Tensor = "all",
+        per_token: bool = False,
     ) -> dict[str, torch.Tensor]:
-        """Logits of every token, or with targets the sums a loss is made of.
+        """Logits, or with targets the sums a loss is made of.
 
         tokens_BT: int64. targets_BT: int64, the token that should follow each, -100 where there is none.
         documents_BT: int32 document number within the row, 0 for padding; attention stays inside a document and
         positions restart with each. positions_BT: int64, to override that.
+        cache: tokens continue what it remembers, and are remembered. logits_for: every token, the last one, or the
+        column given for each row (int64 [B]).
 
-        Without targets {"logits": [B, T, V]}; with targets {"loss_sum": fp32 Σ NLL, "target_count": int64} and
-        "z_loss_sum" where the configuration weighs it.
+        Without targets {"logits": [B, T or 1, V]}; with targets {"loss_sum": fp32 Σ NLL, "target_count": int64} and
+        "z_loss_sum" where the configuration weighs it; with `per_token` instead, and without gradient, {"nll": fp32
+        [B, T], "is_top": bool [B, T]}.
         """
+        shared, positions_BT = self._shared(tokens_BT, documents_BT, positions_BT, cache)
+        states = None if cache is None else cache.states
+        x_BTD = self.stack(self.frontend(tokens_BT, positions_BT), shared, states)
+        if cache is not None:
+            cache.advance(tokens_BT.shape[1])
+        if isinstance(logits_for, torch.Tensor):
+            x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_for][:, None]
+        elif logits_for == "last":
+            x_BTD = x_BTD[:, -1:]
+        result: dict[str, torch.Tensor] = self.head(x_BTD, targets_BT, per_token)
+        return result
+
+    def new_cache(self, rows: int, max_tokens: int) -> Cache:
+        """An empty cache for `rows` rows of at most `max_tokens` tokens, prompt and continuation together."""
+        return Cache(self.stack.new_states(rows, max_tokens), rows, max_tokens, self.frontend.tokens.weight.device)
+
+    def _shared(
+        self,
+        tokens_BT: torch.Tensor,
+        documents_BT: torch.Tensor | None,
+        positions_BT: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[MixerInput, torch.Tensor]:
+        """What all layers share of this pass, and the position of every token."""
+        tokens, position = tokens_BT.shape[1], self.config.position
+        slots_BT = None if cache is None else cache.claim(tokens)
         if positions_BT is None:
-            if documents_BT is None:
-                positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-            else:
+            if documents_BT is not None:
                 positions_BT = document_positions(documents_BT)
-        position = self.config.position
+            elif slots_BT is not None:
+                positions_BT = slots_BT
+            else:
+                positions_BT = torch.arange(tokens, device=tokens_BT.device)[None]
+        if isinstance(position, LearnedPositionConfig) and tokens > self.config.max_seq_len:
+            raise ModelError(
+                f"a row has {tokens} tokens, the model {self.config.max_seq_len} learned positions: shorten the rows "
+                "or raise model.max_seq_len."
+            )
         angles = rotation(position, positions_BT, self.config.head_dim) if isinstance(position, RopeConfig) else None
-        shared = MixerInput(Mask(causal=True, documents_BT=documents_BT), angles)
-        x_BTD = self.stack(self.frontend(tokens_BT, positions_BT), shared)
-        sums_or_logits: dict[str, torch.Tensor] = self.head(x_BTD, targets_BT)
-        return sums_or_logits
+        if cache is None or cache.longest == 0:
+            mask = Mask(causal=True, documents_BT=documents_BT)
+        elif tokens == 1 and cache.uniform:
+            mask = Mask(causal=False)  # one new token sees all that is remembered
+        else:
+            mask = Mask(slots_BT=slots_BT)
+        return MixerInput(mask, angles, slots_BT, 0 if cache is None else cache.longest + tokens), positions_BT

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from model.init import Declared, Parameter, declare
-from model.loss import chunked_cross_entropy
+from model.loss import capped, chunked_cross_entropy, token_scores
 
 
 class LanguageHead(Declared):
@@ -22,8 +22,15 @@ class LanguageHead(Declared):
         self.soft_cap = soft_cap
         self.z_loss = z_loss
 
-    def forward(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Without targets {"logits"}; with them the sums that `chunked_cross_entropy` returns."""
+    def forward(
+        self, x_BTD: torch.Tensor, targets_BT: torch.Tensor | None = None, per_token: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """{"logits"}; with targets the sums of `chunked_cross_entropy`, or per token {"nll", "is_top"} of [B, T]."""
+        if targets_BT is not None and per_token:
+            nll_N, is_top_N = token_scores(
+                x_BTD.flatten(0, -2), self.weight, targets_BT.flatten(), soft_cap=self.soft_cap
+            )
+            return {"nll": nll_N.view(targets_BT.shape), "is_top": is_top_N.view(targets_BT.shape)}
         if targets_BT is not None:
             return chunked_cross_entropy(
                 x_BTD.flatten(0, -2),
@@ -34,5 +41,5 @@ class LanguageHead(Declared):
             )
         logits_BTV = nn.functional.linear(x_BTD, self.weight)
         if self.soft_cap is not None:
-            logits_BTV = self.soft_cap * torch.tanh(logits_BTV.float() / self.soft_cap)
+            logits_BTV = capped(logits_BTV, self.soft_cap)
         return {"logits": logits_BTV}

@@ -52,6 +52,29 @@ def chunked_cross_entropy(
     return sums
 
 
+@torch.no_grad()
+def token_scores(
+    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, *, soft_cap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For evaluation: fp32 NLL of every target, and whether it was the likeliest token; 0 and false where ignored."""
+    nlls, tops = [], []
+    pieces = (tensor.split(chunk_tokens(weight_VD.shape[0])) for tensor in (x_ND, targets_N))
+    for chunk_ND, chunk_targets_N in zip(*pieces, strict=True):
+        logits_NV = capped(chunk_ND @ weight_VD.T, soft_cap)
+        valid_N = chunk_targets_N != IGNORED
+        target_N1 = chunk_targets_N.clamp(min=0)[:, None]
+        log_p_N = torch.log_softmax(logits_NV, dim=-1).gather(1, target_N1)[:, 0]
+        nlls.append(torch.where(valid_N, -log_p_N, 0.0))
+        tops.append(valid_N & (logits_NV.argmax(-1) == target_N1[:, 0]))
+    return torch.cat(nlls), torch.cat(tops)
+
+
+def capped(logits_NV: torch.Tensor, soft_cap: float | None) -> torch.Tensor:
+    """The logits in fp32, squashed to ±soft_cap where there is one."""
+    wide_NV = logits_NV.float()
+    return wide_NV if soft_cap is None else soft_cap * torch.tanh(wide_NV / soft_cap)
+
+
 class _HeadLoss(torch.autograd.Function):
     """(Σ NLL + z_loss Σ logsumexp², NLL per token, z_loss logsumexp² per token); only the first is differentiable."""
 
@@ -100,9 +123,7 @@ def _chunk_loss(
     logits_NV: torch.Tensor, targets_N: torch.Tensor, valid_N: torch.Tensor, soft_cap: float | None, z_loss: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """NLL and z-loss per token in fp32 (0 where not valid), and d(NLL + z-loss)/d logits in the logits' precision."""
-    capped_NV = logits_NV.float()
-    if soft_cap is not None:
-        capped_NV = soft_cap * torch.tanh(capped_NV / soft_cap)
+    capped_NV = capped(logits_NV, soft_cap)
     target_N1 = targets_N[:, None]
     log_p_NV = torch.log_softmax(capped_NV, dim=-1)
     target_log_p_N1 = log_p_NV.gather(1, target_N1)

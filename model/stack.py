@@ -27,3 +27,7 @@ class Stack(nn.Module):
             else:
                 x_BTD = layer(x_BTD, shared, None if states is None else states[index])
         return self.final_norm(x_BTD)
+
+    def new_states(self, rows: int, max_tokens: int) -> list[MixerState]:
+        """An empty decoding state for every layer."""
+        return [block.mixer.new_state(rows, max_tokens) for block in self.layers if isinstance(block, Block)]

@@ -56,8 +56,8 @@ class KeyValueState(MixerState):
 
     def append(self, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, slots_BT: torch.Tensor) -> None:
         rows_B1 = torch.arange(slots_BT.shape[0], device=slots_BT.device)[:, None]
-        self.k_BSKC[rows_B1, slots_BT] = k_BTKC.to(self.k_BSKC.dtype)
-        self.v_BSKC[rows_B1, slots_BT] = v_BTKC.to(self.v_BSKC.dtype)
+        self.k_BSKC[rows_B1, slots_BT] = k_BTKC
+        self.v_BSKC[rows_B1, slots_BT] = v_BTKC
 
     def reorder(self, rows_B: torch.Tensor) -> None:
         self.k_BSKC = self.k_BSKC[rows_B]
@@ -92,7 +92,10 @@ class Attention(Mixer):
             q_BTHC, k_BTKC = shared.rotation(q_BTHC), shared.rotation(k_BTKC)
         if state is not None:
             assert isinstance(state, KeyValueState)
-            raise NotImplementedError
+            assert shared.slots_BT is not None
+            state.append(k_BTKC, v_BTKC, shared.slots_BT)
+            if shared.slots_in_use > tokens:  # else nothing came before, and what was just computed is all there is
+                k_BTKC, v_BTKC = state.k_BSKC[:, : shared.slots_in_use], state.v_BSKC[:, : shared.slots_in_use]
         out_BTHC = self.kernel(q_BTHC, k_BTKC, v_BTKC, shared.mask, self.scale)
         return self.out(out_BTHC.reshape(rows, tokens, self.heads * self.head_dim))
 

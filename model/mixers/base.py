@@ -12,10 +12,16 @@ from model.position import Rotation
 
 @dataclass(frozen=True)
 class MixerInput:
-    """What every layer of one forward pass shares: the mask and, with rotary positions, the angles."""
+    """What every layer of one forward pass shares.
+
+    mask: who sees whom. rotation: the angles of rotary positions, where the model has them.
+    slots_BT: in cached decoding, where each token is remembered; the first `slots_in_use` slots are looked at.
+    """
 
     mask: Mask
     rotation: Rotation | None = None
+    slots_BT: torch.Tensor | None = None
+    slots_in_use: int = 0
 
 
 class MixerState:

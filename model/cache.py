@@ -1,0 +1,56 @@
+"""What a model remembers of a batch between decoding steps."""
+
+from collections.abc import Sequence
+
+import torch
+
+from model.errors import ModelError
+from model.mixers.base import MixerState
+
+
+class Cache:
+    """One state per layer, and how many tokens of each row they hold.
+
+    lengths: tokens remembered of each row, as plain numbers so that decoding never waits for the device; a row's next
+        token goes to the slot of that number.
+    """
+
+    def __init__(self, states: list[MixerState], rows: int, max_tokens: int, device: torch.device) -> None:
+        self.states = states
+        self.max_tokens = max_tokens
+        self.lengths = [0] * rows
+        self.device = device
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def uniform(self) -> bool:
+        """All rows hold equally many tokens."""
+        return min(self.lengths) == max(self.lengths)
+
+    def claim(self, tokens: int) -> torch.Tensor:
+        """Slots_BT for `tokens` further tokens of every row. Raises ModelError when they do not fit."""
+        if self.longest + tokens > self.max_tokens:
+            raise ModelError(
+                f"{self.longest} remembered and {tokens} new tokens do not fit a cache of {self.max_tokens}: make it "
+                "larger with new_cache(max_tokens=...)."
+            )
+        lengths_B = torch.tensor(self.lengths, device=self.device)
+        return lengths_B[:, None] + torch.arange(tokens, device=self.device)
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` new tokens in every row."""
+        self.lengths = [length + tokens for length in self.lengths]
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Forget all but the first `lengths[i]` tokens of row i: padding after a short prompt, or a rejected draft."""
+        self.lengths = list(lengths)
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Row i becomes what row `rows[i]` was; rows may be dropped or repeated."""
+        rows_B = torch.tensor(rows, device=self.device)
+        for state in self.states:
+            state.reorder(rows_B)
+        self.lengths = [self.lengths[row] for row in rows]
