@@ -111,7 +111,7 @@ def _shuffled(position: Words, key: Words, shape: SourceShape, window_blocks: in
     blocks = np.uint64(-(-shape.rows // shape.rows_per_block))
     lacking = blocks * per_block - np.uint64(shape.rows)  # rows the last block is short of a full one
     # Shuffled blocks lie in slots; the short block shifts every slot behind its own.
-    short_slot = _permute(np.full_like(position, blocks - np.uint64(1)), blocks, key, inverse=True)
+    short_slot = permute(np.full_like(position, blocks - np.uint64(1)), blocks, key, inverse=True)
 
     def rows_before(slot: Words) -> Words:
         return slot * per_block - np.where(slot > short_slot, lacking, np.uint64(0))
@@ -122,12 +122,12 @@ def _shuffled(position: Words, key: Words, shape: SourceShape, window_blocks: in
     number = slot_of(position) // window
     first = rows_before(number * window)
     size = rows_before(np.minimum((number + np.uint64(1)) * window, blocks)) - first
-    within = first + _permute(position - first, size, mixed(key + number + np.uint64(1)))
+    within = first + permute(position - first, size, mixed(key + number + np.uint64(1)))
     slot = slot_of(within)
-    return _permute(slot, blocks, key) * per_block + within - rows_before(slot)
+    return permute(slot, blocks, key) * per_block + within - rows_before(slot)
 
 
-def _permute(index: Words, size: Words | np.uint64, key: Words, *, inverse: bool = False) -> Words:
+def permute(index: Words, size: Words | np.uint64, key: Words, *, inverse: bool = False) -> Words:
     """A keyed bijection of 0 … size - 1, elementwise; `size` may differ from element to element."""
     size = np.broadcast_to(np.asarray(size, dtype=np.uint64), index.shape)
     a = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.uint64)
