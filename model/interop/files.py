@@ -1,0 +1,135 @@
+"""Checkpoint folders: safetensors and config.json, readable by this package and by transformers."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from model.build import build_model
+from model.config import ModelConfig
+from model.errors import ModelError
+from model.interop.convert import State, check_tensors, family_of, from_hf, hf_config, to_hf
+from model.interop.native import MODEL_TYPE, config_from_native, native_config
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def save_pretrained(
+    state: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+    directory: Path,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write config.json and safetensors of a model's state dict, each tensor in its own precision.
+
+    The names and layout are those of the matching Hugging Face class, or ours where there is none (`family_of` tells).
+    extra: further keys of config.json, such as bos_token_id and eos_token_id.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if has_hf_class(config):
+        described, tensors = hf_config(config), to_hf(state, config)
+    else:
+        tied = {"head.weight"} if config.tie_embeddings else set()
+        described = native_config(config)
+        tensors = {name: tensor.contiguous() for name, tensor in state.items() if name not in tied}
+    precision = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    _write_json(directory / "config.json", {**described, "dtype": precision, "torch_dtype": precision, **(extra or {})})
+    _write_tensors(tensors, directory, max_shard_bytes)
+
+
+def load_pretrained(directory: Path) -> tuple[ModelConfig, State]:
+    """(ModelConfig, state dict) of a folder written by `save_pretrained` or by transformers.
+
+    Raises ModelError for a folder without safetensors (pickles are never opened), a damaged file, or tensors that do
+    not fit the configuration.
+    """
+    described = _read_json(directory / "config.json")
+    tensors = _read_tensors(directory)
+    if described.get("model_type") != MODEL_TYPE:
+        return from_hf(described, tensors)
+    config = config_from_native(described)
+    expected = build_model(config, device="meta").state_dict()
+    if config.tie_embeddings and "frontend.tokens.weight" in tensors:
+        tensors["head.weight"] = tensors["frontend.tokens.weight"]
+    check_tensors({n: t.shape for n, t in tensors.items()}, {n: t.shape for n, t in expected.items()})
+    return config, tensors
+
+
+def has_hf_class(config: ModelConfig) -> bool:
+    """Whether a Hugging Face class computes this model, so that `save_pretrained` writes what transformers loads."""
+    try:
+        family_of(config)
+    except ModelError:
+        return False
+    return True
+
+
+def _write_tensors(tensors: State, directory: Path, max_shard_bytes: int) -> None:
+    shards: list[State] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor.detach().cpu()
+        filled += size
+    if len(shards) == 1:
+        save_file(shards[0], directory / WEIGHTS, metadata={"format": "pt"})
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _read_tensors(directory: Path) -> State:
+    if (directory / INDEX).exists():
+        files = sorted(set(_read_json(directory / INDEX)["weight_map"].values()))
+    elif (directory / WEIGHTS).exists():
+        files = [WEIGHTS]
+    else:
+        pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+        found = f"only {', '.join(pickles)}" if pickles else "no weights"
+        raise ModelError(
+            f"{directory} holds {found}: weights are read from {WEIGHTS} (or its index of shards), because opening a "
+            "pickle runs whatever code is in it; convert the checkpoint with save_pretrained(safe_serialization=True)."
+        )
+    tensors: State = {}
+    for file in files:
+        try:
+            tensors |= load_file(directory / file)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{directory / file} cannot be read as safetensors ({error}): it is missing, cut short or damaged; "
+                "copy or download it again."
+            ) from error
+    return tensors
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{path} does not exist: a checkpoint is a folder with config.json and {WEIGHTS}; point at that folder."
+        ) from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}): copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds a {type(content).__name__}: it should be a JSON object; copy it again.")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

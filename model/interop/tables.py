@@ -1,0 +1,71 @@
+"""How another package's checkpoint maps to ours: the form of the declarative tables in `families`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from model.config import ModelConfig
+from model.position import LearnedPositionConfig, NoPositionConfig, RopeConfig
+
+Position = RopeConfig | LearnedPositionConfig | NoPositionConfig
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of theirs. `{layer}` stands for every layer number; a tensor the model does not have is left out.
+
+    ours: several names where theirs is their concatenation along the output axis, in this order.
+    transposed: theirs is stored [in, out].
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of their config.json and the dotted fields of ModelConfig that it sets.
+
+    default: what their class takes where the key is missing. names: their word for each of ours, for enumerations.
+    written: the field whose value is exported instead, where ours may be null and theirs may not.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    default: Any = None
+    names: Mapping[str, str] | None = None
+    written: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A Hugging Face model class, told as data.
+
+    base_prefix: what the tensors' names lose in a checkpoint of the headless class.
+    fixed: what ModelConfig's fields must be for this class to compute the same function.
+    constants: keys of theirs with one supported value: written on export, refused on import when different.
+    only_written: keys of theirs that matter to their training only: written on export, not read.
+    ignored: regular expressions of stored buffers that carry no weights.
+    write_position, read_position: the positional keys, which are too tangled for `settings`.
+    """
+
+    model_type: str
+    architecture: str
+    base_prefix: str
+    weights: tuple[Weight, ...]
+    settings: tuple[Setting, ...]
+    fixed: Mapping[str, Any]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    only_written: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    write_position: Callable[[Position], dict[str, Any]]
+    read_position: Callable[[Mapping[str, Any]], Position]
+
+
+def dotted(config: ModelConfig, path: str) -> Any:
+    """The value of a field such as `mixer.n_heads`."""
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
