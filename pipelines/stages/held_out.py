@@ -1,0 +1,63 @@
+"""Which held-out documents are scored, and how they are shared out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.document import Document, read_documents
+from pipelines.engine.step import EngineError
+
+if TYPE_CHECKING:
+    from pipelines.stages.evaluate import EvaluateSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """The documents of one corpus that are scored, out of how many that were held out."""
+
+    documents: list[Document]
+    available: int
+
+    def card(self) -> dict[str, Any]:
+        return {
+            "available_documents": self.available,
+            "scored_documents": len(self.documents),
+            "chosen_by": "all" if len(self.documents) == self.available else "order of content hash",
+        }
+
+
+def choose(corpus: Path, settings: EvaluateSettings) -> HeldOut:
+    """The held-out documents to score, in the order of their ids.
+
+    An id hashes the text, so a cap takes a fixed part that has nothing to do with where a document stood: the longest
+    run of ids whose text fits, one document at least. Raises EngineError when nothing was held out.
+    """
+    available = sorted(read_documents(corpus / "heldout"), key=lambda document: document.id)
+    if not available:
+        raise EngineError(
+            f"{corpus} has no held-out documents, so there is nothing to evaluate on. Raise corpus.held_out.fraction "
+            "or give a larger corpus."
+        )
+    chosen: list[Document] = []
+    room = settings.max_bytes if settings.max_bytes is not None else math.inf
+    for document in available[: settings.max_documents]:
+        room -= len(document.text.encode("utf-8"))
+        if chosen and room < 0:
+            break
+        chosen.append(document)
+    return HeldOut(documents=chosen, available=len(available))
+
+
+def group_by_bytes(documents: list[Document], bytes_per_shard: int) -> list[list[int]]:
+    """Indices of the documents of each shard: as many shards as the bytes ask for, filled evenly."""
+    sizes = [len(document.text.encode("utf-8")) for document in documents]
+    groups: list[list[int]] = [[] for _ in range(max(1, min(len(documents), -(-sum(sizes) // bytes_per_shard))))]
+    filled = [0] * len(groups)
+    for index in sorted(range(len(documents)), key=lambda i: (-sizes[i], i)):
+        emptiest = min(range(len(groups)), key=lambda group: (filled[group], group))
+        groups[emptiest].append(index)
+        filled[emptiest] += sizes[index]
+    return groups

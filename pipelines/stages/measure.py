@@ -1,0 +1,180 @@
+"""The measurements of the evaluate stage, each one a piece of work that some worker does on its own.
+
+`measure(work, out_dir)` is what the workers run. Torch and lm-evaluation-harness are imported by the piece that needs
+them: they cost seconds, and the stage itself is imported by every command that only plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from data.document import Document, read_documents
+from data.shard_set import ShardSet
+from data.tokenizer import Tokenizer
+from pipelines.engine.step import Artifact, EngineError
+from pipelines.stages.baselines import COMPRESSORS, token_counts, unigram_nats
+from pipelines.stages.evaluate import EvaluateSettings, named
+from pipelines.stages.generate import TextGenerator
+
+if TYPE_CHECKING:
+    from model.architectures import Transformer
+
+BASE, FINETUNED = "base", "finetuned"
+MODELS = {BASE: "pretrain", FINETUNED: "finetune"}
+"""The models of a run and the step that made each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One piece: what to measure, with which artifacts, on which held-out documents (their ids, in order)."""
+
+    kind: Literal["score", "tasks", "samples", "baselines"]
+    settings: EvaluateSettings
+    tokenizer: Artifact
+    model: Artifact | None = None
+    corpora: tuple[Artifact, ...] = ()
+    shards: tuple[Artifact, ...] = ()
+    ids: tuple[str, ...] = ()
+    folder: str = "."
+    """Where under the stage's output this piece writes files, if it does."""
+
+
+def plan_work(
+    settings: EvaluateSettings,
+    inputs: Mapping[str, Artifact],
+    models: Mapping[str, Artifact],
+    ids: Sequence[str],
+    groups: Sequence[Sequence[int]],
+) -> dict[str, Work]:
+    """Every piece of work by shard name, the long ones first, so that the last to finish is a short one.
+
+    `groups`: places in `ids` of the documents that are scored together.
+    """
+    baselines = Work(
+        kind="baselines",
+        settings=settings,
+        tokenizer=inputs["tokenizer"],
+        corpora=tuple(named(inputs, "corpus").values()),
+        shards=tuple(named(inputs, "shards").values()),
+        ids=tuple(ids),
+    )
+    work: dict[str, Work] = {}
+    for name, model in models.items():
+        of_model = replace(baselines, model=model, shards=())
+        if settings.tasks:
+            work[f"tasks-{name}"] = replace(of_model, kind="tasks", folder=f"tasks/{name}")
+        for number, group in enumerate(groups):
+            scored = tuple(ids[place] for place in group)
+            work[f"score-{name}-{number:03d}"] = replace(of_model, kind="score", ids=scored)
+    for name, model in models.items():
+        work[f"samples-{name}"] = replace(baselines, kind="samples", model=model, shards=(), ids=())
+    return work | {"baselines": baselines}
+
+
+def measure(work: Work, out_dir: Path) -> dict[str, Any]:
+    """Do one piece of work; the result is JSON-able."""
+    pieces = {"score": score, "tasks": tasks, "samples": samples, "baselines": baselines}
+    return pieces[work.kind](work, out_dir)
+
+
+def score(work: Work, out_dir: Path) -> dict[str, Any]:
+    """Nats and tokens of each document under one model, and the windows they were taken over."""
+    from pipelines.stages.scoring import score_sequences
+
+    model = _model(work)
+    tokenizer = Tokenizer.load(work.tokenizer.path)
+    context_tokens, stride_tokens = window_tokens(work.settings, model.config.max_seq_len)
+    scores = score_sequences(
+        model,
+        [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(_texts(work))],
+        context_tokens=context_tokens,
+        stride_tokens=stride_tokens,
+        tokens_per_batch=work.settings.tokens_per_batch,
+    )
+    return {
+        "nats": [score.nats for score in scores],
+        "tokens": [score.tokens for score in scores],
+        "windows": {"context_tokens": context_tokens, "stride_tokens": stride_tokens},
+    }
+
+
+def window_tokens(settings: EvaluateSettings, max_seq_len: int) -> tuple[int, int]:
+    """Context and stride in tokens. Raises EngineError where the model was not made for such a window."""
+    context = settings.context_tokens or max_seq_len
+    stride = settings.stride_tokens or max(1, context // 2)
+    if context > max_seq_len:
+        raise EngineError(
+            f"evaluate.context_tokens = {context}: the model was trained for {max_seq_len} tokens; choose at most that."
+        )
+    if stride > context:
+        raise EngineError(
+            f"evaluate.stride_tokens = {stride}: windows of {context} tokens would skip some; choose at most {context}."
+        )
+    return context, stride
+
+
+def baselines(work: Work, out_dir: Path) -> dict[str, Any]:
+    """Compressed bytes per document, and nats per document under unigram models over the same tokens."""
+    texts, tokenizer = _texts(work), Tokenizer.load(work.tokenizer.path)
+    documents = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+    encoded = [text.encode("utf-8") for text in texts]
+    own = token_counts(documents, tokenizer.vocab_size)
+    result: dict[str, Any] = {
+        "compressed_bytes": {name: [COMPRESSORS[name](text) for text in encoded] for name in work.settings.compressors},
+        "nats": {"self_unigram": unigram_nats(own, documents, added=0)},
+        "training_tokens": 0,
+    }
+    if work.shards:
+        counts = sum(ShardSet.open(artifact.path).target_counts() for artifact in work.shards)
+        result["nats"]["unigram"] = unigram_nats(counts, documents, added=1)
+        result["training_tokens"] = int(counts.sum())
+    return result
+
+
+def tasks(work: Work, out_dir: Path) -> dict[str, Any]:
+    """Harness tasks on one model; each example with its answers goes to tasks/."""
+    from pipelines.stages.harness import HarnessModel, run_tasks
+
+    model, tokenizer = _model(work), Tokenizer.load(work.tokenizer.path)
+    harness = HarnessModel(model, tokenizer, tokens_per_batch=work.settings.tokens_per_batch)
+    return {"tasks": run_tasks(harness, _documents(work), work.settings, out_dir / work.folder)}
+
+
+def samples(work: Work, out_dir: Path) -> dict[str, Any]:
+    """Completions of the fixed prompts and questions by one model, each from its own seed."""
+    chosen = work.settings.samples
+    generator = TextGenerator(_model(work), Tokenizer.load(work.tokenizer.path))
+    asked = [(prompt, False) for prompt in chosen.prompts] + [(question, True) for question in chosen.questions]
+    written = []
+    for prompt, chat in asked:
+        completion = generator.generate(prompt, chosen.generation, chat=chat)
+        written.append({"prompt": prompt, "chat": chat, "text": completion.text, "finish": completion.finish})
+    return {"samples": written}
+
+
+def _model(work: Work) -> Transformer:
+    """The model of this piece, on a GPU where the pieces are given one."""
+    from pipelines.stages.weights import load_model
+
+    assert work.model is not None
+    device = "cuda" if work.settings.gpus_per_task else "cpu"
+    return load_model(work.model.path / "model", precision=work.settings.precision, device=device)
+
+
+def _documents(work: Work) -> list[Document]:
+    """The documents of this piece, in the order of its ids."""
+    wanted = set(work.ids)
+    found = {
+        document.id: document
+        for corpus in work.corpora
+        for document in read_documents(corpus.path / "heldout")
+        if document.id in wanted
+    }
+    return [found[identity] for identity in work.ids]
+
+
+def _texts(work: Work) -> list[str]:
+    return [document.text for document in _documents(work)]
