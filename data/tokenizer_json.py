@@ -1,0 +1,113 @@
+"""The tokenizer as Hugging Face files, for transformers, vLLM and the rest: same pieces, same merges, same ids.
+
+Pieces are written with real spaces, not U+2581, so neither normalizer nor decoder has to swap them and U+2581 in a text
+survives.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data.tokenizer import (
+    ASSISTANT,
+    BOS,
+    CONTROL_PIECES,
+    END,
+    EOS,
+    PAD,
+    SPACE_MARK,
+    SYSTEM,
+    TAB_RUNS,
+    UNK,
+    USER,
+    Tokenizer,
+)
+
+
+def export_tokenizer(tokenizer_dir: Path, out_dir: Path, *, max_tokens: int | None = None) -> None:
+    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja to `out_dir`.
+
+    `AutoTokenizer.from_pretrained(out_dir)` then gives Tokenizer.encode's ids, with `<s>` before them unless
+    add_special_tokens=False. Two differences remain: transformers reads control pieces spelled out in a text as such
+    unless told split_special_tokens=True, and its decoder keeps them unless told skip_special_tokens=True.
+    """
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    special = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD}
+    config = {
+        **special,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": [SYSTEM, USER, ASSISTANT, END],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_tokens if max_tokens is not None else int(1e30),
+        "padding_side": "left",
+        "chat_template": tokenizer.chat_template,
+    }
+    _write(out_dir / "tokenizer.json", tokenizer_json(tokenizer))
+    _write(out_dir / "tokenizer_config.json", config)
+    _write(
+        out_dir / "special_tokens_map.json", {**special, "additional_special_tokens": [SYSTEM, USER, ASSISTANT, END]}
+    )
+    (out_dir / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the content of tokenizer.json: BPE over the whole text with byte fallback, merges by falling score."""
+    pieces = [piece.replace(SPACE_MARK, " ") for piece, _ in tokenizer.vocabulary()]
+    bos_first = {"SpecialToken": {"id": BOS, "type_id": 0}}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added(tokenizer.control_ids[piece], piece, special=True) for piece in CONTROL_PIECES]
+        + [_added(pieces.index(run), run, special=False) for run in TAB_RUNS],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos_first, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [bos_first, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {BOS: {"id": BOS, "ids": [tokenizer.bos_id], "tokens": [BOS]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": UNK,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {piece: number for number, piece in enumerate(pieces)},
+            "merges": _merges(tokenizer),
+        },
+    }
+
+
+def _added(number: int, piece: str, *, special: bool) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": number, "content": piece, **flags, "special": special}
+
+
+def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Every way to put a piece together from two others, best score first; equal scores by the left part's length.
+
+    SentencePiece merges whatever pair gives the best piece, however that piece was made when it was learned.
+    """
+    scores = {
+        piece: score for number, (piece, score) in enumerate(tokenizer.vocabulary()) if tokenizer.is_plain(number)
+    }
+    merges = [
+        (-score, cut, piece[:cut], piece[cut:])
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    return [(left.replace(SPACE_MARK, " "), right.replace(SPACE_MARK, " ")) for _, _, left, right in sorted(merges)]
