@@ -1,0 +1,178 @@
+"""`athanor certify resume`: exact resume shown on the user's own configuration, scaled down.
+
+Three trainings of the same few steps, each a real `athanor run --until pretrain` in a process of its own:
+
+    straight   never interrupted
+    killed     its driver killed by SIGKILL at a random step, then the same command again
+    regrouped  with another number of ranks
+
+The verdict compares `metrics.jsonl`: killed must equal straight bit for bit, final weights included; regrouped must have
+the same batches, and losses within the float tolerance of summing in another order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines import console
+from pipelines.engine import runner
+from pipelines.engine.step import Step
+from pipelines.engine.store import open_store
+from pipelines.graph import build
+from pipelines.settings import Settings, SettingsError, compose
+
+STEPS = 12
+EXACT_FIELDS = ("step", "loss", "grad_norm", "lr", "tokens", "rows", "batch_digest")
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+"""Relative, on the loss of a step. Regrouping rows changes the order of sums: about 1e-7 per sum in fp32, and 2^-8 = 4e-3
+per product rounded to bf16; each update feeds the difference back, about a factor of a few over these twelve steps."""
+
+
+def certify_resume(overrides: Sequence[str]) -> int:
+    """Run the three trainings, print the verdict, return 0 if both comparisons hold and 1 otherwise."""
+    settings = compose(overrides)
+    steps = build(settings)
+    folder = Path("runs" if "://" in settings.store else settings.store).absolute() / ".certify" / settings.experiment
+    if folder.exists():
+        shutil.rmtree(folder)
+    words = [*overrides, *scaled_down(settings)]
+    _make_inputs(settings, steps)
+    other_ranks = 2 if settings.compute.ranks == 1 else settings.compute.ranks // 2
+    stores = {name: folder / name for name in ("straight", "killed", "regrouped")}
+    for store in stores.values():
+        _share_inputs(settings, steps, store)
+    say(f"certify: {STEPS} steps of {settings.experiment}, scaled down: {' '.join(scaled_down(settings))}")
+
+    _train("straight", words, stores["straight"])
+    at = random.SystemRandom().randint(2, STEPS - 2)
+    _train("killed", words, stores["killed"], kill_at=at)
+    _train("killed", words, stores["killed"])
+    _train("regrouped", [*words, f"compute.ranks={other_ranks}"], stores["regrouped"])
+
+    runs = {name: read(store) for name, store in stores.items()}
+    verdicts = [
+        exact_verdict(runs["straight"], runs["killed"], at),
+        regrouped_verdict(runs["straight"], runs["regrouped"], settings.pretrain.precision, other_ranks),
+    ]
+    for holds, words_of in verdicts:
+        print(f"{'holds ' if holds else 'BROKEN'}  {words_of}")
+    print(f"records: {folder}")
+    return 0 if all(holds for holds, _ in verdicts) else 1
+
+
+def scaled_down(settings: Settings) -> list[str]:
+    """Overrides that keep the configuration's kind and make twelve steps of it take seconds."""
+    mixer = settings.model.mixer
+    grouped = mixer.n_kv_heads is not None and mixer.n_kv_heads < mixer.n_heads
+    rows = 4 * max(2, settings.compute.ranks)
+    tokens = rows * settings.shards.seq_len
+    small = ["model.d_model=128", "model.mixer.n_heads=4", "model.mixer.head_dim=null", "model.ffn.d_ff=256"]
+    if grouped:
+        small.append("model.mixer.n_kv_heads=2")
+    return [
+        f"pretrain.global_batch_tokens={tokens}",
+        f"pretrain.total_tokens={tokens * STEPS}",
+        "pretrain.micro_batch_rows=2",
+        "pretrain.compile=off",
+        "pretrain.checkpoint.every_steps=3",
+        "tracking.mode=off",
+        f"model.n_layers={min(2, settings.model.n_layers)}",
+        *(small if settings.model.d_model > 128 else []),
+    ]
+
+
+def say(line: str) -> None:
+    """One line of progress on stderr."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _make_inputs(settings: Settings, steps: dict[str, Step]) -> None:
+    from pipelines.verbs import execute
+
+    execute(settings, list(steps["pretrain"].inputs.values()))
+
+
+def _share_inputs(settings: Settings, steps: dict[str, Step], store: Path) -> None:
+    """The finished inputs under another store: links, so that nothing is made or copied twice."""
+    for report in runner.plan(list(steps["pretrain"].inputs.values()), store=open_store(settings.store)):
+        if report.path is None:
+            continue
+        link = store / report.name / Path(report.path).name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(Path(report.path).absolute(), target_is_directory=True)
+
+
+def _train(name: str, words: Sequence[str], store: Path, *, kill_at: int | None = None) -> None:
+    """One `athanor run`; with `kill_at`, SIGKILL its driver when that step is on record."""
+    say(f"certify: {name}" + (f", to be killed after step {kill_at}" if kill_at is not None else ""))
+    log = store / f"{name}.log"
+    command = [sys.executable, "-m", "pipelines", "run", *words, f"store={store}", "--until", "pretrain"]
+    with log.open("ab") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        while process.poll() is None:
+            if kill_at is not None and len(_records(store)) >= kill_at:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+                return
+            time.sleep(0.02)
+    if kill_at is not None:
+        say(f"certify: {name} was done before it could be killed; the comparison below is of a run killed never")
+    if process.returncode != 0:
+        raise SettingsError(f"the {name} training failed with exit code {process.returncode}; its log is {log}.")
+
+
+def _records(store: Path) -> list[dict[str, Any]]:
+    """Whole lines of the run's metrics.jsonl, finished or not."""
+    files = sorted([*store.glob(".work/pretrain-*/*/out/metrics.jsonl"), *store.glob("pretrain/*/metrics.jsonl")])
+    if not files:
+        return []
+    newest = max(files, key=lambda path: path.stat().st_mtime)
+    lines = newest.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def read(store: Path) -> dict[str, Any]:
+    """A finished run's records and the content digest of its artifact."""
+    [manifest] = store.glob("pretrain/*/manifest.json")
+    return {"records": _records(store), "content": json.loads(manifest.read_text())["content_digest"]}
+
+
+def exact_verdict(straight: dict[str, Any], killed: dict[str, Any], at: int) -> tuple[bool, str]:
+    """Whether the interrupted run is the uninterrupted one, bit for bit."""
+    pairs = list(zip(straight["records"], killed["records"], strict=False))
+    for one, other in pairs:
+        for field in EXACT_FIELDS:
+            if one.get(field) != other.get(field):
+                return False, f"killed at step {at}: step {one['step']} has {field} {other.get(field)!r}, uninterrupted {one.get(field)!r}"
+    if len(straight["records"]) != len(killed["records"]):
+        return False, f"killed at step {at}: {len(killed['records'])} records, uninterrupted {len(straight['records'])}"
+    if straight["content"] != killed["content"]:
+        return False, f"killed at step {at}: final weights {killed['content'][:16]}, uninterrupted {straight['content'][:16]}"
+    return True, f"killed at step {at} and continued: {len(pairs)} steps and the final weights are equal bit for bit"
+
+
+def regrouped_verdict(
+    straight: dict[str, Any], regrouped: dict[str, Any], precision: str, ranks: int
+) -> tuple[bool, str]:
+    """Whether another number of ranks saw the same batches and, within float tolerance, the same losses."""
+    worst = 0.0
+    if len(straight["records"]) != len(regrouped["records"]):
+        return False, f"on {ranks} ranks: {len(regrouped['records'])} records, expected {len(straight['records'])}"
+    for one, other in zip(straight["records"], regrouped["records"], strict=True):
+        if one["batch_digest"] != other["batch_digest"]:
+            return False, f"on {ranks} ranks: step {one['step']} had batch {other['batch_digest']}, expected {one['batch_digest']}"
+        worst = max(worst, abs(one["loss"] - other["loss"]) / abs(one["loss"]))
+    limit = TOLERANCE[precision]
+    words = f"on {ranks} ranks: the same batches, losses at most {worst:.1e} apart (relative; {precision} limit {limit:.0e})"
+    return worst <= limit, words

@@ -1,0 +1,196 @@
+"""What a person sees: progress while steps run, the table at the end, byte and duration words.
+
+    with Display(names) as display:
+        reports = run(steps, …, on_event=display.event)
+    print_table(reports)
+
+On a terminal several steps share one live block (rich); in a pipe or a log every line stands alone and progress is told at
+most every ten seconds, so that a cluster's log stays readable.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.engine.runner import Event, StepReport
+
+QUIET_SECONDS = 10.0  # between progress lines of one step where there is no terminal
+
+
+def duration(seconds: float | None) -> str:
+    """90 → '1m30s'; None → '-'."""
+    if seconds is None:
+        return "-"
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def count(value: float) -> str:
+    """1234567 → '1.23 M' (powers of 1000)."""
+    for unit in ("", "k", "M", "G", "T", "P", "E", "Z"):
+        if abs(value) < 1000 or unit == "Z":
+            return (f"{value:.0f}" if unit == "" else f"{value:.3g}") + (f" {unit}" if unit else "")
+        value /= 1000
+    raise AssertionError("unreachable")
+
+
+def size(value: float) -> str:
+    """Bytes in powers of 1024: 3 << 20 → '3.0 MiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if abs(value) < 1024 or unit == "PiB":
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
+    """A plain rich table; `right` names the columns of numbers."""
+    out = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        out.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        out.add_row(*[Text(cell) for cell in row])
+    return out
+
+
+def console(*, to_stderr: bool = False) -> Console:
+    """A console that never wraps a table to 80 columns because its output is a file."""
+    stream = sys.stderr if to_stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else 160, highlight=False, soft_wrap=not stream.isatty())
+
+
+def print_json(value: Any) -> None:
+    """Compact machine output on stdout, nothing else on the line."""
+    sys.stdout.write(json.dumps(value, indent=2, sort_keys=False, default=str) + "\n")
+
+
+# What one line of the summary says of a step: the first of these figures that the step reports.
+_FIGURES: tuple[tuple[str, str], ...] = (
+    ("bits_per_byte", "{:.3f} bits/byte"),
+    ("max_logit_error", "logits agree to {:.1e}"),
+    ("final_loss", "loss {:.3f}"),
+    ("pairs", "{:,} pairs"),
+    ("rows", "{:,} rows"),
+    ("vocab_size", "{:,} pieces"),
+    ("documents", "{:,} documents"),
+)
+
+
+def key_figure(metrics: Mapping[str, Any]) -> str:
+    """The one figure of a step that a table has room for, '-' where it has none."""
+    for name, words in _FIGURES:
+        if metrics.get(name) is not None:
+            return words.format(metrics[name])
+    return "-"
+
+
+def summary(reports: Sequence[StepReport]) -> Table:
+    """The table at the end of a run: step, state, seconds, key figure, path."""
+    rows = [
+        (r.name, r.state, duration(r.seconds), key_figure(r.metrics or {}), str(r.path or "-"))
+        for r in reports
+    ]
+    return table(None, ("step", "state", "seconds", "key figure", "path"), rows, right=("seconds",))
+
+
+class Display:
+    """Turns the engine's events into lines, or into live bars on a terminal.
+
+    Use as a context manager; `event` is what `engine.runner.run` calls, from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._console = console(to_stderr=True)
+        self._live = self._console.is_terminal
+        self._bars = Progress(
+            TextColumn("{task.fields[step]:<12}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._tasks: dict[tuple[str, str], TaskID] = {}
+        self._last_line: dict[str, float] = {}
+        self._began: dict[tuple[str, str], tuple[float, float]] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Display:
+        if self._live:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._bars.stop()
+
+    def event(self, event: Event) -> None:
+        """One event of the runner."""
+        with self._lock:
+            if event.kind == "progress":
+                self._progress(event)
+                return
+            if event.kind in ("finished", "failed"):
+                self._forget(event.step)
+            line = _event_line(event)
+            if line:
+                self._console.print(Text(f"{event.step:<12} {line}"))
+
+    def _progress(self, event: Event) -> None:
+        key = (event.step, event.label)
+        began, first = self._began.setdefault(key, (time.monotonic(), event.done))
+        elapsed = time.monotonic() - began
+        rate = (event.done - first) / elapsed if elapsed > 0.5 else 0.0
+        words = _amount(event.done, event.unit)
+        if event.total:
+            words += f" of {_amount(event.total, event.unit)}"
+        if rate > 0:
+            words += f", {_amount(rate, event.unit)}/s"
+        words = f"{event.label} {words}"
+        if self._live:
+            if key not in self._tasks:
+                self._tasks[key] = self._bars.add_task(words, total=event.total, step=event.step)
+            self._bars.update(self._tasks[key], completed=event.done, total=event.total, description=words)
+            return
+        now = time.monotonic()
+        if now - self._last_line.get(event.step, now - QUIET_SECONDS + 3) >= QUIET_SECONDS:
+            self._last_line[event.step] = now
+            left = f", {duration((event.total - event.done) / rate)} left" if event.total and rate > 0 else ""
+            self._console.print(Text(f"{event.step:<12} {words}{left}"))
+
+    def _forget(self, step: str) -> None:
+        for key in [key for key in self._tasks if key[0] == step]:
+            self._bars.remove_task(self._tasks.pop(key))
+
+
+def _amount(value: float, unit: str) -> str:
+    if unit in ("B", "bytes"):
+        return size(value)
+    return f"{count(value)} {unit}".rstrip() if unit else count(value)
+
+
+def _event_line(event: Event) -> str:
+    if event.kind == "cached":
+        return "cached"
+    if event.kind == "started":
+        return "started"
+    if event.kind == "finished":
+        return f"done in {duration(event.seconds)}: {key_figure(event.metrics)}"
+    return event.message

@@ -1,0 +1,132 @@
+"""What an experiment would cost, from closed forms: tokens, FLOPs, memory per rank, shards, disk. Nothing is run.
+
+    costs = estimate(settings, reports)
+    costs["memory_per_rank"]["total"]       # bytes
+
+Memory follows the ZeRO paper (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054): a parameter takes 4 bytes of
+fp32 weight, 4 of fp32 gradient and 8 of AdamW's moments, in bf16 too, where only the matrix products are in bf16. Stage 1
+divides the moments by the ranks, stage 2 the gradients too, stage 3 the weights as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from data.corpus import CorpusSettings, corpus_files
+from data.errors import DataError
+from pipelines import console
+from pipelines.engine.runner import StepReport
+from pipelines.settings import Settings
+from pipelines.training.settings import BatchPlan, TrainSettings
+
+TEXT_BYTES_PER_TOKEN = 3.6
+"""A guess until the shards step has counted; English and code lie between 3 and 4.5 at 4k to 128k pieces."""
+
+
+def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any]:
+    """Figures for `plan`. Raises the rooms' errors for a combination that could not run."""
+    from model.build import build_model
+    from model.costs import activation_bytes, parameter_counts, train_flops_per_token
+
+    run = settings.pretraining()
+    model, train, seq_len = run.model, run.train, settings.shards.seq_len
+    build_model(model, device="meta")  # proves that it can be built at this size, without its memory
+    batch = BatchPlan.derive(train, seq_len=seq_len, world_size=run.compute.ranks, largest_rows=largest_micro_batch(model, seq_len))
+    counts = parameter_counts(model)
+    flops = train_flops_per_token(model, seq_len)
+    memory = memory_per_rank(counts.total, ranks=run.compute.ranks, stage=train.zero.stage)
+    memory["activations"] = activation_bytes(
+        model,
+        micro_batch_rows=batch.micro_batch_rows,
+        seq_len=seq_len,
+        dtype_bytes=2 if train.precision == "bf16" else 4,
+        recompute=train.recompute,
+    )
+    tokens = batch.total_steps * batch.tokens_per_step
+    return {
+        "parameters": {"total": counts.total, "active": counts.active, "embedding": counts.embedding},
+        "tokens": tokens,
+        "tokens_per_step": batch.tokens_per_step,
+        "steps": batch.total_steps,
+        "ranks": run.compute.ranks,
+        "micro_batch_rows": batch.micro_batch_rows,
+        "accumulation": batch.accumulation,
+        "zero_stage": train.zero.stage,
+        "flops_per_token": flops,
+        "flops": flops * tokens,
+        "memory_per_rank": {**memory, "total": sum(memory.values())},
+        "disk": disk(counts.total, train, reports),
+        "data": data(settings, tokens, reports),
+        "time": {gpu: flops * tokens / (peak * 0.4 * run.compute.ranks) for gpu, peak in _PEAKS.items()},
+    }
+
+
+_PEAKS = {"A100": 312e12, "H100": 989e12}
+"""Dense bf16 FLOP/s of one GPU, from NVIDIA's data sheets; `plan` assumes 40 % of it."""
+
+
+def data(settings: Settings, tokens: int, reports: Sequence[StepReport]) -> dict[str, Any]:
+    """Tokens and shards there are, counted where the steps are made, else guessed from the corpus files' sizes."""
+    made = [r.metrics for r in reports if r.name.startswith("shards") and r.metrics]
+    if made and len(made) == len(settings.corpora()):
+        there = sum(int(metrics["tokens"]) for metrics in made)
+        shards = sum(int(metrics["shards"]) for metrics in made)
+        basis = "counted"
+    else:
+        text_bytes = sum(corpus_bytes(source) for source in settings.corpora().values())
+        there = round(text_bytes / TEXT_BYTES_PER_TOKEN)
+        shards = -(-text_bytes // settings.shards.shard_text_bytes)
+        basis = f"guessed at {TEXT_BYTES_PER_TOKEN} bytes a token"
+    return {"tokens": there, "shards": shards, "epochs": tokens / there if there else None, "basis": basis}
+
+
+def corpus_bytes(settings: CorpusSettings) -> int:
+    """Bytes of a corpus as it lies on disk; 0 while it is not there."""
+    try:
+        return sum(file.bytes for file in corpus_files(settings))
+    except DataError:
+        return 0
+
+
+def disk(parameters: int, train: TrainSettings, reports: Sequence[StepReport]) -> dict[str, int]:
+    """Bytes: checkpoints kept (fp32 weights and two moments each) and the final weights; artifacts there already."""
+    return {
+        "checkpoints": 12 * parameters * (train.checkpoint.keep + 1),
+        "weights": 4 * parameters,
+        "artifacts_made": sum(report.bytes or 0 for report in reports),
+    }
+
+
+def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
+    """Two tables: the steps, and what training costs."""
+    out = console.console()
+    rows = [(r.name, r.state, r.digest[:16], str(r.path or "-")) for r in reports]
+    out.print(console.table(None, ("step", "state", "digest", "path"), rows))
+    out.print()
+    memory, amount, room = costs["memory_per_rank"], costs["data"], costs["disk"]
+    epochs = "-" if amount["epochs"] is None else f"{amount['epochs']:.2f}"
+    lines = [
+        ("parameters", f"{console.count(costs['parameters']['total'])} ({console.count(costs['parameters']['embedding'])} in embeddings)"),
+        ("tokens", f"{console.count(costs['tokens'])} = {costs['steps']:,} steps of {console.count(costs['tokens_per_step'])}"),
+        ("batch", f"{costs['ranks']} ranks x {costs['micro_batch_rows']} rows x {costs['accumulation']} accumulated"),
+        ("data", f"{console.count(amount['tokens'])} tokens in {amount['shards']} shards ({amount['basis']}): {epochs} epochs"),
+        ("FLOPs", f"{costs['flops']:.3g} = {costs['flops_per_token']:.3g} a token (forward and backward, causal mask counted)"),
+        ("time", ", ".join(f"{console.duration(s)} on {costs['ranks']} {gpu} at 40 % MFU" for gpu, s in costs["time"].items())),
+        ("memory per rank", f"{console.size(memory['total'])} at ZeRO-{costs['zero_stage']}: " + _parts(memory)),
+        ("disk", f"{console.size(room['checkpoints'])} of checkpoints, {console.size(room['weights'])} of weights"),
+    ]
+    out.print(console.table(None, ("pretrain", ""), lines))
+
+
+def _parts(memory: dict[str, float]) -> str:
+    return ", ".join(f"{name} {console.size(value)}" for name, value in memory.items() if name != "total")
+
+
+def memory_per_rank(parameters: int, *, ranks: int, stage: int) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer state on one rank (see the module's docstring)."""
+    return {
+        "weights": 4 * parameters / (ranks if stage >= 3 else 1),
+        "gradients": 4 * parameters / (ranks if stage >= 2 else 1),
+        "optimizer": 8 * parameters / (ranks if stage >= 1 else 1),
+    }

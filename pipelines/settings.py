@@ -1,0 +1,209 @@
+"""Hydra ⇄ typed, frozen settings: the one place where YAML and command-line overrides become dataclasses.
+
+    settings = compose(["experiment=demo", "optim.lr=3e-4"])
+    settings.optim.lr                       # 0.0003
+
+Hydra picks the files (groups under `conf`), the dataclasses decide what may stand in them: a key that no dataclass has, or
+a value of another type, is a `SettingsError` that names the nearest right one. Fields marked `{"execution": True}` say
+where or how fast and never what is made; `engine/fingerprint.py` leaves them out of every digest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import conf
+from data.corpus import CorpusSettings
+from data.mixture import MixtureSettings
+from data.order import OrderSettings
+from data.shards import ShardSettings
+from data.tokenizer import TokenizerSettings
+from model.config import ModelConfig
+from pipelines.engine.errors import EngineError
+from pipelines.engine.typed import from_plain
+from pipelines.stages.evaluate import EvaluateSettings
+from pipelines.stages.export import ExportSettings
+from pipelines.stages.finetune import FinetuneSettings
+from pipelines.stages.launch import ComputeSettings
+from pipelines.stages.pretrain import PretrainSettings
+from pipelines.training.settings import (
+    AdamWSettings,
+    MuonSettings,
+    ScheduleSettings,
+    TrackingSettings,
+    TrainSettings,
+    ZeroSettings,
+)
+
+CONF_DIR = Path(conf.__file__).parent
+_EXECUTION: Any = {"execution": True}
+_OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[\w./@-]+?)(?:=(?P<value>.*))?$", re.DOTALL)
+
+
+class SettingsError(Exception):
+    """A setting that cannot be: offending value, rule, remedy."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One experiment, whole. Every field is one top-level key of the composed configuration."""
+
+    experiment: str = field(metadata=_EXECUTION)
+    store: str = field(default="runs", metadata=_EXECUTION)
+    seed: int = 0
+    """What `pretrain.seed` and `order.seed` are unless they are set themselves."""
+    compute: ComputeSettings = field(default_factory=ComputeSettings, metadata=_EXECUTION)
+    corpus: CorpusSettings
+    sources: dict[str, CorpusSettings] = field(default_factory=dict)
+    """Several named corpora instead of `corpus`; `mixture.phases` says how much of each, and when."""
+    tokenizer: TokenizerSettings
+    shards: ShardSettings
+    mixture: MixtureSettings = field(default_factory=MixtureSettings)
+    order: OrderSettings = field(default_factory=OrderSettings)
+    model: ModelConfig
+    pretrain: TrainSettings
+    optim: AdamWSettings | MuonSettings
+    schedule: ScheduleSettings
+    zero: ZeroSettings = field(metadata=_EXECUTION)
+    finetune: FinetuneSettings | None
+    evaluate: EvaluateSettings
+    export: ExportSettings
+    tracking: TrackingSettings = field(metadata=_EXECUTION)
+
+    def corpora(self) -> dict[str, CorpusSettings]:
+        """Corpus settings by step name: `corpus` alone, or `corpus-NAME` for each of `sources`."""
+        if not self.sources:
+            return {"corpus": self.corpus}
+        return {f"corpus-{name}": source for name, source in self.sources.items()}
+
+    def resolved_model(self) -> ModelConfig:
+        """The model with what others decide filled in: the tokenizer's vocabulary, the rows' length."""
+        return replace(
+            self.model,
+            vocab_size=self.model.vocab_size or self.tokenizer.vocab_size,
+            max_seq_len=max(self.model.max_seq_len, self.shards.seq_len),
+        )
+
+    def pretraining(self) -> PretrainSettings:
+        """What the pretrain step is told: the groups that stand beside `pretrain` put in their places."""
+        train = replace(self.pretrain, optim=self.optim, schedule=self.schedule, **self._everywhere())
+        return PretrainSettings(
+            model=self.resolved_model(), train=train, order=self.order, mixture=self.mixture, compute=self.compute
+        )
+
+    def finetuning(self) -> FinetuneSettings | None:
+        """What the finetune step is told, or None where there is none."""
+        if self.finetune is None:
+            return None
+        train = replace(self.finetune.train, **self._everywhere())
+        return replace(self.finetune, train=train, compute=self.compute)
+
+    def _everywhere(self) -> dict[str, Any]:
+        """Execution settings that every training step shares."""
+        return {
+            "zero": self.zero,
+            "device": self.compute.device,
+            "threads": self.compute.cpus_per_rank,
+            "tracking": replace(self.tracking, group=self.tracking.group or self.experiment),
+        }
+
+
+def compose(overrides: Sequence[str]) -> Settings:
+    """Settings from overrides. Raises SettingsError for a mistake in them, naming the nearest right word."""
+    return typed(plain(overrides))
+
+
+def plain(overrides: Sequence[str]) -> dict[str, Any]:
+    """The composed configuration as a plain dict, before types."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    words = hydra_overrides(overrides)
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+            config = hydra_compose(config_name="config", overrides=words)
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingsError(_one_line(error)) from error
+
+
+def typed(config: Mapping[str, Any]) -> Settings:
+    """A plain configuration as Settings: unknown keys, wrong types and settings in two places are errors."""
+    for section, key in _SET_ELSEWHERE:
+        if key in (config.get(section) or {}):
+            raise SettingsError(f"{section}.{key}: set {_SET_ELSEWHERE[section, key]} instead; it holds for every step.")
+    try:
+        return from_plain(Settings, config, where="")
+    except EngineError as error:
+        # Paths begin at the root here, whose name is empty.
+        raise SettingsError(re.sub(r"(?<![\w\].])\.(?=[a-z_])", "", str(error))) from error
+
+
+_SET_ELSEWHERE = {
+    ("pretrain", "optim"): "optim.KEY or optim=NAME",
+    ("pretrain", "schedule"): "schedule.KEY or schedule=NAME",
+    ("pretrain", "zero"): "zero=0|1|2|3",
+    ("pretrain", "tracking"): "tracking.KEY",
+    ("pretrain", "device"): "compute.device",
+    ("pretrain", "threads"): "compute.cpus_per_rank",
+}
+
+
+def hydra_overrides(overrides: Sequence[str]) -> list[str]:
+    """Overrides as Hydra shall see them.
+
+    A group choice is checked here, where the options are known. A value is forced (`++`): whether the key exists is for
+    the dataclasses to say, which know defaults that no YAML file spells out.
+    """
+    words = []
+    for word in overrides:
+        match = _OVERRIDE.match(word)
+        if match is None or (match["value"] is None and match["prefix"] != "~"):
+            raise SettingsError(f"{word!r} is no override; write KEY=VALUE, for example experiment=demo or optim.lr=3e-4.")
+        key, value = match["key"], match["value"]
+        if key.startswith("hydra") or match["prefix"]:
+            words.append(word)
+        elif (CONF_DIR / key).is_dir():
+            for option in (value or "").split(","):
+                _check_option(key, option.strip())
+            words.append(word)
+        else:
+            words.append(f"++{word}")
+    if not any(word.startswith(("experiment=", "+experiment=")) for word in words):
+        known = ", ".join(options("experiment"))
+        raise SettingsError(f"no experiment chosen; add experiment=NAME, one of {known}.")
+    return words
+
+
+def groups() -> list[str]:
+    """Names of the configuration groups."""
+    return sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+
+
+def options(group: str) -> list[str]:
+    """Names to choose from in one group."""
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+def _check_option(group: str, option: str) -> None:
+    known = options(group)
+    if option not in known:
+        near = difflib.get_close_matches(option, known, n=1)
+        hint = f"did you mean {group}={near[0]}? " if near else ""
+        raise SettingsError(f"{group}={option}: no such {group}; {hint}There are {', '.join(known)}.")
+
+
+def _one_line(error: Exception) -> str:
+    """Hydra's message without its stack of causes."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(error).__name__

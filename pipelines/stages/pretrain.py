@@ -1,0 +1,51 @@
+"""Pretrain: packed rows → a trained decoder, by the loop in `training/loop.py` in several processes at once.
+
+The stage says what to train on and where to write. `training` knows neither the engine nor where rows come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.mixture import MixtureSettings
+from data.order import OrderSettings
+from model.config import ModelConfig
+from pipelines.engine.step import Artifact, Context
+from pipelines.engine.typed import to_plain
+from pipelines.stages.launch import ComputeSettings, train
+from pipelines.training.settings import TrainSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings:
+    """A pretraining run: which model, on which rows in which order, how."""
+
+    model: ModelConfig
+    train: TrainSettings
+    order: OrderSettings = field(default_factory=OrderSettings)
+    mixture: MixtureSettings = field(default_factory=MixtureSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings, metadata={"execution": True})
+
+
+def run(settings: PretrainSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
+    """Inputs: tokenizer, and shards (or shards-NAME for each source). Writes model/, metrics.jsonl, the last checkpoint."""
+    return train(job(settings, inputs, out_dir), settings.compute, out_dir, ctx)
+
+
+def job(settings: PretrainSettings, inputs: Mapping[str, Artifact], out_dir: Path) -> dict[str, Any]:
+    """What every rank is told: plain data, so that it can be written down and run without the engine."""
+    shards = {name: artifact for name, artifact in inputs.items() if name.startswith("shards")}
+    sources = {name.removeprefix("shards-"): str(artifact.path) for name, artifact in shards.items()}
+    return {
+        "label": "pretrain",
+        "train": to_plain(settings.train),
+        "model": to_plain(settings.model),
+        "order": to_plain(settings.order),
+        "mixture": to_plain(settings.mixture),
+        "shards": sources,
+        "digests": {name: artifact.digest for name, artifact in inputs.items()},
+        "out_dir": str(out_dir),
+    }

@@ -1,0 +1,57 @@
+"""`athanor run --help`: experiments, groups and every setting with its default, read from `conf` and the dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from pipelines.engine.typed import field_types
+from pipelines.settings import CONF_DIR, Settings, groups, options
+
+NOT_TAUGHT = ("experiment", "hydra")
+
+
+def settings_help() -> str:
+    """The text below a verb's options."""
+    lines = ["experiments"]
+    lines += [f"  experiment={name:<12} {first_comment(name)}" for name in options("experiment")]
+    lines += ["", "groups: GROUP=OPTION"]
+    lines += [f"  {group:<11} {', '.join(options(group))}" for group in groups() if group not in NOT_TAUGHT]
+    lines += ["", "settings: KEY=VALUE   (* changes where or how fast, never what is made)"]
+    lines += [f"  {line}" for line in keys(Settings, "", execution=False)]
+    lines += ["", "lists: corpus.paths=['a/*.txt',b]   nothing: null   sweep: run -m optim.lr=1e-3,3e-3 model=tiny,demo"]
+    return "\n".join(lines)
+
+
+def first_comment(experiment: str) -> str:
+    """What an experiment's file says of itself in its first line of prose."""
+    for line in (CONF_DIR / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8").splitlines():
+        if line.startswith("# ") and "@package" not in line:
+            return line[2:]
+    return ""
+
+
+def keys(cls: type, prefix: str, *, execution: bool) -> Iterator[str]:
+    """One line for each key under a dataclass: its name, its default."""
+    types = field_types(cls)
+    for field in dataclasses.fields(cls):
+        name, aside = f"{prefix}{field.name}", execution or bool(field.metadata.get("execution"))
+        inner = [arm for arm in _arms(types[field.name]) if dataclasses.is_dataclass(arm)]
+        if not inner:
+            yield f"{name}{'*' if aside else ''}{_default(field)}"
+        for arm in inner:
+            kind = f" (kind {typing.get_args(field_types(arm)['kind'])[0]})" if len(inner) > 1 else ""
+            yield from (line + kind for line in keys(arm, name + ".", execution=aside))
+
+
+def _arms(hint: Any) -> list[Any]:
+    arms = [inner for arm in typing.get_args(hint) for inner in _arms(arm)]
+    return [hint] if isinstance(hint, type) and not arms else arms
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is dataclasses.MISSING:
+        return ""
+    return f" = {'null' if field.default is None else str(field.default).lower() if isinstance(field.default, bool) else field.default}"

@@ -1,0 +1,237 @@
+"""What each verb of the command line does: settings, then the engine or a room, then what to print."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines import console
+from pipelines.engine import runner
+from pipelines.engine.backend import Backend, LocalBackend, RayBackend
+from pipelines.engine.runner import StepReport
+from pipelines.engine.step import EngineError, Step
+from pipelines.engine.store import open_store
+from pipelines.graph import build
+from pipelines.settings import Settings, SettingsError, compose
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`athanor run`: make what is missing, print what was made and what to type next."""
+    if arguments.multirun:
+        from pipelines.sweep import sweep
+
+        return sweep(arguments.overrides)
+    settings = compose(arguments.overrides)
+    steps = build(settings)
+    reports = execute(settings, [named(steps, arguments.until)] if arguments.until else list(steps.values()))
+    out = console.console()
+    out.print()
+    out.print(console.summary(reports))
+    out.print()
+    out.print(_next_words(arguments.overrides, reports), markup=False)
+    return 0
+
+
+def execute(settings: Settings, targets: Sequence[Step], *, quiet: bool = False) -> list[StepReport]:
+    """Run the steps that `targets` need. SIGTERM is taken as Ctrl-C: a clean stop with all work kept."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with console.Display() as display:
+        backend = make_backend(settings)
+        try:
+            on_event = (lambda event: None) if quiet else display.event
+            return runner.run(targets, store=open_store(settings.store), backend=backend, on_event=on_event)
+        finally:
+            backend.close()
+
+
+def make_backend(settings: Settings) -> Backend:
+    """Ray, or its local twin; nothing is started before the first step that is not cached."""
+    if settings.compute.backend == "local":
+        return LocalBackend()
+    return RayBackend(address=settings.compute.address)
+
+
+def named(steps: dict[str, Step], name: str) -> Step:
+    """The step of that name, or SettingsError with the names there are."""
+    if name not in steps:
+        raise SettingsError(f"step {name!r}: this experiment has no such step. Its steps are {', '.join(steps)}.")
+    return steps[name]
+
+
+def _next_words(overrides: Sequence[str], reports: Sequence[StepReport]) -> str:
+    made = {report.name: report for report in reports}
+    same = " ".join(overrides)
+    lines = []
+    if "report" in made:
+        lines.append(f"open     {made['report'].path}/report.html")
+    lines.append(f"try      athanor generate {same} --prompt 'def '")
+    lines.append(f"look     athanor trace {same} --step 1")
+    if "export" in made:
+        lines.append(f"load     transformers.AutoModelForCausalLM.from_pretrained('{made['export'].path}/model')")
+    lines.append(f"change   athanor run {same} optim.lr=1e-3      (athanor why pretrain … says what reruns)")
+    return "\n".join(lines)
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """`athanor plan`: what would run and what it would cost."""
+    from pipelines import planning
+
+    settings = compose(arguments.overrides)
+    steps = build(settings)
+    reports = runner.plan(list(steps.values()), store=open_store(settings.store))
+    costs = planning.estimate(settings, reports)
+    if arguments.json:
+        console.print_json({"steps": [planning.step_json(report) for report in reports], "costs": costs})
+    else:
+        planning.show(reports, costs)
+    return 0
+
+
+def why(arguments: argparse.Namespace) -> int:
+    """`athanor why STEP`: the field, input or file that makes a step run again."""
+    overrides = list(arguments.overrides)
+    settings = compose(overrides)
+    step = named(build(settings), arguments.step)
+    console.console().print(str(runner.why(step, store=open_store(settings.store))), markup=False)
+    return 0
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """`athanor status`: every step's state now."""
+    settings = compose(arguments.overrides)
+    reports = runner.status(list(build(settings).values()), store=open_store(settings.store))
+    if arguments.json:
+        fields = ("name", "digest", "state", "path", "metrics", "seconds")
+        console.print_json({"steps": [{name: getattr(report, name) for name in fields} for report in reports]})
+    else:
+        console.console().print(console.summary(reports))
+    return 0
+
+
+def made(settings: Settings, step: Step) -> Path:
+    """The folder of a step's artifact, or SettingsError that says how to make it."""
+    store = open_store(settings.store)
+    artifact = store.find(step)
+    if artifact is None:
+        raise SettingsError(
+            f"step {step.name!r} of experiment {settings.experiment!r} is not in the store {settings.store}; make it first: "
+            f"athanor run experiment={settings.experiment} --until {step.name}"
+        )
+    return artifact.path
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """`athanor generate`: continue prompts with the last model made, or with the one `--from` names."""
+    from pipelines.stages.generate import GenerateSettings, TextGenerator
+
+    if not arguments.prompt:
+        raise SettingsError("no prompt; add --prompt 'def ' (may be given several times), or --chat --prompt 'a question'.")
+    model_dir, tokenizer_dir = _model_folders(arguments)
+    generator = TextGenerator.open(model_dir, tokenizer_dir)
+    settings = _valid(
+        GenerateSettings,
+        max_new_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stop=tuple(arguments.stop),
+    )
+    for prompt in arguments.prompt:
+        sys.stdout.write("" if arguments.chat else prompt)
+        done = generator.generate(prompt, settings, chat=arguments.chat, on_text=_write_now)
+        sys.stdout.write("\n")
+        sys.stderr.write(f"[{done.tokens} tokens, {done.tokens_per_second:.0f} tokens/s, ended by {done.finish}]\n")
+    return 0
+
+
+def _model_folders(arguments: argparse.Namespace) -> tuple[Path, Path | None]:
+    """Where the weights and the tokenizer lie: a folder that is both, or a step's artifact and the tokenizer's."""
+    if arguments.source and Path(arguments.source).is_dir():
+        return Path(arguments.source), None
+    settings = compose(arguments.overrides)
+    steps = build(settings)
+    wanted = arguments.source or next(
+        (name for name in ("finetune", "pretrain") if name in steps and _find(settings, steps[name])), "pretrain"
+    )
+    return made(settings, named(steps, wanted)) / "model", made(settings, steps["tokenizer"])
+
+
+def _valid(cls: type[Any], **values: Any) -> Any:
+    """A settings object from command-line options, whose mistakes are the user's."""
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def _write_now(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def certify(arguments: argparse.Namespace) -> int:
+    """`athanor certify resume`: kill and continue a scaled-down copy of this configuration, compare, tell."""
+    from pipelines.certify import certify_resume
+
+    return certify_resume(arguments.overrides)
+
+
+def trace(arguments: argparse.Namespace) -> int:
+    """`athanor trace --step N`: from a training step back to files, documents, characters, text."""
+    from data.loader import order_over
+    from data.shard_set import ShardSet
+    from data.tokenizer import Tokenizer
+    from data.trace import trace_step
+
+    settings = compose(arguments.overrides)
+    steps, run_settings = build(settings), settings.pretraining()
+    rows_steps = {name: step for name, step in steps["pretrain"].inputs.items() if name.startswith("shards")}
+    shard_sets = {name.removeprefix("shards-"): ShardSet.open(made(settings, step)) for name, step in rows_steps.items()}
+    corpora = {
+        name.removeprefix("shards-"): made(settings, step.inputs["corpus"]) / "train" for name, step in rows_steps.items()
+    }
+    rows = trace_step(
+        shard_sets,
+        order_over(shard_sets, order=run_settings.order, mixture=run_settings.mixture),
+        step=arguments.step,
+        rows_per_step=run_settings.train.global_batch_tokens // settings.shards.seq_len,
+        tokenizer=Tokenizer.load(made(settings, steps["tokenizer"])),
+        corpora=corpora,
+    )
+    if arguments.json:
+        console.print_json([dataclasses.asdict(row) for row in rows])
+        return 0
+    out = console.console()
+    for row in rows:
+        out.print(f"row {row.global_row}  {row.source} epoch {row.epoch}  {row.shard} block {row.block} row {row.row}", markup=False)
+        for piece in row.pieces:
+            span = f"characters {piece.characters[0]}-{piece.characters[1]}" if piece.characters else f"token {piece.first_token}"
+            text = piece.text if len(piece.text) <= 80 else piece.text[:60] + " … " + piece.text[-16:]
+            out.print(f"  {piece.start:>5}-{piece.stop:<5} {piece.file} at {piece.position}, {span}  {text!r}", markup=False)
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """`athanor train`: the pretrain step in the processes torchrun started (or in this one), without Ray.
+
+    Its inputs are made first, by rank 0 with the local backend; the result is published as `athanor run` would.
+    """
+    from pipelines.torchrun import pretrain
+
+    return pretrain(compose(arguments.overrides))
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    """`athanor submit`: hand a command to a cluster."""
+    from cluster.submit import submit as send
+
+    if not arguments.command:
+        raise SettingsError("nothing to submit; put the command after two dashes: submit cluster=ray address=URL -- run experiment=demo")
+    kind, settings = cluster_settings(arguments.overrides)
+    return int(send(kind, settings, arguments.command, dry_run=arguments.dry_run, follow=not arguments.no_follow))

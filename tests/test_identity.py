@@ -1,0 +1,160 @@
+"""Settings that say where or how fast never move a digest; every other one moves its step and exactly what follows."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import types
+import typing
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import pytest
+
+from pipelines.engine.runner import digests
+from pipelines.engine.step import Step
+from pipelines.graph import build
+from pipelines.settings import Settings, compose
+
+OWNER = {
+    "corpus": {"corpus"},
+    "tokenizer": {"tokenizer"},
+    "shards": {"shards"},
+    "mixture": {"pretrain"},
+    "order": {"pretrain"},
+    "model": {"pretrain"},
+    "pretrain": {"pretrain"},
+    "optim": {"pretrain"},
+    "schedule": {"pretrain"},
+    "finetune": {"finetune"},
+    "finetune.data": {"instructions"},
+    "evaluate": {"evaluate"},
+    "export": {"export"},
+}
+"""The step that each part of the settings belongs to."""
+
+DERIVED = {"seed", "sources"}
+"""`seed` is a default that YAML copies to `order.seed` and `pretrain.seed`; `sources` replaces `corpus` (tested below)."""
+
+
+@cache
+def base() -> Settings:
+    return compose(["experiment=demo"])
+
+
+@cache
+def graph_digests(settings: Settings) -> dict[str, str]:
+    steps = build(settings)
+    return {step.name: digest for step, digest in digests(list(steps.values()), file_hashes=None).items()}
+
+
+def leaves(value: Any, hint: Any, path: tuple[str, ...], execution: bool) -> Iterator[tuple[tuple[str, ...], Any, Any, bool]]:
+    """(path, value, type, execution?) of every field that is not itself a dataclass."""
+    hints = typing.get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        inner, here = getattr(value, field.name), (*path, field.name)
+        is_execution = execution or bool(field.metadata.get("execution"))
+        if dataclasses.is_dataclass(inner):
+            yield from leaves(inner, hints[field.name], here, is_execution)
+        else:
+            yield here, inner, hints[field.name], is_execution
+
+
+def others(value: Any, hint: Any) -> Iterator[Any]:
+    """Other values of a field, tame ones first; some may break a rule of their class."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        for arm in arguments:
+            if arm is type(None):
+                if value is not None:
+                    yield None
+            else:
+                yield from others(value, arm)
+    elif origin is Literal:
+        yield from (choice for choice in arguments if choice != value)
+    elif hint is bool:
+        yield not value
+    elif hint is int:
+        yield from (value * 2, value + 1, value // 2) if isinstance(value, int) and value else (1, 2, 64)
+    elif hint is float:
+        yield from (value * 0.5, value * 2, value + 0.1) if isinstance(value, int | float) and value else (0.5, 1.0)
+    elif hint is str:
+        yield (value or "") + "x"
+    elif origin is tuple and arguments[0] is str:
+        yield (*(value or ()), "x")
+    elif origin is tuple and arguments[0] is float:
+        yield tuple(item * 0.5 for item in value)
+
+
+def with_value(node: Any, path: tuple[str, ...], value: Any) -> Any:
+    if not path:
+        return value
+    return dataclasses.replace(node, **{path[0]: with_value(getattr(node, path[0]), path[1:], value)})
+
+
+def changed(path: tuple[str, ...], value: Any, hint: Any) -> Settings | None:
+    """The settings with one field changed to a value that its class allows, or None where none was found."""
+    for other in itertools.islice(others(value, hint), 12):
+        try:
+            settings: Settings = with_value(base(), path, other)
+            build(settings)
+            return settings
+        except Exception as error:
+            if not (hasattr(error, "exit_code") or isinstance(error, ValueError)):
+                raise
+    return None
+
+
+def followers(names: set[str]) -> set[str]:
+    """The steps and everything made from them."""
+    found = set(names)
+    for step in build(base()).values():  # in order: inputs first
+        if any(parent.name in found for parent in step.inputs.values()):
+            found.add(step.name)
+    return found
+
+
+FIELDS = list(leaves(base(), Settings, (), False))
+
+
+@pytest.mark.parametrize(("path", "value", "hint", "execution"), FIELDS, ids=[".".join(field[0]) for field in FIELDS])
+def test_a_setting_moves_exactly_what_it_changes(path: tuple[str, ...], value: Any, hint: Any, execution: bool) -> None:
+    if path[0] in DERIVED:
+        pytest.skip("copied into other settings, which have their own test")
+    settings = changed(path, value, hint)
+    if settings is None:
+        pytest.skip(f"no other allowed value found beside {value!r}")
+    before, after = graph_digests(base()), graph_digests(settings)
+    moved = {name for name in before if before[name] != after[name]}
+    if execution:
+        assert moved == set()
+        return
+    owner = OWNER.get(".".join(path[:2])) or OWNER[path[0]]
+    assert moved == followers(owner)
+
+
+def test_most_identity_settings_have_another_value_to_try() -> None:
+    identity = [field for field in FIELDS if not field[3] and field[0][0] not in DERIVED]
+    untried = [".".join(path) for path, value, hint, _ in identity if changed(path, value, hint) is None]
+    assert len(untried) <= len(identity) // 10, untried
+
+
+def test_the_seed_reaches_order_and_initialization() -> None:
+    settings = compose(["experiment=demo", "seed=7"])
+    assert settings.order.seed == settings.pretrain.seed == 7
+
+
+def test_where_a_corpus_lies_does_not_matter_but_its_text_does(tmp_path: Path) -> None:
+    def steps(folder: str, text: str) -> dict[str, Step]:
+        root = tmp_path / folder / "books"
+        root.mkdir(parents=True)
+        (root / "a.txt").write_text(text)
+        return build(compose(["experiment=text", f"corpus.paths=[{root}]"]))
+
+    def digest(steps: dict[str, Step]) -> str:
+        return digests([steps["corpus"]], file_hashes=None)[steps["corpus"]]
+
+    one, moved, other = steps("one", "a tale"), steps("two", "a tale"), steps("three", "another")
+    assert digest(one) == digest(moved) != digest(other)

@@ -1,0 +1,124 @@
+"""The structure holds: who may import whom, no cycles, the doors, the walk to the kernel, and the README's map."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import deque
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("pipelines", "model", "data", "conf", "cluster")
+SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+
+FORBIDDEN: dict[str, set[str]] = {
+    "model": {"data", "pipelines", "cluster", "ray", "deepspeed", "hydra", "omegaconf", "wandb", "yaml"},
+    "data": {"model", "pipelines", "cluster", "ray", "deepspeed", "hydra", "omegaconf", "wandb"},
+    "cluster": {"model", "data", "pipelines", "torch", "deepspeed", "hydra", "omegaconf"},
+    "pipelines/engine": {"torch", "model", "data", "deepspeed", "hydra", "omegaconf", "ray", "cluster", "wandb"},
+    "pipelines/training": {"ray", "hydra", "omegaconf", "deepspeed", "cluster"},
+    "pipelines/stages": {"hydra", "omegaconf", "cluster", "deepspeed", "ray", "wandb"},
+}
+DOORS = {"pipelines/engine/backend.py": {"ray"}, "pipelines/training/zero.py": {"deepspeed"}}
+"""The one file of a room that may import what the rest of it may not."""
+
+INSIDE_PIPELINES = {
+    "pipelines/engine": {"pipelines.engine"},
+    "pipelines/training": {"pipelines.training"},
+    "pipelines/stages": {"pipelines.stages", "pipelines.training", "pipelines.engine.step", "pipelines.engine.typed"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of every module a file imports, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the whole name"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return found
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(ROOT).as_posix()
+    return next(room for room in sorted(FORBIDDEN, key=len, reverse=True) if relative.startswith(room + "/"))
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if any(p.is_relative_to(ROOT / r) for r in FORBIDDEN)], ids=str)
+def test_a_room_imports_only_what_it_may_know(path: Path) -> None:
+    room, relative = room_of(path), path.relative_to(ROOT).as_posix()
+    names = imports(path)
+    forbidden = FORBIDDEN[room] - DOORS.get(relative, set())
+    assert not {name for name in names if name.split(".")[0] in forbidden}
+    allowed = INSIDE_PIPELINES.get(room)
+    if allowed is not None:
+        inside = {name for name in names if name.startswith("pipelines.")}
+        strangers = {n for n in inside if not any(n == a or n.startswith(a + ".") for a in allowed) and n not in allowed}
+        parents = {".".join(a.split(".")[:-1]) for a in allowed}
+        assert not strangers - parents
+
+
+def test_torch_enters_data_only_through_batches() -> None:
+    users = {p.relative_to(ROOT / "data").as_posix() for p in (ROOT / "data").rglob("*.py") if "torch" in imports(p)}
+    assert users <= {"batch.py", "loader.py"}
+
+
+def module_file(name: str) -> Path | None:
+    base = ROOT / name.replace(".", "/")
+    for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def edges() -> dict[Path, set[Path]]:
+    return {path: {f for name in imports(path) if (f := module_file(name)) and f != path} for path in SOURCES}
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph, done, on_path = edges(), set[Path](), list[Path]()
+
+    def visit(path: Path) -> None:
+        assert path not in on_path, "circle: " + " → ".join(p.name for p in [*on_path[on_path.index(path) :], path])
+        if path in done:
+            return
+        on_path.append(path)
+        for other in sorted(graph.get(path, ())):
+            visit(other)
+        on_path.pop()
+        done.add(path)
+
+    for path in SOURCES:
+        visit(path)
+
+
+def test_the_walk_from_the_graph_to_the_attention_kernel_is_at_most_eight_files() -> None:
+    graph = edges()
+    start, goal = ROOT / "pipelines/graph.py", ROOT / "model/kernels/attention.py"
+    length, queue = {start: 1}, deque([start])
+    while queue:
+        path = queue.popleft()
+        for other in graph.get(path, ()):
+            if other not in length:
+                length[other] = length[path] + 1
+                queue.append(other)
+    assert length[goal] <= 8
+
+
+def test_the_readme_maps_every_source_file_in_under_eight_words() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in SOURCES:
+        if path.name == "__init__.py":
+            continue
+        line = re.search(rf"^\s*{re.escape(path.relative_to(ROOT).as_posix())}\s+(.+)$", readme, re.MULTILINE)
+        assert line, f"{path.relative_to(ROOT)} is missing from the README's map"
+        assert len(line.group(1).split()) < 8, line.group(0)
+
+
+def test_files_stay_readable_in_one_sitting() -> None:
+    long = {p.relative_to(ROOT).as_posix(): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 500}
+    assert not long, f"look for the part that has its own name in {long}"
