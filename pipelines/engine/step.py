@@ -32,12 +32,14 @@ class Context(Protocol):
         label: str = "shards",
         cpus: float = 1,
         gpus: float = 0,
+        scratch: bool = False,
     ) -> dict[str, dict[str, Any]]:
         """Run ``fn(payload, out_dir)`` once per shard, in worker processes, and return {name: its result}.
 
         ``fn`` is a module-level function that writes files under the folder it is given (they appear in the stage's
         out_dir, same relative paths, when it returns) and returns a JSON-able dict. A finished shard is never
-        redone after a kill. Other shard names than a killed attempt had under this label: EngineError.
+        redone after a kill. Other shard names than a killed attempt had under this label: EngineError. With ``scratch``
+        the files appear in ctx.scratch instead: intermediate results that are not published.
         """
         ...
 

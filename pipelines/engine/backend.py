@@ -1,0 +1,339 @@
+"""The only door to Ray: start it or join it, run calls on its workers, run gangs on Ray Train.
+
+Launch and wait, no more. Results are small; bytes travel through the store. A worker reports an
+error of the function it ran as a value (``outcome.py``), so that whatever Ray itself raises means one thing: the
+worker is gone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipelines.engine.errors import EngineError
+from pipelines.engine.gang import Gang, run_rank
+from pipelines.engine.outcome import WorkerDiedError, guarded, log_tail, opened
+
+Poll = Callable[[], None]
+"""Called several times a second while a backend waits; raising from it ends what runs and what waits."""
+
+MAX_RETRIES = 3  # of a call whose worker died
+POLL_SECONDS = 0.2
+ANSWER_SECONDS = 12.0  # for an existing cluster to answer
+OBJECT_STORE_BYTES = 128 * 2**20  # results only; Ray's default would claim 30 % of the memory
+PACKAGES = ("pipelines", "model", "data", "conf", "cluster")
+
+# Ray Train: look at the workers five times a second instead of every two seconds, stay in the driver's working folder,
+# and start none of the actors that feed a dashboard. Two ranks on two cores: 16.4 s to a finished empty gang before,
+# 11.3 s after.
+RAY_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What there is to run on, altogether."""
+
+    cpus: float
+    gpus: float
+
+
+class Backend(Protocol):
+    """Where steps' work runs."""
+
+    def resources(self) -> Resources:
+        """Everything there is; starts the backend if that is needed to know."""
+        ...
+
+    def map(
+        self,
+        fn: Callable[..., Any],
+        calls: Mapping[str, tuple[Any, ...]],
+        *,
+        cpus: float = 1,
+        gpus: float = 0,
+        poll: Poll = ...,
+    ) -> Iterator[tuple[str, Any]]:
+        """Run ``fn(*args)`` for each call in worker processes; (name, result) in the order they finish.
+
+        A call whose worker dies is tried again, at most MAX_RETRIES times; then WorkerDiedError.
+        """
+        ...
+
+    def gang(self, gang: Gang, *, poll: Poll = ...) -> Any:
+        """Run all ranks once and return rank 0's result. Raises a rank's error; WorkerDiedError if one was killed."""
+        ...
+
+    def close(self) -> None:
+        """End every process this backend started."""
+        ...
+
+
+def check_feasible(there: Resources, *, cpus: float, gpus: float, copies: int = 1) -> int:
+    """How many such processes fit at once. Raises EngineError if ``copies`` of them never will."""
+    for name, each, total in (("GPU", gpus, there.gpus), ("CPU", cpus, there.cpus)):
+        if each * copies > total:
+            wanted = f"{copies} × {each:g}" if copies > 1 else f"{each:g}"
+            raise EngineError(
+                f"{wanted} {name}s asked for where there are {total:g}: it would wait for ever. Ask for fewer workers, "
+                f"or for fewer {name}s each, or run on a larger cluster."
+            )
+    by_cpu = there.cpus / cpus if cpus else math.inf
+    by_gpu = there.gpus / gpus if gpus else math.inf
+    return int(min(by_cpu, by_gpu, 1024))
+
+
+class RayBackend:
+    """Workers of a Ray cluster: the one at ``address``, the one this process already belongs to, or a new local one."""
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        cpus: int | None = None,
+        gpus: int | None = None,
+        packages: tuple[str, ...] = PACKAGES,
+    ) -> None:
+        self._address = address or os.environ.get("RAY_ADDRESS")
+        self._cpus, self._gpus, self._packages = cpus, gpus, packages
+        self._start = threading.Lock()
+        self._started = False
+        self._owned = False
+
+    def resources(self) -> Resources:
+        if self._address is None and not self._started and self._cpus is not None and self._gpus is not None:
+            return Resources(cpus=self._cpus, gpus=self._gpus)
+        total = self._ray().cluster_resources()
+        return Resources(cpus=total.get("CPU", 0.0), gpus=total.get("GPU", 0.0))
+
+    def map(
+        self,
+        fn: Callable[..., Any],
+        calls: Mapping[str, tuple[Any, ...]],
+        *,
+        cpus: float = 1,
+        gpus: float = 0,
+        poll: Poll = lambda: None,
+    ) -> Iterator[tuple[str, Any]]:
+        ray = self._ray()
+        at_once = check_feasible(self.resources(), cpus=cpus, gpus=gpus)
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(guarded)
+        waiting = list(calls.items())[::-1]
+        running: dict[Any, str] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < 2 * at_once:  # one more each, so that no worker waits for this loop
+                    name, args = waiting.pop()
+                    running[task.remote(fn, *args)] = name
+                poll()
+                ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
+                for reference in ready:
+                    name = running.pop(reference)
+                    yield name, opened(self._answer(reference, name))
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+
+    def _answer(self, reference: Any, name: str) -> bytes:
+        ray = self._ray()
+        try:
+            return bytes(ray.get(reference))
+        except ray.exceptions.RayTaskError as error:  # not the function, which cannot raise: its arguments or module
+            raise EngineError(f"{name} could not be run on a worker: {error.cause or error}") from error
+        except ray.exceptions.RayError as error:
+            raise WorkerDiedError(
+                f"{name}: its worker process died {MAX_RETRIES + 1} times ({error}). What is finished is kept; give it "
+                f"more memory or fewer workers and run again."
+            ) from error
+
+    def gang(self, gang: Gang, *, poll: Poll = lambda: None) -> Any:
+        self._ray()
+        check_feasible(self.resources(), cpus=gang.cpus_per_worker, gpus=gang.gpus_per_worker, copies=gang.workers)
+        answer: list[Any] = []
+        # In a thread of its own: Ray Train's fit() blocks, and in the main thread it would take over Ctrl-C.
+        thread = threading.Thread(target=lambda: answer.append(_fit(gang)), name="gang", daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                poll()
+                thread.join(POLL_SECONDS)
+        except BaseException:
+            gang.stop()
+            thread.join(20)
+            raise
+        if not answer:
+            raise WorkerDiedError("the gang ended without an answer: Ray itself went away.")
+        if isinstance(answer[0], BaseException):
+            raise answer[0]
+        return answer[0]
+
+    def close(self) -> None:
+        with self._start:
+            if self._owned:
+                import ray
+
+                ray.shutdown()
+            self._started = self._owned = False
+
+    def _ray(self) -> Any:
+        """The ray module, started."""
+        with self._start:
+            for name, value in RAY_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+            import ray
+
+            if not self._started:
+                if not ray.is_initialized():
+                    _in_lasting_thread(self._connect)
+                    self._owned = True
+                self._started = True
+            return ray
+
+    def _connect(self) -> None:
+        import ray
+
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "athanor"}
+        if self._address is None:
+            # Ray 2.60 guards a new local cluster with a token in ~/.ray; where no token can be kept, loopback must do.
+            if not os.access(Path.home(), os.W_OK):
+                os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            ray.init(
+                address="local",
+                num_cpus=self._cpus,
+                num_gpus=self._gpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
+            return
+        _check_address(self._address)
+        ray.init(address=self._address, runtime_env=self._runtime_env(), **quiet)
+
+    def _runtime_env(self) -> dict[str, Any]:
+        """This package, for the workers of a cluster that may not have it, or have an older one."""
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # a job submitted with its code already
+            return {}
+        specs = [importlib.util.find_spec(name) for name in self._packages]
+        folders = [str(Path(spec.origin).parent) for spec in specs if spec is not None and spec.origin]
+        return {"py_modules": folders, "env_vars": RAY_ENVIRONMENT}
+
+
+def _in_lasting_thread(connect: Callable[[], None]) -> None:
+    """Run ``connect`` in a thread that lives as long as the process.
+
+    Linux ends the processes of a local Ray when the *thread* that started them ends (they ask for it, to share the
+    driver's fate): started from a step's thread, Ray would die with the step.
+    """
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            connect()
+        except BaseException as error:
+            errors.append(error)
+        done.set()
+        threading.Event().wait()
+
+    threading.Thread(target=run, name="keeps Ray", daemon=True).start()
+    if not done.wait(90):
+        raise EngineError("Ray did not start within 90 s. Look in /tmp/ray/session_latest/logs, or use backend=local.")
+    if errors:
+        error = errors[0]
+        if isinstance(error, EngineError):
+            raise error
+        raise EngineError(f"Ray could not be started or joined: {error}") from error
+
+
+def _check_address(address: str) -> None:
+    """EngineError unless something answers there; ``ray.init`` alone waits for minutes, then ends the process."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise EngineError(
+            f"address={address}: expected host:port of a Ray head (usually port 6379). To reach a cluster from "
+            f"outside, send the whole command there: athanor submit cluster=ray address=http://HOST:8265 -- run ..."
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except OSError as error:
+        raise EngineError(
+            f"address={address}: no Ray cluster answers there ({error.strerror or error}). Check that it runs (ray "
+            f"status) and that this machine may reach it, or leave the address out to start Ray on this machine."
+        ) from error
+
+
+class _RankError(Exception):
+    """Carries a rank's pickled outcome through Ray Train."""
+
+    def __init__(self, outcome: bytes) -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
+
+
+def _ray_rank(config: dict[str, Any]) -> Any:
+    """What Ray Train runs in each rank. Raising is what makes it end the other ranks."""
+    outcome = run_rank(config["gang"])
+    try:
+        opened(outcome)
+    except Exception:
+        raise _RankError(outcome) from None
+    return outcome if os.environ["RANK"] == "0" else None
+
+
+def _fit(gang: Gang) -> Any:
+    """One attempt under Ray Train: rank 0's result, or the error to raise."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = {"CPU": gang.cpus_per_worker}
+    if gang.gpus_per_worker:
+        resources["GPU"] = gang.gpus_per_worker
+    trainer = TorchTrainer(
+        _ray_rank,
+        train_loop_config={"gang": gang},
+        torch_config=TorchConfig(backend=gang.torch_backend),
+        scaling_config=ScalingConfig(
+            num_workers=gang.workers, use_gpu=gang.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        # No retries in here: Ray Train would retry a user's mistake too. A new name each time: a used one "continues".
+        run_config=RunConfig(name=uuid.uuid4().hex, storage_path=str(gang.logs.parent / "ray")),
+    )
+    try:
+        result: Any = trainer.fit()  # Ray's annotations still name the Result of Train v1
+        return opened(result.return_value)
+    except Exception as error:
+        return _cause(error, gang)
+
+
+def _cause(error: Exception, gang: Gang) -> Exception:
+    """The rank's own error behind what Ray Train raised; WorkerDiedError if a rank, or Ray, is gone."""
+    failures = getattr(error, "worker_failures", {})
+    user_errors = []
+    for rank, failure in sorted(failures.items()):
+        base = getattr(failure, "_base_exc", None)
+        if not isinstance(base, _RankError):
+            log = log_tail(gang.logs / f"rank-{rank}.log")
+            return WorkerDiedError(f"rank {rank} was killed or its machine went away ({failure}).{log}")
+        try:
+            opened(base.outcome)
+        except Exception as user_error:
+            user_errors.append(user_error)
+    user_errors.sort(key=lambda user_error: not hasattr(user_error, "exit_code"))
+    return user_errors[0] if user_errors else WorkerDiedError(f"Ray Train gave up: {error}")

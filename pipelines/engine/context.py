@@ -1,0 +1,138 @@
+"""What a running stage holds in its hand: the engine's side of step.Context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.engine.backend import Backend
+from pipelines.engine.events import Event, OnEvent
+from pipelines.engine.gang import Gang
+from pipelines.engine.lease import Lease
+from pipelines.engine.outcome import WorkerDiedError
+from pipelines.engine.store import Store
+from pipelines.engine.work import Shard, Work, as_json, run_shard
+
+
+class CancelledError(BaseException):
+    """The run was interrupted; passes through stages' ``except Exception``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """The context of one attempt at one step."""
+
+    step: str
+    digest: str
+    work: Work
+    store: Store
+    lease: Lease
+    backend: Backend
+    on_event: OnEvent
+    is_cancelled: Callable[[], bool]
+    _labels: set[str] = field(default_factory=set)
+
+    @property
+    def scratch(self) -> Path:
+        return self.work.scratch
+
+    def map_shards(
+        self,
+        fn: Callable[[Any, Path], dict[str, Any]],
+        payloads: Mapping[str, Any],
+        *,
+        label: str = "shards",
+        cpus: float = 1,
+        gpus: float = 0,
+        scratch: bool = False,
+    ) -> dict[str, dict[str, Any]]:
+        assert label not in self._labels, f"map_shards was called twice with the label {label!r}"
+        self._labels.add(label)
+        folder = "scratch" if scratch else "out"
+        done = self.work.finished_shards(label, sorted(payloads))
+        calls = {
+            name: (Shard(work=self.work, label=label, name=name, folder=folder), fn, payload)
+            for name, payload in payloads.items()
+            if name not in done
+        }
+        self.progress(label, len(done), len(payloads), "shards")
+        for name, result in self.backend.map(run_shard, calls, cpus=cpus, gpus=gpus, poll=self.still_holds):
+            done[name] = result
+            self.progress(label, len(done), len(payloads), "shards")
+        return {name: done[name] for name in payloads}
+
+    def call(self, fn: Callable[..., Any], *args: Any, cpus: float = 1, gpus: float = 0) -> Any:
+        name = getattr(fn, "__name__", "call")
+        results = self.backend.map(fn, {name: args}, cpus=cpus, gpus=gpus, poll=self.still_holds)
+        return dict(results)[name]
+
+    def gang(
+        self,
+        fn: Callable[[dict[str, Any]], Any],
+        config: dict[str, Any],
+        *,
+        workers: int,
+        cpus_per_worker: float = 1,
+        gpus_per_worker: float = 0,
+        backend: str = "gloo",
+        max_failures: int = 3,
+        while_waiting: Callable[[], None] | None = None,
+    ) -> Any:
+        def poll() -> None:
+            self.still_holds()
+            if while_waiting is not None:
+                while_waiting()
+
+        failures = 0
+        while True:
+            gang = Gang(
+                fn=fn,
+                config=config,
+                workers=workers,
+                cpus_per_worker=cpus_per_worker,
+                gpus_per_worker=gpus_per_worker,
+                torch_backend=backend,
+                logs=self._new_logs(),
+            )
+            try:
+                return self.backend.gang(gang, poll=poll)
+            except WorkerDiedError as error:
+                self.still_holds()
+                failures += 1
+                if failures > max_failures:
+                    raise WorkerDiedError(
+                        f"{self.step}: gave up after {failures} attempts: {error}\nWhat is finished is kept; run the "
+                        f"same command again to continue."
+                    ) from error
+                self.say(f"{error} Starting all ranks again ({failures} of at most {max_failures} times).")
+
+    def _new_logs(self) -> Path:
+        number = 1 + sum(1 for _ in self.work.logs.iterdir())
+        folder = self.work.logs / f"gang-{number}"
+        folder.mkdir()
+        return folder
+
+    def keep(self, relpath: str) -> None:
+        self.still_holds()
+        self.store.keep(self.work, relpath)
+
+    def progress(self, label: str, done: float, total: float | None, unit: str = "") -> None:
+        self._emit("progress", label=label, done=done, total=total, unit=unit)
+
+    def say(self, line: str) -> None:
+        self._emit("said", line=line)
+
+    def still_holds(self) -> None:
+        if self.is_cancelled():
+            raise CancelledError
+        self.lease.check()
+
+    def _emit(self, kind: Literal["progress", "said"], **values: Any) -> None:
+        self.on_event(Event(kind=kind, step=self.step, digest=self.digest, **values))
+
+
+def run_stage(context: RunContext, stage: Any, settings: Any, inputs: Any) -> dict[str, Any]:
+    """Call a stage and return its metrics as plain JSON data."""
+    return as_json(stage(settings, inputs, context.work.out, context), f"what {context.step} returns (its metrics)")

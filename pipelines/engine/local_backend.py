@@ -1,0 +1,222 @@
+"""The twin of the Ray backend that needs nothing but Python: worker processes of this machine, or this very process.
+
+Used in tests, under a debugger (``in_process=True``) and wherever no Ray can be installed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import glob
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from pipelines.engine.backend import MAX_RETRIES, Poll, Resources, check_feasible
+from pipelines.engine.gang import Gang, run_rank
+from pipelines.engine.outcome import WorkerDiedError, describe_exit, guarded, log_tail, opened, portable_call
+
+SPAWN = multiprocessing.get_context("spawn")  # a fork of a process with threads or torch in it may hang
+POLL_SECONDS = 0.2
+
+
+class LocalBackend:
+    """Worker processes on this machine; ``in_process`` runs everything but gangs of several ranks in the caller."""
+
+    def __init__(self, *, cpus: int | None = None, gpus: int | None = None, in_process: bool = False) -> None:
+        self._resources = Resources(
+            cpus=cpus if cpus is not None else len(os.sched_getaffinity(0)),
+            gpus=gpus if gpus is not None else len(glob.glob("/dev/nvidia[0-9]*")),
+        )
+        self._in_process = in_process
+
+    def resources(self) -> Resources:
+        return self._resources
+
+    def map(
+        self,
+        fn: Callable[..., Any],
+        calls: Mapping[str, tuple[Any, ...]],
+        *,
+        cpus: float = 1,
+        gpus: float = 0,
+        poll: Poll = lambda: None,
+    ) -> Iterator[tuple[str, Any]]:
+        at_once = check_feasible(self._resources, cpus=cpus, gpus=gpus)
+        if self._in_process:
+            for name, args in calls.items():
+                poll()
+                yield name, fn(*args)
+            return
+        waiting = {name: portable_call(fn, args) for name, args in calls.items()}
+        workers = [_Worker(threads=cpus) for _ in range(min(at_once, len(waiting)))]
+        try:
+            yield from _share_out(waiting, workers, cpus, poll)
+        finally:
+            for worker in workers:
+                worker.end()
+
+    def gang(self, gang: Gang, *, poll: Poll = lambda: None) -> Any:
+        check_feasible(self._resources, cpus=gang.cpus_per_worker, gpus=gang.gpus_per_worker, copies=gang.workers)
+        if self._in_process and gang.workers == 1:
+            with _environment(_rank_environment(0, 1, gang)):
+                return gang.fn(gang.config)
+        call = portable_call(run_rank, (gang,))
+        port = _free_port()
+        ranks = [
+            _Worker(threads=gang.cpus_per_worker, environment=_rank_environment(rank, port, gang))
+            for rank in range(gang.workers)
+        ]
+        try:
+            for rank in ranks:
+                rank.send(call)
+            return _first_result(ranks, gang, poll)
+        finally:
+            for rank in ranks:
+                rank.end()
+
+    def close(self) -> None:
+        """Nothing outlives a call."""
+
+
+class _Worker:
+    """A process that runs calls sent to it, and never outlives this one."""
+
+    def __init__(self, *, threads: float, environment: dict[str, str] | None = None) -> None:
+        self.pipe, theirs = SPAWN.Pipe()
+        own_threads = {"OMP_NUM_THREADS": str(max(1, int(threads)))}  # as Ray does, unless the user said otherwise
+        environment = {**own_threads, **os.environ, **(environment or {})}
+        self.process = SPAWN.Process(target=_serve, args=(theirs, environment))  # not daemonic: it may have children
+        self.process.start()
+        _alive.add(self)
+        theirs.close()
+
+    def send(self, call: bytes) -> None:
+        with contextlib.suppress(OSError):  # it died: its sentinel tells
+            self.pipe.send_bytes(call)
+
+    def outcome(self) -> bytes | None:
+        """What it answered; None if it died instead."""
+        try:
+            return self.pipe.recv_bytes()
+        except (EOFError, OSError):
+            return None
+
+    def end(self) -> None:
+        """Kill it and take its remains away."""
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+        _alive.discard(self)
+
+
+_alive: set[_Worker] = set()
+
+
+@atexit.register
+def _end_all() -> None:
+    """At exit multiprocessing would wait for every process that is left."""
+    for worker in list(_alive):
+        worker.end()
+
+
+def _serve(pipe: Connection, environment: dict[str, str]) -> None:
+    """A worker's life: run calls until the pipe closes or the parent dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
+    os.environ.update(environment)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    while True:
+        try:
+            call = pipe.recv_bytes()
+        except EOFError:
+            return
+        pipe.send_bytes(guarded(_call, call))
+
+
+def _call(call: bytes) -> Any:
+    fn, args = pickle.loads(call)
+    return fn(*args)
+
+
+def _share_out(
+    waiting: dict[str, bytes], workers: list[_Worker], threads: float, poll: Poll
+) -> Iterator[tuple[str, Any]]:
+    """Give calls to idle workers and yield results as they come; a call whose worker died is tried again."""
+    running: dict[_Worker, str] = {}
+    deaths: dict[str, int] = {}
+    calls = dict(waiting)
+    while waiting or running:
+        for worker in workers:
+            if waiting and worker not in running:
+                running[worker] = next(iter(waiting))
+                worker.send(waiting.pop(running[worker]))
+        poll()
+        ready = set(wait([worker.pipe for worker in running], timeout=POLL_SECONDS))
+        for worker in [worker for worker in running if worker.pipe in ready]:
+            name, outcome = running.pop(worker), worker.outcome()
+            if outcome is not None:
+                yield name, opened(outcome)
+                continue
+            worker.end()
+            deaths[name] = deaths.get(name, 0) + 1
+            if deaths[name] > MAX_RETRIES:
+                how = describe_exit(worker.process.exitcode)
+                raise WorkerDiedError(
+                    f"{name}: its worker process {how}, {deaths[name]} times. What is finished is kept; give it more "
+                    f"memory or fewer workers and run again."
+                )
+            waiting[name] = calls[name]
+            workers[workers.index(worker)] = _Worker(threads=threads)
+
+
+def _first_result(ranks: list[_Worker], gang: Gang, poll: Poll) -> Any:
+    """Rank 0's result once every rank has returned. Raises a rank's error, or WorkerDiedError if one was killed."""
+    results: dict[int, Any] = {}
+    while len(results) < len(ranks):
+        poll()
+        pending = {rank.pipe: number for number, rank in enumerate(ranks) if number not in results}
+        for pipe in wait(list(pending), timeout=POLL_SECONDS):
+            number = pending[pipe]  # type: ignore[index]
+            outcome = ranks[number].outcome()
+            if outcome is None:
+                ranks[number].process.join()
+                how = describe_exit(ranks[number].process.exitcode)
+                raise WorkerDiedError(f"rank {number} {how}.{log_tail(gang.logs / f'rank-{number}.log')}")
+            results[number] = opened(opened(outcome))
+    return results[0]
+
+
+def _rank_environment(rank: int, port: int, gang: Gang) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(gang.workers),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(gang.workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,73 @@
+"""From steps to digests: what each step of a graph is made from, inputs before the steps that use them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.engine.errors import EngineError
+from pipelines.engine.files import FileHashes, relative_names
+from pipelines.engine.fingerprint import digest, identity
+from pipelines.engine.step import Step
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Node:
+    """A step with everything that enters its digest."""
+
+    step: Step
+    digest: str
+    identity: dict[str, Any]
+    """The payload that was hashed: step, version, settings, inputs' digests, digests of file sets."""
+    sources: dict[str, list[list[str]]]
+    """{file set: [[name, sha256], ...]}, sorted by name."""
+    inputs: dict[str, Node]
+
+    @property
+    def name(self) -> str:
+        return self.step.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """The targets, and every node they need: each digest once, inputs before what uses them."""
+
+    targets: list[Node]
+    nodes: list[Node]
+
+
+def resolve(targets: Sequence[Step], hashes: FileHashes) -> Graph:
+    """Digests of the targets and of every step they need. Raises EngineError for what has none."""
+    by_step: dict[Step, Node] = {}
+    by_digest: dict[str, Node] = {}
+
+    def visit(step: Step) -> Node:
+        if step not in by_step:
+            inputs = {name: visit(source) for name, source in step.inputs.items()}
+            node = _node(step, inputs, hashes)
+            by_step[step] = by_digest.setdefault(node.digest, node)
+        return by_step[step]
+
+    wanted = [visit(target) for target in targets]
+    return Graph(targets=wanted, nodes=list(by_digest.values()))
+
+
+def _node(step: Step, inputs: dict[str, Node], hashes: FileHashes) -> Node:
+    if not step.name or step.name.startswith(".") or "/" in step.name:
+        raise EngineError(f"{step.name!r} cannot be a step's name: it names a folder of the store.")
+    sources = {name: _source(paths, hashes) for name, paths in step.files.items()}
+    payload = {
+        "step": step.name,
+        "version": step.version,
+        "settings": identity(step.settings, step.name),
+        "inputs": {name: node.digest for name, node in inputs.items()},
+        "files": {name: digest(entries) for name, entries in sources.items()},
+    }
+    return Node(step=step, digest=digest(payload), identity=payload, sources=sources, inputs=inputs)
+
+
+def _source(paths: tuple[Path, ...], hashes: FileHashes) -> list[list[str]]:
+    pairs: Mapping[str, str] = dict(zip(relative_names(paths), hashes.of(paths), strict=True))
+    return [[name, sha256] for name, sha256 in sorted(pairs.items())]

@@ -1,0 +1,261 @@
+"""Walk a graph of steps: skip what is there, take leases, run what is missing side by side, publish.
+
+A step's body runs in a thread of the driver and hands heavy work to the backend. So one process holds the leases, hears
+Ctrl-C and tells the display, and the same code path serves a laptop, a cluster and a debugger.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.engine import manifest as manifests
+from pipelines.engine.backend import Backend, Resources
+from pipelines.engine.context import CancelledError, RunContext, run_stage
+from pipelines.engine.errors import EngineError
+from pipelines.engine.events import Event, OnEvent, StepReport
+from pipelines.engine.files import FileHashes
+from pipelines.engine.lease import Held, Lease, LeaseLostError
+from pipelines.engine.resolve import Graph, Node, resolve
+from pipelines.engine.step import Artifact, Step
+from pipelines.engine.store import Store, storage_errors
+
+LOOK_AGAIN_SECONDS = 0.5  # at a lease that somebody else holds
+GOODBYE_SECONDS = 25.0  # for running steps to notice an interruption
+
+
+def run(
+    targets: Sequence[Step], *, store: Store, backend: Backend, on_event: OnEvent = lambda event: None
+) -> list[StepReport]:
+    """Make the targets and whatever they lack, and report on every step they depend on, inputs first.
+
+    Raises the first error of a step after the steps that were running beside it have ended. On Ctrl-C leases are
+    released, work is kept, and KeyboardInterrupt goes on.
+    """
+    return _Run(resolve(targets, FileHashes(store.file_hashes)), store, backend, on_event).all()
+
+
+def plan(targets: Sequence[Step], *, store: Store) -> list[StepReport]:
+    """What ``run`` would find and make; runs nothing."""
+    graph = resolve(targets, FileHashes(store.file_hashes))
+    needed = _needed(graph, store)
+    return [_report(node, store, needed=node.digest in needed) for node in graph.nodes]
+
+
+def status(targets: Sequence[Step], *, store: Store) -> list[StepReport]:
+    """As ``plan``; steps some process is working on now are "running"."""
+    return [_with_holder(report, store) for report in plan(targets, store=store)]
+
+
+def _needed(graph: Graph, store: Store) -> set[str]:
+    """Digests of what must be there: the targets, and the inputs of whatever has to be made."""
+    needed = {node.digest for node in graph.targets}
+    for node in reversed(graph.nodes):
+        if node.digest in needed and store.find(node.name, node.digest) is None:
+            needed |= {source.digest for source in node.inputs.values()}
+    return needed
+
+
+def _report(node: Node, store: Store, *, needed: bool) -> StepReport:
+    artifact = store.find(node.name, node.digest)
+    if artifact is not None:
+        return _published(artifact, "cached")
+    kept = store.unfinished(node.name, node.digest)
+    state = "not needed" if not needed else "unfinished" if kept else "to make"
+    return StepReport(name=node.name, digest=node.digest, state=state, path=kept)  # type: ignore[arg-type]
+
+
+def _published(artifact: Artifact, state: Any) -> StepReport:
+    return StepReport(
+        name=artifact.step,
+        digest=artifact.digest,
+        state=state,
+        seconds=artifact.manifest["seconds"],
+        metrics=artifact.metrics,
+        path=artifact.url,
+        bytes=sum(entry["bytes"] for entry in artifact.manifest["files"].values()),
+    )
+
+
+def _with_holder(report: StepReport, store: Store) -> StepReport:
+    if report.state == "cached" or store.holder(report.name, report.digest) is None:
+        return report
+    return StepReport(name=report.name, digest=report.digest, state="running", path=report.path)
+
+
+class _Run:
+    """One call of ``run``: which nodes are done, which are running, what they use."""
+
+    def __init__(self, graph: Graph, store: Store, backend: Backend, on_event: OnEvent) -> None:
+        self._nodes, self._store, self._backend = graph.nodes, store, backend
+        self._on_event, self._telling = on_event, threading.Lock()
+        self._artifacts: dict[str, Artifact] = {}
+        self._made: set[str] = set()
+        self._needed = _needed(graph, store)
+        self._running: dict[str, tuple[Node, threading.Thread]] = {}
+        self._leases: dict[str, Lease] = {}
+        self._ended: queue.Queue[tuple[Node, Artifact | BaseException]] = queue.Queue()
+        self._cancelled = threading.Event()
+
+    def all(self) -> list[StepReport]:
+        waiting = [node for node in self._nodes if node.digest in self._needed and not self._is_cached(node)]
+        error: BaseException | None = None
+        there = self._backend.resources() if waiting else Resources(cpus=0, gpus=0)
+        for node in waiting:
+            self._check_claim(node, there)
+            manifests.refuse_secrets(node.identity, f"{node.name}: its settings")
+        try:
+            while self._running or (waiting and error is None):
+                if error is None:
+                    for node in self._startable(waiting, there):
+                        waiting.remove(node)
+                        self._launch(node)
+                error = self._next_end() or error
+        except BaseException:
+            self._abandon()
+            raise
+        if error is not None:
+            raise error
+        return [self._final_report(node) for node in self._nodes]
+
+    def _is_cached(self, node: Node) -> bool:
+        artifact = self._store.find(node.name, node.digest)
+        if artifact is None:
+            return False
+        self._store.check(artifact)
+        self._artifacts[node.digest] = artifact
+        self._tell(node, "cached")
+        return True
+
+    def _check_claim(self, node: Node, there: Resources) -> None:
+        for kind, claim, total in (("GPU", node.step.gpus, there.gpus), ("CPU", node.step.cpus, there.cpus)):
+            if claim > total:
+                raise EngineError(
+                    f"{node.name} asks for {claim:g} {kind}s where there are {total:g}. Ask for fewer workers, or run "
+                    f"on a larger machine or cluster."
+                )
+
+    def _startable(self, waiting: list[Node], there: Resources) -> list[Node]:
+        """Nodes whose inputs are there and whose claims fit beside what runs, in graph order."""
+        free_cpus = there.cpus - sum(node.step.cpus for node, _ in self._running.values())
+        free_gpus = there.gpus - sum(node.step.gpus for node, _ in self._running.values())
+        chosen = []
+        for node in waiting:
+            ready = all(source.digest in self._artifacts for source in node.inputs.values())
+            if ready and node.step.cpus <= free_cpus and node.step.gpus <= free_gpus:
+                chosen.append(node)
+                free_cpus, free_gpus = free_cpus - node.step.cpus, free_gpus - node.step.gpus
+        return chosen
+
+    def _launch(self, node: Node) -> None:
+        def body() -> None:
+            try:
+                with storage_errors(self._store, node.name):
+                    self._ended.put((node, self._make(node)))
+            except BaseException as error:
+                self._ended.put((node, error))
+
+        thread = threading.Thread(target=body, name=node.name, daemon=True)
+        self._running[node.digest] = (node, thread)
+        thread.start()
+
+    def _next_end(self) -> BaseException | None:
+        """Wait for a step to end (in short waits, so that Ctrl-C gets through); its error, if it failed."""
+        while True:
+            try:
+                node, outcome = self._ended.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            del self._running[node.digest]
+            if isinstance(outcome, Artifact):
+                self._artifacts[node.digest] = outcome
+                return None
+            self._tell(node, "failed", line=str(outcome))
+            return outcome
+
+    def _make(self, node: Node) -> Artifact:
+        """The node's artifact: made here, or by whoever holds its lease."""
+        told = False
+        while True:
+            artifact = self._store.find(node.name, node.digest)
+            if artifact is not None:
+                self._tell(node, "cached")
+                return artifact
+            lease = self._store.acquire(node.name, node.digest)
+            if isinstance(lease, Lease):
+                self._leases[node.digest] = lease
+                try:
+                    return self._build(node, lease)
+                except LeaseLostError as error:
+                    self._tell(node, "said", line=str(error))
+                finally:
+                    lease.release()
+            elif isinstance(lease, Held):
+                if not told:
+                    self._tell(node, "waiting", line=f"{lease.owner} is making it; waiting for its result")
+                told = True
+                if self._cancelled.wait(LOOK_AGAIN_SECONDS):
+                    raise CancelledError
+
+    def _build(self, node: Node, lease: Lease) -> Artifact:
+        self._tell(node, "started")
+        started = manifests.now()
+        work = self._store.open_work(lease, node.name, node.digest, resumes=node.step.resumes)
+        context = RunContext(
+            step=node.name,
+            digest=node.digest,
+            work=work,
+            store=self._store,
+            lease=lease,
+            backend=self._backend,
+            on_event=self._emit,
+            is_cancelled=self._cancelled.is_set,
+        )
+        inputs = {name: self._artifacts[source.digest] for name, source in node.inputs.items()}
+        metrics = run_stage(context, node.step.run, node.step.settings, inputs)
+        context.still_holds()
+        manifest = {
+            "format": manifests.FORMAT,
+            "step": node.name,
+            "digest": node.digest,
+            "identity": node.identity,
+            "inputs": {name: _lineage(artifact) for name, artifact in inputs.items()},
+            "sources": node.sources,
+            "volatile": list(node.step.volatile),
+            "metrics": manifests.without_secrets(metrics),
+            "started": started,
+            **manifests.provenance(),
+        }
+        artifact = self._store.publish(lease, work, manifest)
+        self._made.add(node.digest)
+        self._tell(node, "finished", seconds=artifact.manifest["seconds"])
+        return artifact
+
+    def _abandon(self) -> None:
+        """After Ctrl-C: let running steps notice, then give their leases back so that the next run starts at once."""
+        self._cancelled.set()
+        deadline = time.monotonic() + GOODBYE_SECONDS
+        for _, thread in self._running.values():
+            thread.join(max(0.0, deadline - time.monotonic()))
+        for lease in self._leases.values():
+            lease.release()
+
+    def _final_report(self, node: Node) -> StepReport:
+        artifact = self._artifacts.get(node.digest)
+        if artifact is None:
+            return _report(node, self._store, needed=False)
+        return _published(artifact, "made" if node.digest in self._made else "cached")
+
+    def _tell(self, node: Node, kind: Any, *, line: str = "", seconds: float = 0.0) -> None:
+        self._emit(Event(kind=kind, step=node.name, digest=node.digest, line=line, seconds=seconds))
+
+    def _emit(self, event: Event) -> None:
+        with self._telling:
+            self._on_event(event)
+
+
+def _lineage(artifact: Artifact) -> dict[str, str]:
+    return {"step": artifact.step, "digest": artifact.digest, "content_digest": artifact.content_digest}
