@@ -76,10 +76,8 @@ class ReadLog:
             self.malformed.append(f"{file.name}:{line}: {what}")
         if self.counts[key] > allowed:
             raise DataError(
-                f"{file.path}, line {line}: {what}. This is malformed line number {self.counts[key]} of the file and "
-                "at most "
-                f"{allowed} are skipped. Repair the file, name the right field with corpus.reader.text_field, or raise "
-                f"corpus.reader.max_malformed_lines_per_file."
+                f"{file.path}, line {line}: {what}. This is malformed line {self.counts[key]} of the file and at most "
+                f"{allowed} are passed over. Repair the file, or raise reader.max_malformed_lines_per_file."
             )
 
 
@@ -192,7 +190,11 @@ def _read_jsonl(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> Ite
         text = record.get(settings.text_field)
         if not isinstance(text, str):
             known = ", ".join(sorted(map(str, record))) or "none"
-            problem = "is not text" if settings.text_field in record else f"is missing (fields here: {known})"
+            problem = (
+                "is not text"
+                if settings.text_field in record
+                else f"is missing (here: {known}; reader.text_field names it)"
+            )
             log.note_malformed(
                 file, line_number, f"field {settings.text_field!r} {problem}", settings.max_malformed_lines_per_file
             )
