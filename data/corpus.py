@@ -86,12 +86,12 @@ def plan_shards(files: Sequence[SourceFile], shard_bytes: int) -> list[tuple[Sou
     return [tuple(shard) for shard in shards]
 
 
-def build_corpus(settings: CorpusSettings, out_dir: Path, map_shards: MapShards) -> dict[str, Any]:
+def build_corpus(settings: CorpusSettings, out_dir: Path, map_shards: MapShards, *, scratch: Path) -> dict[str, Any]:
     """Make the whole corpus under `out_dir` (train/, heldout/, card.json) and return its counts.
 
-    `map_shards(fn, payloads, label=...)` runs `fn(payload, folder)` per shard and leaves the files that fn wrote in
-    `out_dir`. The intermediate files stay under out_dir/work, for the caller to delete. Raises DataError for an empty
-    corpus.
+    `map_shards(fn, payloads, label=..., scratch=False)` runs `fn(payload, folder)` per shard and leaves the files fn wrote
+    in `out_dir`, or in `scratch` when told scratch=True: what the next stage needs and nobody after it. Raises DataError
+    for an empty corpus.
     """
     skipped: Counter[str] = Counter()
     shards = plan_shards(corpus_files(settings, skipped), settings.shard_bytes)
@@ -100,26 +100,34 @@ def build_corpus(settings: CorpusSettings, out_dir: Path, map_shards: MapShards)
         read_shard,
         {name: ReadTask(name=name, files=files, settings=settings) for name, files in zip(names, shards, strict=True)},
         label="read",
+        scratch=True,
     )
-    work = out_dir / "work"
-    map_shards(select, {"select": SelectTask(work=str(work), names=tuple(names), settings=settings)}, label="select")
+    work = str(scratch / "work")
+    map_shards(
+        select, {"all": SelectTask(work=work, names=tuple(names), settings=settings)}, label="select", scratch=True
+    )
     write = map_shards(
-        write_shard,
-        {name: WriteTask(name=name, work=str(work), settings=settings) for name in names},
-        label="write",
+        write_shard, {name: WriteTask(name=name, work=work, settings=settings) for name in names}, label="write"
     )
     card = _card(settings, read, write, skipped)
+    if card["train_documents"] == 0:
+        raise DataError(_nothing_left(card["documents_read"], 0, card["heldout_documents"]))
     (out_dir / "card.json").write_text(json.dumps(card, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return {key: value for key, value in card.items() if isinstance(value, int | float)}
 
 
-def in_process(out_dir: Path) -> MapShards:
+def in_process(out_dir: Path, scratch: Path) -> MapShards:
     """Return a `map_shards` that runs one shard after the other here: for tests, benchmarks and small corpora."""
+    folders = {False: out_dir, True: scratch}
 
     def map_shards(
-        fn: Callable[[Any, Path], dict[str, Any]], payloads: Mapping[str, Any], **_: Any
+        fn: Callable[[Any, Path], dict[str, Any]],
+        payloads: Mapping[str, Any],
+        *,
+        label: str,
+        scratch: bool = False,
     ) -> dict[str, dict[str, Any]]:
-        return {name: fn(payload, out_dir) for name, payload in payloads.items()}
+        return {name: fn(payload, folders[scratch]) for name, payload in payloads.items()}
 
     return map_shards
 
@@ -194,6 +202,7 @@ def select(task: SelectTask, out_dir: Path) -> dict[str, Any]:
     )
     _check_split(verdicts)
     out = out_dir / "work"
+    out.mkdir(parents=True, exist_ok=True)
     start = 0
     for name, ids in zip(task.names, ids_by_shard, strict=True):
         np.save(out / f"verdicts-{name}.npy", verdicts[start : start + len(ids)])
@@ -239,11 +248,14 @@ def _check_split(verdicts: NDArray[np.uint8]) -> None:
             "or loosen corpus.filters."
         )
     if train == 0 or held_out == 0:
-        raise DataError(
-            f"Of {verdicts.size} document(s) {train} would be left to train on and {held_out} to evaluate on; each "
-            "needs at least 1. "
-            "Give more text, or cut files into more documents with a smaller corpus.reader.max_document_characters."
-        )
+        raise DataError(_nothing_left(verdicts.size, train, held_out))
+
+
+def _nothing_left(documents: int, train: int, held_out: int) -> str:
+    return (
+        f"Of {documents} document(s) {train} would be left to train on and {held_out} to evaluate on; each needs at least "
+        "1. Give more text, or cut files into more documents with a smaller corpus.reader.max_document_characters."
+    )
 
 
 def _held_out_documents(work: Path, verdict_dir: Path, names: Sequence[str]) -> Iterator[Document]:
