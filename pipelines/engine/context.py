@@ -60,6 +60,7 @@ class RunContext:
         self.progress(label, len(done), len(payloads), "shards")
         for name, result in self.backend.map(run_shard, calls, cpus=cpus, gpus=gpus, poll=self.still_holds):
             done[name] = result
+            self.store.keep_shard(self.work, label, name)
             self.progress(label, len(done), len(payloads), "shards")
         return {name: done[name] for name in payloads}
 

@@ -71,7 +71,8 @@ class Context(Protocol):
     def keep(self, relpath: str) -> None:
         """Make out_dir/relpath durable now, so that another machine could continue; its absence is kept as well.
 
-        With a store on this machine's disk there is nothing to do. Also usable inside a gang (it can be pickled).
+        Call it in the driver, for a gang from ``while_waiting``. With a store on a local or shared disk it only forces
+        the files to the disk.
         """
         ...
 

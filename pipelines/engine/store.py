@@ -144,6 +144,10 @@ class Store(ABC):
         """Make ``work.out/relpath`` (or its absence) durable now."""
 
     @abstractmethod
+    def keep_shard(self, work: Work, label: str, name: str) -> None:
+        """Make a finished shard durable, soon."""
+
+    @abstractmethod
     def _stage(self, lease: Lease, work: Work, manifest: dict[str, Any]) -> None:
         """Put everything where ``_finish`` only has to flip it visible."""
 
@@ -201,14 +205,17 @@ class LocalStore(Store):
         return work
 
     def unfinished(self, step: str, digest: str) -> str | None:
-        attempts = self._attempts(step, digest)
-        return str(attempts[max(attempts)]) if attempts else None
+        newest = newest_attempt(self._attempt(step, digest, 0).parent)
+        return str(newest) if newest else None
 
     def keep(self, work: Work, relpath: str) -> None:
         path = work.out / relpath
         files = [path / name for name in tree(path)] if path.is_dir() else [path] if path.exists() else []
         for file in files:
             fsync(file)
+
+    def keep_shard(self, work: Work, label: str, name: str) -> None:
+        """The worker that made it has forced it to the disk."""
 
     def _stage(self, lease: Lease, work: Work, manifest: dict[str, Any]) -> None:
         write_json(work.out / manifests.NAME, manifest)
@@ -238,16 +245,31 @@ class LocalStore(Store):
         return self.root / step / digest[:SHORT]
 
     def _attempt(self, step: str, digest: str, token: int) -> Path:
-        return self.root / ".work" / work_name(step, digest) / f"t{token:06d}"
+        return self.root / ".work" / work_name(step, digest) / attempt_name(token)
 
     def _attempts(self, step: str, digest: str) -> dict[int, Path]:
-        folder = self._attempt(step, digest, 0).parent
-        return {int(path.name[1:]): path for path in sorted(folder.glob("t[0-9]*")) if path.is_dir()}
+        return attempts_in(self._attempt(step, digest, 0).parent)
 
 
 def work_name(step: str, digest: str) -> str:
     """The name of a step's lease and work folder."""
     return f"{step}-{digest[:SHORT]}"
+
+
+def attempt_name(token: int) -> str:
+    """The name of the folder of the attempt with this fencing token; names sort as tokens do."""
+    return f"t{token:06d}"
+
+
+def attempts_in(folder: Path) -> dict[int, Path]:
+    """{token: folder} of the attempts in a step's work folder."""
+    return {int(path.name[1:]): path for path in sorted(folder.glob("t[0-9]*")) if path.is_dir()}
+
+
+def newest_attempt(folder: Path) -> Path | None:
+    """The folder of the attempt with the highest token, if there is any."""
+    attempts = attempts_in(folder)
+    return attempts[max(attempts)] if attempts else None
 
 
 @contextlib.contextmanager
@@ -279,6 +301,12 @@ def _explain(error: BaseException, store: Store, step: str) -> str | None:
             return (
                 f"store={store.url}: {path} cannot be written ({cause.strerror}). Give this user the right to write "
                 f"there, or choose another store."
+            )
+        remote = "://" in store.url
+        if remote and (type(cause).__module__.startswith("botocore") or isinstance(cause, PermissionError)):
+            return (
+                f"store={store.url}: {cause}. Check the bucket, the credentials in the environment and, for a server "
+                f"other than Amazon's, AWS_ENDPOINT_URL."
             )
         cause = cause.__cause__ or cause.__context__
     return None

@@ -51,6 +51,10 @@ class Work:
         """The done-marker of a shard."""
         return self.root / "engine" / "shards" / quote(label, safe="") / f"{quote(name, safe='')}.json"
 
+    def shard_set(self, label: str) -> Path:
+        """The file that holds the names of all shards of a label."""
+        return self.marker(label, "x").with_name(SET_NAME)
+
     def prepare(self, *, resumes: bool) -> None:
         """Make the folders; unless the stage resumes by itself, leave only what finished shards wrote."""
         shutil.rmtree(self.root / "engine" / "tmp", ignore_errors=True)
@@ -79,7 +83,7 @@ class Work:
 
     def finished_shards(self, label: str, names: list[str]) -> dict[str, dict[str, Any]]:
         """Results of the shards that are done. Raises EngineError if the set of shards is another than before."""
-        set_path = self.marker(label, "x").with_name(SET_NAME)
+        set_path = self.shard_set(label)
         before = read_json(set_path)
         if before is None:
             write_json(set_path, names)
