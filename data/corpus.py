@@ -89,8 +89,8 @@ def plan_shards(files: Sequence[SourceFile], shard_bytes: int) -> list[tuple[Sou
 def build_corpus(settings: CorpusSettings, out_dir: Path, map_shards: MapShards, *, scratch: Path) -> dict[str, Any]:
     """Make the whole corpus under `out_dir` (train/, heldout/, card.json) and return its counts.
 
-    `map_shards(fn, payloads, label=..., scratch=False)` runs `fn(payload, folder)` per shard and leaves the files fn wrote
-    in `out_dir`, or in `scratch` when told scratch=True: what the next stage needs and nobody after it. Raises DataError
+    `map_shards(fn, payloads, label=..., scratch=False)` runs `fn(payload, folder)` per shard and leaves the files that
+    fn wrote in `out_dir`, or, when told scratch=True, in `scratch`: what only the next stage needs. Raises DataError
     for an empty corpus.
     """
     skipped: Counter[str] = Counter()
@@ -253,8 +253,8 @@ def _check_split(verdicts: NDArray[np.uint8]) -> None:
 
 def _nothing_left(documents: int, train: int, held_out: int) -> str:
     return (
-        f"Of {documents} document(s) {train} would be left to train on and {held_out} to evaluate on; each needs at least "
-        "1. Give more text, or cut files into more documents with a smaller corpus.reader.max_document_characters."
+        f"Of {documents} document(s) {train} would be left to train on and {held_out} to evaluate on; each needs "
+        "at least 1. Give more text, or cut files into more documents with a smaller corpus.reader.max_document_characters."
     )
 
 
