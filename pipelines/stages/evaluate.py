@@ -40,7 +40,7 @@ class EvaluateSettings:
     max_bytes: int | None = 4_000_000
     """Caps on the held-out documents scored, which are taken in the order of their ids (hashes of their content)."""
     context_tokens: int | None = None
-    """Longest window; null: the model's max_seq_len."""
+    """Longest window; null: as long as the rows of the shards, at most the model's max_seq_len."""
     stride_tokens: int | None = None
     """New tokens scored per window; null: half the window. A whole window: half the work, a slightly worse score."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -1,6 +1,6 @@
 """Our model as an lm-evaluation-harness model, and tasks run on it without a network.
 
-    HarnessModel(model, tokenizer, tokens_per_batch=8192)     # loglikelihood, loglikelihood_rolling, generate_until
+    HarnessModel(model, tokenizer)                            # loglikelihood, loglikelihood_rolling, generate_until
     run_tasks(harness, documents, settings, out_dir)          # {"next_line": {"acc": {"value", "low", "high"}, ...}}
 
 Texts become tokens as in training: `<s>` first, control strings inside a text stay text. Truncation is the harness's
@@ -28,7 +28,7 @@ from data.tokenizer import Tokenizer
 from model.architectures import Transformer
 from model.generate import Sampling, generate
 from pipelines.engine.step import EngineError
-from pipelines.stages.baselines import mean_interval
+from pipelines.stages.intervals import mean_interval
 from pipelines.stages.scoring import score_sequences
 from pipelines.stages.task_data import make_examples
 
@@ -46,18 +46,21 @@ if TYPE_CHECKING:
     from pipelines.stages.evaluate import EvaluateSettings
 
 MOST_NEW_TOKENS = 256
-FEWEST_EXAMPLES = 8
+FEWEST_EXAMPLES = 4
 
 
 class HarnessModel(TemplateLM):
     """A `Transformer` and its tokenizer behind the harness's three questions, each answered in batches."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, tokens_per_batch: int = 8192) -> None:
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, *, max_length: int | None = None, tokens_per_batch: int = 8192
+    ) -> None:
+        """max_length: tokens per window, prompt and continuation together; none: the model's max_seq_len."""
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.tokens_per_batch = tokens_per_batch
-        self.max_length = model.config.max_seq_len
+        self.max_length = max_length or model.config.max_seq_len
 
     @property
     def eot_token_id(self) -> int:

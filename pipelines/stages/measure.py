@@ -38,6 +38,8 @@ class Work:
     corpora: tuple[Artifact, ...] = ()
     shards: tuple[Artifact, ...] = ()
     ids: tuple[str, ...] = ()
+    trained_tokens: int | None = None
+    """Longest row the models were trained on, where that is known: further apart they have seen no two tokens."""
     folder: str = "."
     """Where under the stage's output this piece writes files, if it does."""
 
@@ -53,13 +55,15 @@ def plan_work(
 
     `groups`: places in `ids` of the documents that are scored together.
     """
+    shards = tuple(named(inputs, "shards").values())
     baselines = Work(
         kind="baselines",
         settings=settings,
         tokenizer=inputs["tokenizer"],
         corpora=tuple(named(inputs, "corpus").values()),
-        shards=tuple(named(inputs, "shards").values()),
+        shards=shards,
         ids=tuple(ids),
+        trained_tokens=max((ShardSet.open(artifact.path).seq_len for artifact in shards), default=None),
     )
     work: dict[str, Work] = {}
     for name, model in models.items():
@@ -86,7 +90,7 @@ def score(work: Work, out_dir: Path) -> dict[str, Any]:
 
     model = _model(work)
     tokenizer = Tokenizer.load(work.tokenizer.path)
-    context_tokens, stride_tokens = window_tokens(work.settings, model.config.max_seq_len)
+    context_tokens, stride_tokens = window_tokens(work, model.config.max_seq_len)
     scores = score_sequences(
         model,
         [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(_texts(work))],
@@ -101,13 +105,13 @@ def score(work: Work, out_dir: Path) -> dict[str, Any]:
     }
 
 
-def window_tokens(settings: EvaluateSettings, max_seq_len: int) -> tuple[int, int]:
+def window_tokens(work: Work, max_seq_len: int) -> tuple[int, int]:
     """Context and stride in tokens. Raises EngineError where the model was not made for such a window."""
-    context = settings.context_tokens or max_seq_len
-    stride = settings.stride_tokens or max(1, context // 2)
+    context = work.settings.context_tokens or min(max_seq_len, work.trained_tokens or max_seq_len)
+    stride = work.settings.stride_tokens or max(1, context // 2)
     if context > max_seq_len:
         raise EngineError(
-            f"evaluate.context_tokens = {context}: the model was trained for {max_seq_len} tokens; choose at most that."
+            f"evaluate.context_tokens = {context}: the model was made for {max_seq_len} tokens; choose at most that."
         )
     if stride > context:
         raise EngineError(
@@ -139,7 +143,10 @@ def tasks(work: Work, out_dir: Path) -> dict[str, Any]:
     from pipelines.stages.harness import HarnessModel, run_tasks
 
     model, tokenizer = _model(work), Tokenizer.load(work.tokenizer.path)
-    harness = HarnessModel(model, tokenizer, tokens_per_batch=work.settings.tokens_per_batch)
+    context_tokens, _ = window_tokens(work, model.config.max_seq_len)
+    harness = HarnessModel(
+        model, tokenizer, max_length=context_tokens, tokens_per_batch=work.settings.tokens_per_batch
+    )
     return {"tasks": run_tasks(harness, _documents(work), work.settings, out_dir / work.folder)}
 
 
