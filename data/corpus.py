@@ -76,9 +76,9 @@ def plan_shards(files: Sequence[SourceFile], shard_bytes: int) -> list[tuple[Sou
     """Group files, in order, into shards of about `shard_bytes`, at most MAX_SHARDS. Depends on the files alone."""
     limit = max(shard_bytes, -(-sum(file.bytes for file in files) // MAX_SHARDS))
     shards: list[list[SourceFile]] = []
-    size = limit
+    size = 0
     for file in files:
-        if size + file.bytes > limit and size > 0:
+        if not shards or size + file.bytes > limit:
             shards.append([])
             size = 0
         shards[-1].append(file)
@@ -253,8 +253,9 @@ def _check_split(verdicts: NDArray[np.uint8]) -> None:
 
 def _nothing_left(documents: int, train: int, held_out: int) -> str:
     return (
-        f"Of {documents} document(s) {train} would be left to train on and {held_out} to evaluate on; each needs "
-        "at least 1. Give more text, or cut files into more documents with a smaller corpus.reader.max_document_characters."
+        f"Of {documents} document(s) {train} would be left to train on and {held_out} to evaluate on; "
+        "each needs at least 1. Give more text, or cut files into more documents with a smaller "
+        "corpus.reader.max_document_characters."
     )
 
 
