@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.engine.runner import Event, StepReport
+from pipelines.engine.events import Event, StepReport
 
 QUIET_SECONDS = 10.0  # between progress lines of one step where there is no terminal
 
@@ -187,10 +187,8 @@ def _amount(value: float, unit: str) -> str:
 
 
 def _event_line(event: Event) -> str:
-    if event.kind == "cached":
-        return "cached"
-    if event.kind == "started":
-        return "started"
+    if event.kind in ("cached", "started"):
+        return event.kind
     if event.kind == "finished":
-        return f"done in {duration(event.seconds)}: {key_figure(event.metrics)}"
-    return event.message
+        return f"done in {duration(event.seconds)}"
+    return event.line

@@ -8,83 +8,56 @@ Each step is a plain function in `stages/`; what it is made from (settings, inpu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from data.readers import corpus_files
-from pipelines.engine.step import Step
+from data.corpus import corpus_files
+from data.instructions import instruction_files
+from data.sources import SourceFile
+from pipelines.engine.step import StageFn, Step
 from pipelines.settings import Settings
 from pipelines.stages import corpus, evaluate, export, finetune, instructions, pretrain, report, shards, tokenizer
-from pipelines.stages.launch import Launch
-
-LOGS = ("metrics.jsonl", "logs/*", "ds_config.json", "run.json", "checkpoints/*")
-"""Written by training, true of one run only: timings, world size. They stay out of the content digest."""
+from pipelines.stages.launch import VOLATILE
 
 
 def build(s: Settings) -> dict[str, Step]:
     """Every step by name, each after what it needs. Raises DataError for a corpus that is not there."""
-    launch = Launch.of(s.compute, zero=s.zero, tracking=s.tracking)
-    corpora: dict[str, Step] = {}
-    for name, source in s.corpora().items():
-        files = tuple(Path(path) for path in corpus_files(source))
-        corpora[name] = Step(name=name, run=corpus.run, version=1, settings=source, files={"text": files})
+    steps: dict[str, Step] = {}
 
-    tokens = Step(name="tokenizer", run=tokenizer.run, version=1, settings=s.tokenizer, inputs=corpora)
+    def add(name: str, run: StageFn, settings: Any, inputs: Mapping[str, Step], **more: Any) -> Step:
+        steps[name] = Step(name=name, run=run, settings=settings, inputs=inputs, **{"version": 1, **more})
+        return steps[name]
 
-    rows = {
-        name.replace("corpus", "shards"): Step(
-            name=name.replace("corpus", "shards"),
-            run=shards.run,
-            version=1,
-            settings=s.shards,
-            inputs={"corpus": step, "tokenizer": tokens},
-        )
-        for name, step in corpora.items()
+    corpora = {
+        name: add(name, corpus.run, source, {}, files={"text": paths(corpus_files(source))})
+        for name, source in s.corpora().items()
     }
-
-    base = Step(
-        name="pretrain",
-        run=pretrain.run,
-        version=1,
-        settings=pretrain.Pretraining.of(s, launch),
-        inputs={**rows, "tokenizer": tokens},
-        volatile=LOGS,
-        resumes=True,
-        cpus=launch.cpus,
-        gpus=launch.gpus,
-    )
-    steps = [*corpora.values(), tokens, *rows.values()]
-    models = {"pretrain": base}
+    words = add("tokenizer", tokenizer.run, s.tokenizer, corpora)
+    rows = {
+        name: add(name, shards.run, s.shards, {"corpus": step, "tokenizer": words})
+        for name, step in ((name.replace("corpus", "shards"), step) for name, step in corpora.items())
+    }
+    training = {"volatile": VOLATILE, "resumes": True, "cpus": s.compute.cpus, "gpus": s.compute.gpus}
+    models = {"pretrain": add("pretrain", pretrain.run, s.pretraining(), {**rows, "tokenizer": words}, **training)}
 
     if s.finetune is not None:
-        pairs = Step(
-            name="instructions",
-            run=instructions.run,
-            version=1,
-            settings=s.finetune.data,
-            inputs={**corpora, "tokenizer": tokens},
-            files=instructions.files(s.finetune.data),
+        chats = add(
+            "instructions",
+            instructions.run,
+            s.finetune.rows(s.shards.seq_len),
+            {**(corpora if s.finetune.data.kind == "functions" else {}), "tokenizer": words},
+            files={"conversations": paths(instruction_files(s.finetune.data))},
         )
-        models["finetune"] = Step(
-            name="finetune",
-            run=finetune.run,
-            version=1,
-            settings=finetune.Finetuning.of(s, launch),
-            inputs={"pretrain": base, "instructions": pairs, "tokenizer": tokens},
-            volatile=LOGS,
-            resumes=True,
-            cpus=launch.cpus,
-            gpus=launch.gpus,
-        )
-        steps.append(pairs)
-    steps += models.values()
+        pair = {"pretrain": models["pretrain"], "instructions": chats, "tokenizer": words}
+        models["finetune"] = add("finetune", finetune.run, s.finetuning(), pair, **training)
 
-    held_out = {**corpora, **rows, "tokenizer": tokens, **models}
-    scores = Step(name="evaluate", run=evaluate.run, version=1, settings=s.evaluate, inputs=held_out)
-    exported = Step(
-        name="export", run=export.run, version=1, settings=s.export, inputs={**corpora, "tokenizer": tokens, **models}
-    )
-    steps += [scores, exported]
-    steps.append(
-        Step(name="report", run=report.run, version=1, settings=report.ReportSettings(), inputs={x.name: x for x in steps})
-    )
-    return {step.name: step for step in steps}
+    add("evaluate", evaluate.run, s.evaluate, {**corpora, **rows, "tokenizer": words, **models})
+    add("export", export.run, s.export, {**corpora, "tokenizer": words, **models})
+    add("report", report.run, s.report, dict(steps))
+    return steps
+
+
+def paths(files: list[SourceFile]) -> tuple[Path, ...]:
+    """Files from outside, which enter a step's digest by their content."""
+    return tuple(Path(file.path) for file in files)

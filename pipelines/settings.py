@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import conf
 from data.corpus import CorpusSettings
@@ -28,9 +28,10 @@ from pipelines.engine.errors import EngineError
 from pipelines.engine.typed import from_plain
 from pipelines.stages.evaluate import EvaluateSettings
 from pipelines.stages.export import ExportSettings
-from pipelines.stages.finetune import FinetuneSettings
+from pipelines.stages.finetune import FinetuneRun, FinetuneSettings
 from pipelines.stages.launch import ComputeSettings
 from pipelines.stages.pretrain import PretrainSettings
+from pipelines.stages.report import ReportSettings
 from pipelines.training.settings import (
     AdamWSettings,
     MuonSettings,
@@ -41,6 +42,7 @@ from pipelines.training.settings import (
 )
 
 CONF_DIR = Path(conf.__file__).parent
+T = TypeVar("T")
 _EXECUTION: Any = {"execution": True}
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[\w./@-]+?)(?:=(?P<value>.*))?$", re.DOTALL)
 
@@ -74,7 +76,8 @@ class Settings:
     zero: ZeroSettings = field(metadata=_EXECUTION)
     finetune: FinetuneSettings | None
     evaluate: EvaluateSettings
-    export: ExportSettings
+    export: ExportSettings = field(default_factory=ExportSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
     tracking: TrackingSettings = field(metadata=_EXECUTION)
 
     def corpora(self) -> dict[str, CorpusSettings]:
@@ -98,12 +101,17 @@ class Settings:
             model=self.resolved_model(), train=train, order=self.order, mixture=self.mixture, compute=self.compute
         )
 
-    def finetuning(self) -> FinetuneSettings | None:
+    def finetuning(self) -> FinetuneRun | None:
         """What the finetune step is told, or None where there is none."""
         if self.finetune is None:
             return None
-        train = replace(self.finetune.train, **self._everywhere())
-        return replace(self.finetune, train=train, compute=self.compute)
+        return FinetuneRun(
+            train=replace(self.finetune.train, **self._everywhere()),
+            epochs=self.finetune.epochs,
+            lora=self.finetune.lora,
+            order=self.order,
+            compute=self.compute,
+        )
 
     def _everywhere(self) -> dict[str, Any]:
         """Execution settings that every training step shares."""
@@ -145,8 +153,7 @@ def typed(config: Mapping[str, Any]) -> Settings:
     try:
         return from_plain(Settings, config, where="")
     except EngineError as error:
-        # Paths begin at the root here, whose name is empty.
-        raise SettingsError(re.sub(r"(?<![\w\].])\.(?=[a-z_])", "", str(error))) from error
+        raise SettingsError(_without_root(error)) from error
 
 
 _SET_ELSEWHERE = {
@@ -183,6 +190,22 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
         known = ", ".join(options("experiment"))
         raise SettingsError(f"no experiment chosen; add experiment=NAME, one of {known}.")
     return words
+
+
+def section(cls: type[T], file: str, values: Mapping[str, str]) -> T:
+    """One file of `conf` with overrides on top, as its class; for settings that are not part of an experiment."""
+    import yaml
+
+    config = yaml.safe_load((CONF_DIR / f"{file}.yaml").read_text(encoding="utf-8"))
+    try:
+        return from_plain(cls, {**config, **{key: yaml.safe_load(value) for key, value in values.items()}}, where="")
+    except EngineError as error:
+        raise SettingsError(_without_root(error)) from error
+
+
+def _without_root(error: EngineError) -> str:
+    """An error of `from_plain` whose paths begin at a root with an empty name."""
+    return re.sub(r"(?<![\w\].])\.(?=[a-z_])", "", str(error))
 
 
 def groups() -> list[str]:

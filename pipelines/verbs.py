@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines import console
 from pipelines.engine import runner
@@ -17,7 +17,10 @@ from pipelines.engine.runner import StepReport
 from pipelines.engine.step import EngineError, Step
 from pipelines.engine.store import open_store
 from pipelines.graph import build
-from pipelines.settings import Settings, SettingsError, compose
+from pipelines.settings import Settings, SettingsError, compose, section
+
+if TYPE_CHECKING:
+    from cluster.submit import ClusterSettings
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -228,10 +231,46 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def submit(arguments: argparse.Namespace) -> int:
-    """`athanor submit`: hand a command to a cluster."""
+    """`athanor submit`: hand a command to a cluster; the job's exit code if its log is followed."""
     from cluster.submit import submit as send
 
     if not arguments.command:
-        raise SettingsError("nothing to submit; put the command after two dashes: submit cluster=ray address=URL -- run experiment=demo")
-    kind, settings = cluster_settings(arguments.overrides)
-    return int(send(kind, settings, arguments.command, dry_run=arguments.dry_run, follow=not arguments.no_follow))
+        raise SettingsError(
+            "nothing to submit; put the command after two dashes: submit cluster=ray address=URL -- run experiment=demo"
+        )
+    settings = cluster_settings(arguments.overrides)
+    return send(settings, arguments.command, dry_run=arguments.dry_run, follow=not arguments.no_follow)
+
+
+def logs(arguments: argparse.Namespace) -> int:
+    """`athanor logs JOB`: follow a submitted job; its exit code."""
+    from cluster.submit import logs as follow
+
+    return follow(arguments.job, address=_address(arguments.overrides))
+
+
+def stop(arguments: argparse.Namespace) -> int:
+    """`athanor stop JOB`: end a submitted job; what it has made is kept."""
+    from cluster.submit import stop as end
+
+    return end(arguments.job, address=_address(arguments.overrides))
+
+
+def cluster_settings(overrides: Sequence[str]) -> ClusterSettings:
+    """Settings of `submit`: conf/cluster/KIND.yaml with KEY=VALUE on top. Raises SettingsError for a mistake in them."""
+    from cluster.submit import KINDS
+
+    values = dict(word.split("=", 1) for word in overrides if "=" in word)
+    kind = values.pop("cluster", None)
+    if kind not in KINDS:
+        given = f"cluster={kind}: no such cluster" if kind else "no cluster chosen"
+        raise SettingsError(f"{given}; add cluster=KIND, one of {', '.join(KINDS)}.")
+    return section(KINDS[kind], f"cluster/{kind}", values)
+
+
+def _address(overrides: Sequence[str]) -> str | None:
+    """`address=URL` of a job's cluster, or None: then the note that submit left says where the job is."""
+    values = dict(word.partition("=")[::2] for word in overrides)
+    if unknown := set(values) - {"address"}:
+        raise SettingsError(f"{', '.join(sorted(unknown))}: the only setting here is address=URL of the cluster's dashboard.")
+    return values.get("address")

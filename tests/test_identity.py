@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import tempfile
 import types
 import typing
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from typing import Any, Literal, Union
 
 import pytest
 
-from pipelines.engine.runner import digests
+from pipelines.engine.files import FileHashes
+from pipelines.engine.resolve import resolve
 from pipelines.engine.step import Step
 from pipelines.graph import build
 from pipelines.settings import Settings, compose
@@ -45,9 +47,12 @@ def base() -> Settings:
 
 
 @cache
-def graph_digests(settings: Settings) -> dict[str, str]:
-    steps = build(settings)
-    return {step.name: digest for step, digest in digests(list(steps.values()), file_hashes=None).items()}
+def hashes() -> FileHashes:
+    return FileHashes(Path(tempfile.mkdtemp()) / "hashes.json")
+
+
+def graph_digests(steps: dict[str, Step]) -> dict[str, str]:
+    return {node.name: node.digest for node in resolve(list(steps.values()), hashes())}
 
 
 def leaves(value: Any, hint: Any, path: tuple[str, ...], execution: bool) -> Iterator[tuple[tuple[str, ...], Any, Any, bool]]:
@@ -126,7 +131,7 @@ def test_a_setting_moves_exactly_what_it_changes(path: tuple[str, ...], value: A
     settings = changed(path, value, hint)
     if settings is None:
         pytest.skip(f"no other allowed value found beside {value!r}")
-    before, after = graph_digests(base()), graph_digests(settings)
+    before, after = graph_digests(build(base())), graph_digests(build(settings))
     moved = {name for name in before if before[name] != after[name]}
     if execution:
         assert moved == set()
@@ -153,8 +158,6 @@ def test_where_a_corpus_lies_does_not_matter_but_its_text_does(tmp_path: Path) -
         (root / "a.txt").write_text(text)
         return build(compose(["experiment=text", f"corpus.paths=[{root}]"]))
 
-    def digest(steps: dict[str, Step]) -> str:
-        return digests([steps["corpus"]], file_hashes=None)[steps["corpus"]]
-
     one, moved, other = steps("one", "a tale"), steps("two", "a tale"), steps("three", "another")
-    assert digest(one) == digest(moved) != digest(other)
+    digests = [graph_digests({"corpus": graph["corpus"]})["corpus"] for graph in (one, moved, other)]
+    assert digests[0] == digests[1] != digests[2]

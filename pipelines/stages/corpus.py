@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,5 @@ from pipelines.engine.step import Artifact, Context
 
 def run(settings: CorpusSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Writes train/*.parquet, heldout/*.parquet and card.json (what came in, what stayed, why the rest went)."""
-    card = build_corpus(settings, out_dir, ctx.map_shards)
-    shutil.rmtree(out_dir / "work")
+    card = build_corpus(settings, out_dir, ctx.map_shards, scratch=ctx.scratch)
     return {"documents": card["train_documents"] + card["heldout_documents"], **card}

@@ -1,0 +1,68 @@
+"""Overhead of the orchestration: an experiment through Ray against the same stage functions called in one process.
+
+    python benchmarks/orchestration.py experiment=demo [--repeat 1] [--write]
+
+Both sides make every artifact from nothing, in stores of their own, on this machine: `through_ray` is `athanor run`,
+`in_process` the same command with the backend that calls the stages' functions here (no Ray, no worker processes). What is
+reported: both wall times, the ratio, and what of the difference is start-up (a step that does nothing, through Ray).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from hardware import machine, write_result
+
+IN_PROCESS = """
+import sys
+from pipelines.engine import runner
+from pipelines.engine.local_backend import LocalBackend
+from pipelines.engine.store import open_store
+from pipelines.graph import build
+from pipelines.settings import compose
+if __name__ == "__main__":
+    settings = compose(sys.argv[1:])
+    reports = runner.run(list(build(settings).values()), store=open_store(settings.store), backend=LocalBackend(in_process=True))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", default=["experiment=demo"])
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/orchestration-DATE.json")
+    options = parser.parse_intermixed_args()
+    result: dict[str, object] = {"overrides": options.overrides, **machine()}
+    for name, command in (
+        ("in_process", [sys.executable, "-c", IN_PROCESS]),
+        ("through_ray", [sys.executable, "-m", "pipelines", "run"]),
+    ):
+        runs = [timed(command, options.overrides) for _ in range(options.repeat)]
+        result[name] = min(runs, key=lambda run: run["seconds"])
+    ray, plain = result["through_ray"], result["in_process"]
+    result["difference_seconds"] = ray["seconds"] - plain["seconds"]
+    result["ratio"] = ray["seconds"] / plain["seconds"]
+    result["step_ratio"] = sum(ray["steps"].values()) / sum(plain["steps"].values())
+    print(json.dumps(result, indent=1))
+    if options.write:
+        write_result("orchestration", result)
+
+
+def timed(command: list[str], overrides: list[str]) -> dict[str, object]:
+    """Wall seconds of one run from nothing, and of each step by its manifest."""
+    with tempfile.TemporaryDirectory() as store:
+        began = time.perf_counter()
+        subprocess.run([*command, *overrides, f"store={store}"], check=True, stdout=sys.stderr)
+        seconds = time.perf_counter() - began
+        manifests = [json.loads(path.read_text()) for path in Path(store).glob("*/*/manifest.json")]
+    return {"seconds": seconds, "steps": {manifest["step"]: manifest["seconds"] for manifest in manifests}}
+
+
+if __name__ == "__main__":
+    main()

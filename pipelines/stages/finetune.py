@@ -1,0 +1,87 @@
+"""Finetune: a pretrained model and conversations → an assistant, by the same loop as pretraining.
+
+All weights, or LoRA adapters on the weights that `lora.targets` names; either way model/ holds one ordinary model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from data.instructions import InstructionSettings
+from data.order import OrderSettings
+from model.peft import LoraConfig
+from pipelines.engine.step import Artifact, Context, EngineError
+from pipelines.engine.typed import to_plain
+from pipelines.stages.instructions import ConversationRows
+from pipelines.stages.launch import ComputeSettings, train
+from pipelines.training.settings import TrainSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings:
+    """Supervised fine-tuning on conversations, loss on the assistant's tokens only."""
+
+    data: InstructionSettings = field(default_factory=InstructionSettings)
+    too_long: Literal["truncate", "drop"] = "drop"
+    epochs: float = 1.0
+    """Times through the conversations, unless `train.total_tokens` ends it earlier."""
+    train: TrainSettings
+    lora: LoraConfig | None = None
+    """null trains every weight."""
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0:
+            raise ValueError(f"finetune.epochs = {self.epochs}: go through the conversations at least in part, e.g. 1.")
+
+    def rows(self, seq_len: int) -> ConversationRows:
+        """What the instructions step is told."""
+        return ConversationRows(data=self.data, too_long=self.too_long, seq_len=seq_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRun:
+    """What the finetune step is told; which conversations came in is said by its input."""
+
+    train: TrainSettings
+    epochs: float
+    lora: LoraConfig | None
+    order: OrderSettings
+    compute: ComputeSettings = field(metadata={"execution": True})
+
+
+def run(settings: FinetuneRun, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
+    """Inputs: pretrain, instructions, tokenizer. Writes model/ (adapters merged), adapter/ with LoRA, metrics.jsonl."""
+    rows = inputs["instructions"]
+    job = {
+        "label": "finetune",
+        "train": to_plain(shortened(settings, rows)),
+        "model": None,
+        "init": str(inputs["pretrain"].path / "model"),
+        "lora": to_plain(settings.lora) if settings.lora else None,
+        "order": to_plain(settings.order),
+        "shards": {"conversations": str(rows.path / "rows")},
+        "digests": {name: artifact.digest for name, artifact in inputs.items()},
+        "run_id": rows.digest[:8] + inputs["pretrain"].digest[:8],
+        "out_dir": str(out_dir),
+    }
+    return train(job, settings.compute, out_dir, ctx)
+
+
+def shortened(settings: FinetuneRun, rows: Artifact) -> TrainSettings:
+    """The train settings with `total_tokens` cut to the epochs asked for, in whole batches.
+
+    Raises EngineError where the conversations do not fill one batch.
+    """
+    metrics, batch = rows.metrics, settings.train.global_batch_tokens
+    seq_len = (metrics["tokens"] + metrics["padding"]) // metrics["rows"]
+    there = int(metrics["rows"] * seq_len * settings.epochs)
+    if metrics["rows"] * seq_len < batch:
+        raise EngineError(
+            f"finetune.train.global_batch_tokens = {batch:,}: the conversations fill only {metrics['rows']} rows of "
+            f"{seq_len} tokens, and a batch may not be larger than all of them. Use at most {metrics['rows'] * seq_len:,}, or give more "
+            "conversations."
+        )
+    return replace(settings.train, total_tokens=max(batch, min(settings.train.total_tokens, there // batch * batch)))
