@@ -147,16 +147,16 @@ def plain(overrides: Sequence[str]) -> dict[str, Any]:
 
 def typed(config: Mapping[str, Any]) -> Settings:
     """A plain configuration as Settings: unknown keys, wrong types and settings in two places are errors."""
-    for section, key in _SET_ELSEWHERE:
+    for section, key in SET_ELSEWHERE:
         if key in (config.get(section) or {}):
-            raise SettingsError(f"{section}.{key}: set {_SET_ELSEWHERE[section, key]} instead; it holds for every step.")
+            raise SettingsError(f"{section}.{key}: set {SET_ELSEWHERE[section, key]} instead; it holds for every step.")
     try:
         return from_plain(Settings, config, where="")
     except EngineError as error:
         raise SettingsError(_without_root(error)) from error
 
 
-_SET_ELSEWHERE = {
+SET_ELSEWHERE = {
     ("pretrain", "optim"): "optim.KEY or optim=NAME",
     ("pretrain", "schedule"): "schedule.KEY or schedule=NAME",
     ("pretrain", "zero"): "zero=0|1|2|3",

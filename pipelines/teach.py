@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipelines.engine.typed import field_types
-from pipelines.settings import CONF_DIR, Settings, groups, options
+from pipelines.settings import CONF_DIR, SET_ELSEWHERE, Settings, groups, options
 
 NOT_TAUGHT = ("experiment", "hydra")
 
@@ -34,16 +34,24 @@ def first_comment(experiment: str) -> str:
 
 
 def keys(cls: type, prefix: str, *, execution: bool) -> Iterator[str]:
-    """One line for each key under a dataclass: its name, its default."""
+    """One line for each key under a dataclass: its name, its default, and when it applies."""
     types = field_types(cls)
     for field in dataclasses.fields(cls):
         name, aside = f"{prefix}{field.name}", execution or bool(field.metadata.get("execution"))
-        inner = [arm for arm in _arms(types[field.name]) if dataclasses.is_dataclass(arm)]
-        if not inner:
+        hint = types[field.name]
+        inner = [arm for arm in _arms(hint) if dataclasses.is_dataclass(arm)]
+        if tuple(name.split(".", 1)) in SET_ELSEWHERE:
+            continue
+        if typing.get_origin(hint) in (dict, tuple) and inner:
+            yield f"{name}{'.NAME' if typing.get_origin(hint) is dict else ''} (each a {inner[0].__name__})"
+        elif not inner:
             yield f"{name}{'*' if aside else ''}{_default(field)}"
-        for arm in inner:
-            kind = f" (kind {typing.get_args(field_types(arm)['kind'])[0]})" if len(inner) > 1 else ""
-            yield from (line + kind for line in keys(arm, name + ".", execution=aside))
+        for arm in inner if typing.get_origin(hint) not in (dict, tuple) else []:
+            when = f"   with {name}.kind={typing.get_args(field_types(arm)['kind'])[0]}" if len(inner) > 1 else ""
+            yield from (
+                line if "   with " in line or line.startswith(f"{name}.kind") else line + when
+                for line in keys(arm, name + ".", execution=aside)
+            )
 
 
 def _arms(hint: Any) -> list[Any]:

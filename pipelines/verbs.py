@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import console
 from pipelines.engine import runner
-from pipelines.engine.backend import Backend, LocalBackend, RayBackend
+from pipelines.engine.backend import Backend, RayBackend
+from pipelines.engine.local_backend import LocalBackend
 from pipelines.engine.runner import StepReport
 from pipelines.engine.step import EngineError, Step
 from pipelines.engine.store import open_store
