@@ -6,7 +6,6 @@ import ast
 import hashlib
 import inspect
 import json
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -118,9 +117,9 @@ def build_instructions(settings: InstructionSettings, corpus_dirs: Sequence[Path
         counts.update({key: count for key, count in log.counts.items() if count})
         malformed = log.malformed
     held_out = _distinct(held_out, frozenset(), frozenset(), counts)
-    train = _distinct(
-        train, frozenset(c.id for c in held_out), frozenset().union(*(c.answers for c in held_out)), counts
-    )
+    # A docstring or a body may be shared by several functions. The user's answers may be shared by design: yes, no.
+    held_answers = frozenset(a for c in held_out for a in c.answers) if settings.kind == "functions" else frozenset()
+    train = _distinct(train, frozenset(c.id for c in held_out), held_answers, counts)
     if not train or not held_out:
         raise DataError(_too_few(settings, len(train), len(held_out)))
     if settings.max_conversations is not None and len(train) > settings.max_conversations:
@@ -239,24 +238,24 @@ def _question_and_answer(
 
 
 def _code_without_docstring(lines: list[str], function: FunctionNode) -> str | None:
-    """Return the function's source, dedented, without its docstring; None where that does not leave a function."""
+    """Return the function's source, dedented, without its docstring; None where that would be another function."""
     first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
-    doc = function.body[0]
-    if (
-        doc.end_lineno is None
-        or function.end_lineno is None
-        or function.body[1].lineno <= doc.end_lineno
-        or doc.lineno == function.lineno
-    ):
+    doc, following = function.body[:2]
+    if doc.end_lineno is None or following.lineno <= doc.end_lineno or doc.lineno == function.lineno:
         return None
-    body = "\n".join(lines[doc.end_lineno : function.end_lineno]).lstrip("\n")
-    kept = [*lines[first - 1 : doc.lineno - 1], body]
-    code = textwrap.dedent("\n".join(kept)).strip("\n")
+    body = "\n".join(lines[doc.end_lineno : function.end_lineno]).lstrip("\n").split("\n")
+    indent = " " * function.col_offset
+    code = "\n".join(line.removeprefix(indent) for line in [*lines[first - 1 : doc.lineno - 1], *body])
     try:
-        parsed = ast.parse(code)
+        parsed = ast.parse(code).body[0]
     except (SyntaxError, ValueError):
         return None
-    return code if len(parsed.body) == 1 and isinstance(parsed.body[0], FunctionNode) else None
+    del function.body[0]
+    same = ast.dump(parsed) == ast.dump(
+        function
+    )  # dedenting changes a string of several lines that is indented with the code
+    function.body.insert(0, doc)
+    return code if same else None
 
 
 def _distinct(

@@ -54,6 +54,7 @@ MAX_LINE_BYTES = 4192
 # own, below.)
 RESERVED = re.compile("[\0\u2581\u2585]")
 SPACE_MARK = "\u2581"
+SURROGATES = re.compile("[\ud800-\udfff]")
 TAB_RUNS = ("\t", "\t\t", "\t\t\t", "\t\t\t\t")
 BYTE_PIECES = 256
 
@@ -135,21 +136,23 @@ class Tokenizer:
         """Return the ids of each text. One call is faster than many."""
         try:
             if not any(SPACE_MARK in text for text in texts):
-                return self._pieces.encode(list(texts))  # type: ignore[no-any-return]
-        except (RuntimeError, UnicodeEncodeError) as error:
-            raise DataError(
-                "A text holds half a surrogate pair, which UTF-8 cannot. Decode it with errors='replace'."
-            ) from error
-        # SentencePiece would read U+2581 as a space; as bytes it comes back as what it was.
-        batch = []
-        for text in texts:
-            first, *rest = text.split(SPACE_MARK)
-            ids: list[int] = self._pieces.encode(first)
-            for part in rest:
-                ids += self._space_mark_ids
-                ids += self._pieces.encode(part)
-            batch.append(ids)
-        return batch
+                batch: list[list[int]] = self._pieces.encode(list(texts))
+                return batch
+            return [self._encode_around_space_marks(text) for text in texts]
+        except (RuntimeError, TypeError) as error:
+            if any(SURROGATES.search(text) for text in texts):
+                message = "A text holds half a surrogate pair, which UTF-8 cannot. Decode it with errors='replace'."
+                raise DataError(message) from error
+            raise
+
+    def _encode_around_space_marks(self, text: str) -> list[int]:
+        """SentencePiece would read U+2581 as a space; spelled in bytes it comes back as what it was."""
+        first, *rest = text.split(SPACE_MARK)
+        ids: list[int] = self._pieces.encode(first)
+        for part in rest:
+            ids += self._space_mark_ids
+            ids += self._pieces.encode(part)
+        return ids
 
     def decode(self, ids: Sequence[int], *, show_control: bool = False) -> str:
         """Return the text of ids. Control pieces are left out, or written as in `<|user|>` with `show_control`.
