@@ -44,6 +44,12 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.words)
         return values
 
+    def agree(self, problem: str | None) -> None:
+        """Raise TrainingError in every rank where one of them has a problem, so that none is left waiting."""
+        for found in self.gather_objects(problem):
+            if found is not None:
+                raise TrainingError(str(found))
+
     def total(self, value: int) -> int:
         """Sum over ranks."""
         return int(self.gather(torch.tensor([value], dtype=torch.int64)).sum())
@@ -68,7 +74,7 @@ def join(settings: TrainSettings) -> Ranks:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, rank=rank, world_size=world_size)
     # DeepSpeed reads these even where a process group exists.

@@ -5,7 +5,7 @@ A field marked execution says where or how fast a run goes and never what comes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from pipelines.training.errors import TrainingError
@@ -100,11 +100,15 @@ class ZeroSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """When a run saves itself: whichever of the two comes first (null: not by that clock); the last `keep` stay."""
+    """When a run saves itself: whichever of the two comes first (null: not by that clock); the last `keep` stay.
+
+    keep_finished: keep the last one after the finished weights are written, 12 bytes a parameter, to train on later.
+    """
 
     every_steps: int | None = None
     every_seconds: float | None = 300.0
     keep: int = 2
+    keep_finished: bool = False
 
     def __post_init__(self) -> None:
         _require("checkpoint.keep", self.keep, self.keep >= 1, "at least 1: a resumed run needs one")
@@ -134,6 +138,7 @@ class TrainSettings:
     total_tokens: how far to train; what is left of a last, partial global batch is not trained on.
     global_batch_tokens: tokens per update over all ranks; micro-batch, accumulation and ranks are derived from it.
     precision: bf16 is fp32 weights, gradients and sums with the matrix products in bf16.
+    saved_precision: of the finished weights; checkpoints are fp32 always.
     clip_norm: gradients are scaled down to this global norm; null leaves them.
     on_non_finite: an update with an infinite or NaN gradient is never applied; then the run stops or counts it.
 
@@ -146,6 +151,7 @@ class TrainSettings:
     global_batch_tokens: int
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
+    saved_precision: Literal["fp32", "bf16"] = "fp32"
     clip_norm: float | None = 1.0
     on_non_finite: Literal["stop", "skip"] = "stop"
     optim: OptimSettings = field(default_factory=AdamWSettings)
@@ -178,6 +184,14 @@ class TrainSettings:
                 f"zero.stage = {self.zero.stage} with optim.kind = muon: Muon orthogonalizes whole matrices, and from "
                 "stage 1 on a rank holds pieces of them. Set zero.stage=0, or optim=adamw."
             )
+
+    def identity(self) -> TrainSettings:
+        """These settings with every execution field at its default: equal for runs that make the same thing."""
+        return replace(self, **{f.name: _default(f) for f in fields(self) if f.metadata.get("execution")})
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,8 +228,8 @@ class BatchPlan:
             fitting = max(local_rows, 1) * world_size * seq_len
             raise TrainingError(
                 f"global_batch_tokens = {tokens:,} is {rows:,} rows of {seq_len:,}, shared by {world_size} ranks: each "
-                f"takes equally many whole rows. Use global_batch_tokens={fitting:,}, or a number of ranks that divides "
-                f"{rows:,}."
+                f"takes equally many whole rows. Use global_batch_tokens={fitting:,}, or a number of ranks that "
+                f"divides {rows:,}."
             )
         micro = settings.micro_batch_rows or _largest_divisor(local_rows, at_most=largest_rows)
         if local_rows % micro:

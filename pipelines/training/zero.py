@@ -1,9 +1,9 @@
 """The only door to DeepSpeed: everything it is told, and what of its inner state a checkpoint needs.
 
-Why torch autocast and not DeepSpeed's own bf16 mode: with bf16 weights and fp32 sums DeepSpeed refuses stage 0, uses
-another optimizer for stage 1 and reduces in another order in 2 and 3. fp32 weights under autocast give the same numbers
-in all four stages, hold their master weights by construction, and cost the same memory at stage 1 (4 bytes of weight and
-4 of gradient, against 2 + 4 + 2). Nothing is communicated in bf16.
+Why torch autocast and not DeepSpeed's own bf16 mode: with bf16 weights and fp32 sums DeepSpeed refuses stage 0 and uses
+an optimizer of its own for stage 1. fp32 weights under autocast give the same numbers in all four stages, are their own
+master weights, and cost the same memory at stage 1 (4 bytes of weight and 4 of gradient, against 2 + 4 + 2). Nothing is
+communicated in bf16; what stage 3 gathers is therefore twice as large.
 """
 
 from __future__ import annotations
@@ -43,7 +43,13 @@ class ZeroEngine:
     """A model and its optimizer under one ZeRO stage."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, settings: TrainSettings, plan: BatchPlan, ranks: Ranks
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        settings: TrainSettings,
+        plan: BatchPlan,
+        ranks: Ranks,
     ) -> None:
         self._deepspeed = _import_deepspeed(ranks.device)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -99,12 +105,8 @@ class ZeroEngine:
         found = (find(name, p, self._engine.optimizer, self._ranks) for name, p in self._named.items())
         return [piece for piece in found if piece is not None]
 
-    def owners(self) -> list[torch.Tensor]:
-        """The tensors the optimizer holds state for on this rank; a piece may cover only part of one."""
-        return [tensor for group in self._all_groups() for tensor in group]
-
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter by name, whole, in rank 0; other ranks must iterate along and get empty tensors in stage 3."""
+        """Every parameter by name, whole, in rank 0. Other ranks must iterate along; in stage 3 they get nothing."""
         for name, parameter in self._engine.module.named_parameters():
             if self._stage < 3:
                 yield name, parameter.detach()
@@ -112,17 +114,16 @@ class ZeroEngine:
             with self._deepspeed.zero.GatheredParameters([parameter]):
                 yield name, parameter.detach() if self._ranks.is_first else torch.empty(0)
 
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """What each of the optimizer's groups is told, for the record."""
+        return [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__, "deepspeed": self._deepspeed.__version__}
+
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model again."""
         self._engine.destroy()
-
-    def _all_groups(self) -> list[list[torch.Tensor]]:
-        wrapper = self._engine.optimizer
-        if self._stage == 3:
-            return [wrapper.fp32_partitioned_groups_flat]
-        if self._stage:
-            return [wrapper.single_partition_of_fp32_groups]
-        return [group["params"] for group in self.optimizer.param_groups]
 
 
 def ds_config(settings: TrainSettings, plan: BatchPlan, *, parameters: int) -> dict[str, Any]:

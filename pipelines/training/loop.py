@@ -1,0 +1,377 @@
+"""Training: batch → loss → update, for pretraining and fine-tuning alike. Every rank runs `train`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data.batch import combine_digest, hash_sum
+from data.loader import Loader, StepBatch
+from pipelines.training.checkpoint import Checkpoint, Checkpoints
+from pipelines.training.compile import compile_blocks
+from pipelines.training.errors import TrainingError, TrainingStopped
+from pipelines.training.hardware import peak_flops
+from pipelines.training.metrics import (
+    METRICS,
+    MetricsLog,
+    Progress,
+    Row,
+    Speed,
+    WandbRun,
+    read_metrics,
+    summary,
+    tracking_line,
+    wandb_run,
+)
+from pipelines.training.optim import build_optimizer, learning_rate_scale, set_learning_rates
+from pipelines.training.ranks import Ranks, join
+from pipelines.training.settings import BatchPlan, TrainSettings
+from pipelines.training.signals import Signals, catch_signals
+from pipelines.training.zero import ZeroEngine
+
+LoaderFactory = Callable[[BatchPlan, int], Loader]
+"""(plan, rank) -> that rank's loader, at row 0."""
+
+GO_ON, SAVE, STOP = 0, 1, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one update says, the same in every rank; losses are per target."""
+
+    loss: float
+    z_loss: float
+    aux_loss: float
+    grad_norm: float
+    applied: bool
+    target_count: int
+    batch_digest: str
+    data_seconds: float
+    wish: int
+
+
+def train_step(engine: ZeroEngine, batch: StepBatch, ranks: Ranks, *, wish: int = GO_ON) -> StepResult:
+    """One update over the global batch of which `batch` is this rank's part.
+
+    The loss is Σ NLL over all micro-batches and ranks divided by the number of targets in all of them, counted before
+    the first backward pass: it does not depend on how rows are shared out. A model's auxiliary loss, which has no such
+    sum, is averaged over micro-batches. `wish` is this rank's, and the result has the strongest of all ranks.
+    """
+    words = ranks.gather(torch.tensor([batch.target_count, hash_sum(batch.row_hashes), wish], dtype=torch.int64))
+    target_count = int(words[:, 0].sum())
+    batch_digest = combine_digest([int(word) for word in words[:, 1]])
+    if target_count == 0:
+        raise TrainingError(
+            f"The batch at row {batch.first_row} (digest {batch_digest}) has no target: every token in it is masked, "
+            "so there is nothing to learn from. Check the loss mask of the data, or enlarge the global batch."
+        )
+    micro_batches = len(batch.micro_batches) * ranks.world_size
+    sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    for i, micro_batch in enumerate(batch.micro_batches):
+        out = engine.forward({name: x.to(ranks.device, non_blocking=True) for name, x in micro_batch.items()})
+        loss = out["loss_sum"] / target_count
+        sums[0] += out["loss_sum"].detach()
+        if "z_loss_sum" in out:
+            sums[1] += out["z_loss_sum"].detach()
+        if "aux_loss" in out:
+            loss = loss + out["aux_loss"] / micro_batches
+            sums[2] += out["aux_loss"].detach()
+        engine.backward(loss, last=i + 1 == len(batch.micro_batches))
+    grad_norm, applied = engine.step()
+    waited = torch.tensor([batch.data_seconds], dtype=torch.float64)
+    totals = ranks.gather(torch.cat([sums.cpu(), waited]))
+    loss_sum, z_loss_sum, aux_loss_sum, _ = totals.sum(0).tolist()
+    return StepResult(
+        loss=loss_sum / target_count,
+        z_loss=z_loss_sum / target_count,
+        aux_loss=aux_loss_sum / micro_batches,
+        grad_norm=grad_norm,
+        applied=applied,
+        target_count=target_count,
+        batch_digest=batch_digest,
+        data_seconds=float(totals[:, 3].max()),
+        wish=int(words[:, 2].max()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run is, beside its settings.
+
+    digests: of what it is made from, by name; a checkpoint with others is refused. save_model: writes the finished
+    weights, by parameter name on the CPU in fp32, into a folder that does not exist yet. run_id: names the run at
+    Weights & Biases. flops_per_token: forward and backward, counted as `flop_formula` says. largest_rows: the most rows
+    a forward pass may take on one rank where the settings leave it open. config: for the record.
+    """
+
+    out_dir: Path
+    seq_len: int
+    save_model: Callable[[dict[str, torch.Tensor], Path], None]
+    digests: Mapping[str, str] = field(default_factory=dict)
+    run_id: str = "local"
+    label: str = "train"
+    flops_per_token: float | None = None
+    flop_formula: str = ""
+    largest_rows: int = 8
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def train(
+    *,
+    model: nn.Module,
+    loader_factory: LoaderFactory,
+    settings: TrainSettings,
+    run: Run,
+    on_checkpoint: Callable[[Path], None] | None = None,
+) -> dict[str, Any]:
+    """Train `model` to the end, from the newest checkpoint in `run.out_dir` if there is one; returns the key figures.
+
+    Writes metrics.jsonl, ds_config.json and checkpoints/ on the way and model/ at the end; a run that has ended only
+    returns its figures. `on_checkpoint` hears in rank 0 of each checkpoint's folder. Raises TrainingError for a run
+    that cannot go on, TrainingStopped after SIGTERM or SIGINT.
+    """
+    began = time.monotonic()
+    ranks = join(settings)
+    plan = BatchPlan.derive(settings, seq_len=run.seq_len, world_size=ranks.world_size, largest_rows=run.largest_rows)
+    with closing(loader_factory(plan, ranks.rank)) as loader, ExitStack() as sinks, catch_signals() as signals:
+        checkpoints = Checkpoints(
+            folder=run.out_dir / "checkpoints",
+            ranks=ranks,
+            digests={**run.digests, "data": loader.state()["digest"]},
+            keep=settings.checkpoint.keep,
+            on_saved=on_checkpoint,
+        )
+        ended = checkpoints.ended()
+        if ended is not None:
+            return ended
+        trainer = Trainer(model, loader, settings, run, plan, ranks, checkpoints)
+        wandb = trainer.open_sinks(sinks)
+        trainer.go(signals)
+        trainer.write_model()
+        figures = summary(read_metrics(run.out_dir / METRICS), resumed_at_step=trainer.first_step)
+        figures |= {"parameters": trainer.parameters, "seconds": time.monotonic() - began}
+        if wandb is not None:
+            wandb.model(run.out_dir / "model", name=f"{run.label}-{run.run_id}", lineage=run.digests)
+        checkpoints.end(figures, keep_last=settings.checkpoint.keep_finished)
+    return figures
+
+
+class Trainer:
+    """One rank's state of a run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Loader,
+        settings: TrainSettings,
+        run: Run,
+        plan: BatchPlan,
+        ranks: Ranks,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self.loader, self.settings, self.run, self.plan, self.ranks = loader, settings, run, plan, ranks
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        (run.out_dir / "logs").mkdir(parents=True, exist_ok=True)
+        self.checkpoints = checkpoints
+        saved = checkpoints.newest(self.say)
+        if saved is not None:
+            saved.load_weights(model)
+        compiled = self._prepare(model)
+        optimizer = build_optimizer(model, settings.optim)
+        self.engine = ZeroEngine(model, optimizer, settings=settings, plan=plan, ranks=ranks)
+        self.first_step = self._restore(saved)
+        self.step = self.first_step
+        self._saved_step, self._saved_at = self.step if saved else -1, time.monotonic()
+        self._sinks: list[Callable[[Row], None]] = []
+        self._introduce(compiled)
+
+    def open_sinks(self, stack: ExitStack) -> WandbRun | None:
+        """Where rows of metrics go, in rank 0; `stack` closes them."""
+        wandb, problem = None, None
+        if self.ranks.is_first:
+            log = stack.enter_context(closing(MetricsLog(self.run.out_dir / METRICS, keep_steps=self.first_step)))
+            self._sinks = [log, Progress(self.run.label, self.plan.total_steps)]
+            try:
+                wandb = stack.enter_context(
+                    wandb_run(
+                        self.settings.tracking,
+                        run_id=self.run.run_id,
+                        folder=self.run.out_dir / "logs",
+                        label=self.run.label,
+                        config=self.run.config,
+                    )
+                )
+            except TrainingError as error:
+                problem = str(error)
+            if wandb is not None:
+                self._sinks.append(wandb)
+        self.ranks.agree(problem)
+        return wandb
+
+    def go(self, signals: Signals) -> None:
+        """Step by step to the end."""
+        while self.step < self.plan.total_steps:
+            began = time.perf_counter()
+            batch = next(self.loader)
+            scale = learning_rate_scale(self.settings.schedule, step=self.step, total_steps=self.plan.total_steps)
+            lr = set_learning_rates(self.engine.optimizer, scale)
+            result = train_step(self.engine, batch, self.ranks, wish=self._wish(signals))
+            self.step += 1
+            self._report(result, lr, time.perf_counter() - began)
+            if not result.applied and self.settings.on_non_finite == "stop":
+                raise TrainingError(self._non_finite(result))
+            if result.wish != GO_ON:
+                self.save()
+            if result.wish == STOP:
+                raise TrainingStopped(
+                    f"Stopped by a signal after step {self.step} of {self.plan.total_steps}, and saved. Run the same "
+                    "command again to go on from there."
+                )
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        if self._saved_step == self.step:
+            return
+        began = time.monotonic()
+        path = self.checkpoints.save(
+            self.engine,
+            {
+                "step": self.step,
+                "rows_consumed": self.loader.rows_consumed,
+                "world_size": self.ranks.world_size,
+                "zero_stage": self.settings.zero.stage,
+                "threads": self.ranks.threads,
+                "versions": self.engine.versions(),
+                "groups": self.engine.hyperparameters(),
+                "config": dict(self.run.config),
+            },
+        )
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+        if self.ranks.is_first:
+            size = sum(file.stat().st_size for file in path.iterdir()) / 2**20
+            self.say(f"checkpoint {path.name}: {size:,.0f} MiB in {self._saved_at - began:.1f} s")
+
+    def write_model(self) -> None:
+        """The finished weights, as `model/`, after a checkpoint in case this is as far as the process gets."""
+        self.save()
+        state = {}
+        for name, weight in self.engine.full_weights():
+            if self.ranks.is_first:
+                # -0.0 + 0.0 is 0.0: a sum over ranks may lose that sign, and the bytes of the file are its digest.
+                state[name] = weight.to("cpu", torch.float32, copy=True).add_(0.0)
+        self.engine.close()
+        problem = None
+        if self.ranks.is_first:
+            final, draft = self.run.out_dir / "model", self.run.out_dir / ".model.writing"
+            try:
+                for left_over in (final, draft):
+                    shutil.rmtree(left_over, ignore_errors=True)
+                self.run.save_model(state, draft)
+                os.rename(draft, final)
+            except OSError as error:
+                problem = f"{final} cannot be written: {error}. Make room, then run the same command again."
+        self.ranks.agree(problem)
+
+    def say(self, line: str) -> None:
+        if self.ranks.is_first:
+            print(f"{self.run.label}: {line}", flush=True)
+
+    def _prepare(self, model: nn.Module) -> str:
+        """Device, recomputation, compilation; returns what was done about the last."""
+        # Each rank has random numbers of its own, for dropout.
+        torch.manual_seed(self.settings.seed * 1_000_003 + self.ranks.rank)
+        model.train()
+        model.to(self.ranks.device)
+        stack = getattr(model, "stack", None)
+        if stack is not None:
+            stack.recompute = self.settings.recompute
+        return compile_blocks(model, self.settings, self.ranks.device)
+
+    def _restore(self, saved: Checkpoint | None) -> int:
+        """Everything but the weights, which the engine has taken from the model; returns the step to go on from."""
+        if saved is None:
+            return 0
+        step = int(saved.state["step"])
+        self.say(f"continuing after step {step}, from {saved.path}")
+        saved.load_optimizer(self.engine)
+        if not saved.load_random_state(self.ranks):
+            torch.manual_seed((self.settings.seed * 1_000_003 + self.ranks.rank) * 1_000_003 + step)
+            self.say(f"written by {saved.state['world_size']} ranks: random numbers for dropout start anew")
+        self.loader.restore({**self.loader.state(), "rows_consumed": saved.state["rows_consumed"]})
+        return step
+
+    def _introduce(self, compiled: str) -> None:
+        """What is about to happen, in the log and in ds_config.json."""
+        peak, source = peak_flops(self.ranks.device, self.settings.precision, self.ranks.threads)
+        peaks = self.ranks.gather(torch.tensor([peak], dtype=torch.float64))
+        self.speed = Speed(self.run.flops_per_token, float(peaks.sum()))
+        plan = self.plan
+        self.say(
+            f"{self.parameters / 1e6:,.1f} M parameters, {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens "
+            f"({plan.micro_batch_rows} rows x {plan.accumulation} micro-batches x {plan.world_size} ranks), "
+            f"{self.settings.precision}, ZeRO {self.settings.zero.stage}, {self.ranks.device.type}, "
+            f"{self.ranks.threads} threads a rank"
+        )
+        self.say(compiled)
+        if self.run.flops_per_token:
+            self.say(
+                f"MFU = tokens/s x {self.run.flops_per_token:,.0f} FLOPs a token / ({plan.world_size} x {source}); "
+                f"{self.run.flop_formula}"
+            )
+        self.say(tracking_line(self.settings.tracking))
+        if self.ranks.is_first:
+            (self.run.out_dir / "ds_config.json").write_text(json.dumps(self.engine.config, indent=2) + "\n")
+
+    def _wish(self, signals: Signals) -> int:
+        if signals.caught is not None:
+            return STOP
+        clock = self.settings.checkpoint
+        if clock.every_steps is not None and (self.step + 1) % clock.every_steps == 0:
+            return SAVE
+        # Ranks' clocks differ; the first one's counts.
+        waited = time.monotonic() - self._saved_at
+        due = self.ranks.is_first and clock.every_seconds is not None and waited >= clock.every_seconds
+        return SAVE if due else GO_ON
+
+    def _report(self, result: StepResult, lr: float, seconds: float) -> None:
+        tokens = self.plan.tokens_per_step
+        row: Row = {
+            "step": self.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": self.step * tokens,
+            "rows": self.step * self.plan.rows_per_step,
+            "batch_digest": result.batch_digest,
+            "step_seconds": seconds,
+            "data_seconds": result.data_seconds,
+            "step_tokens": tokens,
+            "targets": result.target_count,
+            "tokens_per_second": tokens / seconds,
+            "mfu": self.speed.mfu(tokens / seconds),
+            "z_loss": result.z_loss,
+            "aux_loss": result.aux_loss,
+            "skipped": int(not result.applied),
+            "time": time.time(),
+        }
+        for sink in self._sinks:
+            sink(row)
+
+    def _non_finite(self, result: StepResult) -> str:
+        kept = sorted(path.name for path in self.checkpoints.folder.glob("step-*"))
+        return (
+            f"loss = {result.loss} and gradient norm = {result.grad_norm} in step {self.step} (batch digest "
+            f"{result.batch_digest}): an update must be finite, so it was not applied and the run stops. Lower "
+            "optim.lr, lengthen schedule.warmup_fraction or set clip_norm; on_non_finite=skip leaves such updates out "
+            f"and counts them. Kept: {kept[-1] if kept else 'no checkpoint yet'}."
+        )

@@ -1,0 +1,212 @@
+"""What a run says about itself: metrics.jsonl, a progress line, Weights & Biases; throughput, MFU and goodput."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pipelines.training.errors import TrainingError
+from pipelines.training.settings import TrackingSettings
+
+METRICS = "metrics.jsonl"
+SECONDS_BETWEEN_LINES = 10.0
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one row per step, floats with every digit they have: equal losses are equal text.
+
+    Rows after `keep_steps` are cut by writing a new file in the place of the old one, so that a process that was
+    believed dead goes on writing into a file nobody reads.
+    """
+
+    def __init__(self, path: Path, *, keep_steps: int) -> None:
+        draft = path.with_name(f".{path.name}.writing")
+        self._file: IO[str] = open(draft, "w")  # noqa: SIM115  (closed by `close`)
+        for row in read_metrics(path):
+            if row["step"] <= keep_steps:
+                self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        os.replace(draft, path)
+
+    def __call__(self, row: Row) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a `metrics.jsonl`; none where there is no file, and a line torn by a kill ends them."""
+    rows: list[Row] = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+@dataclass(frozen=True)
+class Speed:
+    """MFU = tokens/s x FLOPs per token / peak FLOP/s of all ranks' devices; None where a model's FLOPs are unknown."""
+
+    flops_per_token: float | None
+    peak_flops: float
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        return None if self.flops_per_token is None else tokens_per_second * self.flops_per_token / self.peak_flops
+
+
+def summary(rows: list[Row], *, resumed_at_step: int) -> dict[str, Any]:
+    """The figures of a whole run. Speed is of this process's steps, the first one left out as it warms up."""
+    mine = [row for row in rows if row["step"] > resumed_at_step + 1] or rows[-1:]
+    applied = [row for row in rows if not row["skipped"]] or rows
+    step_seconds = sum(row["step_seconds"] for row in mine)
+    tokens = sum(row["step_tokens"] for row in mine)
+    began = rows[0]["time"] - rows[0]["step_seconds"]
+    last = applied[-20:]
+    speeds = [row["mfu"] for row in mine if row["mfu"] is not None]
+    return {
+        "steps": rows[-1]["step"],
+        "tokens": rows[-1]["tokens"],
+        "rows": rows[-1]["rows"],
+        "loss": sum(row["loss"] for row in last) / len(last),
+        "final_loss": applied[-1]["loss"],
+        "tokens_per_second": tokens / step_seconds,
+        "mfu": sum(speeds) / len(speeds) if speeds else None,
+        "data_wait_share": sum(row["data_seconds"] for row in mine) / step_seconds,
+        # Of the time since the first attempt began: what went into steps that still count.
+        "goodput": sum(row["step_seconds"] for row in rows) / max(rows[-1]["time"] - began, 1e-9),
+        "skipped_steps": sum(row["skipped"] for row in rows),
+        "resumed_at_step": resumed_at_step,
+    }
+
+
+class Progress:
+    """One line every ten seconds: where the run is, how fast, how long it will take."""
+
+    def __init__(self, label: str, total_steps: int) -> None:
+        self._label, self._total_steps, self._said_at = label, total_steps, 0.0
+        self._steps: list[tuple[float, int]] = []
+
+    def __call__(self, row: Row) -> None:
+        now = time.monotonic()
+        self._steps = [*self._steps[-20:], (now, row["step"])]
+        if now - self._said_at < SECONDS_BETWEEN_LINES and row["step"] != self._total_steps:
+            return
+        self._said_at = now
+        print(self.line(row), flush=True)
+
+    def line(self, row: Row) -> str:
+        (then, first), (now, step) = self._steps[0], self._steps[-1]
+        left = (now - then) / (step - first) * (self._total_steps - step) if step > first else None
+        parts = [
+            f"{self._label} step {step}/{self._total_steps}",
+            f"loss {row['loss']:.4f}",
+            f"{row['tokens_per_second']:,.0f} tokens/s",
+        ]
+        if row["mfu"] is not None:
+            parts.append(f"MFU {row['mfu']:.1%}")
+        if left is not None:
+            parts.append(f"{duration(left)} left")
+        return " · ".join(parts)
+
+
+class WandbRun:
+    """Weights & Biases for one training run: one id, so a resumed run goes on under it with its own step numbers."""
+
+    def __init__(
+        self, settings: TrackingSettings, *, run_id: str, folder: Path, label: str, config: Mapping[str, Any]
+    ) -> None:
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            group=settings.group,
+            name=settings.name,
+            job_type=label,
+            id=run_id,
+            resume="allow",
+            mode="online" if _is_online(settings) else "offline",
+            dir=str(folder),
+            config=dict(config),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
+        )
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def __call__(self, row: Row) -> None:
+        # Offline, a resumed run would count from 0 again if it were not told.
+        self._run.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
+
+    def model(self, folder: Path, *, name: str, lineage: Mapping[str, str]) -> None:
+        """Say where the finished weights are and what they were made from; the bytes stay where they are."""
+        import wandb
+
+        artifact = wandb.Artifact(name, type="model", metadata={"made_from": dict(lineage)})
+        artifact.add_reference(f"file://{folder.resolve()}", checksum=False)
+        self._run.log_artifact(artifact)
+
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=1 if failed else 0)
+
+
+@contextmanager
+def wandb_run(
+    settings: TrackingSettings, *, run_id: str, folder: Path, label: str, config: Mapping[str, Any]
+) -> Iterator[WandbRun | None]:
+    """The run at Weights & Biases, or None where none is wanted. Raises TrainingError where it does not start."""
+    if settings.mode == "off":
+        yield None
+        return
+    try:
+        run = WandbRun(settings, run_id=run_id, folder=folder, label=label, config=config)
+    except Exception as error:
+        raise TrainingError(
+            f"tracking.mode = {settings.mode}: Weights & Biases did not start ({error}). Use tracking.mode=offline, or "
+            "tracking.mode=off."
+        ) from error
+    failed = True
+    try:
+        yield run
+        failed = False
+    finally:
+        run.close(failed=failed)
+
+
+def tracking_line(settings: TrackingSettings) -> str:
+    """What is tracked where, in one line."""
+    if settings.mode == "off":
+        return "tracking: metrics.jsonl only (tracking.mode=off)"
+    if _is_online(settings):
+        return f"tracking: Weights & Biases online, project {settings.project}"
+    why = "no key is set" if settings.mode == "auto" else "tracking.mode=offline"
+    return f"tracking: Weights & Biases offline ({why}); upload later with `wandb sync`"
+
+
+def _is_online(settings: TrackingSettings) -> bool:
+    if settings.mode != "auto":
+        return settings.mode == "online"
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    return netrc.exists() and "api.wandb.ai" in netrc.read_text()
+
+
+def duration(seconds: float) -> str:
+    """1h02m, 3m05s or 42s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
