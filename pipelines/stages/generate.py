@@ -125,6 +125,7 @@ class TextGenerator:
         )
         stream.close()
         seconds = time.perf_counter() - started
+        finish: Literal["end", "stop", "length"]
         finish = "stop" if stream.stopped else "length" if len(new_ids) == allowed else "end"
         return Completion(text=stream.text, tokens=len(new_ids), seconds=seconds, finish=finish)
 

@@ -221,8 +221,8 @@ def _figures(found: dict[str, Any], answers: list[dict[str, Any]], settings: Eva
         metric, _, _ = key.partition(",")
         if "," not in key or metric.endswith("_stderr"):
             continue
-        values = [answer.get(metric) for answer in answers]
-        if all(isinstance(value, int | float) for value in values):
+        values = [value for answer in answers if isinstance(value := answer.get(metric), int | float)]
+        if len(values) == len(answers):
             mean = mean_interval(values, resamples=settings.bootstrap_resamples, seed=settings.seed)
             figures[metric] = {"value": mean.value, "low": mean.low, "high": mean.high}
         else:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from data.document import Document, read_documents
 from data.shard_set import ShardSet
 from data.tokenizer import Tokenizer
@@ -132,7 +134,7 @@ def baselines(work: Work, out_dir: Path) -> dict[str, Any]:
         "training_tokens": 0,
     }
     if work.shards:
-        counts = sum(ShardSet.open(artifact.path).target_counts() for artifact in work.shards)
+        counts = np.sum([ShardSet.open(artifact.path).target_counts() for artifact in work.shards], axis=0)
         result["nats"]["unigram"] = unigram_nats(counts, documents, added=1)
         result["training_tokens"] = int(counts.sum())
     return result
@@ -144,9 +146,7 @@ def tasks(work: Work, out_dir: Path) -> dict[str, Any]:
 
     model, tokenizer = _model(work), Tokenizer.load(work.tokenizer.path)
     context_tokens, _ = window_tokens(work, model.config.max_seq_len)
-    harness = HarnessModel(
-        model, tokenizer, max_length=context_tokens, tokens_per_batch=work.settings.tokens_per_batch
-    )
+    harness = HarnessModel(model, tokenizer, max_length=context_tokens, tokens_per_batch=work.settings.tokens_per_batch)
     return {"tasks": run_tasks(harness, _documents(work), work.settings, out_dir / work.folder)}
 
 

@@ -216,7 +216,7 @@ def test_windows_beyond_the_model_are_refused(small_run, tmp_path, in_process):
 
 def test_a_corpus_without_held_out_documents_is_an_error_that_says_what_to_raise(tmp_path):
     write_documents(tmp_path / "heldout" / "00000.parquet", [])
-    with pytest.raises(EngineError, match="held_out.fraction"):
+    with pytest.raises(EngineError, match=r"held_out\.fraction"):
         held_out.choose(tmp_path, evaluate.EvaluateSettings())
 
 

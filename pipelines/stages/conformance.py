@@ -1,0 +1,191 @@
+"""Ours against transformers, on one exported folder: tokens, chat, logits, greedy continuations.
+
+The measure for "the same logits" is our own rounding: the model is run in fp32 with two attention kernels that differ
+in nothing but the order of their sums, and transformers may be off by a few times what these two differ by. A wrong
+epsilon, a rotated pair or a transposed matrix is off by thousands of times that.
+
+Importing this module imports torch and transformers, so only the task that compares does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from data.chat import encode_chat
+from data.document import read_documents
+from data.tokenizer import Tokenizer
+from model.architectures import Transformer
+from model.build import build_model
+from model.generate import Sampling, generate
+from model.interop import has_hf_class, load_pretrained
+from pipelines.engine.step import EngineError
+from pipelines.stages.weights import DTYPES
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+if TYPE_CHECKING:
+    from pipelines.stages.export import ExportSettings
+
+ROUNDING_MULTIPLE = 8
+UNIT_ROUNDOFF = 2.0**-24
+COMPARED_TOKENS = 256
+PROMPT_TOKENS = 32
+
+
+def check_export(
+    settings: ExportSettings, source: Path, tokenizer_dir: Path, held_out: Sequence[Path], folder: Path
+) -> dict[str, Any]:
+    """Figures of every comparison; of the tokenizer's alone where no Hugging Face class computes the model.
+
+    `source` holds the weights as trained; they are rounded to the export's precision, and both sides compute in fp32.
+    Raises EngineError for the first comparison that fails.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    theirs_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    documents = sorted((d for place in held_out for d in read_documents(place)), key=lambda document: document.id)
+    texts = [document.text for document in documents[: settings.sample_documents]]
+    report = check_tokens(tokenizer, theirs_tokenizer, texts)
+
+    config, state = load_pretrained(source)
+    if not has_hf_class(config):
+        return report
+    rounded = {name: tensor.to(DTYPES[settings.precision]).float() for name, tensor in state.items()}
+    ours, twin = (_ready(build_model(config, device="meta", kernel=kernel), rounded) for kernel in ("auto", "dense"))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    length = min(config.max_seq_len, COMPARED_TOKENS)
+    samples = [[tokenizer.bos_id, *ids][:length] for ids in tokenizer.encode_batch(texts)]
+    logits = check_logits(ours, twin, theirs, samples)
+    prompts = [ids[: min(PROMPT_TOKENS, length // 2)] for ids in samples]
+    new_tokens = min(settings.generated_tokens, config.max_seq_len - max(map(len, prompts)))
+    stop_ids = (tokenizer.eos_id, tokenizer.end_id)
+    return report | logits | check_continuations(ours, theirs, prompts, new_tokens, stop_ids, logits["tolerance"])
+
+
+def check_tokens(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """The same ids for the texts and for conversations made of them, and the texts back from the ids."""
+    compared = 0
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    for number, text in enumerate(texts):
+        ids = ours.encode(text)
+        _same(f"tokens of held-out sample {number}", ids, theirs.encode(text, **options))
+        _same(f"text of sample {number}", text, theirs.decode(ids, skip_special_tokens=True))
+        compared += len(ids)
+    excerpt = texts[0][:200]
+    messages = [
+        {"role": "system", "content": "Answer briefly."},
+        {"role": "user", "content": f"  What is this?\n\n{excerpt}"},
+        {"role": "assistant", "content": excerpt[::-1]},
+        {"role": "user", "content": "Thanks.\n"},
+    ]
+    for until, prompt in ((3, False), (4, True)):
+        ids, _ = encode_chat(ours, messages[:until], generation_prompt=prompt)
+        rendered = theirs.apply_chat_template(messages[:until], add_generation_prompt=prompt, return_dict=False)
+        _same("chat template's tokens", ids, list(rendered))
+        compared += len(ids)
+    return {"compared_tokens": compared}
+
+
+@torch.inference_mode()
+def check_logits(ours: Transformer, twin: Transformer, theirs: Any, samples: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Largest difference over all logits of the samples, beside the rounding of fp32; and the share of equal argmaxes.
+
+    `twin` is our model with the dense attention kernel. Where two logits lie closer than the tolerance, either may win.
+    """
+    error = rounding = largest = 0.0
+    positions = agreed = 0
+    for ids in samples:
+        tokens_BT = torch.tensor([ids])
+        ours_TV, twin_TV = ours(tokens_BT)["logits"][0], twin(tokens_BT)["logits"][0]
+        theirs_TV = theirs(tokens_BT).logits[0]
+        error = max(error, float((theirs_TV - ours_TV).abs().max()))
+        rounding = max(rounding, float((twin_TV - ours_TV).abs().max()))
+        largest = max(largest, float(ours_TV.abs().max()))
+        positions += len(ids)
+        agreed += int((theirs_TV.argmax(-1) == ours_TV.argmax(-1)).sum())
+    tolerance = ROUNDING_MULTIPLE * max(rounding, UNIT_ROUNDOFF * largest)
+    if not error <= tolerance:  # a NaN fails, too
+        raise EngineError(
+            f"The export does not compute what was trained: transformers' logits differ by {error:.3g} (largest logit "
+            f"{largest:.3g}), and rounding explains {tolerance:.3g}; the likeliest token agrees at {agreed} of "
+            f"{positions} positions. This is a fault of the export (model/interop), not of the settings."
+        )
+    return {
+        "compared_positions": positions,
+        "max_logit_error": error,
+        "max_logit_error_relative": error / largest,
+        "fp32_rounding": rounding,
+        "tolerance": tolerance,
+        "argmax_agreement": agreed / positions,
+    }
+
+
+@torch.inference_mode()
+def check_continuations(
+    ours: Transformer,
+    theirs: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    stop_ids: tuple[int, ...],
+    tolerance: float,
+) -> dict[str, Any]:
+    """Greedy continuations of every prompt, ours with our cache and theirs with theirs: equal, token by token.
+
+    They may part where the two likeliest tokens are closer than rounding; such ties are counted.
+    """
+    ties = 0
+    mine = generate(ours, prompts, Sampling(max_new_tokens=new_tokens, temperature=0), stop_ids=stop_ids)
+    for number, (prompt, ids) in enumerate(zip(prompts, mine, strict=True)):
+        tokens_BT = torch.tensor([prompt])
+        out_BT = theirs.generate(
+            tokens_BT,
+            attention_mask=torch.ones_like(tokens_BT),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=list(stop_ids),
+        )
+        found = [token for token in out_BT[0, len(prompt) :].tolist() if token not in stop_ids]
+        if found == ids:
+            continue
+        parted = _parting(found, ids)
+        logits_V = ours(torch.tensor([[*prompt, *ids[:parted]]]))["logits"][0, -1]
+        first, second = logits_V.topk(2).values.tolist()
+        if first - second > 2 * tolerance:
+            raise EngineError(
+                f"The export does not continue as the model does: prompt {number} parts at new token {parted}, where "
+                f"the likeliest token leads by {first - second:.3g} and rounding explains {2 * tolerance:.3g}. Ours: "
+                f"{ids[: parted + 1]}; transformers': {found[: parted + 1]}. A fault of the export or of a cache."
+            )
+        ties += 1
+    return {"greedy_continuations": len(prompts), "greedy_ties": ties}
+
+
+def _ready(model: Transformer, state: dict[str, torch.Tensor]) -> Transformer:
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def _same(what: str, ours: Sequence[Any], theirs: Sequence[Any]) -> None:
+    if list(ours) == list(theirs):
+        return
+    at = _parting(ours, theirs)
+    raise EngineError(
+        f"The exported tokenizer differs: {what} part at position {at}: ours {ours[at : at + 5]!r}, transformers' "
+        f"{theirs[at : at + 5]!r}. This is a fault of the export (data/tokenizer_json), not of the settings."
+    )
+
+
+def _parting(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
+    """The first place where the two differ, which may be the end of the shorter."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((at for at, (mine, yours) in pairs if mine != yours), min(len(ours), len(theirs)))

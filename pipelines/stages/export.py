@@ -1,0 +1,119 @@
+"""Export: the model as a Hugging Face folder, and the proof that transformers computes the same with it.
+
+Writes model/ (safetensors, config.json, generation_config.json, tokenizer.json with the chat template, tokenizer.model,
+README.md) and conformance.json (what was compared, and how large the differences were). A difference beyond rounding is
+an error, and nothing is published.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.engine.step import Artifact, Context, EngineError
+from pipelines.stages.evaluate import named
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """What is exported, and how much it is compared on."""
+
+    weights: Literal["last", "pretrain", "finetune"] = "last"
+    """last: the fine-tuned model where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the weights on disk. The comparison is made with these weights, in fp32."""
+    sample_documents: int = 4
+    """Held-out documents that tokens, logits and greedy continuations are compared on."""
+    generated_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("sample_documents", "generated_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: without a sample nothing is proven; at least 1.")
+
+
+def run(settings: ExportSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
+    """Inputs: corpus (or several), tokenizer, pretrain, optionally finetune. Returns the figures of conformance.json.
+
+    Raises EngineError where transformers gives other tokens, logits or continuations.
+    """
+    source = _source(settings, inputs)
+    corpora = list(named(inputs, "corpus").values())
+    ctx.call(write_model, settings, source, inputs["tokenizer"], out_dir / "model")
+    report = ctx.call(compare, settings, source, inputs["tokenizer"], corpora, out_dir / "model")
+    if "compared_positions" not in report:
+        ctx.say(
+            "no Hugging Face class computes this model: exported in this program's own format, without transformers"
+        )
+    (out_dir / "conformance.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return {"exported": source.step, **{name: value for name, value in report.items() if not isinstance(value, list)}}
+
+
+def write_model(settings: ExportSettings, source: Artifact, tokenizer: Artifact, folder: Path) -> None:
+    """Write the folder. Runs in a worker: it imports torch."""
+    import shutil
+
+    from data.tokenizer import Tokenizer
+    from data.tokenizer_json import export_tokenizer
+    from model.interop import has_hf_class, hf_config, load_pretrained, save_pretrained
+    from pipelines.stages.weights import DTYPES
+
+    config, state = load_pretrained(source.path / "model")
+    pieces = Tokenizer.load(tokenizer.path)
+    ids = {"bos_token_id": pieces.bos_id, "eos_token_id": pieces.eos_id, "pad_token_id": pieces.pad_id}
+    state = {name: tensor.to(DTYPES[settings.precision]) for name, tensor in state.items()}
+    save_pretrained(state, config, folder, extra=ids)
+    # A document ends with </s>, a message with <|end|>: generation has to stop at either.
+    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+    _write_json(folder / "generation_config.json", {**ids, "eos_token_id": [pieces.eos_id, pieces.end_id], **sampling})
+    export_tokenizer(tokenizer.path, folder, max_tokens=config.max_seq_len)
+    shutil.copyfile(tokenizer.path / "tokenizer.model", folder / "tokenizer.model")
+    origin = f"from step {source.step} ({source.digest[:16]})"
+    if has_hf_class(config):
+        card = f"# {hf_config(config)['architectures'][0]} {origin}\n\n{TRANSFORMERS_USE}"
+    else:
+        card = f"# A model in this program's own format, {origin}\n\nNo Hugging Face class computes it.\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def compare(
+    settings: ExportSettings, source: Artifact, tokenizer: Artifact, corpora: list[Artifact], folder: Path
+) -> dict[str, Any]:
+    """Ours against transformers, in a worker: it imports both."""
+    from pipelines.stages.conformance import check_export
+
+    return check_export(settings, source.path / "model", tokenizer.path, [c.path / "heldout" for c in corpora], folder)
+
+
+def _source(settings: ExportSettings, inputs: Mapping[str, Artifact]) -> Artifact:
+    if settings.weights == "last":
+        return inputs.get("finetune", inputs["pretrain"])
+    if settings.weights not in inputs:
+        raise EngineError(
+            f"export.weights = {settings.weights!r}: this experiment has no such step. Choose last or pretrain, or add "
+            "fine-tuning with finetune=…."
+        )
+    return inputs[settings.weights]
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+TRANSFORMERS_USE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+ids = tokenizer("def ", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0], skip_special_tokens=True))
+```
+
+Texts begin with `<s>`, which the tokenizer adds. Messages: `tokenizer.apply_chat_template(messages,
+add_generation_prompt=True)`. Text that may contain control pieces such as `<|end|>` has to be tokenized with
+`split_special_tokens=True`, so that it stays text.
+"""

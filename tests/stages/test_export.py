@@ -1,0 +1,92 @@
+"""Claims about the export: transformers gives the same tokens, logits and continuations, and a fault is noticed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data.tokenizer import Tokenizer
+from pipelines.engine.step import EngineError
+from pipelines.stages import export
+from pipelines.stages.weights import load_model
+
+
+@pytest.fixture(scope="module")
+def exported(small_run, tmp_path_factory, in_process):
+    """(metrics, folder) of the fine-tuned model's export."""
+    out_dir = tmp_path_factory.mktemp("export")
+    return export.run(export.ExportSettings(), small_run, out_dir, in_process(out_dir)), out_dir / "model"
+
+
+def test_transformers_computes_the_same_with_the_exported_folder(exported):
+    metrics, _ = exported
+    assert metrics["exported"] == "finetune"
+    assert metrics["max_logit_error"] <= metrics["tolerance"] < 1e-3
+    assert metrics["argmax_agreement"] > 0.999
+    assert metrics["greedy_continuations"] == 4
+    assert metrics["compared_tokens"] > 1000
+
+
+def test_the_folder_holds_what_other_tools_look_for(exported):
+    _, folder = exported
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"} <= names
+    assert {"tokenizer_config.json", "chat_template.jinja", "README.md"} <= names
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert (config["bos_token_id"], config["eos_token_id"]) == (2, 3)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [3, 7]
+
+
+def test_the_export_is_also_a_model_and_a_tokenizer_of_ours(exported, small_run):
+    _, folder = exported
+    tokens_BT = torch.tensor([Tokenizer.load(folder).encode("def main():\n    pass\n")])
+    assert tokens_BT.tolist() == [Tokenizer.load(small_run["tokenizer"].path).encode("def main():\n    pass\n")]
+    ours = load_model(small_run["finetune"].path / "model")(tokens_BT)["logits"]
+    assert torch.equal(load_model(folder)(tokens_BT)["logits"], ours)
+
+
+def test_bf16_weights_are_compared_as_rounded(small_run, tmp_path, in_process):
+    settings = export.ExportSettings(precision="bf16", weights="pretrain", sample_documents=1, generated_tokens=4)
+    metrics = export.run(settings, small_run, tmp_path, in_process(tmp_path))
+    assert metrics["max_logit_error"] <= metrics["tolerance"]
+    assert load_file(tmp_path / "model" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("fault", ["epsilon", "rope", "weight"])
+def test_a_faulty_export_is_refused(small_run, exported, tmp_path, fault):
+    folder = tmp_path / "model"
+    settings = export.ExportSettings(sample_documents=1)
+    export.write_model(settings, small_run["finetune"], small_run["tokenizer"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    if fault == "epsilon":
+        config["rms_norm_eps"] = 1e-6
+    elif fault == "rope":
+        config["rope_theta"] = 20000.0
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": 20000.0}
+    else:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.1.self_attn.k_proj.weight"] = tensors["model.layers.1.self_attn.k_proj.weight"].flip(0)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError, match="does not compute what was trained"):
+        export.compare(settings, small_run["finetune"], small_run["tokenizer"], [small_run["corpus"]], folder)
+
+
+def test_a_faulty_tokenizer_is_refused(small_run, exported, tmp_path):
+    settings = export.ExportSettings(sample_documents=1)
+    export.write_model(settings, small_run["finetune"], small_run["tokenizer"], tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][100:]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(EngineError, match="tokenizer differs"):
+        export.compare(settings, small_run["finetune"], small_run["tokenizer"], [small_run["corpus"]], tmp_path)
+
+
+def test_asking_for_weights_that_the_experiment_lacks_says_so(small_run, tmp_path, in_process):
+    inputs = {name: artifact for name, artifact in small_run.items() if name != "finetune"}
+    with pytest.raises(EngineError, match="no such step"):
+        export.run(export.ExportSettings(weights="finetune"), inputs, tmp_path, in_process(tmp_path))
