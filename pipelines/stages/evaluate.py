@@ -12,13 +12,15 @@ its answers) and samples.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.engine.step import Artifact, Context
+from pipelines.engine.step import Artifact, Context, EngineError
 from pipelines.stages.generate import GenerateSettings
+
+TASKS = Path(__file__).parents[2] / "conf" / "evaluate" / "tasks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,32 @@ def run(settings: EvaluateSettings, inputs: Mapping[str, Artifact], out_dir: Pat
 def named(inputs: Mapping[str, Artifact], kind: str) -> dict[str, Artifact]:
     """The inputs of one kind: `corpus` alone, or one for each source of a mixture (`corpus-NAME`)."""
     return {name: artifact for name, artifact in sorted(inputs.items()) if name == kind or name.startswith(f"{kind}-")}
+
+
+def task_path(name: str, folders: Sequence[str]) -> Path:
+    """The YAML file of a task: in the user's folders first, then in conf/evaluate/tasks. EngineError if in none."""
+    places = [*map(Path, folders), TASKS]
+    for place in places:
+        if (place / f"{name}.yaml").is_file():
+            return place / f"{name}.yaml"
+    known = ", ".join(sorted(path.stem for place in places for path in place.glob("*.yaml")))
+    raise EngineError(
+        f"evaluate.tasks: no task named {name!r}. A task is a harness YAML file in conf/evaluate/tasks "
+        f"or in one of evaluate.task_folders; there are {known}."
+    )
+
+
+def task_files(settings: EvaluateSettings) -> tuple[Path, ...]:
+    """Every file that the chosen tasks are made from, to enter the step's digest: their YAML and their own data."""
+    import yaml
+
+    files: list[Path] = []
+    for name in settings.tasks:
+        path = task_path(name, settings.task_folders)
+        data = (yaml.safe_load(path.read_text(encoding="utf-8")).get("dataset_kwargs") or {}).get("data_files", ())
+        by_split = data.values() if isinstance(data, dict) else [data] if data else []
+        files += [path, *(path.parent / file for file in by_split)]
+    return tuple(files)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -28,6 +28,7 @@ from data.tokenizer import Tokenizer
 from model.architectures import Transformer
 from model.generate import Sampling, generate
 from pipelines.engine.step import EngineError
+from pipelines.stages.evaluate import EvaluateSettings, task_path
 from pipelines.stages.intervals import mean_interval
 from pipelines.stages.scoring import score_sequences
 from pipelines.stages.task_data import make_examples
@@ -41,9 +42,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as evaluate_tasks
 from lm_eval.models.utils import normalize_gen_kwargs
-
-if TYPE_CHECKING:
-    from pipelines.stages.evaluate import EvaluateSettings
 
 MOST_NEW_TOKENS = 256
 FEWEST_EXAMPLES = 4
@@ -183,19 +181,6 @@ def run_tasks(
         lines = (json.dumps(_answered(answer), default=str) + "\n" for answer in answers)
         (out_dir / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     return {name: results[name] for name in settings.tasks}
-
-
-def task_path(name: str, folders: Sequence[str]) -> Path:
-    """The YAML file of a task: in the user's folders first, then in conf/evaluate/tasks. EngineError if in none."""
-    places = [*map(Path, folders), Path(__file__).parents[2] / "conf" / "evaluate" / "tasks"]
-    for place in places:
-        if (place / f"{name}.yaml").is_file():
-            return place / f"{name}.yaml"
-    known = ", ".join(sorted(path.stem for place in places for path in place.glob("*.yaml")))
-    raise EngineError(
-        f"evaluate.tasks: no task named {name!r}. A task is a harness YAML file in conf/evaluate/tasks "
-        f"or in one of evaluate.task_folders; there are {known}."
-    )
 
 
 def _load_task(name: str, settings: EvaluateSettings) -> dict[str, Any]:

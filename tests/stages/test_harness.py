@@ -120,6 +120,7 @@ def test_a_users_own_task_runs_with_data_beside_its_file(small_run, models, tmp_
     lines = [{"q": "Paris is in", "c": ["France", "Peru"], "a": i % 2} for i in range(4)]
     (tmp_path / "capitals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = evaluate.EvaluateSettings(tasks=("capitals",), task_folders=(str(tmp_path),), bootstrap_resamples=20)
+    assert {path.name for path in evaluate.task_files(settings)} == {"capitals.yaml", "capitals.jsonl"}
     found = harness.run_tasks(models[0], [], settings, tmp_path / "out")
     assert found["capitals"]["acc"]["value"] == 0.5
     assert found["capitals"]["examples"] == 4
@@ -133,4 +134,4 @@ def test_a_task_without_enough_examples_is_skipped_with_its_reason(models, tmp_p
 
 def test_an_unknown_task_is_answered_with_those_there_are():
     with pytest.raises(EngineError, match="close_bracket, held_out_rolling, next_line"):
-        harness.task_path("next_lin", ())
+        evaluate.task_path("next_lin", ())
