@@ -31,9 +31,9 @@ def build_model(
 ) -> Transformer:
     """The model of `config` with its starting weights, a function of `seed` alone; on the meta device, without any.
 
-    kernel: `auto`, `sdpa` or `dense`. Raises ModelError for a configuration that cannot be built.
+    kernel: `auto`, or one of `kernels.attention.KERNELS`. Raises ModelError for a configuration that cannot be built.
     """
-    kernel_name, attend = select_kernel(kernel)
+    kernel_name, attend = select_kernel(kernel, torch.device(device))
     with torch.device("meta"):
         model = _assemble(config, attend).to(dtype)
     if torch.device(device).type != "meta":

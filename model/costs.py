@@ -1,6 +1,6 @@
 """What a model costs, in closed form from its configuration: parameters, FLOPs, bytes.
 
-FLOPs count matrix multiplications, a multiply and an add each; norms, activations and softmax are left out, as is usual.
+FLOPs count matrix multiplications, a multiply and an add each; norms, activations and softmax are left out as usual.
 """
 
 from typing import NamedTuple
@@ -65,7 +65,7 @@ def kv_cache_bytes(config: ModelConfig, *, rows: int, tokens: int, dtype_bytes: 
 def activation_bytes(
     config: ModelConfig, micro_batch_rows: int, seq_len: int, dtype_bytes: int, recompute: bool = False
 ) -> int:
-    """Bytes kept for the backward pass of one micro-batch by the eager model; with `recompute` one block's at a time."""
+    """Bytes that one micro-batch keeps for its backward pass; with `recompute` only one block's at a time."""
     tokens = micro_batch_rows * seq_len
     blocks = 1 if recompute else config.n_layers
     kept = blocks * _block_activations(config, dtype_bytes)

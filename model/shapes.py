@@ -14,6 +14,7 @@ AXES: dict[str, str] = {
     "K": "key/value heads",
     "G": "query heads that share one key/value head (H = K times G)",
     "C": "channels of one head",
+    "M": "matrices of a batched product: key/value heads of several rows or documents",
     "F": "hidden width of the feed-forward network",
     "V": "vocabulary entries",
     "R": "rank of a low-rank adapter",

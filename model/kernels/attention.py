@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from model.errors import ModelError
+from model.kernels.blockwise import blockwise_attention
 from model.masks import Mask, dense
 
 AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mask, float], torch.Tensor]
@@ -44,12 +45,27 @@ def sdpa_attention(
     return out_BHTC.transpose(1, 2)
 
 
-KERNELS: dict[str, AttentionKernel] = {"dense": dense_attention, "sdpa": sdpa_attention}
+def blockwise_or_fused(
+    q_BTHC: torch.Tensor, k_BSKC: torch.Tensor, v_BSKC: torch.Tensor, mask: Mask, scale: float
+) -> torch.Tensor:
+    """Blockwise where it applies, causal self-attention on the CPU; PyTorch's fused kernels for everything else."""
+    if mask.causal and mask.slots_BT is None and q_BTHC.device.type == "cpu":
+        out_BTHC: torch.Tensor = blockwise_attention(q_BTHC, k_BSKC, v_BSKC, mask.documents_BT, scale)
+        return out_BTHC
+    return sdpa_attention(q_BTHC, k_BSKC, v_BSKC, mask, scale)
 
 
-def select_kernel(name: str) -> tuple[str, AttentionKernel]:
+KERNELS: dict[str, AttentionKernel] = {
+    "dense": dense_attention,
+    "sdpa": sdpa_attention,
+    "blockwise": blockwise_or_fused,
+}
+
+
+def select_kernel(name: str, device: torch.device) -> tuple[str, AttentionKernel]:
     """The kernel of that name; `auto` takes the fastest one that runs here. Raises ModelError for an unknown name."""
-    chosen = "sdpa" if name == "auto" else name
+    fastest = "sdpa" if device.type == "cuda" else "blockwise"
+    chosen = fastest if name == "auto" else name
     if chosen not in KERNELS:
         raise ModelError(f"kernel is {name!r}: choose auto, {' or '.join(KERNELS)}.")
     return chosen, KERNELS[chosen]
