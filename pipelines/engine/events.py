@@ -25,6 +25,7 @@ class Event:
     """finished: all attempts together."""
 
 
+State = Literal["cached", "made", "to make", "unfinished", "running", "not needed"]
 OnEvent = Callable[[Event], None]
 
 
@@ -34,7 +35,7 @@ class StepReport:
 
     name: str
     digest: str
-    state: Literal["cached", "made", "to make", "unfinished", "running", "not needed"]
+    state: State
     """unfinished: an interrupted attempt's work is kept and will be continued; not needed: nothing asks for it."""
     seconds: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)

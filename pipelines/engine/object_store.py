@@ -12,6 +12,7 @@ on other machines than the driver it must be a folder they share.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -101,6 +102,13 @@ class ObjectStore(Store):
         if newest is not None:
             return str(newest)
         return f"{self.url}/.work/{name}" if self._files.find(self._path(f".work/{name}")) else None
+
+    def tidy(self, step: str, digest: str) -> None:
+        folder = self._cache / "work" / work_name(step, digest)
+        if folder.exists() and self.holder(step, digest) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._files.rm(self._path(f".work/{work_name(step, digest)}"), recursive=True)
 
     def keep(self, work: Work, relpath: str) -> None:
         path = work.out / relpath

@@ -10,13 +10,14 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipelines.engine import manifest as manifests
 from pipelines.engine.backend import Backend, Resources
 from pipelines.engine.context import CancelledError, RunContext, run_stage
 from pipelines.engine.errors import EngineError
-from pipelines.engine.events import Event, OnEvent, StepReport
+from pipelines.engine.events import Event, OnEvent, State, StepReport
 from pipelines.engine.files import FileHashes
 from pipelines.engine.lease import Held, Lease, LeaseLostError
 from pipelines.engine.resolve import Graph, Node, resolve
@@ -62,28 +63,24 @@ def _needed(graph: Graph, store: Store) -> set[str]:
 def _report(node: Node, store: Store, *, needed: bool) -> StepReport:
     artifact = store.find(node.name, node.digest)
     if artifact is not None:
-        return _published(artifact, "cached")
+        return StepReport(
+            name=artifact.step,
+            digest=artifact.digest,
+            state="cached",
+            seconds=artifact.manifest["seconds"],
+            metrics=artifact.metrics,
+            path=artifact.url,
+            bytes=sum(entry["bytes"] for entry in artifact.manifest["files"].values()),
+        )
     kept = store.unfinished(node.name, node.digest)
-    state = "not needed" if not needed else "unfinished" if kept else "to make"
-    return StepReport(name=node.name, digest=node.digest, state=state, path=kept)  # type: ignore[arg-type]
-
-
-def _published(artifact: Artifact, state: Any) -> StepReport:
-    return StepReport(
-        name=artifact.step,
-        digest=artifact.digest,
-        state=state,
-        seconds=artifact.manifest["seconds"],
-        metrics=artifact.metrics,
-        path=artifact.url,
-        bytes=sum(entry["bytes"] for entry in artifact.manifest["files"].values()),
-    )
+    state: State = "not needed" if not needed else "unfinished" if kept else "to make"
+    return StepReport(name=node.name, digest=node.digest, state=state, path=kept)
 
 
 def _with_holder(report: StepReport, store: Store) -> StepReport:
     if report.state == "cached" or store.holder(report.name, report.digest) is None:
         return report
-    return StepReport(name=report.name, digest=report.digest, state="running", path=report.path)
+    return replace(report, state="running")
 
 
 class _Run:
@@ -244,10 +241,10 @@ class _Run:
             lease.release()
 
     def _final_report(self, node: Node) -> StepReport:
-        artifact = self._artifacts.get(node.digest)
-        if artifact is None:
-            return _report(node, self._store, needed=False)
-        return _published(artifact, "made" if node.digest in self._made else "cached")
+        report = _report(node, self._store, needed=False)
+        if report.state == "cached":
+            self._store.tidy(node.name, node.digest)
+        return replace(report, state="made") if node.digest in self._made else report
 
     def _tell(self, node: Node, kind: Any, *, line: str = "", seconds: float = 0.0) -> None:
         self._emit(Event(kind=kind, step=node.name, digest=node.digest, line=line, seconds=seconds))

@@ -140,6 +140,10 @@ class Store(ABC):
         """Where the work of an interrupted attempt is kept, if there is any."""
 
     @abstractmethod
+    def tidy(self, step: str, digest: str) -> None:
+        """Delete what an owner that died while publishing left beside a published artifact."""
+
+    @abstractmethod
     def keep(self, work: Work, relpath: str) -> None:
         """Make ``work.out/relpath`` (or its absence) durable now."""
 
@@ -208,6 +212,11 @@ class LocalStore(Store):
         newest = newest_attempt(self._attempt(step, digest, 0).parent)
         return str(newest) if newest else None
 
+    def tidy(self, step: str, digest: str) -> None:
+        folder = self._attempt(step, digest, 0).parent
+        if folder.exists() and self.holder(step, digest) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def keep(self, work: Work, relpath: str) -> None:
         path = work.out / relpath
         files = [path / name for name in tree(path)] if path.is_dir() else [path] if path.exists() else []
@@ -218,7 +227,10 @@ class LocalStore(Store):
         """The worker that made it has forced it to the disk."""
 
     def _stage(self, lease: Lease, work: Work, manifest: dict[str, Any]) -> None:
-        write_json(work.out / manifests.NAME, manifest)
+        # Written outside and moved in: a temporary file that a kill leaves in ``out`` would be published one day.
+        staged = work.root / "engine" / manifests.NAME
+        write_json(staged, manifest)
+        os.replace(staged, work.out / manifests.NAME)
         for folder, _, _ in os.walk(work.out):
             fsync(Path(folder))
 

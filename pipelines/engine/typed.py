@@ -76,12 +76,11 @@ def _dataclass(cls: type, mapping: Any, where: str) -> Any:
 
 def _unknown_key(cls: type, key: str, where: str) -> str:
     known = list(field_types(cls))
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if near:
-        advice = f"did you mean {where}.{near[0]}?"
-    else:
-        deeper = [path for path in _paths(cls, where) if path.rsplit(".", 1)[1] == key]
-        advice = f"did you mean {deeper[0]}?" if deeper else "known keys here: " + ", ".join(known) + "."
+    near = [f"{where}.{name}" for name in difflib.get_close_matches(key, known, n=1, cutoff=0.6)]
+    deeper = [path for path in _paths(cls, where) if path.rsplit(".", 1)[1] == key]
+    vaguely = [f"{where}.{name}" for name in difflib.get_close_matches(key, known, n=1, cutoff=0.5)]
+    guesses = near or deeper or vaguely
+    advice = f"did you mean {guesses[0]}?" if guesses else "known keys here: " + ", ".join(known) + "."
     return f"{where}.{key}: no such key; {advice}"
 
 
@@ -170,6 +169,8 @@ _SCALARS: dict[Any, Any] = {bool: _bool, int: _int, float: _float, str: _str}
 
 
 def _literal(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    if isinstance(value, bool) and ("on" if value else "off") in choices:
+        return "on" if value else "off"  # YAML 1.1 reads a bare on or off as a boolean
     for choice in choices:
         if type(choice) is type(value) and choice == value:
             return choice

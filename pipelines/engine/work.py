@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from pipelines.engine import manifest
 from pipelines.engine.errors import EngineError
 from pipelines.engine.files import describe, fsync, read_json, tree, write_json
 
@@ -60,6 +61,7 @@ class Work:
         shutil.rmtree(self.root / "engine" / "tmp", ignore_errors=True)
         for folder in (self.out, self.scratch, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
+        (self.out / manifest.NAME).unlink(missing_ok=True)  # from an attempt that died while publishing
         if not resumes:
             self._sweep()
 

@@ -1,0 +1,373 @@
+"""The walk over a graph: what is skipped, what runs beside what, what is reported, what an error leaves behind."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.engine.backend import Backend
+from pipelines.engine.errors import EngineError
+from pipelines.engine.events import Event
+from pipelines.engine.explain import why
+from pipelines.engine.lease import Lease
+from pipelines.engine.local_backend import LocalBackend
+from pipelines.engine.runner import plan, run, status
+from pipelines.engine.step import Step
+from pipelines.engine.store import LocalStore, open_store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    letter: str = "a"
+    times: int = 3
+    workers: int = field(default=1, metadata={"execution": True})
+
+
+def write_letters(settings: Settings, inputs: Mapping[str, Any], out_dir: Path, ctx: Any) -> dict[str, Any]:
+    text = settings.letter * settings.times
+    (out_dir / "letters.txt").write_text(text)
+    return {"characters": len(text), "workers": settings.workers}
+
+
+def join(settings: Any, inputs: Mapping[str, Any], out_dir: Path, ctx: Any) -> dict[str, Any]:
+    text = "".join((artifact.path / "letters.txt").read_text() for artifact in inputs.values())
+    (out_dir / "letters.txt").write_text(text)
+    return {"characters": len(text)}
+
+
+def letters(name: str = "letters", *, run: Any = write_letters, version: int = 1, **settings: Any) -> Step:
+    return Step(name=name, run=run, version=version, settings=Settings(**settings))
+
+
+def joined(*inputs: Step, name: str = "joined", **more: Any) -> Step:
+    sources = {f"part{number}": step for number, step in enumerate(inputs)}
+    return Step(name=name, run=join, version=1, settings={"sep": ""}, inputs=sources, **more)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    made = open_store(tmp_path / "store")
+    assert isinstance(made, LocalStore)
+    return made
+
+
+@pytest.fixture
+def backend() -> Backend:
+    return LocalBackend(cpus=2, gpus=0, in_process=True)
+
+
+def digests(step: Step, store: LocalStore) -> dict[str, str]:
+    return {report.name: report.digest for report in plan([step], store=store)}
+
+
+def test_a_second_run_makes_nothing_and_says_so(store: LocalStore, backend: Backend) -> None:
+    target = joined(letters(), letters("more", letter="b"))
+    assert [(report.name, report.state) for report in plan([target], store=store)] == [
+        ("letters", "to make"),
+        ("more", "to make"),
+        ("joined", "to make"),
+    ]
+    first = run([target], store=store, backend=backend)
+    assert [report.state for report in first] == ["made"] * 3
+    events: list[Event] = []
+    second = run([target], store=store, backend=backend, on_event=events.append)
+    assert [report.state for report in second] == ["cached"] * 3
+    assert {event.kind for event in events} == {"cached"}
+    assert second[2].metrics == {"characters": 6}
+    assert second[2].bytes == 6
+    assert Path(str(second[2].path), "letters.txt").read_text() == "aaabbb"
+
+
+def test_nothing_is_written_by_plan_and_status(store: LocalStore) -> None:
+    plan([joined(letters())], store=store)
+    status([joined(letters())], store=store)
+    assert not store.root.exists()
+
+
+def test_an_input_that_is_gone_is_not_made_when_nothing_asks_for_it(store: LocalStore, backend: Backend) -> None:
+    import shutil
+
+    target = joined(letters())
+    reports = run([target], store=store, backend=backend)
+    shutil.rmtree(str(reports[0].path))
+    assert [report.state for report in plan([target], store=store)] == ["not needed", "cached"]
+    assert [report.state for report in run([target], store=store, backend=backend)] == ["not needed", "cached"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "moved"),
+    [
+        ({"workers": 5}, set()),
+        ({"letter": "z"}, {"letters", "joined"}),
+        ({"times": 4}, {"letters", "joined"}),
+        ({"version": 2}, {"letters", "joined"}),
+    ],
+)
+def test_exactly_the_steps_downstream_of_an_identity_change_move(
+    store: LocalStore, changed: dict[str, Any], moved: set[str]
+) -> None:
+    before = digests(joined(letters(), letters("other")), store)
+    after = digests(joined(letters(**changed), letters("other")), store)
+    assert {name for name in before if before[name] != after[name]} == moved
+
+
+def test_how_a_step_runs_is_not_what_it_makes(store: LocalStore) -> None:
+    step = joined(letters())
+    for changed in ({"cpus": 2}, {"gpus": 1}, {"volatile": ("x",)}, {"resumes": True}, {"run": write_letters}):
+        assert digests(replace(step, **changed), store) == digests(step, store)
+
+
+def test_files_enter_by_content_and_name_not_by_place(store: LocalStore, tmp_path: Path) -> None:
+    def step(folder: str, name: str, text: str) -> Step:
+        path = tmp_path / folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return replace(letters(), files={"corpus": (path,)})
+
+    first = digests(step("one", "a.txt", "hello"), store)
+    assert digests(step("two", "a.txt", "hello"), store) == first
+    assert digests(step("one", "a.md", "hello"), store) != first
+    assert digests(step("one", "a.txt", "hellO"), store) != first
+    with pytest.raises(EngineError, match="cannot be read"):
+        digests(replace(letters(), files={"corpus": (tmp_path / "none.txt",)}), store)
+
+
+def test_equal_steps_are_made_once_however_often_they_occur(store: LocalStore, backend: Backend) -> None:
+    events: list[Event] = []
+    run([joined(letters(), letters())], store=store, backend=backend, on_event=events.append)
+    assert [event.step for event in events if event.kind == "started"] == ["letters", "joined"]
+
+
+def test_independent_steps_run_side_by_side_within_the_cpus(store: LocalStore, backend: Backend) -> None:
+    together = threading.Barrier(2, timeout=5)
+
+    def meet(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        together.wait()
+        return {}
+
+    run([letters("one", run=meet), letters("two", run=meet)], store=store, backend=backend)
+
+    running, most = [0], [0]
+
+    def alone(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.1)
+        running[0] -= 1
+        return {}
+
+    both = [replace(letters(name, run=alone), cpus=2) for name in ("three", "four")]
+    run(both, store=store, backend=backend)
+    assert most == [1]
+
+
+def test_more_than_there_is_is_refused_before_anything_runs(store: LocalStore, backend: Backend) -> None:
+    target = joined(letters(), name="hungry", gpus=1)
+    with pytest.raises(EngineError, match="hungry asks for 1 GPUs where there are 0"):
+        run([target], store=store, backend=backend)
+    assert status([target], store=store)[0].state == "to make"
+
+
+def test_an_error_leaves_what_is_finished_and_continues(store: LocalStore, backend: Backend) -> None:
+    def fail(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        raise ZeroDivisionError("a bug")
+
+    good, bad = letters(), joined(letters(), name="bad")
+    events: list[Event] = []
+    with pytest.raises(ZeroDivisionError):
+        run([replace(bad, run=fail)], store=store, backend=backend, on_event=events.append)
+    assert [event.line for event in events if event.kind == "failed"] == ["a bug"]
+    assert [report.state for report in status([bad], store=store)] == ["cached", "unfinished"]
+    assert [report.state for report in run([bad], store=store, backend=backend)] == ["cached", "made"]
+    assert digests(good, store)["letters"] in {report.digest for report in status([bad], store=store)}
+
+
+def test_leftovers_of_a_failed_attempt_are_never_published(store: LocalStore, backend: Backend) -> None:
+    fails = [True]
+
+    def half(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        if fails.pop():
+            (out_dir / "folder").mkdir()
+            (out_dir / "folder" / "leftover.txt").write_text("x")
+            fails.append(False)
+            raise ValueError
+        (out_dir / "result.txt").write_text("y")
+        return {}
+
+    step = letters(run=half)
+    with pytest.raises(ValueError):
+        run([step], store=store, backend=backend)
+    (report,) = run([step], store=store, backend=backend)
+    assert sorted(path.name for path in Path(str(report.path)).iterdir()) == ["manifest.json", "result.txt"]
+
+
+def test_seconds_are_summed_over_attempts(store: LocalStore, backend: Backend) -> None:
+    fails = [False, True]
+
+    def slow(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        time.sleep(0.3)
+        if fails.pop():
+            raise ValueError
+        return {}
+
+    with pytest.raises(ValueError):
+        run([letters(run=slow)], store=store, backend=backend)
+    (report,) = run([letters(run=slow)], store=store, backend=backend)
+    assert report.seconds is not None
+    assert 0.6 <= report.seconds < 2
+
+
+def test_a_step_held_by_another_is_waited_for_and_its_result_used(store: LocalStore, backend: Backend) -> None:
+    step = letters()
+    digest = digests(step, store)["letters"]
+    lease = store.acquire("letters", digest)
+    assert isinstance(lease, Lease)
+    assert status([step], store=store)[0].state == "running"
+    events: list[Event] = []
+    thread = threading.Thread(target=lambda: run([step], store=store, backend=backend, on_event=events.append))
+    thread.start()
+    time.sleep(0.3)
+    work = store.open_work(lease, "letters", digest, resumes=False)
+    (work.out / "by_hand.txt").write_text("x")
+    identity = {"step": "letters", "digest": digest, "volatile": [], "metrics": {}}
+    store.publish(lease, work, identity)
+    thread.join()
+    assert [event.kind for event in events] == ["waiting", "cached"]
+    assert "is making it" in events[0].line
+
+
+def test_ctrl_c_releases_leases_keeps_work_and_goes_on(store: LocalStore, backend: Backend) -> None:
+    def interrupt(event: Event) -> None:
+        if event.kind == "progress" and event.done == 1:
+            threading.Thread(target=press_ctrl_c).start()
+
+    def press_ctrl_c() -> None:
+        import _thread
+
+        time.sleep(0.1)
+        _thread.interrupt_main()
+
+    def patient(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        (out_dir / "half.txt").write_text("half")
+        for done in range(100):
+            ctx.progress("waits", done, 100)
+            ctx.still_holds()
+            time.sleep(0.05)
+        return {}
+
+    step = letters(run=patient)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run([step], store=store, backend=backend, on_event=interrupt)
+    assert time.monotonic() - started < 4
+    (report,) = status([step], store=store)
+    assert report.state == "unfinished"
+    assert Path(str(report.path), "out", "half.txt").exists()
+    lease = store.acquire("letters", report.digest)
+    assert isinstance(lease, Lease)
+    lease.release()
+
+
+def test_a_manifest_tells_everything_and_no_secret(
+    store: LocalStore, backend: Backend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", 'sk-"quoted"-0123456789')
+
+    def tell(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        return {"url": 'https://x?key=sk-"quoted"-0123456789', "loss": float("nan"), "shape": (1, 2)}
+
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("text")
+    step = replace(joined(letters()), run=tell, files={"corpus": (corpus,)})
+    reports = run([step], store=store, backend=backend)
+    text = Path(str(reports[1].path), "manifest.json").read_text()
+    manifest = json.loads(text)
+    assert "0123456789" not in text
+    assert manifest["metrics"] == {"url": "https://x?key=<SOME_API_KEY>", "loss": None, "shape": [1, 2]}
+    assert manifest["identity"]["inputs"] == {"part0": reports[0].digest}
+    assert manifest["inputs"]["part0"]["step"] == "letters"
+    assert manifest["sources"]["corpus"][0][0] == "corpus.txt"
+    assert manifest["versions"]["ray"]
+    assert manifest["token"] == 1
+    assert manifest["started"] <= manifest["finished"]
+    with pytest.raises(EngineError, match="SOME_API_KEY"):
+        run([letters(letter='sk-"quoted"-0123456789')], store=store, backend=backend)
+
+
+def test_why_names_the_field_the_file_and_the_input(store: LocalStore, backend: Backend, tmp_path: Path) -> None:
+    corpus = tmp_path / "a.txt"
+    corpus.write_text("one")
+
+    def step(*, times: int = 3, letter: str = "a", text: str = "one") -> Step:
+        corpus.write_text(text)
+        source = replace(letters(times=times, letter=letter), files={"corpus": (corpus,)})
+        return joined(source, letters("other"))
+
+    assert "was never made" in str(why(step(), store=store))
+    run([step()], store=store, backend=backend)
+    run([step(letter="q", times=9)], store=store, backend=backend)
+    assert "is there" in str(why(step(), store=store))
+    answer = why(step(times=4), store=store)
+    (change,) = answer.changes
+    assert change.field == "inputs.part0"
+    assert change.because is not None
+    assert [(inner.field, inner.before, inner.now) for inner in change.because.changes] == [("settings.times", 3, 4)]
+    assert "settings.times: 3 → 4" in str(answer)
+    assert "files.corpus: a.txt (of 1) → a.txt (of 1)" in str(why(step(text="two"), store=store))
+
+
+def stage_that(error: Callable[[], Any]) -> Step:
+    def stage(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        (out_dir / "kept.txt").write_text("x")
+        error()
+        return {}
+
+    return replace(letters(run=stage), resumes=True)
+
+
+def test_a_full_disk_is_one_clear_error_and_work_is_kept(store: LocalStore, backend: Backend) -> None:
+    def fill() -> None:
+        with open("/dev/full", "w") as full:
+            full.write("x")
+
+    with pytest.raises(EngineError, match="the disk is full"):
+        run([stage_that(fill)], store=store, backend=backend)
+    (report,) = status([stage_that(fill)], store=store)
+    assert Path(str(report.path), "out", "kept.txt").exists()
+
+
+def test_a_store_that_cannot_be_written_is_one_clear_error(backend: Backend, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(EngineError, match="cannot be written"):
+        run([letters()], store=open_store(tmp_path / "file" / "store"), backend=backend)
+
+
+def test_other_files_a_step_may_not_leave_are_refused(store: LocalStore, backend: Backend) -> None:
+    def link(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        (out_dir / "link").symlink_to("/etc/passwd")
+        return {}
+
+    def own_manifest(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        (out_dir / "manifest.json").write_text("{}")
+        return {}
+
+    def no_json(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> Any:
+        return {"path": out_dir}
+
+    for number, (stage, says) in enumerate([(link, "plain files"), (own_manifest, "subfolder"), (no_json, "JSON")]):
+        with pytest.raises(EngineError, match=says):
+            run([letters(f"bad{number}", run=stage)], store=store, backend=backend)
+
+
+def test_a_damaged_artifact_is_named_and_not_used(store: LocalStore, backend: Backend) -> None:
+    (report,) = run([letters()], store=store, backend=backend)
+    Path(str(report.path), "letters.txt").write_text("a")
+    with pytest.raises(EngineError, match="has 1 bytes instead of 3: the artifact is damaged"):
+        run([joined(letters())], store=store, backend=backend)
