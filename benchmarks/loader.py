@@ -1,4 +1,4 @@
-"""Claim: the loader gives at least 20 million tokens per second and core, above what others reach on the same rows.
+"""Claim: the loader gives at least 20 million tokens per second and core.
 
     python benchmarks/loader.py [--seq-len 1024] [--seconds 5] [--write]
 

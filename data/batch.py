@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,15 +44,22 @@ def collate(examples: Examples, start: int = 0, stop: int | None = None) -> Batc
 
 
 def row_hashes(examples: Examples, global_rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """One 64-bit hash per row over its tokens, targets, documents and global position.
+    """One 64-bit hash per row over its tokens, targets, positions (hence documents) and global row.
 
     Multilinear hashing (Carter & Wegman, 1979; 64-bit arithmetic as in Lemire & Kaser, 2014): a dot product with fixed
     pseudo-random keys, about a nanosecond per token.
     """
-    seq_len = examples.tokens_RT.shape[1]
-    keys = mixed(np.arange(3 * seq_len, dtype=np.uint64)).view(np.int64).reshape(3, seq_len)
-    sums = examples.tokens_RT @ keys[0] + examples.targets_RT @ keys[1] + examples.documents_RT @ keys[2]
+    keys_3T = _hash_keys(examples.tokens_RT.shape[1])
+    # einsum has a vectorized loop for integers, matmul has none.
+    sums = np.einsum("RT,T->R", examples.tokens_RT, keys_3T[0])
+    sums += np.einsum("RT,T->R", examples.targets_RT, keys_3T[1])
+    sums += np.einsum("RT,T->R", examples.positions_RT, keys_3T[2])
     return mixed(sums.view(np.uint64) ^ mixed(global_rows.astype(np.uint64)))
+
+
+@lru_cache(maxsize=4)
+def _hash_keys(seq_len: int) -> npt.NDArray[np.int64]:
+    return mixed(np.arange(3 * seq_len, dtype=np.uint64)).view(np.int64).reshape(3, seq_len)
 
 
 def hash_sum(hashes: npt.NDArray[np.uint64]) -> int:

@@ -53,12 +53,13 @@ class NextToken:
 
     def __call__(self, rows: PackedRows, global_rows: npt.NDArray[np.int64]) -> Examples:
         """Columns 0 … T-1 as inputs, 1 … T as targets. Nothing is random here, so `global_rows` is not looked at."""
-        numbers_RW, positions_RW = rows.document_numbers(), rows.positions()
+        numbers_RW = rows.document_numbers()
         targets_RT = rows.tokens_RW[:, 1:].astype(np.int64)
-        targets_RT[~rows.valid_targets(numbers_RW)] = IGNORED
+        # Few are ignored: writing to their indices takes a tenth of the time a mask takes.
+        targets_RT.reshape(-1)[np.flatnonzero(~rows.valid_targets(numbers_RW))] = IGNORED
         return Examples(
             tokens_RT=rows.tokens_RW[:, :-1].astype(np.int64),
             targets_RT=targets_RT,
             documents_RT=np.ascontiguousarray(numbers_RW[:, :-1]),
-            positions_RT=np.ascontiguousarray(positions_RW[:, :-1]),
+            positions_RT=rows.positions(),
         )

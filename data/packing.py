@@ -75,12 +75,12 @@ class PackedRows:
         return np.repeat(numbers, lengths).reshape(self.tokens_RW.shape)
 
     def positions(self) -> npt.NDArray[np.int64]:
-        """Column numbers that begin again at 0 with every piece, and with the padding."""
+        """Of the input columns (all but the last): counted from 0 in every piece, and in the padding."""
         _, lengths = self._runs()
-        begins = np.cumsum(lengths) - lengths
-        flat = np.arange(self.tokens_RW.size, dtype=np.int64)
-        flat -= np.repeat(begins, lengths)
-        return flat.reshape(self.tokens_RW.shape)
+        width = self.tokens_RW.shape[1]
+        begins = (np.cumsum(lengths) - lengths) % width
+        begins_RW = np.repeat(begins, lengths).reshape(self.tokens_RW.shape)
+        return np.arange(width - 1) - begins_RW[:, :-1]
 
     def valid_targets(self, numbers_RW: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         """Whether column c is to predict column c + 1: same document, not padding, not masked out."""

@@ -133,7 +133,7 @@ def test_the_digest_notices_a_changed_token_target_boundary_and_place(folders: d
     numbers = np.arange(4)
     before = row_hashes(NextToken()(rows, numbers), numbers)
     assert len(set(before.tolist())) == 4
-    for name in ("tokens_RT", "targets_RT", "documents_RT"):
+    for name in ("tokens_RT", "targets_RT", "positions_RT"):
         examples = NextToken()(rows, numbers)
         getattr(examples, name)[2, 5] += 1
         changed = row_hashes(examples, numbers) != before
