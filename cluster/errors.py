@@ -1,0 +1,9 @@
+"""The one exception this room raises for a user's mistake or a cluster's refusal."""
+
+from __future__ import annotations
+
+
+class ClusterError(Exception):
+    """A submission that cannot be made, or a job that cannot be reached: the value, the rule, the remedy."""
+
+    exit_code = 2

@@ -1,0 +1,230 @@
+"""A RayJob manifest for KubeRay: a Ray cluster made for one run and removed after it.
+
+`HTTPMode`, because the modes that follow the log from a pod of their own end healthy jobs when that pod is evicted. A
+failed attempt is repeated on a fresh cluster and goes on from the store.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Literal
+
+import yaml
+
+from cluster.command import check_command, check_store, given_store, job_name, shell_line
+from cluster.errors import ClusterError
+
+_RAY_DRAIN_SECONDS = 30
+"""How long a Ray node that was told to end may take to hand over; a pod killed within it leaves work half done."""
+
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+_QUANTITY = re.compile(r"\d+(\.\d+)?([KMGTP]i?)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KubeRaySettings:
+    """A Ray cluster on Kubernetes that lives for one run.
+
+    image: holds Athanor's dependencies, and Athanor itself unless `code` is the URL of a zip of the checkout (s3://…,
+    https://…). store: URL, or a path below `claim_path` of the volume claim `claim`; needed unless the command names
+    one. secrets: from the name of an environment variable to SECRET/KEY of a Kubernetes secret; values never stand in
+    the manifest. ray_version: the image's; null is the one installed here. auth: token needs KubeRay 1.5.1 or newer.
+    retries: fresh clusters after a failed attempt. deadline_seconds: the whole job's, retries included. kept_seconds:
+    how long the cluster stays after the end, for its logs. grace_seconds: from SIGTERM to SIGKILL.
+    """
+
+    kind: Literal["kuberay"] = "kuberay"
+    image: str | None = None
+    namespace: str = "default"
+    code: str | None = None
+    store: str | None = None
+    claim: str | None = None
+    claim_path: str = "/store"
+    ray_version: str | None = None
+    auth: Literal["token", "disabled"] = "token"
+    workers: int = 1
+    cpus_per_worker: int = 8
+    memory_per_worker: str = "64Gi"
+    gpus_per_worker: int = 0
+    shared_memory: str = "16Gi"
+    head_cpus: int = 4
+    head_memory: str = "16Gi"
+    python: str = "python"
+    secrets: dict[str, str] = field(default_factory=dict)
+    node_selector: dict[str, str] = field(default_factory=dict)
+    service_account: str | None = None
+    retries: int = 3
+    deadline_seconds: int = 7 * 24 * 3600
+    kept_seconds: int = 600
+    grace_seconds: int = 120
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "cpus_per_worker", "head_cpus", "deadline_seconds"):
+            if getattr(self, name) < 1:
+                raise ClusterError(f"{name}={getattr(self, name)}: must be at least 1.")
+        for name in ("gpus_per_worker", "retries", "kept_seconds"):
+            if getattr(self, name) < 0:
+                raise ClusterError(f"{name}={getattr(self, name)}: must not be negative.")
+        if self.grace_seconds <= _RAY_DRAIN_SECONDS:
+            raise ClusterError(
+                f"grace_seconds={self.grace_seconds}: Ray takes up to {_RAY_DRAIN_SECONDS} s to leave a node; give "
+                "more than that."
+            )
+        for name in ("memory_per_worker", "shared_memory", "head_memory"):
+            if not _QUANTITY.fullmatch(getattr(self, name)):
+                raise ClusterError(f"{name}={getattr(self, name)}: a Kubernetes quantity, such as 64Gi.")
+        for variable, source in self.secrets.items():
+            if not (variable.isidentifier() and re.fullmatch(r"[-.a-z0-9]+/[-._a-zA-Z0-9]+", source)):
+                raise ClusterError(
+                    f"secrets.{variable}: must name a Kubernetes secret as SECRET/KEY, never hold the value itself. "
+                    "Make one: kubectl create secret generic tracking --from-literal=wandb=…, then "
+                    "secrets.WANDB_API_KEY=tracking/wandb"
+                )
+        if not _NAME.fullmatch(self.namespace):
+            raise ClusterError(f"namespace={self.namespace}: lower-case letters, digits and dashes.")
+        if self.store is not None:
+            check_store(self.store, "store")
+
+
+def submit(settings: KubeRaySettings, command: Sequence[str], *, dry_run: bool) -> int:
+    """Print the manifest. ClusterError without dry_run: a manifest is applied by hand."""
+    manifest = render(settings, command)
+    if not dry_run:
+        raise ClusterError(
+            "cluster=kuberay writes manifests and does not apply them. Add --dry-run, keep the output as job.yaml, "
+            "then `kubectl create -f job.yaml`."
+        )
+    print(manifest, end="")
+    return 0
+
+
+def render(settings: KubeRaySettings, command: Sequence[str]) -> str:
+    """The RayJob as YAML, with a header that says how to apply, follow and remove it."""
+    check_command(command)
+    if settings.image is None:
+        raise ClusterError(
+            "image: not given. Name the container image that holds Athanor's dependencies: image=REGISTRY/NAME:TAG"
+        )
+    command = _with_store(settings, command)
+    name = job_name(command)
+    manifest = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": name, "namespace": settings.namespace, "labels": {"app.kubernetes.io/name": "athanor"}},
+        "spec": {
+            "submissionMode": "HTTPMode",
+            "jobId": name,
+            "entrypoint": shell_line(settings.python, command),
+            **_runtime_env(settings),
+            "backoffLimit": settings.retries,
+            "activeDeadlineSeconds": settings.deadline_seconds,
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": settings.kept_seconds,
+            "rayClusterSpec": _cluster(settings),
+        },
+    }
+    return _header(name, settings.namespace) + yaml.safe_dump(manifest, sort_keys=False, width=120)
+
+
+def _with_store(settings: KubeRaySettings, command: Sequence[str]) -> list[str]:
+    store = given_store(command) or settings.store
+    if store is None:
+        raise ClusterError(
+            "store: not given. Pods share no disk: give store=s3://bucket/prefix, or a volume claim and a path on it "
+            "(claim=NAME store=/store/runs)."
+        )
+    if "://" not in store and (settings.claim is None or not store.startswith(settings.claim_path)):
+        raise ClusterError(
+            f"store={store} is a path inside a pod and goes when the pod goes. Give a URL, or a path below "
+            f"{settings.claim_path} together with claim=NAME of a volume that many pods can write."
+        )
+    return [*command] if given_store(command) else [*command, f"store={store}"]
+
+
+def _runtime_env(settings: KubeRaySettings) -> dict[str, str]:
+    if settings.code is None:
+        return {}
+    if "://" not in settings.code:
+        raise ClusterError(
+            f"code={settings.code}: must be a URL that the pods can fetch, such as s3://bucket/athanor.zip."
+        )
+    return {"runtimeEnvYAML": yaml.safe_dump({"working_dir": settings.code})}
+
+
+def _cluster(settings: KubeRaySettings) -> dict[str, Any]:
+    head = {"cpu": str(settings.head_cpus), "memory": settings.head_memory}
+    worker = {"cpu": str(settings.cpus_per_worker), "memory": settings.memory_per_worker}
+    if settings.gpus_per_worker:
+        worker["nvidia.com/gpu"] = str(settings.gpus_per_worker)
+    return {
+        "rayVersion": settings.ray_version or version("ray"),
+        "authOptions": {"mode": settings.auth},
+        "headGroupSpec": {
+            # No work on the head: the driver and Ray's bookkeeping live there, and their death ends the attempt.
+            "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},
+            "template": {"spec": _pod(settings, "ray-head", head, _HEAD_PORTS)},
+        },
+        "workerGroupSpecs": [
+            {
+                "groupName": "workers",
+                "replicas": settings.workers,
+                "minReplicas": settings.workers,
+                "maxReplicas": settings.workers,
+                "rayStartParams": {},
+                "template": {"spec": _pod(settings, "ray-worker", worker, {})},
+            }
+        ],
+    }
+
+
+def _pod(settings: KubeRaySettings, name: str, resources: dict[str, str], ports: dict[str, int]) -> dict[str, Any]:
+    volumes: list[dict[str, Any]] = [
+        {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": settings.shared_memory}}
+    ]
+    mounts = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
+    if settings.claim is not None:
+        volumes.append({"name": "store", "persistentVolumeClaim": {"claimName": settings.claim}})
+        mounts.append({"name": "store", "mountPath": settings.claim_path})
+    container: dict[str, Any] = {
+        "name": name,
+        "image": settings.image,
+        "resources": {"requests": dict(resources), "limits": dict(resources)},
+        "volumeMounts": mounts,
+    }
+    if settings.secrets:
+        container["env"] = [
+            {
+                "name": variable,
+                "valueFrom": {"secretKeyRef": dict(zip(("name", "key"), source.split("/"), strict=True))},
+            }
+            for variable, source in settings.secrets.items()
+        ]
+    if ports:
+        container["ports"] = [{"name": label, "containerPort": port} for label, port in ports.items()]
+    pod: dict[str, Any] = {
+        "terminationGracePeriodSeconds": settings.grace_seconds,
+        "containers": [container],
+        "volumes": volumes,
+    }
+    if settings.node_selector:
+        pod["nodeSelector"] = dict(settings.node_selector)
+    if settings.service_account is not None:
+        pod["serviceAccountName"] = settings.service_account
+    return pod
+
+
+_HEAD_PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
+
+
+def _header(name: str, namespace: str) -> str:
+    return f"""\
+# apply   kubectl create -f job.yaml
+# state   kubectl -n {namespace} get rayjob {name}
+# log     kubectl -n {namespace} port-forward service/$(kubectl -n {namespace} get rayjob {name} \\
+#           -o jsonpath='{{.status.rayClusterName}}')-head-svc 8265 &
+#         athanor logs {name} address=http://localhost:8265
+# remove  kubectl -n {namespace} delete rayjob {name}
+"""

@@ -1,0 +1,253 @@
+"""A batch script for Slurm that starts Ray on its nodes by hand, runs the command once all joined, and ends with its
+code.
+
+`ray symmetric-run` would be shorter; it can fail and still exit 0. Here each part is a step one can see: the head, the
+workers, the wait, the driver, the cleanup. A job that is preempted or reaches its time limit goes back into the queue
+and the same command goes on from the store.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cluster.command import check_command, check_store, given_store, job_name, shell_line
+from cluster.errors import ClusterError
+from cluster.tree import working_tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmSettings:
+    """An allocation and what runs in it.
+
+    store: absolute path on the shared file system, or URL; needed unless the command names one. logs: folder of the
+    job's log; null is `logs` beside a store that is a path, otherwise the folder submitted from. tree: checkout on the
+    shared file system, run in place; null is this one. python: interpreter there; null is this one. setup: shell lines
+    run first on the batch node, such as `module load cuda`. memory and time_limit are in Slurm's own notation (`0` is
+    all of a node; D-HH:MM:SS). network: start of the addresses of the network Ray should use, such as 10.1.; null is
+    the first address of the node. grace_seconds: warning before the time limit, for the run to end cleanly.
+    max_requeues: after this many the job stays down.
+    """
+
+    kind: Literal["slurm"] = "slurm"
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cpus_per_node: int = 8
+    memory: str = "0"
+    time_limit: str = "1-00:00:00"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    store: str | None = None
+    logs: str | None = None
+    tree: str | None = None
+    python: str | None = None
+    setup: tuple[str, ...] = ()
+    network: str | None = None
+    ready_seconds: int = 300
+    grace_seconds: int = 120
+    max_requeues: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "cpus_per_node", "ready_seconds"):
+            if getattr(self, name) < 1:
+                raise ClusterError(f"{name}={getattr(self, name)}: must be at least 1.")
+        for name in ("gpus_per_node", "max_requeues"):
+            if getattr(self, name) < 0:
+                raise ClusterError(f"{name}={getattr(self, name)}: must not be negative.")
+        if self.grace_seconds < 30:
+            raise ClusterError(f"grace_seconds={self.grace_seconds}: Slurm rounds to half a minute; give at least 30.")
+        if not re.fullmatch(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}", self.time_limit):
+            raise ClusterError(f"time_limit={self.time_limit}: write minutes, HH:MM:SS or D-HH:MM:SS.")
+        if self.network is not None and not re.fullmatch(r"[0-9a-fA-F.:]+", self.network):
+            raise ClusterError(f"network={self.network}: the first characters of an address, such as 10.1.")
+        for name in ("partition", "account", "qos", "constraint", "memory"):
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(r"[\w.,&|*\[\]()-]+", value):
+                raise ClusterError(
+                    f"{name}={value}: not a Slurm name; it would break the line of the script it stands in."
+                )
+        if self.store is not None:
+            check_store(self.store, "store")
+
+
+def submit(settings: SlurmSettings, command: Sequence[str], *, dry_run: bool) -> int:
+    """Print the script, or hand it to sbatch. ClusterError where there is no sbatch or it refuses."""
+    check_command(command)
+    command = _with_store(settings, command)
+    script = render(settings, command)
+    if dry_run:
+        print(script, end="")
+        return 0
+    if shutil.which("sbatch") is None:
+        raise ClusterError(
+            "sbatch was not found: this machine does not belong to a Slurm cluster. On one that does, run the same "
+            "line; or write the script with --dry-run, carry it there, and `sbatch` it."
+        )
+    _log_folder(settings, command).mkdir(parents=True, exist_ok=True)
+    answer = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        raise ClusterError(f"sbatch refused the script: {answer.stderr.strip()}. See it whole with --dry-run.")
+    job = answer.stdout.strip().split(";")[0]
+    log = _log_folder(settings, command) / f"{job_name(command)}-{job}.log"
+    print(f"submitted Slurm job {job}\n  tail -F {log}\n  squeue -j {job}\n  scancel {job}", file=sys.stderr)
+    return 0
+
+
+def render(settings: SlurmSettings, command: Sequence[str]) -> str:
+    """The whole batch script for `athanor COMMAND`."""
+    check_command(command)
+    command = _with_store(settings, command)
+    tree = working_tree(settings.tree)
+    python = settings.python or sys.executable
+    values = {
+        "TREE": shlex.quote(str(tree)),
+        "PYTHON": shlex.quote(python),
+        "RAY": shlex.quote(str(Path(python).parent / "ray") if "/" in python else "ray"),
+        "SETUP": "\n".join(settings.setup) or ":  # nothing to set up",
+        "ADDRESS": _own_address(settings.network),
+        "CPUS": str(settings.cpus_per_node),
+        "GPUS": str(settings.gpus_per_node),
+        "READY": str(settings.ready_seconds),
+        "REQUEUES": str(settings.max_requeues),
+        "COMMAND": shell_line("$python", command).replace("'$python'", '"$python"'),
+    }
+    body = re.sub(r"@([A-Z]+)@", lambda match: values[match.group(1)], _SCRIPT)
+    return "\n".join(["#!/usr/bin/env bash", *_directives(settings, command), body])
+
+
+def _with_store(settings: SlurmSettings, command: Sequence[str]) -> list[str]:
+    if given_store(command) is not None:
+        return [*command]
+    if settings.store is None:
+        raise ClusterError(
+            "store: not given. The nodes of a Slurm job share only a file system: give store=/shared/path or a URL."
+        )
+    return [*command, f"store={settings.store}"]
+
+
+def _directives(settings: SlurmSettings, command: Sequence[str]) -> list[str]:
+    log = _log_folder(settings, command) / "%x-%j.log"
+    options = {
+        "job-name": job_name(command),
+        "nodes": settings.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": settings.cpus_per_node,
+        "gpus-per-node": settings.gpus_per_node or None,
+        "mem": settings.memory,
+        "time": settings.time_limit,
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "constraint": settings.constraint and f'"{settings.constraint}"',
+        "output": f'"{log}"',
+        "open-mode": "append",
+        "signal": f"B:USR1@{settings.grace_seconds}",
+    }
+    return [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None] + ["#SBATCH --requeue"]
+
+
+def _log_folder(settings: SlurmSettings, command: Sequence[str]) -> Path:
+    store = given_store(command) or settings.store or ""
+    beside = Path(store) / "logs" if store.startswith("/") else Path.cwd()
+    folder = Path(settings.logs) if settings.logs else beside
+    if not folder.is_absolute() or '"' in str(folder):
+        raise ClusterError(f"logs={folder}: give an absolute path that the nodes see, without quotes in it.")
+    return folder
+
+
+def _own_address(network: str | None) -> str:
+    pick = f"grep -m1 '^{re.escape(network)}'" if network else "head -n1"
+    return f"$(hostname -I | tr ' ' '\\n' | {pick})"
+
+
+_SCRIPT = r"""
+set -u -o pipefail
+
+# ---- what runs
+cd @TREE@ || exit 1
+python=@PYTHON@
+ray=@RAY@
+@SETUP@
+
+# ---- one Ray per job, closed to other users, with ports and folders of its own
+export RAY_AUTH_MODE=token
+RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | sha256sum | cut -d' ' -f1)
+export RAY_AUTH_TOKEN
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0  # nothing to hand over when the run is over
+export SRUN_CPUS_PER_TASK=@CPUS@  # srun stopped taking this from the batch job in Slurm 22.05
+head_node=$(hostname -s)          # the batch script runs on the first node of the allocation
+head_address=@ADDRESS@
+port=$((20000 + SLURM_JOB_ID % 10000 * 3))
+export RAY_ADDRESS="$head_address:$port"
+ray_folder="/tmp/ray-$SLURM_JOB_ID"
+resources=(--num-cpus=@CPUS@ --num-gpus=@GPUS@)
+if [ -z "$head_address" ]; then
+    echo "no address of $head_node fits; see network=" >&2
+    exit 1
+fi
+
+# ---- the end: whatever happens, Ray goes and the exit code stays
+steps=()
+finish() {
+    code=$?
+    trap - EXIT USR1 TERM
+    for step in "${steps[@]}"; do kill "$step" 2>/dev/null; done
+    wait
+    srun --overlap --ntasks-per-node=1 --nodes="$SLURM_JOB_NUM_NODES" rm -rf "$ray_folder" 2>/dev/null
+    exit "$code"
+}
+trap finish EXIT
+
+# ---- the head, then every other node
+srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" \
+    "$ray" start --head --block --node-ip-address="$head_address" --port="$port" \
+    --ray-client-server-port="$((port + 1))" --dashboard-port="$((port + 2))" --dashboard-agent-listen-port=0 \
+    --temp-dir="$ray_folder" --disable-usage-stats "${resources[@]}" &
+steps+=($!)
+if ! "$python" -m cluster.ready --nodes 1 --timeout @READY@; then
+    echo "the Ray head on $head_node did not start; its messages are above" >&2
+    exit 1
+fi
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+    workers=$((SLURM_JOB_NUM_NODES - 1))
+    srun --overlap --nodes="$workers" --ntasks="$workers" --ntasks-per-node=1 --exclude="$SLURMD_NODENAME" \
+        "$ray" start --block --address="$RAY_ADDRESS" --dashboard-agent-listen-port=0 --temp-dir="$ray_folder" \
+        --disable-usage-stats "${resources[@]}" &
+    steps+=($!)
+fi
+if ! "$python" -m cluster.ready --nodes "$SLURM_JOB_NUM_NODES" --timeout @READY@; then
+    echo "not every node joined Ray; nothing was run" >&2
+    exit 1
+fi
+
+# ---- the run; on a warning (time limit, preemption) it ends cleanly and the job goes back into the queue
+warned=""
+end_run() { warned=$1; kill -TERM "$driver" 2>/dev/null; }
+@COMMAND@ &
+driver=$!
+trap 'end_run USR1' USR1
+trap 'end_run TERM' TERM
+while :; do  # a signal interrupts `wait` while the driver is still on its way out
+    wait "$driver"
+    code=$?
+    kill -0 "$driver" 2>/dev/null || break
+done
+if [ "$warned" = USR1 ] && [ "$code" -ne 0 ]; then
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt @REQUEUES@ ]; then
+        echo "time is up: back into the queue, the run goes on from its store"
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        echo "time is up, and this was restart ${SLURM_RESTART_COUNT:-0}: not queued again (max_requeues)" >&2
+    fi
+fi
+exit "$code"
+"""
