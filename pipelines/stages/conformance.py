@@ -1,8 +1,8 @@
 """Ours against transformers, on one exported folder: tokens, chat, logits, greedy continuations.
 
-The measure for "the same logits" is our own rounding: the model is run in fp32 with two attention kernels that differ
-in nothing but the order of their sums, and transformers may be off by a few times what these two differ by. A wrong
-epsilon, a rotated pair or a transposed matrix is off by thousands of times that.
+The measure for "the same logits" is our own rounding: the model is run in fp32 and in fp64, and transformers in fp32
+may differ from ours by a few times what these two do. A wrong epsilon, a rotated pair or a transposed matrix differs by
+hundreds of times that.
 
 Importing this module imports torch and transformers, so only the task that compares does.
 """
@@ -21,6 +21,7 @@ from data.document import read_documents
 from data.tokenizer import Tokenizer
 from model.architectures import Transformer
 from model.build import build_model
+from model.config import ModelConfig
 from model.generate import Sampling, generate
 from model.interop import has_hf_class, load_pretrained
 from pipelines.engine.step import EngineError
@@ -60,11 +61,11 @@ def check_export(
     if not has_hf_class(config):
         return report
     rounded = {name: tensor.to(DTYPES[settings.precision]).float() for name, tensor in state.items()}
-    ours, twin = (_ready(build_model(config, device="meta", kernel=kernel), rounded) for kernel in ("auto", "dense"))
+    ours, exact = (_ready(config, rounded, dtype) for dtype in (torch.float32, torch.float64))
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     length = min(config.max_seq_len, COMPARED_TOKENS)
     samples = [[tokenizer.bos_id, *ids][:length] for ids in tokenizer.encode_batch(texts)]
-    logits = check_logits(ours, twin, theirs, samples)
+    logits = check_logits(ours, exact, theirs, samples)
     prompts = [ids[: min(PROMPT_TOKENS, length // 2)] for ids in samples]
     new_tokens = min(settings.generated_tokens, config.max_seq_len - max(map(len, prompts)))
     stop_ids = (tokenizer.eos_id, tokenizer.end_id)
@@ -96,19 +97,21 @@ def check_tokens(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> dict[str
 
 
 @torch.inference_mode()
-def check_logits(ours: Transformer, twin: Transformer, theirs: Any, samples: Sequence[Sequence[int]]) -> dict[str, Any]:
+def check_logits(
+    ours: Transformer, exact: Transformer, theirs: Any, samples: Sequence[Sequence[int]]
+) -> dict[str, Any]:
     """Largest difference over all logits of the samples, beside the rounding of fp32; and the share of equal argmaxes.
 
-    `twin` is our model with the dense attention kernel. Where two logits lie closer than the tolerance, either may win.
+    `exact` is our model in fp64. Where two logits lie closer than the tolerance, either may win.
     """
     error = rounding = largest = 0.0
     positions = agreed = 0
     for ids in samples:
         tokens_BT = torch.tensor([ids])
-        ours_TV, twin_TV = ours(tokens_BT)["logits"][0], twin(tokens_BT)["logits"][0]
+        ours_TV, exact_TV = ours(tokens_BT)["logits"][0], exact(tokens_BT)["logits"][0]
         theirs_TV = theirs(tokens_BT).logits[0]
         error = max(error, float((theirs_TV - ours_TV).abs().max()))
-        rounding = max(rounding, float((twin_TV - ours_TV).abs().max()))
+        rounding = max(rounding, float((exact_TV - ours_TV).abs().max()))
         largest = max(largest, float(ours_TV.abs().max()))
         positions += len(ids)
         agreed += int((theirs_TV.argmax(-1) == ours_TV.argmax(-1)).sum())
@@ -169,8 +172,9 @@ def check_continuations(
     return {"greedy_continuations": len(prompts), "greedy_ties": ties}
 
 
-def _ready(model: Transformer, state: dict[str, torch.Tensor]) -> Transformer:
-    model.load_state_dict(state, assign=True)
+def _ready(config: ModelConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> Transformer:
+    model = build_model(config, device="meta", dtype=dtype)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     model.tie_weights()
     return model.eval()
 

@@ -33,6 +33,7 @@ class GenerateSettings:
     temperature: float = 0.8
     """0: always the likeliest token."""
     top_k: int | None = None
+    """0 and null keep every token."""
     top_p: float | None = 0.95
     seed: int = 0
     stop: tuple[str, ...] = ()

@@ -61,7 +61,8 @@ def test_a_continuation_the_model_would_write_counts_as_greedy(models):
     ids = ours.tok_encode("def f(")
     written = ours.tok_encode(text, add_special_tokens=False)
     [(_, greedy)] = ours._loglikelihood_tokens([(("", ""), ids, written)])
-    assert written and greedy
+    assert written
+    assert greedy
 
 
 def test_rolling_loglikelihoods_equal_those_of_transformers_in_the_harness(models):

@@ -1,0 +1,194 @@
+"""Report: one HTML page that tells what was made, how well it does, and what everything came from.
+
+Reads the artifacts' manifests and small files only: no model is run. Writes report.html, which needs no network, no
+script and no other file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.engine.step import Artifact, Context
+from pipelines.stages import charts
+from pipelines.stages.evaluate import named
+
+TEMPLATE = "report.html.jinja"
+SMOOTHING_SHARE = 0.02
+"""Part of the training that the bold loss curve averages over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """What stands above the report."""
+
+    title: str = "Athanor"
+
+
+def run(settings: ReportSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
+    """Inputs: any artifacts, by step name; a section appears for each that is there."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        autoescape=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"count": charts.count, "bytes": bytes_text, "seconds": seconds_text, "figure": figure}
+    page = environment.get_template(TEMPLATE).render(
+        title=settings.title,
+        tiles=tiles(inputs),
+        trainings=[training(name, inputs[name]) for name in ("pretrain", "finetune") if name in inputs],
+        corpora=[corpus(name, artifact) for name, artifact in named(inputs, "corpus").items()],
+        tokenizer=inputs["tokenizer"].metrics if "tokenizer" in inputs else None,
+        shards={name: artifact.metrics for name, artifact in named(inputs, "shards").items()},
+        evaluation=evaluation(inputs["evaluate"]) if "evaluate" in inputs else None,
+        export=inputs["export"].metrics if "export" in inputs else None,
+        lineage=[lineage(name, artifact) for name, artifact in inputs.items()],
+        environment=next((artifact.manifest for artifact in inputs.values()), {}),
+    )
+    (out_dir / "report.html").write_text(page, encoding="utf-8")
+    return {"bytes": len(page.encode("utf-8"))}
+
+
+def tiles(inputs: Mapping[str, Artifact]) -> list[dict[str, str]]:
+    """The key figures on top of the page: name, value, remark."""
+    found: list[dict[str, str]] = []
+
+    def tile(name: str, value: str, remark: str = "") -> None:
+        found.append({"name": name, "value": value, "remark": remark})
+
+    scores = inputs["evaluate"].metrics if "evaluate" in inputs else {}
+    if "bits_per_byte" in scores:
+        low, high = scores["bits_per_byte_low"], scores["bits_per_byte_high"]
+        tile("bits per byte, held out", f"{scores['bits_per_byte']:.3f}", f"95 % interval {low:.3f} – {high:.3f}")
+        rivals = {name: scores[key] for name in ("unigram", "gzip", "xz") if (key := f"{name}_bits_per_byte") in scores}
+        beaten = [name for name, value in rivals.items() if scores["bits_per_byte_high"] < value]
+        remark = ", ".join(f"{name} {value:.2f}" for name, value in rivals.items())
+        tile("clearly better than", ", ".join(beaten) or "none of them", remark)
+        tile("perplexity", f"{scores['perplexity']:.1f}", "per token")
+    trained = inputs["pretrain"].metrics if "pretrain" in inputs else {}
+    if "parameters" in trained:
+        tile("parameters", charts.count(trained["parameters"]))
+    if "tokens" in trained:
+        speed = trained.get("tokens_per_second")
+        tile("tokens trained on", charts.count(trained["tokens"]), f"{charts.count(speed)}/s" if speed else "")
+    exported = inputs["export"].metrics if "export" in inputs else {}
+    if "max_logit_error" in exported:
+        tile("export against transformers", "equal", f"largest logit difference {exported['max_logit_error']:.1g}")
+    seconds = sum(artifact.manifest.get("seconds", 0) for artifact in inputs.values())
+    tile("made in", seconds_text(seconds), f"{len(inputs)} steps, some side by side")
+    return found
+
+
+def training(name: str, artifact: Artifact) -> dict[str, Any]:
+    """Curves and figures of one training run."""
+    path = artifact.path / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    tokens = [row["tokens"] for row in rows]
+    losses = [row["loss"] for row in rows]
+    bold = charts.smoothed(losses, round(len(rows) * SMOOTHING_SHARE))
+    loss = [charts.Curve(xs=tokens, ys=losses, style="raw"), charts.Curve(xs=tokens, ys=bold, style="bold")]
+    lr = [charts.Curve(xs=tokens, ys=[row["lr"] for row in rows], style="thin")]
+    norm = [charts.Curve(xs=tokens, ys=[row["grad_norm"] for row in rows], style="thin")]
+    figures = artifact.metrics
+    kept = ("steps", "tokens", "rows", "loss", "tokens_per_second", "mfu", "data_wait_share", "parameters")
+    return {
+        "name": name,
+        "loss": charts.curves(loss, label=f"{name}: loss over tokens"),
+        "lr": charts.curves(lr, label=f"{name}: learning rate over tokens", height=110, y_text=lambda y: f"{y:.0e}"),
+        "grad_norm": charts.curves(norm, label=f"{name}: gradient norm over tokens", height=110),
+        "figures": {key: figures[key] for key in kept if isinstance(figures.get(key), int | float)},
+    }
+
+
+def corpus(name: str, artifact: Artifact) -> dict[str, Any]:
+    """The data card of one corpus."""
+    path = artifact.path / "card.json"
+    card = json.loads(path.read_text(encoding="utf-8")) if path.exists() else dict(artifact.metrics)
+    return {"name": name, "card": card, "most_dropped": max(card.get("dropped", {}).values(), default=1) or 1}
+
+
+def evaluation(artifact: Artifact) -> dict[str, Any]:
+    """Scores, tasks and samples, and the picture of the scores."""
+    results = json.loads((artifact.path / "results.json").read_text(encoding="utf-8"))
+    samples = json.loads((artifact.path / "samples.json").read_text(encoding="utf-8"))
+    ranked = sorted(results["scores"].items(), key=lambda item: float(item[1]["bits_per_byte"]["value"]))
+    rows = []
+    for name, score in ranked:
+        found = score["bits_per_byte"]
+        rows.append(
+            (
+                name.replace("_", " "),
+                found["value"],
+                found["low"],
+                found["high"],
+                "ours" if name in samples else "rival",
+            )
+        )
+    asked = [
+        {
+            "prompt": first["prompt"],
+            "chat": first["chat"],
+            "texts": {name: said[number] for name, said in samples.items()},
+        }
+        for number, first in enumerate(next(iter(samples.values()), []))
+    ]
+    return {
+        **results,
+        "picture": charts.intervals(rows, label="bits per byte of every scorer, with 95 % intervals"),
+        "ranked": ranked,
+        "models": list(samples),
+        "samples": asked,
+    }
+
+
+def lineage(name: str, artifact: Artifact) -> dict[str, Any]:
+    """What an artifact is, what it came from, and how it was told to be."""
+    manifest = artifact.manifest
+    files = manifest.get("files", {})
+    return {
+        "name": name,
+        "digest": artifact.digest,
+        "content_digest": str(manifest.get("content_digest", "")),
+        "inputs": {step: source["digest"] for step, source in manifest.get("inputs", {}).items()},
+        "sources": {what: len(entries) for what, entries in manifest.get("sources", {}).items()},
+        "files": len(files),
+        "bytes": sum(entry.get("bytes", entry.get("size", 0)) for entry in files.values()),
+        "seconds": manifest.get("seconds"),
+        "commit": str(manifest.get("commit") or "")[:12],
+        "settings": json.dumps(manifest.get("identity", {}).get("settings", {}), indent=2, ensure_ascii=False),
+    }
+
+
+def figure(value: Mapping[str, float | None] | None, digits: int = 3) -> str:
+    """`1.234 (1.200 – 1.270)`; a dash where there is no figure."""
+    if value is None:
+        return "–"
+    middle = f"{value['value']:.{digits}f}"
+    return middle if value["low"] is None else f"{middle} ({value['low']:.{digits}f} – {value['high']:.{digits}f})"
+
+
+def bytes_text(value: float) -> str:
+    """3145728 → '3.0 MiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def seconds_text(value: float | None) -> str:
+    """90 → '1 min 30 s'."""
+    if value is None:
+        return "–"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{value:.1f} s"
