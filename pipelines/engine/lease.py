@@ -84,6 +84,14 @@ class Lease:
                 f"from the store?) and another took the step over. Nothing is lost; run again to use its result."
             )
 
+    def look(self) -> None:
+        """Like ``check``, but asks the store first: for when something inexplicable happened to the work folder."""
+        with contextlib.suppress(OSError):
+            seen = self._records.read(self._name)
+            if seen is None or seen.value.get("nonce") != self._value["nonce"]:
+                self.lost.set()
+        self.check()
+
     def commit(self) -> None:
         """Decide that this holder's finished work is the artifact. Raises LeaseLostError if it no longer holds."""
         self._write(state="committed", seconds=self.seconds)

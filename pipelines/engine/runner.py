@@ -185,7 +185,7 @@ class _Run:
             if isinstance(lease, Lease):
                 self._leases[node.digest] = lease
                 try:
-                    return self._build(node, lease)
+                    return self._build_while_held(node, lease)
                 except LeaseLostError as error:
                     self._tell(node, "said", line=str(error))
                 finally:
@@ -196,6 +196,13 @@ class _Run:
                 told = True
                 if self._cancelled.wait(LOOK_AGAIN_SECONDS):
                     raise CancelledError
+
+    def _build_while_held(self, node: Node, lease: Lease) -> Artifact:
+        try:
+            return self._build(node, lease)
+        except Exception:
+            lease.look()  # the work folder moves to whoever takes over: then any error is only the echo of that
+            raise
 
     def _build(self, node: Node, lease: Lease) -> Artifact:
         self._tell(node, "started")
