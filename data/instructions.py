@@ -250,10 +250,11 @@ def _code_without_docstring(lines: list[str], function: FunctionNode) -> str | N
         parsed = ast.parse(code).body[0]
     except (SyntaxError, ValueError):
         return None
+    if not any(mark in code for mark in ('"""', "'''", "\\\n")):
+        return code
+    # A string of several lines that is indented with the code is another string once the code is dedented.
     del function.body[0]
-    same = ast.dump(parsed) == ast.dump(
-        function
-    )  # dedenting changes a string of several lines that is indented with the code
+    same = ast.dump(parsed) == ast.dump(function)
     function.body.insert(0, doc)
     return code if same else None
 
