@@ -1,0 +1,225 @@
+"""A store in S3, on a real server process on loopback: the promises of a disk, and another machine continues."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine_program import graph, make
+from test_engine_kills import lines_until, made_by, start
+from test_leases import paused, take
+
+from pipelines.engine.errors import EngineError
+from pipelines.engine.lease import LeaseLostError
+from pipelines.engine.local_backend import LocalBackend
+from pipelines.engine.object_store import ObjectStore
+from pipelines.engine.runner import plan, run, status
+from pipelines.engine.store import open_store
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            break
+        except OSError:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+    yield f"http://127.0.0.1:{port}"
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def bucket(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh bucket; this process and its children talk to the server, and cache under tmp_path."""
+    environment = {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "ATHANOR_CACHE": str(tmp_path / "machine1"),
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    import s3fs
+
+    name = f"bucket-{os.urandom(6).hex()}"
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
+    s3fs.S3FileSystem.clear_instance_cache()
+    return f"s3://{name}"
+
+
+@pytest.fixture
+def backend() -> LocalBackend:
+    return LocalBackend(cpus=2, gpus=0, in_process=True)
+
+
+def on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int = 2) -> None:
+    monkeypatch.setenv("ATHANOR_CACHE", str(tmp_path / f"machine{number}"))
+
+
+def test_what_is_made_there_is_what_is_made_on_a_disk(
+    bucket: str, tmp_path: Path, backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk = make(open_store(tmp_path / "store"), backend, graph()[:1])
+    assert make(open_store(f"{bucket}/store"), backend, graph()[:1]) == on_disk
+    on_another_machine(tmp_path, monkeypatch)
+    store = open_store(f"{bucket}/store")
+    reports = run(graph()[:1], store=store, backend=backend)
+    assert [report.state for report in reports] == ["cached", "cached"]
+    artifact = store.find("walk", reports[1].digest)
+    assert artifact is not None
+    assert sorted(path.name for path in artifact.path.iterdir()) == [
+        "checkpoints",
+        "final.txt",
+        "log.txt",
+        "manifest.json",
+    ]
+    assert artifact.path.is_relative_to(tmp_path / "machine2")
+    downloaded = (artifact.path / "final.txt").stat().st_mtime_ns
+    assert (artifact.path / "final.txt").stat().st_mtime_ns == downloaded  # once
+    assert store._files.find(f"{bucket}/store/.work") == []  # type: ignore[attr-defined]
+
+
+def test_another_machine_continues_a_killed_run(
+    bucket: str, tmp_path: Path, backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = make(open_store(tmp_path / "store"), backend, graph()[:1])
+    url = f"{bucket}/store"
+    driver = start(url, "--target", "0", "--ttl", "2", "--backend", "in-process", SHARD_SECONDS="0.3")  # type: ignore[arg-type]
+    list(lines_until(driver, "progress letters again 4"))
+    driver.kill()
+    driver.wait()
+    on_another_machine(tmp_path, monkeypatch)
+    second = start(url, "--target", "0", "--ttl", "2", "--backend", "in-process", STEP_SECONDS="0.3")  # type: ignore[arg-type]
+    lines = list(lines_until(second, "progress walk steps 3"))
+    assert int(next(line for line in lines if line.startswith("progress letters again")).split()[3]) >= 3
+    second.kill()
+    second.wait()
+    on_another_machine(tmp_path, monkeypatch, 3)
+    third = start(url, "--target", "0", "--ttl", "2", "--backend", "in-process")  # type: ignore[arg-type]
+    first = next(line for line in lines_until(third, "progress walk") if line.startswith("progress walk"))
+    assert first.split()[3] in ("3", "4")  # the third checkpoint may have been kept just before the kill, or not
+    assert made_by(third) == undisturbed
+
+
+def test_a_machine_that_worked_on_an_older_attempt_discards_it(bucket: str, tmp_path: Path) -> None:
+    store = open_store(f"{bucket}/store", ttl_seconds=0.3)
+    digest = "a" * 64
+    first = paused(store.acquire("x", digest))  # type: ignore[arg-type]
+    work = store.open_work(first, "x", digest, resumes=True)
+    (work.out / "old.txt").write_text("old")
+    store.keep(work, "old.txt")
+    (work.out / "unkept.txt").write_text("lost with its machine")
+    time.sleep(1.5)  # S3 tells ages in whole seconds
+
+    os.environ["ATHANOR_CACHE"] = str(tmp_path / "machine2")
+    elsewhere = open_store(f"{bucket}/store", ttl_seconds=0.3)
+    second = paused(elsewhere.acquire("x", digest))  # type: ignore[arg-type]
+    there = elsewhere.open_work(second, "x", digest, resumes=True)
+    assert [path.name for path in there.out.iterdir()] == ["old.txt"]
+    (there.out / "old.txt").unlink()
+    elsewhere.keep(there, "old.txt")
+    (there.out / "new").mkdir()
+    (there.out / "new" / "file.txt").write_text("new")
+    elsewhere.keep(there, "new")
+    time.sleep(1.5)
+
+    os.environ["ATHANOR_CACHE"] = str(tmp_path / "machine1")
+    third = store.acquire("x", digest)
+    again = store.open_work(third, "x", digest, resumes=True)  # type: ignore[arg-type]
+    assert [path.relative_to(again.out).as_posix() for path in again.out.rglob("*.txt")] == ["new/file.txt"]
+    third.release()  # type: ignore[union-attr]
+
+
+def test_a_paused_owner_cannot_commit_after_a_takeover(bucket: str) -> None:
+    records = ObjectStore(f"{bucket}/store").records
+    zombie = paused(take(records, ttl_seconds=0.5))
+    time.sleep(2.1)
+    successor = take(records, ttl_seconds=0.5)
+    assert successor.token == zombie.token + 1
+    with pytest.raises(LeaseLostError):
+        zombie.commit()
+    successor.commit()
+
+
+def test_a_zombie_process_cannot_publish(bucket: str, tmp_path: Path, backend: LocalBackend) -> None:
+    url = f"{bucket}/store"
+    zombie = start(url, "--target", "0", "--backend", "in-process", "--ttl", "2", STEP_SECONDS="0.3")  # type: ignore[arg-type]
+    list(lines_until(zombie, "progress walk steps 2"))
+    zombie.send_signal(signal.SIGSTOP)
+    try:
+        successor = made_by(start(url, "--target", "0", "--backend", "in-process", "--ttl", "2"))  # type: ignore[arg-type]
+    finally:
+        zombie.send_signal(signal.SIGCONT)
+    assert made_by(zombie) == successor
+    (walk,) = [report for report in status(graph()[:1], store=open_store(url)) if report.name == "walk"]
+    manifest = open_store(url).find("walk", walk.digest).manifest  # type: ignore[union-attr]
+    assert manifest["token"] == 2
+
+
+def test_drivers_that_race_make_each_artifact_once(bucket: str) -> None:
+    url = f"{bucket}/store"
+    drivers = [
+        start(
+            url,
+            "--target",
+            "0",
+            "--backend",
+            "in-process",
+            STEP_SECONDS="0.1",
+            ATHANOR_CACHE=f"{os.environ['ATHANOR_CACHE']}{n}",
+        )  # type: ignore[arg-type]
+        for n in range(3)
+    ]
+    outputs = [driver.communicate(timeout=90)[0] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0] * 3
+    assert sum(output.count("started walk") for output in outputs) == 1
+
+
+def test_a_download_that_is_not_what_was_published_is_refused(
+    bucket: str, tmp_path: Path, backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(f"{bucket}/store")
+    make(store, backend, graph()[:1])
+    (letters, _) = plan(graph()[:1], store=store)
+    key = f"{letters.path}/t000001/summary.txt"
+    store._files.pipe_file(key, b"x" * len(store._files.cat_file(key)))  # type: ignore[attr-defined]
+    on_another_machine(tmp_path, monkeypatch)
+    artifact = open_store(f"{bucket}/store").find("letters", letters.digest)
+    assert artifact is not None
+    with pytest.raises(EngineError, match="checksum"):
+        _ = artifact.path
+    store._files.rm(key)  # type: ignore[attr-defined]
+    shutil.rmtree(tmp_path / "machine2")
+    with pytest.raises(EngineError, match="missing or cut short"):
+        open_store(f"{bucket}/store").check(artifact)
+
+
+def test_a_bucket_that_is_not_there_is_one_clear_error(bucket: str, backend: LocalBackend) -> None:
+    with pytest.raises(EngineError, match="store=s3://no-such-bucket/x"):
+        run(graph()[:1], store=open_store("s3://no-such-bucket/x"), backend=backend)
+
+
+def test_other_urls_are_refused_with_the_remedy() -> None:
+    with pytest.raises(EngineError, match="a store is a folder or s3://bucket/prefix"):
+        open_store("gs://bucket/store")
