@@ -86,14 +86,14 @@ class Checkpoints:
             say(f"checkpoint {path.name} is passed over: {problems[0]}")
         return None
 
-    def end(self, figures: Mapping[str, Any], *, keep_last: bool) -> None:
-        """Note that the run has come to its end with these figures, and drop the checkpoints that led there."""
+    def end(self, figures: Mapping[str, Any], *, keep: bool) -> None:
+        """Note that the run has come to its end with these figures; unless `keep`, drop the checkpoints."""
         if self.ranks.is_first:
             draft = self._ending.with_suffix(".writing")
             draft.write_text(json.dumps({"digests": dict(self.digests), "figures": figures}, indent=1))
             os.replace(draft, self._ending)
-            for path in sorted(self.folder.glob("step-*"))[: -1 if keep_last else None]:
-                _discard(path)
+            if not keep:
+                shutil.rmtree(self.folder, ignore_errors=True)
         self.ranks.wait()
 
     def ended(self) -> dict[str, Any] | None:
@@ -232,7 +232,7 @@ def _write_rank(path: Path, engine: ZeroEngine, ranks: Ranks) -> dict[str, Any]:
     tensors, header = {"rng/cpu": torch.get_rng_state()}, {}
     if ranks.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
-    for piece in engine.pieces():
+    for piece in engine.pieces_to_write():
         tensors[f"weight/{piece.name}"] = _own(piece.weight)
         state = engine.optimizer.state[piece.owner]
         scalars = {}

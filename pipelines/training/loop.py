@@ -162,7 +162,7 @@ def train(
         figures |= {"parameters": trainer.parameters, "seconds": time.monotonic() - began}
         if wandb is not None:
             wandb.model(run.out_dir / "model", name=f"{run.label}-{run.run_id}", lineage=run.digests)
-        checkpoints.end(figures, keep_last=settings.checkpoint.keep_finished)
+        checkpoints.end(figures, keep=settings.checkpoint.keep_finished)
     return figures
 
 

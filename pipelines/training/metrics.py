@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -130,6 +131,7 @@ class WandbRun:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         self._run = wandb.init(
             project=settings.project,
             entity=settings.entity,
@@ -147,8 +149,11 @@ class WandbRun:
         self._run.define_metric("*", step_metric="step")
 
     def __call__(self, row: Row) -> None:
+        figures = {name: value for name, value in row.items() if value is not None}
+        figures["perplexity"] = math.exp(min(row["loss"], 100.0))
+        figures["data_wait_share"] = row["data_seconds"] / row["step_seconds"]
         # Offline, a resumed run would count from 0 again if it were not told.
-        self._run.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
+        self._run.log(figures, step=row["step"])
 
     def model(self, folder: Path, *, name: str, lineage: Mapping[str, str]) -> None:
         """Say where the finished weights are and what they were made from; the bytes stay where they are."""
@@ -160,6 +165,9 @@ class WandbRun:
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=1 if failed else 0)
+        for path in self._folder.rglob("*"):
+            if path.is_symlink():  # `latest-run`: links have no place in a published artifact
+                path.unlink()
 
 
 @contextmanager

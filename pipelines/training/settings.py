@@ -102,7 +102,7 @@ class ZeroSettings:
 class CheckpointSettings:
     """When a run saves itself: whichever of the two comes first (null: not by that clock); the last `keep` stay.
 
-    keep_finished: keep the last one after the finished weights are written, 12 bytes a parameter, to train on later.
+    keep_finished: keep them after the finished weights are written (12 bytes a parameter each), to train on from there.
     """
 
     every_steps: int | None = None

@@ -93,17 +93,17 @@ class ZeroEngine:
         return float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied())
 
     def pieces(self) -> list[Piece]:
-        """The stretches this rank keeps. Over all ranks they cover each trained parameter exactly once."""
+        """The stretches this rank updates; in stage 0 they are all there is, in every rank."""
         if self._stage == 0:
-            items = enumerate(self._named.items())
-            return [
-                Piece(name, tuple(p.shape), 0, p.data.view(-1), p, 0)
-                for i, (name, p) in items
-                if i % self._ranks.world_size == self._ranks.rank
-            ]
+            return [Piece(name, tuple(p.shape), 0, p.data.view(-1), p, 0) for name, p in self._named.items()]
         find = _sharded_piece if self._stage == 3 else _flat_piece
         found = (find(name, p, self._engine.optimizer, self._ranks) for name, p in self._named.items())
         return [piece for piece in found if piece is not None]
+
+    def pieces_to_write(self) -> list[Piece]:
+        """This rank's share of them: over all ranks, each element of each trained parameter exactly once."""
+        pieces = self.pieces()
+        return pieces[self._ranks.rank :: self._ranks.world_size] if self._stage == 0 else pieces
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter by name, whole, in rank 0. Other ranks must iterate along; in stage 3 they get nothing."""

@@ -1,0 +1,189 @@
+"""What a run reports: exact losses, cut where a run resumes, honest speed, and the same figures at Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.training.hardware import GPU_PEAKS, peak_flops
+from pipelines.training.metrics import (
+    MetricsLog,
+    Progress,
+    Speed,
+    WandbRun,
+    duration,
+    read_metrics,
+    summary,
+    tracking_line,
+    wandb_run,
+)
+from pipelines.training.settings import TrackingSettings
+
+
+def row(step: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": math.pi / step,
+        "tokens": 100 * step,
+        "rows": 2 * step,
+        "step_tokens": 100,
+        "step_seconds": 2.0,
+        "data_seconds": 0.5,
+        "tokens_per_second": 50.0,
+        "mfu": 0.25,
+        "skipped": 0,
+        "time": 1000.0 + 2 * step,
+        **changes,
+    }
+
+
+def test_losses_come_back_from_the_file_bit_for_bit(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl", keep_steps=0)
+    for step in range(1, 50):
+        log(row(step))
+    log.close()
+    assert [r["loss"] for r in read_metrics(tmp_path / "m.jsonl")] == [math.pi / step for step in range(1, 50)]
+
+
+def test_resuming_cuts_later_rows_and_leaves_a_zombie_writing_into_the_void(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    zombie = MetricsLog(path, keep_steps=0)
+    for step in range(1, 8):
+        zombie(row(step))
+    with open(path, "a") as file:
+        file.write('{"step": 8, "lo')  # torn by a kill
+    resumed = MetricsLog(path, keep_steps=5)
+    zombie(row(8, loss=-1.0))
+    resumed(row(6, loss=0.5))
+    assert [(r["step"], r["loss"]) for r in read_metrics(path)][4:] == [(5, math.pi / 5), (6, 0.5)]
+
+
+def test_the_summary_counts_what_was_lost_as_lost(tmp_path: Path) -> None:
+    rows = [row(step) for step in range(1, 5)] + [
+        row(5, time=1030.0, skipped=1, loss=float("nan")),
+        row(6, time=1032.0),
+    ]
+    figures = summary(rows, resumed_at_step=4)
+    assert figures["steps"] == 6
+    assert figures["tokens"] == 600
+    assert figures["final_loss"] == math.pi / 6
+    assert figures["loss"] == pytest.approx(sum(math.pi / s for s in (1, 2, 3, 4, 6)) / 5)  # the skipped step aside
+    assert figures["skipped_steps"] == 1
+    assert figures["tokens_per_second"] == 50.0
+    assert figures["data_wait_share"] == 0.25
+    assert figures["goodput"] == pytest.approx(6 * 2.0 / 32.0)  # 32 s from the first attempt's start to the end
+
+
+def test_mfu_is_its_formula() -> None:
+    assert Speed(flops_per_token=3e6, peak_flops=1.5e9).mfu(100.0) == pytest.approx(100 * 3e6 / 1.5e9)
+    assert Speed(flops_per_token=None, peak_flops=1.0).mfu(100.0) is None
+
+
+def test_the_peak_of_a_cpu_is_measured_and_says_so() -> None:
+    peak, source = peak_flops(torch.device("cpu"), "fp32", torch.get_num_threads())
+    assert peak > 1e8  # any machine of this century
+    assert "measured fp32 matmul" in source
+    assert f"{peak / 1e9:,.0f} GFLOP/s" in source
+
+
+def test_measuring_leaves_the_random_numbers_of_the_run_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    peak_flops(torch.device("cpu"), "bf16", 1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_gpu_peaks_have_bf16_above_fp32() -> None:
+    assert all(bf16 > fp32 > 1e13 for bf16, fp32 in GPU_PEAKS.values())
+
+
+def test_the_progress_line_has_the_figures_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    progress = Progress("pretrain", 200)
+    for step in range(1, 5):
+        progress(row(step))
+    assert progress.line(row(4)) == "pretrain step 4/200 · loss 0.7854 · 50 tokens/s · MFU 25.0% · 9m48s left"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4.4, "4s"), (62, "1m02s"), (3600 * 5 + 61, "5h01m")])
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_without_a_key_tracking_is_offline_and_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert "offline (no key is set)" in tracking_line(TrackingSettings(mode="auto"))
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert "online" in tracking_line(TrackingSettings(mode="auto"))
+    assert "offline (tracking.mode=offline)" in tracking_line(TrackingSettings(mode="offline"))
+
+
+@pytest.mark.slow
+def test_an_offline_run_resumes_under_its_id_with_its_own_step_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "5ecre7" * 6 + "abcd"
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    settings = TrackingSettings(mode="offline", group="sweep-1", project="proj")
+
+    def attempt(steps: range) -> None:
+        described = {"run_id": "abc123", "folder": tmp_path, "label": "pretrain", "config": {"train": {"seed": 7}}}
+        with wandb_run(settings, **described) as run:  # type: ignore[arg-type]
+            assert isinstance(run, WandbRun)
+            for step in steps:
+                run(row(step))
+            run.model(tmp_path, name="pretrain-abc123", lineage={"shards": "d1g3s7"})
+
+    attempt(range(1, 4))
+    attempt(range(3, 6))
+    files = sorted(tmp_path.rglob("*.wandb"))
+    assert len(files) == 2
+    attempts = [wandb_records(file) for file in files]
+    for records in attempts:
+        started = next(r.run for r in records if r.HasField("run"))
+        assert (started.run_id, started.run_group, started.project) == ("abc123", "sweep-1", "proj")
+        artifact = next(r.artifact for r in records if r.HasField("artifact"))
+        assert json.loads(artifact.metadata) == {"made_from": {"shards": "d1g3s7"}}
+    histories = [dict(history(records)) for records in attempts]
+    assert histories[0] == {step: math.pi / step for step in (1, 2, 3)}
+    assert histories[1] == {step: math.pi / step for step in (3, 4, 5)}
+    assert not [p for p in tmp_path.rglob("*") if p.is_symlink()]  # a published artifact has none
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and secret.encode() in p.read_bytes()]
+
+
+def history(records: list[Any]) -> list[tuple[int, float]]:
+    found = []
+    for record in records:
+        if record.HasField("history"):
+            items = {(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+            found.append((items["_step"], items["loss"]))
+    return found
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """The records of a .wandb file: a 7-byte header, then a log in 32 KiB blocks as LevelDB's."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, records, parts = path.read_bytes(), 7, [], b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = Record()
+            record.ParseFromString(parts)
+            records.append(record)
+            parts = b""
+    return records

@@ -1,0 +1,106 @@
+"""Settings refuse what cannot be, and say how to mend it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.engine.typed import from_plain, to_plain
+from pipelines.training.errors import TrainingError
+from pipelines.training.settings import BatchPlan, MuonSettings, ScheduleSettings, TrainSettings, ZeroSettings
+
+
+def settings(**changes: Any) -> TrainSettings:
+    return TrainSettings(**{"total_tokens": 8192, "global_batch_tokens": 1024, **changes})
+
+
+@given(
+    rows_per_rank=st.integers(1, 60), world_size=st.integers(1, 9), seq_len=st.integers(1, 500), most=st.integers(1, 70)
+)
+def test_a_derived_plan_shares_out_every_row_once(rows_per_rank: int, world_size: int, seq_len: int, most: int) -> None:
+    tokens = rows_per_rank * world_size * seq_len
+    plan = BatchPlan.derive(
+        settings(total_tokens=3 * tokens, global_batch_tokens=tokens),
+        seq_len=seq_len,
+        world_size=world_size,
+        largest_rows=most,
+    )
+    assert plan.micro_batch_rows * plan.accumulation * world_size == plan.rows_per_step
+    assert plan.tokens_per_step == tokens
+    assert plan.micro_batch_rows <= most
+    larger = range(plan.micro_batch_rows + 1, min(most, rows_per_rank) + 1)
+    assert not [rows for rows in larger if rows_per_rank % rows == 0]
+    assert plan.total_steps == 3
+
+
+def test_a_last_partial_batch_is_not_trained_on() -> None:
+    plan = BatchPlan.derive(settings(total_tokens=5000), seq_len=128, world_size=1, largest_rows=8)
+    assert plan.total_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "seq_len", "world_size", "said"),
+    [
+        ({}, 100, 1, ["1,024", "seq_len = 100", "1,000 or 1,100"]),
+        ({}, 2048, 1, ["1,024", "2,048 or 4,096"]),
+        ({}, 128, 3, ["8 rows", "3 ranks", "768"]),
+        ({}, 128, 16, ["8 rows", "16 ranks", "2,048"]),
+        ({"micro_batch_rows": 3}, 128, 2, ["micro_batch_rows = 3", "4 rows a rank", "Use 2"]),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_numbers_that_do(
+    changes: dict[str, Any], seq_len: int, world_size: int, said: list[str]
+) -> None:
+    with pytest.raises(TrainingError) as caught:
+        BatchPlan.derive(settings(**changes), seq_len=seq_len, world_size=world_size, largest_rows=8)
+    for words in said:
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"total_tokens": 0}, "total_tokens = 0"),
+        ({"total_tokens": 1023}, "at least one global batch, which is 1,024 tokens"),
+        ({"clip_norm": 0.0}, "clip_norm = 0.0"),
+        ({"micro_batch_rows": 0}, "micro_batch_rows = 0"),
+        ({"optim": MuonSettings(), "zero": ZeroSettings(stage=1)}, "optim.kind = muon"),
+    ],
+)
+def test_impossible_settings_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(TrainingError, match=said):
+        settings(**changes)
+
+
+def test_a_schedule_longer_than_the_run_is_refused() -> None:
+    with pytest.raises(TrainingError, match=r"warmup_fraction \+ decay_fraction = 1.2"):
+        ScheduleSettings(shape="wsd", warmup_fraction=0.6, decay_fraction=0.6)
+
+
+def test_identity_changes_with_what_is_made_and_with_nothing_else() -> None:
+    start = settings(optim=MuonSettings())
+    others: dict[str, Any] = {
+        "zero": ZeroSettings(bucket_elements=7),
+        "micro_batch_rows": 2,
+        "recompute": True,
+        "device": "cpu",
+        "threads": 3,
+        "compile": "off",
+        "checkpoint": dataclasses.replace(start.checkpoint, keep=9),
+        "tracking": dataclasses.replace(start.tracking, mode="offline"),
+    }
+    execution = {f.name for f in dataclasses.fields(TrainSettings) if f.metadata.get("execution")}
+    assert others.keys() == execution
+    for name, value in others.items():
+        assert dataclasses.replace(start, **{name: value}).identity() == start.identity()
+    for name, value in {"seed": 1, "precision": "fp32", "clip_norm": None, "total_tokens": 9000}.items():
+        assert dataclasses.replace(start, **{name: value}).identity() != start.identity()
+
+
+def test_settings_survive_the_trip_through_plain_data() -> None:
+    start = settings(optim=MuonSettings(lr=1e-3), zero=ZeroSettings(stage=0))
+    assert from_plain(TrainSettings, to_plain(start)) == start
