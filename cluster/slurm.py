@@ -207,13 +207,21 @@ finish() {
 }
 trap finish EXIT
 
+await_nodes() {  # gives up as soon as a part of Ray ends, not only when the time is over
+    "$python" -m cluster.ready --nodes "$1" --timeout @READY@ &
+    ready=$!
+    wait -n "$ready" "${steps[@]}" && ! kill -0 "$ready" 2>/dev/null && return 0
+    kill "$ready" 2>/dev/null
+    return 1
+}
+
 # ---- the head, then every other node
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" \
     "$ray" start --head --block --node-ip-address="$head_address" --port="$port" \
     --ray-client-server-port="$((port + 1))" --dashboard-port="$((port + 2))" --dashboard-agent-listen-port=0 \
     --temp-dir="$ray_folder" --disable-usage-stats "${resources[@]}" &
 steps+=($!)
-if ! "$python" -m cluster.ready --nodes 1 --timeout @READY@; then
+if ! await_nodes 1; then
     echo "the Ray head on $head_node did not start; its messages are above" >&2
     exit 1
 fi
@@ -224,7 +232,7 @@ if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
         --disable-usage-stats "${resources[@]}" &
     steps+=($!)
 fi
-if ! "$python" -m cluster.ready --nodes "$SLURM_JOB_NUM_NODES" --timeout @READY@; then
+if ! await_nodes "$SLURM_JOB_NUM_NODES"; then
     echo "not every node joined Ray; nothing was run" >&2
     exit 1
 fi
