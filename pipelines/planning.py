@@ -32,7 +32,7 @@ def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any
     run = settings.pretraining()
     model, train, seq_len = run.model, run.train, settings.shards.seq_len
     build_model(model, device="meta")  # proves that it can be built at this size, without its memory
-    batch = BatchPlan.derive(train, seq_len=seq_len, world_size=run.compute.ranks, largest_rows=largest_micro_batch(model, seq_len))
+    batch = BatchPlan.derive(train, seq_len=seq_len, world_size=run.compute.ranks, largest_rows=8)
     counts = parameter_counts(model)
     flops = train_flops_per_token(model, seq_len)
     memory = memory_per_rank(counts.total, ranks=run.compute.ranks, stage=train.zero.stage)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,8 +77,6 @@ def train(job: dict[str, Any], compute: ComputeSettings, out_dir: Path, ctx: Con
         while_waiting=watch.look,
     )
     watch.look()
-    for old in sorted((out_dir / "checkpoints").glob("step-*"))[:-1]:
-        shutil.rmtree(old)
     return result
 
 

@@ -1,0 +1,75 @@
+"""What tests of the whole pipeline share: a small corpus, a configuration that runs in seconds, the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+TINY = (
+    "experiment=text",
+    "corpus.reader.max_document_characters=2000",
+    "corpus.held_out.fraction=0.1",
+    "tokenizer=default",
+    "tokenizer.vocab_size=512",
+    "shards.seq_len=64",
+    "shards.rows_per_block=16",
+    "shards.shard_text_bytes=60000",
+    "model=tiny",
+    "pretrain.total_tokens=20480",
+    "pretrain.global_batch_tokens=1024",
+    "pretrain.checkpoint.every_steps=5",
+    "pretrain.compile=off",
+    "finetune=library",
+    "finetune.data.max_conversations=60",
+    "finetune.too_long=truncate",
+    "finetune.train.global_batch_tokens=512",
+    "finetune.train.total_tokens=4096",
+    "finetune.train.compile=off",
+    "evaluate.tasks=[]",
+    "evaluate.max_bytes=20000",
+    "evaluate.bootstrap_resamples=50",
+    "evaluate.samples.generation.max_new_tokens=8",
+    "tracking=off",
+)
+"""Overrides under which every step of the pipeline runs, in seconds."""
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 200 kB of this Python's own modules, under stable names."""
+    import asyncio
+    import email
+    import json
+
+    folder = tmp_path_factory.mktemp("corpus") / "text"
+    folder.mkdir()
+    for package in (json, email, asyncio):
+        for path in sorted(Path(str(package.__file__)).parent.glob("*.py"))[:8]:
+            (folder / f"{package.__name__}-{path.name}").write_bytes(path.read_bytes())
+    return folder
+
+
+def tiny(corpus_dir: Path, store: Path, *more: str) -> list[str]:
+    """The tiny configuration over a corpus, with its artifacts in `store`."""
+    return [*TINY, f"corpus.paths=[{corpus_dir}]", f"store={store}", *more]
+
+
+def athanor(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, from the repository's root."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pipelines", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=300,
+    )
+    if check:
+        assert result.returncode == 0, result.stderr[-4000:]
+    return result

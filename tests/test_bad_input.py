@@ -1,0 +1,120 @@
+"""A user's mistake gives one clear paragraph, exit code 2 and no traceback."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipelines.__main__ import main
+from tests.conftest import tiny
+
+LOCAL = "compute.backend=local"
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command says on stderr when it refuses."""
+    with pytest.raises(SystemExit) as left:
+        main(list(arguments))
+    said = capsys.readouterr().err
+    assert left.value.code == 2, said
+    assert "Traceback" not in said
+    return said[said.index("athanor: ") :]
+
+
+def test_a_misspelled_experiment_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean experiment=demo?" in complaint(capsys, "run", "experiment=dmeo")
+
+
+def test_a_misspelled_setting_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean optim.lr?" in complaint(capsys, "plan", "experiment=demo", "optim.lrr=1")
+    assert "did you mean pretrain.total_tokens?" in complaint(capsys, "plan", "experiment=demo", "pretrain.total_tokns=1")
+
+
+def test_a_misspelled_verb_or_group_option_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'plan'?" in complaint(capsys, "plann")
+    assert "did you mean model=demo?" in complaint(capsys, "plan", "experiment=demo", "model=dem")
+
+
+def test_a_word_that_is_no_override_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'demo' is no override" in complaint(capsys, "plan", "demo")
+
+
+def test_a_value_of_another_type_names_the_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "model.n_layers = 'many'" in complaint(capsys, "plan", "experiment=demo", "model.n_layers=many")
+
+
+def test_a_setting_that_belongs_elsewhere_says_where(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "set zero=0|1|2|3 instead" in complaint(capsys, "plan", "experiment=demo", "pretrain.zero.stage=1")
+
+
+def test_no_experiment_lists_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "demo" in complaint(capsys, "run")
+
+
+def test_an_unknown_step_lists_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "corpus, tokenizer, shards" in complaint(capsys, "why", "pretain", "experiment=demo")
+
+
+def test_a_missing_corpus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert str(tmp_path / "none") in complaint(capsys, "run", *tiny(tmp_path / "none", tmp_path / "store"))
+
+
+def test_a_folder_with_no_readable_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "picture.png").write_bytes(b"\x89PNG")
+    assert "no readable text" in complaint(capsys, "run", *tiny(tmp_path / "text", tmp_path / "store"))
+
+
+def test_an_empty_corpus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "empty.txt").write_text("")
+    said = complaint(capsys, "run", *tiny(tmp_path / "text", tmp_path / "store", LOCAL))
+    assert "empty" in said
+
+
+def test_a_corpus_too_small_for_the_vocabulary(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(12):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"The cat number {number} sat on the mat and looked at the moon.\n" * 2)
+    overrides = tiny(tmp_path / "text", tmp_path / "store", LOCAL, "tokenizer.vocab_size=8192", "corpus.filters.max_repeated_line_fraction=null")
+    assert "tokenizer.vocab_size" in complaint(capsys, "run", *overrides)
+
+
+def test_a_corpus_too_small_for_one_batch(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
+    overrides = tiny(corpus_dir, tmp_path / "store", LOCAL, "pretrain.global_batch_tokens=1024000", "pretrain.total_tokens=1024000")
+    assert "rows" in complaint(capsys, "run", *overrides)
+
+
+def test_a_global_batch_that_does_not_divide(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
+    said = complaint(capsys, "run", *tiny(corpus_dir, tmp_path / "store", LOCAL, "pretrain.global_batch_tokens=1000"))
+    assert "global_batch_tokens = 1,000" in said
+    assert not list((tmp_path / "store").glob("pretrain/*"))
+
+
+def test_more_ranks_than_rows_in_a_batch(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
+    overrides = tiny(corpus_dir, tmp_path / "store", LOCAL, "compute.ranks=32", "compute.cpus_per_rank=1")
+    assert "32 ranks" in complaint(capsys, "plan", *overrides)
+
+
+def test_gpus_where_there_are_none(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("this machine has a GPU")
+    said = complaint(capsys, "run", *tiny(corpus_dir, tmp_path / "store", LOCAL, "compute.device=cuda"))
+    assert "GPU" in said
+
+
+def test_a_ray_address_that_does_not_answer(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
+    said = complaint(capsys, "run", *tiny(corpus_dir, tmp_path / "store", "compute.address=127.0.0.1:1"))
+    assert "127.0.0.1:1" in said
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/version").exists(), reason="needs /proc")
+def test_a_store_that_cannot_be_written(capsys: pytest.CaptureFixture[str], corpus_dir: Path) -> None:
+    assert "/proc/athanor" in complaint(capsys, "run", *tiny(corpus_dir, Path("/proc/athanor"), LOCAL))
+
+
+def test_sources_without_a_cluster_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cluster=KIND" in complaint(capsys, "submit", "--", "run", "experiment=demo")
+    assert "nothing to submit" in complaint(capsys, "submit", "cluster=ray")

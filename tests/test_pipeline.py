@@ -1,0 +1,175 @@
+"""The whole pipeline through the command line: made once, cached after, killed anywhere, the same in the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, athanor, tiny
+
+pytestmark = pytest.mark.slow
+
+STEPS = ["corpus", "tokenizer", "shards", "pretrain", "instructions", "finetune", "evaluate", "export", "report"]
+
+
+@pytest.fixture(scope="module")
+def finished(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One undisturbed run through Ray: its store, what it printed, its manifests."""
+    store = tmp_path_factory.mktemp("finished")
+    result = athanor("run", *tiny(corpus_dir, store))
+    return {"store": store, "stdout": result.stdout, "manifests": manifests(store)}
+
+
+def manifests(store: Path) -> dict[str, dict[str, Any]]:
+    return {path.parts[-3]: json.loads(path.read_text()) for path in store.glob("*/*/manifest.json")}
+
+
+def contents(store: Path) -> dict[str, str]:
+    """Content digest of each step that only depends on what was asked for; a report tells seconds."""
+    return {name: m["content_digest"] for name, m in manifests(store).items() if name != "report"}
+
+
+def metrics(store: Path, step: str = "pretrain") -> list[dict[str, Any]]:
+    [path] = store.glob(f"{step}/*/metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_makes_every_step_and_ends_with_a_table_and_what_to_type_next(finished: dict[str, Any]) -> None:
+    assert sorted(finished["manifests"]) == sorted(STEPS)
+    for step in STEPS:
+        assert re.search(rf"^{step}\s+made\s", finished["stdout"], re.MULTILINE), finished["stdout"]
+    assert "athanor generate" in finished["stdout"]
+
+
+def test_the_same_command_again_runs_nothing(finished: dict[str, Any], corpus_dir: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished["store"].rglob("manifest.json")}
+    again = athanor("run", *tiny(corpus_dir, finished["store"]))
+    assert " made " not in again.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in finished["store"].rglob("manifest.json")}
+
+
+def test_status_is_machine_readable_and_carries_bits_per_byte(finished: dict[str, Any], corpus_dir: Path) -> None:
+    steps = json.loads(athanor("status", *tiny(corpus_dir, finished["store"]), "--json").stdout)["steps"]
+    assert [set(step) for step in steps] == [{"name", "digest", "state", "path", "metrics", "seconds"}] * len(STEPS)
+    by_name = {step["name"]: step for step in steps}
+    assert all(step["state"] == "cached" for step in steps)
+    assert 0 < by_name["evaluate"]["metrics"]["bits_per_byte"] < 8
+
+
+def test_why_names_the_field_that_makes_a_step_run_again(finished: dict[str, Any], corpus_dir: Path) -> None:
+    said = athanor("why", "pretrain", *tiny(corpus_dir, finished["store"]), "optim.lr=0.0123").stdout
+    assert "optim.lr" in said and "0.0123" in said
+    said = athanor("why", "evaluate", *tiny(corpus_dir, finished["store"]), "tokenizer.vocab_size=640").stdout
+    assert "vocab_size" in said
+
+
+def test_plan_runs_nothing_and_tells_what_it_would_cost(finished: dict[str, Any], corpus_dir: Path) -> None:
+    planned = json.loads(athanor("plan", *tiny(corpus_dir, finished["store"]), "optim.lr=0.0123", "zero=2", "--json").stdout)
+    states = {step["name"]: step["state"] for step in planned["steps"]}
+    assert states["shards"] == "cached" and states["pretrain"] == states["report"] == "to make"
+    assert planned["costs"]["steps"] == 20 and planned["costs"]["memory_per_rank"]["total"] > 0
+
+
+def test_one_changed_setting_remakes_only_what_follows(finished: dict[str, Any], corpus_dir: Path) -> None:
+    planned = json.loads(athanor("plan", *tiny(corpus_dir, finished["store"]), "evaluate.max_bytes=9000", "--json").stdout)
+    missing = {step["name"] for step in planned["steps"] if step["state"] == "to make"}
+    assert missing == {"evaluate", "report"}
+
+
+def test_a_batch_is_traced_to_the_text_of_its_files(finished: dict[str, Any], corpus_dir: Path) -> None:
+    rows = json.loads(athanor("trace", *tiny(corpus_dir, finished["store"]), "--step", "3", "--json").stdout)
+    assert len(rows) == 16
+    for piece in (piece for row in rows for piece in row["pieces"]):
+        first, last = piece["characters"]
+        text = (corpus_dir.parent / piece["file"]).read_text()[piece["position"] :]
+        assert text[first:last] == piece["text"]
+
+
+def test_a_trained_model_continues_a_prompt_the_same_for_the_same_seed(finished: dict[str, Any], corpus_dir: Path) -> None:
+    ask = ("generate", *tiny(corpus_dir, finished["store"]), "--prompt", "def x = 1", "--max-tokens", "12", "--seed", "3")
+    one, two = athanor(*ask).stdout, athanor(*ask).stdout
+    assert one == two and one.startswith("def x = 1")
+
+
+def test_the_export_is_loaded_by_transformers_and_agrees_with_the_artifact(finished: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    [manifest] = finished["store"].glob("export/*/manifest.json")
+    folder = next(path.parent for path in manifest.parent.rglob("config.json"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.decode(model.generate(**tokenizer("import ", return_tensors="pt"), max_new_tokens=4)[0])
+    assert "import" in text
+
+
+def test_torchrun_without_ray_publishes_the_same_weights(
+    finished: dict[str, Any], corpus_dir: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "pipelines", "train", *tiny(corpus_dir, tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ATHANOR_NO_RAY": "1"}
+    program = "import sys; sys.modules['ray'] = None; from pipelines.__main__ import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", program, *command[3:]]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True, timeout=300)
+    assert [m["loss"] for m in metrics(tmp_path)] == [m["loss"] for m in metrics(finished["store"])]
+    assert contents(tmp_path)["pretrain"] == contents(finished["store"])["pretrain"]
+
+
+def test_killed_drivers_in_every_stage_leave_the_same_artifacts(
+    finished: dict[str, Any], corpus_dir: Path, tmp_path: Path
+) -> None:
+    """SIGKILL of the driver at random moments, until a run gets through; local backend, so that there are many kills."""
+    chance = random.Random(20261122)
+    overrides = tiny(corpus_dir, tmp_path, "compute.backend=local")
+    kills = 0
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines", "run", *overrides],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            # Past start-up, or nothing is ever under way; later kills are later, so that it ends.
+            process.communicate(timeout=6 + kills * 2 + chance.random() * 6)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0
+        break
+    assert kills >= 2
+    assert contents(tmp_path) == contents(finished["store"])
+
+
+def test_ctrl_c_leaves_a_clean_state_and_says_how_to_continue(corpus_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipelines", "run", *tiny(corpus_dir, tmp_path), "--until", "pretrain"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".work/pretrain-*/*/out/metrics.jsonl")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "the same command again continues" in said and "Traceback" not in said
+    assert list(tmp_path.glob("shards/*/manifest.json"))
+    assert not [p for p in tmp_path.glob(".leases/*.json") if json.loads(p.read_text()).get("owner")]
+
+
+def test_certify_resume_prints_a_verdict_that_holds(corpus_dir: Path, tmp_path: Path) -> None:
+    said = athanor("certify", "resume", *tiny(corpus_dir, tmp_path)).stdout
+    assert said.count("holds ") == 2, said
+    assert "bit for bit" in said
