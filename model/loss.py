@@ -94,14 +94,15 @@ class _HeadLoss(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         pieces = (tensor.split(chunk_tokens(weight_VD.shape[0])) for tensor in (x_ND, targets_N, valid_N))
         for chunk_ND, chunk_targets_N, chunk_valid_N in zip(*pieces, strict=True):
-            logits_NV = chunk_ND @ weight_VD.T
-            nll_N, z_N, grad_NV = _chunk_loss(logits_NV, chunk_targets_N, chunk_valid_N, soft_cap, z_loss)
-            nlls.append(nll_N)
-            zs.append(z_N)
+            nll_N, z_N, grad_NV = _chunk_loss(chunk_ND @ weight_VD.T, chunk_targets_N, soft_cap, z_loss)
+            nlls.append(nll_N * chunk_valid_N)
+            zs.append(z_N * chunk_valid_N)
+            # Ignored tokens are silenced on the narrow side of both products; grad_NV is the wide one.
+            valid_N1 = chunk_valid_N[:, None].to(chunk_ND.dtype)
             if wants_x:
-                grads_x.append(grad_NV @ weight_VD)
+                grads_x.append((grad_NV @ weight_VD) * valid_N1)
             if grad_weight_VD is not None:
-                grad_weight_VD += grad_NV.T @ chunk_ND
+                grad_weight_VD += grad_NV.T @ (chunk_ND * valid_N1)
         nll_N, z_N = torch.cat(nlls), torch.cat(zs)
         ctx.save_for_backward(torch.cat(grads_x) if wants_x else None, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
@@ -120,19 +121,19 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _chunk_loss(
-    logits_NV: torch.Tensor, targets_N: torch.Tensor, valid_N: torch.Tensor, soft_cap: float | None, z_loss: float
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, soft_cap: float | None, z_loss: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """NLL and z-loss per token in fp32 (0 where not valid), and d(NLL + z-loss)/d logits in the logits' precision."""
+    """fp32 NLL and z-loss of each token, and d(NLL + z-loss)/d logits in the logits' precision."""
     capped_NV = capped(logits_NV, soft_cap)
     target_N1 = targets_N[:, None]
-    log_p_NV = torch.log_softmax(capped_NV, dim=-1)
-    target_log_p_N1 = log_p_NV.gather(1, target_N1)
-    lse_N1 = capped_NV.gather(1, target_N1) - target_log_p_N1
-    valid_N1 = valid_N[:, None].float()
-    grad_NV = log_p_NV.exp() * (valid_N1 * (1 + 2 * z_loss * lse_N1))
-    grad_NV = grad_NV.scatter_add(1, target_N1, -valid_N1)
+    top_N1, top_index_N1 = capped_NV.max(dim=-1, keepdim=True)
+    grad_NV = capped_NV.softmax(-1)
+    # The likeliest token's probability is at least 1/V, so this logsumexp is exact where log p of the target is not.
+    lse_N1 = top_N1 - grad_NV.gather(1, top_index_N1).log()
+    nll_N1 = lse_N1 - capped_NV.gather(1, target_N1)
+    if z_loss:
+        grad_NV *= 1 + 2 * z_loss * lse_N1
+    grad_NV.scatter_add_(1, target_N1, torch.full_like(nll_N1, -1.0))
     if soft_cap is not None:
-        grad_NV = grad_NV * (1 - (capped_NV / soft_cap).square())
-    nll_N = -(target_log_p_N1 * valid_N1)[:, 0]
-    z_N = (z_loss * lse_N1.square() * valid_N1)[:, 0]
-    return nll_N, z_N, grad_NV.to(logits_NV.dtype)
+        grad_NV *= 1 - (capped_NV / soft_cap).square()
+    return nll_N1[:, 0], z_loss * lse_N1[:, 0].square(), grad_NV.to(logits_NV.dtype)

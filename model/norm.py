@@ -1,4 +1,4 @@
-"""Normalisation layers. Statistics are always taken in fp32, whatever the precision of the input."""
+"""Normalisation layers. PyTorch's kernels take the statistics of a bf16 input in fp32, and give bf16 back."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -36,9 +36,7 @@ class RMSNorm(Declared):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        wide_BTD = x_BTD.float()
-        scale_BT1 = torch.rsqrt(wide_BTD.square().mean(-1, keepdim=True) + self.eps)
-        return (wide_BTD * scale_BT1 * self.weight.float()).to(x_BTD.dtype)
+        return nn.functional.rms_norm(x_BTD, self.weight.shape, self.weight.to(x_BTD.dtype), self.eps)
 
 
 class LayerNorm(Declared):
@@ -53,9 +51,8 @@ class LayerNorm(Declared):
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        wide_BTD = nn.functional.layer_norm(x_BTD.float(), self.weight.shape, self.weight.float(), bias, self.eps)
-        return wide_BTD.to(x_BTD.dtype)
+        bias_D = None if self.bias is None else self.bias.to(x_BTD.dtype)
+        return nn.functional.layer_norm(x_BTD, self.weight.shape, self.weight.to(x_BTD.dtype), bias_D, self.eps)
 
 
 def build_norm(config: NormConfig, width: int) -> nn.Module:

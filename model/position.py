@@ -74,26 +74,24 @@ PositionConfig = RopeConfig | LearnedPositionConfig | NoPositionConfig
 
 @dataclass(frozen=True)
 class Rotation:
-    """The angles of every token, shared by all layers: fp32 cos and sin of [B or 1, T, 1, C/2]."""
+    """The angles of every token, shared by all layers: fp32 [B or 1, T, 1, C], the sine of the first half negated."""
 
     cos_BT1C: torch.Tensor
     sin_BT1C: torch.Tensor
 
     def __call__(self, x_BTHC: torch.Tensor) -> torch.Tensor:
         """Rotate queries or keys; computed in fp32, returned in the precision of the input."""
-        low_BTHC, high_BTHC = x_BTHC.float().chunk(2, dim=-1)
-        rotated = (
-            low_BTHC * self.cos_BT1C - high_BTHC * self.sin_BT1C,
-            high_BTHC * self.cos_BT1C + low_BTHC * self.sin_BT1C,
-        )
-        return torch.cat(rotated, dim=-1).to(x_BTHC.dtype)
+        low_BTHC, high_BTHC = x_BTHC.chunk(2, dim=-1)
+        swapped_BTHC = torch.cat((high_BTHC, low_BTHC), dim=-1)
+        return (x_BTHC * self.cos_BT1C + swapped_BTHC * self.sin_BT1C).to(x_BTHC.dtype)
 
 
 def rotation(config: RopeConfig, positions_BT: torch.Tensor, head_dim: int) -> Rotation:
     """cos and sin for integer positions of any range; nothing is tabulated, so no buffer can be cast to bf16."""
     inverse_C = inverse_frequencies(config, head_dim, positions_BT.device)
     angles_BT1C = (positions_BT.float()[..., None] * inverse_C)[..., None, :]
-    return Rotation(angles_BT1C.cos(), angles_BT1C.sin())
+    cos_BT1C, sin_BT1C = angles_BT1C.cos(), angles_BT1C.sin()
+    return Rotation(torch.cat((cos_BT1C, cos_BT1C), dim=-1), torch.cat((-sin_BT1C, sin_BT1C), dim=-1))
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int, device: torch.device) -> torch.Tensor:
