@@ -57,10 +57,15 @@ class ShardSet:
                 f"{directory} holds no {MANIFEST}, so it is not a finished set of shards. Point to the folder that "
                 "the shards step wrote, or run that step."
             ) from None
-        manifest = json.loads(content)
-        if manifest["version"] != FORMAT_VERSION:
+        try:
+            manifest = json.loads(content)
+        except ValueError as error:
             raise DataError(
-                f"{path} has format version {manifest['version']}; this program reads version {FORMAT_VERSION}. "
+                f"{path} is not readable ({error}): it was cut or changed. Write the shards again."
+            ) from None
+        if manifest.get("version") != FORMAT_VERSION:
+            raise DataError(
+                f"{path} has format version {manifest.get('version')}; this program reads version {FORMAT_VERSION}. "
                 "Write the shards again."
             )
         ends = np.cumsum([shard["rows"] for shard in manifest["shards"]], dtype=np.int64)

@@ -176,6 +176,12 @@ def test_cut_missing_and_unfinished_shards_are_refused_at_opening(tmp_path: Path
     tar.unlink()
     with pytest.raises(DataError, match="is missing"):
         ShardSet.open(tmp_path)
+    (tmp_path / MANIFEST).write_text('{"version": 0}')
+    with pytest.raises(DataError, match="has format version 0; this program reads version 1"):
+        ShardSet.open(tmp_path)
+    (tmp_path / MANIFEST).write_text('{"version": 1, "sea')
+    with pytest.raises(DataError, match=r"shards\.json is not readable"):
+        ShardSet.open(tmp_path)
 
 
 def test_tokens_of_another_vocabulary_and_empty_corpora_are_refused(tmp_path: Path) -> None:
