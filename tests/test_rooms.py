@@ -26,7 +26,7 @@ DOORS = {"pipelines/engine/backend.py": {"ray"}, "pipelines/training/zero.py": {
 
 INSIDE_PIPELINES = {
     "pipelines/engine": {"pipelines.engine"},
-    "pipelines/training": {"pipelines.training"},
+    "pipelines/training": {"pipelines.training", "pipelines.engine.typed"},  # a job arrives as plain data
     "pipelines/stages": {"pipelines.stages", "pipelines.training", "pipelines.engine.step", "pipelines.engine.typed"},
 }
 
