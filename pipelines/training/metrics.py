@@ -164,7 +164,10 @@ class WandbRun:
         self._run.log_artifact(artifact)
 
     def close(self, *, failed: bool) -> None:
+        import wandb
+
         self._run.finish(exit_code=1 if failed else 0)
+        wandb.teardown()  # only then is the last of an offline file on the disk
         for path in self._folder.rglob("*"):
             if path.is_symlink():  # `latest-run`: links have no place in a published artifact
                 path.unlink()
