@@ -47,8 +47,10 @@ def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[Group]:
         lr = settings.lr
         if isinstance(settings, MuonSettings) and muon:
             lr = settings.matrix_lr
-        elif role in ("embedding", "head") and settings.embedding_lr is not None:
-            lr = settings.embedding_lr
+        elif role == "embedding":
+            lr = settings.embedding_lr or lr
+        elif role == "head":
+            lr = settings.head_lr or lr
         decay = 0.0 if role in NO_WEIGHT_DECAY else settings.weight_decay
         treatment = {"lr": lr, "peak_lr": lr, "weight_decay": decay, "muon": muon}
         group = groups.setdefault((lr, decay, muon), {"params": [], "names": [], **treatment})

@@ -17,13 +17,14 @@ _EXECUTION: Any = {"execution": True}
 class AdamWSettings:
     """AdamW (Loshchilov & Hutter, 2019) for every parameter.
 
-    lr: peak learning rate, which the schedule scales. embedding_lr: the same for embeddings and an untied head; null
-    takes `lr`. weight_decay: for matrices only; norms, biases and embeddings take none.
+    lr: peak learning rate, which the schedule scales. embedding_lr, head_lr: the same for
+    embeddings and an untied head; null takes `lr`. weight_decay: for matrices only; norms, biases and embeddings take none.
     """
 
     kind: Literal["adamw"] = "adamw"
     lr: float = 6e-4
     embedding_lr: float | None = None
+    head_lr: float | None = None
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -44,6 +45,7 @@ class MuonSettings:
     kind: Literal["muon"] = "muon"
     lr: float = 6e-4
     embedding_lr: float | None = None
+    head_lr: float | None = None
     matrix_lr: float = 2e-3
     momentum: float = 0.95
     beta1: float = 0.9
@@ -254,8 +256,9 @@ def _largest_divisor(number: int, *, at_most: int) -> int:
 
 def _check_adam(settings: AdamWSettings | MuonSettings) -> None:
     _require("optim.lr", settings.lr, settings.lr > 0, "a learning rate above 0")
-    rate = settings.embedding_lr
-    _require("optim.embedding_lr", rate, rate is None or rate > 0, "a learning rate above 0, or null for optim.lr")
+    for name in ("embedding_lr", "head_lr"):
+        rate = getattr(settings, name)
+        _require(f"optim.{name}", rate, rate is None or rate > 0, "a learning rate above 0, or null for optim.lr")
     for name in ("beta1", "beta2"):
         value = getattr(settings, name)
         _require(f"optim.{name}", value, 0 <= value < 1, "a fraction from 0 to below 1")
