@@ -1,74 +1,121 @@
-"""A training job as plain data: what every rank is told, and how it becomes a model, a loader and a run.
+"""One rank of a training run, from a plain dict: the same under Ray, under torchrun and alone.
 
-    run_rank(json.loads(Path("run.json").read_text()))
-
-The stage that writes the job knows the engine; a rank that reads it only needs torch and DeepSpeed.
+{"train": {…}, "out_dir": "…", "shards": {"corpus": "…"}, "order": {…}, "mixture": {…},
+ "model": {…} | null, "init": "folder of weights" | null, "lora": {…} | null,
+ "digests": {"shards": "…", "tokenizer": "…"}, "run_id": "…", "label": "pretrain"}
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from data.loader import Loader, open_loader
+from data.loader import Loader, order_over
 from data.mixture import MixtureSettings
 from data.order import OrderSettings
 from data.shard_set import ShardSet
+from model.architectures import Transformer
 from model.build import build_model
 from model.config import ModelConfig
-from model.costs import FLOP_FORMULA, train_flops_per_token
+from model.costs import FLOP_FORMULA, activation_bytes, train_flops_per_token
 from model.interop import load_pretrained, save_pretrained
 from pipelines.engine.typed import from_plain, to_plain
+from pipelines.training.errors import TrainingError
 from pipelines.training.loop import Run, train
 from pipelines.training.settings import BatchPlan, TrainSettings
 
+LARGEST_TOKENS = {"cpu": 8192, "cuda": 65536}
+"""Of one forward pass where nothing is set: beyond these, rows only cost memory."""
+
 
 def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Train as the job says, in this rank; the key figures, the same in every rank."""
+    """Train as `job` says, as the rank that the environment says this process is; returns the key figures."""
     settings = from_plain(TrainSettings, job["train"], "train")
-    order = from_plain(OrderSettings, job.get("order") or {}, "order")
-    mixture = from_plain(MixtureSettings, job.get("mixture") or {}, "mixture")
-    folders = {name: Path(folder) for name, folder in job["shards"].items()}
-    first = ShardSet.open(next(iter(folders.values())))
-    model, config = _model(job, settings)
+    shard_sets = {name: ShardSet.open(Path(folder)) for name, folder in job["shards"].items()}
+    order = order_over(
+        shard_sets,
+        order=from_plain(OrderSettings, job.get("order") or {}, "order"),
+        mixture=from_plain(MixtureSettings, job.get("mixture") or {}, "mixture"),
+    )
+    seq_len = next(iter(shard_sets.values())).seq_len
+    model = _starting_model(job, settings)
 
-    def loader(plan: BatchPlan, rank: int) -> Loader:
-        return open_loader(
-            folders,
+    def loader_factory(plan: BatchPlan, rank: int) -> Loader:
+        return Loader(
+            shard_sets,
+            order=order,
             rows_per_step=plan.rows_per_step,
             micro_batch_rows=plan.micro_batch_rows,
             rank=rank,
             world_size=plan.world_size,
-            order=order,
-            mixture=mixture,
         )
 
     def save_model(state: dict[str, torch.Tensor], folder: Path) -> None:
-        save_pretrained(state, config, folder)
+        save_pretrained(_finished(state, model.config, settings), model.config, folder)
 
+    digests = {
+        **job.get("digests", {}),
+        "model": _digest(to_plain(model.config)),
+        "settings": _digest(to_plain(settings.identity())),
+    }
+    label = job.get("label") or "train"
     run = Run(
         out_dir=Path(job["out_dir"]),
-        seq_len=first.seq_len,
+        seq_len=seq_len,
         save_model=save_model,
-        digests=job.get("digests") or {},
-        run_id=job.get("run_id") or "local",
-        label=job.get("label") or "train",
-        flops_per_token=train_flops_per_token(config, first.seq_len, first.manifest["totals"]["mean_piece_tokens"]),
+        digests=digests,
+        run_id=job.get("run_id") or _digest([label, digests])[:16],
+        label=label,
+        flops_per_token=train_flops_per_token(model.config, seq_len, _mean_piece_tokens(shard_sets)),
         flop_formula=FLOP_FORMULA,
-        config={"train": to_plain(settings), "model": to_plain(config)},
+        largest_rows=_largest_rows(model.config, settings, seq_len),
+        config={name: job[name] for name in ("train", "model", "order", "mixture", "digests") if name in job},
     )
-    return train(model=model, loader_factory=loader, settings=settings, run=run)
+    return train(model=model, loader_factory=loader_factory, settings=settings, run=run)
 
 
-def _model(job: Mapping[str, Any], settings: TrainSettings) -> tuple[nn.Module, ModelConfig]:
+def _starting_model(job: Mapping[str, Any], settings: TrainSettings) -> Transformer:
     if job.get("init"):
         config, state = load_pretrained(Path(job["init"]))
-        model = build_model(config, seed=settings.seed)
-        model.load_state_dict(state)
-        return model, config
-    config = from_plain(ModelConfig, job["model"], "model")
-    return build_model(config, seed=settings.seed), config
+        model = build_model(config, device="meta")
+        model.load_state_dict({name: x.float() for name, x in state.items()}, assign=True)
+        model.tie_weights()
+        return model.requires_grad_(True)
+    if not job.get("model"):
+        raise TrainingError("A training run needs `model`, a configuration, or `init`, a folder of weights; set one.")
+    return build_model(from_plain(ModelConfig, job["model"], "model"), seed=settings.seed)
+
+
+def _finished(state: dict[str, torch.Tensor], config: ModelConfig, settings: TrainSettings) -> dict[str, torch.Tensor]:
+    """A state dict, in the precision it is to be kept in, from the distinct parameters."""
+    dtype = torch.bfloat16 if settings.saved_precision == "bf16" else torch.float32
+    state = {name: weight.to(dtype) for name, weight in state.items()}
+    if config.tie_embeddings:
+        state["head.weight"] = state["frontend.tokens.weight"]
+    return state
+
+
+def _mean_piece_tokens(shard_sets: Mapping[str, ShardSet]) -> float:
+    """Mean length of the stretches that attention does not cross."""
+    totals = [shards.manifest["totals"] for shards in shard_sets.values()]
+    return sum(t["tokens"] for t in totals) / max(1, sum(t["pieces"] for t in totals))
+
+
+def _digest(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _largest_rows(config: ModelConfig, settings: TrainSettings, seq_len: int) -> int:
+    """Rows of a forward pass whose tokens are at most LARGEST_TOKENS and whose activations fit in half the memory."""
+    cuda = settings.device != "cpu" and torch.cuda.is_available()
+    by_tokens = LARGEST_TOKENS["cuda" if cuda else "cpu"] // seq_len
+    if not cuda:
+        return max(1, by_tokens)
+    dtype_bytes = 2 if settings.precision == "bf16" else 4
+    row = activation_bytes(config, 1, seq_len, dtype_bytes, settings.recompute)
+    return max(1, min(by_tokens, torch.cuda.mem_get_info()[1] // 2 // row))

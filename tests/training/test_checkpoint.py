@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.stages.rank import run_rank
 from pipelines.training.errors import TrainingError
+from pipelines.training.job import run_rank
 from pipelines.training.metrics import read_metrics
 
 Make = Callable[..., dict[str, Any]]
@@ -143,7 +143,7 @@ def test_a_full_disk_ends_the_run_with_one_paragraph_and_keeps_what_is_there(
     (out / "run.json").write_text(json.dumps(interrupted))
     room = (out / "checkpoints/step-00000004/rank-00000.safetensors").stat().st_size // 2
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.stages.rank", str(out / "run.json")],
+        [sys.executable, "-m", "pipelines.training", str(out / "run.json")],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -25,8 +25,8 @@ from data.packing import TokenDocument, pack_stream
 from data.shards import ShardSettings, write_manifest, write_shard
 from model.build import build_model
 from model.interop import load_pretrained
-from pipelines.stages.rank import run_rank
 from pipelines.training.errors import TrainingError
+from pipelines.training.job import run_rank
 from pipelines.training.metrics import read_metrics
 
 Make = Callable[..., dict[str, Any]]
@@ -149,7 +149,7 @@ def test_torchrun_trains_the_same_run_on_two_ranks(job: Make) -> None:
     path = write(together)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, "-m", "pipelines.stages.rank", str(path)], capture_output=True, text=True, timeout=300, env=clean()
+        [*command, "-m", "pipelines.training", str(path)], capture_output=True, text=True, timeout=300, env=clean()
     )
     assert done.returncode == 0, done.stderr
     ours, theirs = (read_metrics(Path(this["out_dir"]) / "metrics.jsonl") for this in (together, alone))
@@ -180,7 +180,7 @@ def write(job: dict[str, Any]) -> Path:
 
 
 def start(job: dict[str, Any]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipelines.stages.rank", str(write(job))]
+    command = [sys.executable, "-m", "pipelines.training", str(write(job))]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=clean())
 
 

@@ -53,7 +53,7 @@ def _rank(rank: int, world_size: int, port: int, round_: int, shards: Path, fold
 
 
 def _run(shards: Path, folder: Path, world_size: int, stage: int, precision: str, begin: str | None = None) -> None:
-    from pipelines.stages.rank import run_rank
+    from pipelines.training.job import run_rank
 
     name = f"w{world_size}-z{stage}-{precision}"
     out = folder / (name if begin is None else f"{name}-from-{begin}")
