@@ -76,7 +76,7 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
 def to_hf(state: Mapping[str, torch.Tensor], config: ModelConfig) -> State:
     """Our state dict under their names and in their layout, in its own precision; a tied head is left out."""
     theirs: State = {}
-    for weight in _expanded(family_of(config), config):
+    for weight in spelled_weights(family_of(config), config):
         if weight.ours == ("head.weight",) and config.tie_embeddings:
             continue
         parts = [state[name] for name in weight.ours if name in state]
@@ -100,7 +100,7 @@ def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]
         theirs = _without_tied_head(family, theirs)
     check_tensors({name: tensor.shape for name, tensor in theirs.items()}, {n: t.shape for n, t in expected.items()})
     state: State = {}
-    for weight in _expanded(family, config):
+    for weight in spelled_weights(family, config):
         if weight.theirs in expected:
             stored = theirs[weight.theirs].T if weight.transposed else theirs[weight.theirs]
             parts = stored.split([own[name].shape[0] for name in weight.ours])
@@ -129,7 +129,7 @@ def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.
         )
 
 
-def _expanded(family: Family, config: ModelConfig) -> list[Weight]:
+def spelled_weights(family: Family, config: ModelConfig) -> list[Weight]:
     """The table with every layer spelled out, each tensor once."""
     spelled: dict[str, Weight] = {}
     for weight in family.weights:

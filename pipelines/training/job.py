@@ -24,6 +24,7 @@ from model.build import build_model
 from model.config import ModelConfig
 from model.costs import FLOP_FORMULA, activation_bytes, train_flops_per_token
 from model.interop import load_pretrained, save_pretrained
+from model.peft import LoraConfig, attach_lora, merged, save_adapter
 from pipelines.engine.typed import from_plain, to_plain
 from pipelines.training.errors import TrainingError
 from pipelines.training.loop import Run, train
@@ -55,13 +56,21 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
             world_size=plan.world_size,
         )
 
+    lora = from_plain(LoraConfig, job["lora"], "lora") if job.get("lora") else None
+    if lora is not None:
+        attach_lora(model, lora, seed=settings.seed)
+
     def save_model(state: dict[str, torch.Tensor], folder: Path) -> None:
+        if lora is not None:
+            save_adapter(state, model.config, lora, folder.parent / "adapter")
+            state = merged(state, lora)
         save_pretrained(_finished(state, model.config, settings), model.config, folder)
 
     digests = {
         **job.get("digests", {}),
         "model": _digest(to_plain(model.config)),
         "settings": _digest(to_plain(settings.identity())),
+        **({"lora": _digest(job["lora"])} if lora is not None else {}),
     }
     label = job.get("label") or "train"
     run = Run(
