@@ -227,8 +227,9 @@ def split_and_deduplicate(
         seen.add(identity)
     kept = np.flatnonzero(verdicts != EXACT).tolist()
     held_out = [number for number in kept if is_held_out(ids[number], settings.held_out.fraction)]
-    if len(held_out) < settings.held_out.min_documents:
-        held_out = sorted(kept, key=lambda number: ids[number])[: settings.held_out.min_documents]
+    wanted = min(settings.held_out.min_documents, max(1, len(kept) // 5))
+    if len(held_out) < wanted:
+        held_out = sorted(kept, key=lambda number: ids[number])[:wanted]
     verdicts[held_out] = HELD_OUT
     if settings.dedup.near_duplicates:
         pairs = near_duplicate_pairs(signatures, settings.dedup)

@@ -27,8 +27,8 @@ class HeldOutSettings:
     """Which documents are kept for evaluation, and what of the rest is too close to them."""
 
     fraction: float = 0.05
-    min_documents: int = 1
-    """When chance holds out fewer, the documents with the lowest hashes are added."""
+    min_documents: int = 4
+    """When chance holds out fewer, those with the lowest hashes are: this many, but at most a fifth (or one) of all."""
     ngram_words: int = 13
     max_overlap: float | None = 0.5
     """A training document is dropped when it covers this share of a held-out document's word runs, or they cover this

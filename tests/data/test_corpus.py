@@ -151,12 +151,15 @@ def test_shards_follow_from_the_files_alone_and_none_is_lost() -> None:
     assert plan_shards([replace(file, bytes=0) for file in files], 1000) == [tuple(replace(f, bytes=0) for f in files)]
 
 
-def test_when_chance_holds_nothing_out_the_lowest_hash_is_taken(tmp_path: Path) -> None:
-    texts = {f"{n}.txt": prose(n) for n in range(4)}
+@pytest.mark.parametrize(("documents", "held"), [(4, 1), (12, 2), (40, 4)])
+def test_when_chance_holds_out_too_little_the_lowest_hashes_are_taken(
+    tmp_path: Path, documents: int, held: int
+) -> None:
+    texts = {f"{n}.txt": prose(n) for n in range(documents)}
     settings = replace(write_texts(tmp_path / "in", texts), held_out=HeldOutSettings(fraction=1e-9))
     _, train, held_out = build(settings, tmp_path)
-    assert len(held_out) == 1
-    assert held_out[0].id == min(d.id for d in [*train, *held_out])
+    assert {d.id for d in held_out} == set(sorted(d.id for d in [*train, *held_out])[:held])
+    assert len(train) == documents - held
 
 
 @pytest.mark.parametrize(
