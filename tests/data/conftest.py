@@ -11,7 +11,6 @@ from data.readers import ReaderSettings, ReadLog, read_file
 from data.sources import python_library_files
 from data.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 
-
 # An example that takes long because the machine is busy is no failure.
 hypothesis_settings.register_profile("no deadline", deadline=None)
 hypothesis_settings.load_profile("no deadline")
