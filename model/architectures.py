@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from model.cache import Cache
+from model.cache import Cache, rounded_slots
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.frontends import TokenFrontend
@@ -69,7 +69,8 @@ class Transformer(nn.Module):
 
     def new_cache(self, rows: int, max_tokens: int) -> Cache:
         """An empty cache for `rows` rows of at most `max_tokens` tokens, prompt and continuation together."""
-        return Cache(self.stack.new_states(rows, max_tokens), rows, max_tokens, self.frontend.tokens.weight.device)
+        device = self.frontend.tokens.weight.device
+        return Cache(self.stack.new_states(rows, rounded_slots(max_tokens)), rows, max_tokens, device)
 
     def _shared(
         self,
@@ -94,10 +95,7 @@ class Transformer(nn.Module):
                 "or raise model.max_seq_len."
             )
         angles = rotation(position, positions_BT, self.config.head_dim) if isinstance(position, RopeConfig) else None
-        if cache is None or cache.longest == 0:
-            mask = Mask(causal=True, documents_BT=documents_BT)
-        elif tokens == 1 and cache.uniform:
-            mask = Mask(causal=False)  # one new token sees all that is remembered
-        else:
-            mask = Mask(slots_BT=slots_BT)
-        return MixerInput(mask, angles, slots_BT, 0 if cache is None else cache.longest + tokens), positions_BT
+        if cache is None:
+            return MixerInput(Mask(documents_BT=documents_BT), angles), positions_BT
+        mask = Mask(slots_BT=slots_BT, keys=cache.slots_for(tokens)) if cache.longest else Mask()
+        return MixerInput(mask, angles, slots_BT, cache.longest if cache.uniform else None), positions_BT

@@ -7,6 +7,13 @@ import torch
 from model.errors import ModelError
 from model.mixers.base import MixerState
 
+SLOT_QUANTUM = 64
+
+
+def rounded_slots(slots: int) -> int:
+    """Slots are looked at in multiples of 64: on CPUs oneDNN compiles a product anew for every shape it meets."""
+    return -(-slots // SLOT_QUANTUM) * SLOT_QUANTUM
+
 
 class Cache:
     """One state per layer, and how many tokens of each row they hold.
@@ -39,6 +46,10 @@ class Cache:
             )
         lengths_B = torch.tensor(self.lengths, device=self.device)
         return lengths_B[:, None] + torch.arange(tokens, device=self.device)
+
+    def slots_for(self, tokens: int) -> int:
+        """How many slots `tokens` further tokens of every row look at, unused ones among them."""
+        return rounded_slots(self.longest + tokens)
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` new tokens in every row."""

@@ -1,6 +1,7 @@
 """Who may look at whom: a mask is data, which each attention kernel lowers for itself."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -13,21 +14,29 @@ class Mask:
     documents_BT: int32 document number of every token, 0 for padding; a document is one unbroken run of its number.
         A token sees its own document only; padding sees nothing and is seen by nothing.
     slots_BT: for cached decoding, the cache slot of every query; key `s` is visible to it when `s <= slot`.
+    keys: in cached decoding, how many slots are looked at.
     """
 
     causal: bool = True
     documents_BT: torch.Tensor | None = None
     slots_BT: torch.Tensor | None = None
+    keys: int = 0
 
     def __post_init__(self) -> None:
         assert self.documents_BT is None or self.slots_BT is None, "cached decoding knows one document per row"
 
+    @cached_property
+    def hidden(self) -> torch.Tensor:
+        """Of cached decoding, bool [B, T, S]: true where the query may not look; made once for all layers."""
+        assert self.slots_BT is not None
+        return torch.arange(self.keys, device=self.slots_BT.device) > self.slots_BT[..., None]
+
 
 def dense(mask: Mask, queries: int, keys: int, device: torch.device) -> torch.Tensor:
     """The oracle's lowering: bool [B or 1, T, S], True where the query may look at the key."""
-    key_S = torch.arange(keys, device=device)
     if mask.slots_BT is not None:
-        return key_S <= mask.slots_BT[..., None]
+        return ~mask.hidden
+    key_S = torch.arange(keys, device=device)
     if mask.causal:
         visible_BTS = (key_S <= torch.arange(queries, device=device)[:, None])[None]
     else:

@@ -14,7 +14,7 @@ AXES: dict[str, str] = {
     "K": "key/value heads",
     "G": "query heads that share one key/value head (H = K times G)",
     "C": "channels of one head",
-    "M": "matrices of a batched product: key/value heads of several rows or documents",
+    "M": "axes merged for a batched product, such as documents and key/value heads",
     "F": "hidden width of the feed-forward network",
     "V": "vocabulary entries",
     "R": "rank of a low-rank adapter",

@@ -48,20 +48,29 @@ class AttentionConfig:
 
 
 class KeyValueState(MixerState):
-    """Keys and values of every token so far, in slots allocated once."""
+    """Keys and values of every token so far, in slots allocated once; stored head by head, as products read them."""
 
-    def __init__(self, k_BSKC: torch.Tensor, v_BSKC: torch.Tensor) -> None:
-        self.k_BSKC = k_BSKC
-        self.v_BSKC = v_BSKC
+    def __init__(self, k_BKSC: torch.Tensor, v_BKSC: torch.Tensor) -> None:
+        self.k_BKSC = k_BKSC
+        self.v_BKSC = v_BKSC
 
-    def append(self, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, slots_BT: torch.Tensor) -> None:
-        rows_B1 = torch.arange(slots_BT.shape[0], device=slots_BT.device)[:, None]
-        self.k_BSKC[rows_B1, slots_BT] = k_BTKC
-        self.v_BSKC[rows_B1, slots_BT] = v_BTKC
+    def append(self, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, shared: MixerInput) -> None:
+        assert shared.slots_BT is not None
+        for state_BKSC, new_BTKC in ((self.k_BKSC, k_BTKC), (self.v_BKSC, v_BTKC)):
+            if shared.common_slot is not None:  # a plain copy takes a quarter of the time of an indexed one
+                end = shared.common_slot + new_BTKC.shape[1]
+                state_BKSC[:, :, shared.common_slot : end] = new_BTKC.transpose(1, 2)
+            else:
+                rows_B1 = torch.arange(new_BTKC.shape[0], device=new_BTKC.device)[:, None]
+                state_BKSC[rows_B1, :, shared.slots_BT] = new_BTKC.to(state_BKSC.dtype)
+
+    def first(self, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """k_BSKC and v_BSKC of the first slots."""
+        return self.k_BKSC[:, :, :slots].transpose(1, 2), self.v_BKSC[:, :, :slots].transpose(1, 2)
 
     def reorder(self, rows_B: torch.Tensor) -> None:
-        self.k_BSKC = self.k_BSKC[rows_B]
-        self.v_BSKC = self.v_BSKC[rows_B]
+        self.k_BKSC = self.k_BKSC[rows_B]
+        self.v_BKSC = self.v_BKSC[rows_B]
 
 
 class Attention(Mixer):
@@ -92,13 +101,12 @@ class Attention(Mixer):
             q_BTHC, k_BTKC = shared.rotation(q_BTHC), shared.rotation(k_BTKC)
         if state is not None:
             assert isinstance(state, KeyValueState)
-            assert shared.slots_BT is not None
-            state.append(k_BTKC, v_BTKC, shared.slots_BT)
-            if shared.slots_in_use > tokens:  # else nothing came before, and what was just computed is all there is
-                k_BTKC, v_BTKC = state.k_BSKC[:, : shared.slots_in_use], state.v_BSKC[:, : shared.slots_in_use]
+            state.append(k_BTKC, v_BTKC, shared)
+            if shared.mask.slots_BT is not None:  # else nothing came before, and what was just computed is all there is
+                k_BTKC, v_BTKC = state.first(shared.mask.keys)
         out_BTHC = self.kernel(q_BTHC, k_BTKC, v_BTKC, shared.mask, self.scale)
         return self.out(out_BTHC.reshape(rows, tokens, self.heads * self.head_dim))
 
     def new_state(self, rows: int, max_tokens: int) -> KeyValueState:
-        shape = (rows, max_tokens, self.kv_heads, self.head_dim)
+        shape = (rows, self.kv_heads, max_tokens, self.head_dim)
         return KeyValueState(self.k.weight.new_zeros(shape), self.k.weight.new_zeros(shape))

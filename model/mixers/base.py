@@ -15,13 +15,13 @@ class MixerInput:
     """What every layer of one forward pass shares.
 
     mask: who sees whom. rotation: the angles of rotary positions, where the model has them.
-    slots_BT: in cached decoding, where each token is remembered; the first `slots_in_use` slots are looked at.
+    slots_BT: in cached decoding, where each token is remembered. common_slot: the first, if all rows have the same.
     """
 
     mask: Mask
     rotation: Rotation | None = None
     slots_BT: torch.Tensor | None = None
-    slots_in_use: int = 0
+    common_slot: int | None = None
 
 
 class MixerState:
