@@ -275,33 +275,21 @@ def _training_lines(texts: Iterable[str], counts: Counter[str]) -> Iterator[str]
     for text in texts:
         counts["text_bytes"] += len(text.encode("utf-8"))
         for part in RESERVED.split(text):
-            pending: list[str] = []
-            size = 0
-            for line in _short_lines(part, counts):
-                line_bytes = len(line.encode("utf-8"))
-                if size + line_bytes > MAX_LINE_BYTES:
-                    yield "".join(pending)
-                    pending, size = [], 0
-                pending.append(line)
-                size += line_bytes
-            if pending:
-                yield "".join(pending)
-
-
-def _short_lines(text: str, counts: Counter[str]) -> Iterator[str]:
-    for line in text.splitlines(keepends=True):
-        raw = line.encode("utf-8")
-        if len(raw) <= MAX_LINE_BYTES:
-            yield line
-            continue
-        counts["lines_split"] += 1
-        while raw:
-            # A cut inside a character moves back to its first byte.
-            cut = min(MAX_LINE_BYTES, len(raw))
-            while cut < len(raw) and raw[cut] & 0xC0 == 0x80:
-                cut -= 1
-            yield raw[:cut].decode("utf-8")
-            raw = raw[cut:]
+            raw = part.encode("utf-8")
+            start, inside_line = 0, False
+            while start < len(raw):
+                end = start + MAX_LINE_BYTES
+                if end < len(raw):
+                    line_end = raw.rfind(b"\n", start, end) + 1
+                    if line_end:
+                        end, inside_line = line_end, False
+                    else:
+                        counts["lines_split"] += not inside_line
+                        inside_line = True
+                        while raw[end] & 0xC0 == 0x80:  # within a character: back to its first byte
+                            end -= 1
+                yield raw[start:end].decode("utf-8")
+                start = end
 
 
 def _sample(lines: Iterable[str], settings: TokenizerSettings, counts: Counter[str]) -> list[str]:

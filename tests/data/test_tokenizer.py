@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.tokenizer import CONTROL_PIECES, MAX_LINE_BYTES, MODEL_FILE, Tokenizer, TokenizerSettings, train_tokenizer
+from data.tokenizer import (
+    CONTROL_PIECES,
+    MAX_LINE_BYTES,
+    MODEL_FILE,
+    Tokenizer,
+    TokenizerSettings,
+    _training_lines,
+    train_tokenizer,
+)
 
 AWKWARD = [
     "\0",
@@ -151,3 +160,14 @@ def test_a_folder_without_a_tokenizer_or_with_another_kind_is_refused(tmp_path: 
     (tmp_path / MODEL_FILE).write_bytes(b"not a model")
     with pytest.raises(DataError, match="holds no tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+@given(st.lists(st.sampled_from(["a", "é", "漢", "😀", "\n", " "]), max_size=60).map("".join))
+def test_training_lines_lose_no_character_and_stay_within_the_limit(text: str) -> None:
+    counts: Counter[str] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.tokenizer.MAX_LINE_BYTES", 9)
+        lines = list(_training_lines([text], counts))
+    assert "".join(lines) == text
+    assert all(0 < len(line.encode()) <= 9 for line in lines)
+    assert counts["lines_split"] == sum(len(line.encode()) > 9 for line in text.splitlines(keepends=True))
