@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import secrets
 import socket
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +22,7 @@ from typing import Any, Protocol
 
 from pipelines.engine.errors import EngineError
 from pipelines.engine.gang import Gang, run_rank
-from pipelines.engine.outcome import WorkerDiedError, guarded, log_tail, opened
+from pipelines.engine.outcome import WorkerDiedError, guarded_call, log_tail, opened, portable_call
 
 Poll = Callable[[], None]
 """Called several times a second while a backend waits; raising from it ends what runs and what waits."""
@@ -131,14 +133,14 @@ class RayBackend:
     ) -> Iterator[tuple[str, Any]]:
         ray = self._ray()
         at_once = check_feasible(self.resources(), cpus=cpus, gpus=gpus)
-        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(guarded)
-        waiting = list(calls.items())[::-1]
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(guarded_call)
+        waiting = [(name, _portable(fn, *args)) for name, args in calls.items()][::-1]
         running: dict[Any, str] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < 2 * at_once:  # one more each, so that no worker waits for this loop
-                    name, args = waiting.pop()
-                    running[task.remote(fn, *args)] = name
+                    name, call = waiting.pop()
+                    running[task.remote(call, sys.path)] = name
                 poll()
                 ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
                 for reference in ready:
@@ -152,8 +154,6 @@ class RayBackend:
         ray = self._ray()
         try:
             return bytes(ray.get(reference))
-        except ray.exceptions.RayTaskError as error:  # not the function, which cannot raise: its arguments or module
-            raise EngineError(f"{name} could not be run on a worker: {error.cause or error}") from error
         except ray.exceptions.RayError as error:
             raise WorkerDiedError(
                 f"{name}: its worker process died {MAX_RETRIES + 1} times ({error}). What is finished is kept; give it "
@@ -165,7 +165,8 @@ class RayBackend:
         check_feasible(self.resources(), cpus=gang.cpus_per_worker, gpus=gang.gpus_per_worker, copies=gang.workers)
         answer: list[Any] = []
         # In a thread of its own: Ray Train's fit() blocks, and in the main thread it would take over Ctrl-C.
-        thread = threading.Thread(target=lambda: answer.append(_fit(gang)), name="gang", daemon=True)
+        local = self._address is None
+        thread = threading.Thread(target=lambda: answer.append(_fit(gang, local)), name="gang", daemon=True)
         thread.start()
         try:
             while thread.is_alive():
@@ -208,16 +209,16 @@ class RayBackend:
 
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "athanor"}
         if self._address is None:
-            # Ray 2.60 guards a new local cluster with a token in ~/.ray; where no token can be kept, loopback must do.
+            # A local Ray listens on the machine's address whatever one asks for, so Ray guards it with a token, kept in
+            # ~/.ray unless the user chose otherwise. Without a home to keep it in, it travels in the environment.
             if not os.access(Path.home(), os.W_OK):
-                os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init(
                 address="local",
                 num_cpus=self._cpus,
                 num_gpus=self._gpus,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",
                 **quiet,
             )
             return
@@ -279,6 +280,13 @@ def _check_address(address: str) -> None:
         ) from error
 
 
+def _portable(fn: Callable[..., Any], *args: Any) -> bytes:
+    """As ``portable_call``; cloudpickle also takes along functions of a program's main module."""
+    import ray.cloudpickle
+
+    return portable_call(fn, args, dumps=ray.cloudpickle.dumps)
+
+
 class _RankError(Exception):
     """Carries a rank's pickled outcome through Ray Train."""
 
@@ -289,25 +297,37 @@ class _RankError(Exception):
 
 def _ray_rank(config: dict[str, Any]) -> Any:
     """What Ray Train runs in each rank. Raising is what makes it end the other ranks."""
-    outcome = run_rank(config["gang"])
+    outcome = guarded_call(config["call"], config["search_path"])
     try:
+        outcome = opened(outcome)
         opened(outcome)
     except Exception:
         raise _RankError(outcome) from None
-    return outcome if os.environ["RANK"] == "0" else None
+    return outcome
 
 
-def _fit(gang: Gang) -> Any:
+def _fit(gang: Gang, local: bool) -> Any:
     """One attempt under Ray Train: rank 0's result, or the error to raise."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    class LocalTrainer(TorchTrainer):
+        """Without the process that would free a dead driver's resources: a local Ray ends with its driver.
+
+        It costs a second at the end of every gang, and its imports compete with the ranks' for the same few cores.
+        """
+
+        def _create_default_callbacks(self) -> list[Any]:
+            trainer: Any = super()  # Ray's annotations show the trainer of Train v1, which has no callbacks
+            callbacks = trainer._create_default_callbacks()
+            return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+
     resources = {"CPU": gang.cpus_per_worker}
     if gang.gpus_per_worker:
         resources["GPU"] = gang.gpus_per_worker
-    trainer = TorchTrainer(
+    trainer = (LocalTrainer if local else TorchTrainer)(
         _ray_rank,
-        train_loop_config={"gang": gang},
+        train_loop_config={"call": _portable(run_rank, gang), "search_path": sys.path},
         torch_config=TorchConfig(backend=gang.torch_backend),
         scaling_config=ScalingConfig(
             num_workers=gang.workers, use_gpu=gang.gpus_per_worker > 0, resources_per_worker=resources

@@ -10,7 +10,6 @@ import contextlib
 import glob
 import multiprocessing
 import os
-import pickle
 import signal
 import socket
 import threading
@@ -20,7 +19,7 @@ from typing import Any
 
 from pipelines.engine.backend import MAX_RETRIES, Poll, Resources, check_feasible
 from pipelines.engine.gang import Gang, run_rank
-from pipelines.engine.outcome import WorkerDiedError, describe_exit, guarded, log_tail, opened, portable_call
+from pipelines.engine.outcome import WorkerDiedError, describe_exit, guarded_call, log_tail, opened, portable_call
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork of a process with threads or torch in it may hang
 POLL_SECONDS = 0.2
@@ -138,12 +137,7 @@ def _serve(pipe: Connection, environment: dict[str, str]) -> None:
             call = pipe.recv_bytes()
         except EOFError:
             return
-        pipe.send_bytes(guarded(_call, call))
-
-
-def _call(call: bytes) -> Any:
-    fn, args = pickle.loads(call)
-    return fn(*args)
+        pipe.send_bytes(guarded_call(call, []))  # spawning has brought the search path along
 
 
 def _share_out(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,17 @@ def guarded(fn: Callable[..., Any], *args: Any) -> bytes:
     except Exception as error:
         outcome = ("error", _portable(error))
     return pickle.dumps(outcome)
+
+
+def guarded_call(call: bytes, search_path: list[str]) -> bytes:
+    """``guarded`` for a ``portable_call`` whose function may live in a folder that only its sender had in its path."""
+    sys.path += [folder for folder in search_path if folder not in sys.path]
+    return guarded(_unpacked, call)
+
+
+def _unpacked(call: bytes) -> Any:
+    fn, args = pickle.loads(call)
+    return fn(*args)
 
 
 def opened(outcome: bytes) -> Any:
@@ -55,10 +67,10 @@ def _portable(error: Exception) -> Exception:
     return RuntimeError(f"{type(error).__name__}: {error}\nin a worker process:\n{where}")
 
 
-def portable_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
-    """``(fn, args)`` pickled by reference; EngineError if that is impossible."""
+def portable_call(fn: Callable[..., Any], args: tuple[Any, ...], dumps: Callable[[Any], bytes] = pickle.dumps) -> bytes:
+    """``(fn, args)`` pickled; EngineError if that is impossible."""
     try:
-        return pickle.dumps((fn, args))
+        return dumps((fn, args))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise EngineError(
             f"{getattr(fn, '__qualname__', fn)} cannot be sent to a worker process ({error}). Use a function at the "

@@ -1,0 +1,181 @@
+"""The door to Ray, on a real local cluster: the twin's promises, deaths of every sort, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import worker_functions as workers
+from engine_program import graph, make
+from test_engine_kills import lines_until, made_by, marked, start, wait_until, wait_until_gone
+
+from pipelines.engine.backend import RayBackend
+from pipelines.engine.errors import EngineError
+from pipelines.engine.gang import Gang
+from pipelines.engine.local_backend import LocalBackend
+from pipelines.engine.outcome import WorkerDiedError
+from pipelines.engine.runner import run
+from pipelines.engine.store import open_store
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[RayBackend]:
+    backend = RayBackend(cpus=2, gpus=0)
+    yield backend
+    backend.close()
+
+
+def gang(tmp_path: Path, fn: object, *, workers: int = 2, **config: object) -> Gang:
+    (tmp_path / "logs").mkdir(exist_ok=True)
+    return Gang(fn=fn, config={"folder": str(tmp_path), **config}, workers=workers, logs=tmp_path / "logs")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_calls_come_back_errors_are_themselves_and_killed_workers_are_replaced(
+    backend: RayBackend, tmp_path: Path
+) -> None:
+    assert dict(backend.map(workers.double, {str(n): (n,) for n in range(20)})) == {str(n): 2 * n for n in range(20)}
+    assert list(backend.map(workers.double, {})) == []
+    with pytest.raises(workers.PickyError, match="learning rate -1"):
+        list(backend.map(workers.raise_picky, {"x": (0,)}))
+    with pytest.raises(ZeroDivisionError) as bug:
+        list(backend.map(workers.divide, {"x": (0,)}))
+    assert "in divide" in bug.value.__notes__[0]
+    assert dict(backend.map(workers.die_until, {"x": (str(tmp_path), 2)})) == {"x": "lived"}
+    with pytest.raises(WorkerDiedError, match="x: its worker process died"):
+        list(backend.map(workers.die_until, {"x": (str(tmp_path), 99)}))
+    with pytest.raises(EngineError, match="1 GPUs asked for where there are 0"):
+        list(backend.map(workers.double, {"x": (0,)}, gpus=1))
+    with pytest.raises(EngineError, match="3 × 1 CPUs asked for where there are 2"):
+        backend.gang(gang(tmp_path, workers.rank_environment, workers=3))
+
+
+@pytest.mark.slow
+def test_raising_from_poll_ends_calls_and_gangs(backend: RayBackend, tmp_path: Path) -> None:
+    class EnoughError(Exception):
+        pass
+
+    def poll() -> None:
+        if list(tmp_path.glob("[0-9]*")) or list(tmp_path.glob("pid*")):
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        list(backend.map(workers.sleep_and_tell, {"x": (600, str(tmp_path))}, poll=poll))
+    (pid,) = tmp_path.glob("[0-9]*")
+    wait_until(lambda: not Path("/proc", pid.name).exists())
+    pid.unlink()
+    with pytest.raises(EnoughError):
+        backend.gang(gang(tmp_path, workers.wait_for_ever, workers=1), poll=poll)
+    (pid,) = tmp_path.glob("pid*")
+    wait_until(lambda: not Path("/proc", pid.name.removeprefix("pid")).exists())
+
+
+@pytest.mark.slow
+def test_a_graph_gives_the_same_content_under_ray_as_without(backend: RayBackend, tmp_path: Path) -> None:
+    without = make(open_store(tmp_path / "local"), LocalBackend(cpus=2), graph())
+    assert make(open_store(tmp_path / "ray"), backend, graph()) == without
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_a_death_and_the_next_attempt_finishes(backend: RayBackend, tmp_path: Path) -> None:
+    with pytest.raises(WorkerDiedError, match="rank 1 was killed"):
+        backend.gang(gang(tmp_path, workers.die_once_in_a_collective, deaths=1))
+    assert backend.gang(gang(tmp_path, workers.die_once_in_a_collective, deaths=1)) == {"attempt": 1, "total": 2.0}
+
+
+@pytest.mark.slow
+def test_a_user_error_in_one_rank_ends_the_others_and_arrives_as_itself(backend: RayBackend, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="rows = 3 cannot be shared by 2 ranks"):
+        backend.gang(gang(tmp_path, workers.fail_in_rank_1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["driver", "raylet"])
+def test_nothing_stays_behind_a_killed_driver_or_ray_and_the_next_run_continues(tmp_path: Path, victim: str) -> None:
+    mark = uuid.uuid4().hex
+    driver = start(tmp_path / "store", "--backend", "ray", mark=mark, SHARD_SECONDS="0.5")
+    list(lines_until(driver, "progress letters letters 2"))
+    processes = marked(mark)
+    assert len(processes) > 4
+    if victim == "driver":
+        driver.kill()
+    else:
+        for pid in processes:
+            if b"raylet/raylet" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+    driver.communicate(timeout=120)
+    assert driver.returncode != 0
+    wait_until_gone(mark)
+    again = start(tmp_path / "store", "--target", "0")
+    first = next(line for line in lines_until(again, "progress letters letters") if "letters letters" in line)
+    assert int(first.split()[3]) >= 2
+    assert "walk" in made_by(again)
+
+
+@pytest.mark.slow
+def test_workers_of_an_existing_cluster_get_this_code(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray = Path(sys.executable).with_name("ray")
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": ""}
+    arguments = f"start --head --block --port={port} --num-cpus=2 --node-ip-address=127.0.0.1 --include-dashboard=false"
+    head = subprocess.Popen(
+        [ray, *arguments.split()],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    program = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
+        "from pipelines.engine.backend import RayBackend\n"
+        "from pipelines.engine.manifest import now\n"
+        "backend = RayBackend(sys.argv[1])\n"
+        "print(backend.resources().cpus, dict(backend.map(now, {'x': ()}))); backend.close()\n"
+    )
+    try:
+        wait_until(lambda: _answers(port), 60)
+        time.sleep(1)
+        answer = subprocess.run(
+            [sys.executable, "-c", program, f"127.0.0.1:{port}", str(Path(__file__).parents[2])],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=environment,
+        )
+        assert answer.returncode == 0, answer.stderr
+        assert answer.stdout.startswith("2.0 {'x': '20")
+        assert head.poll() is None  # joined, not owned: it goes on
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(60)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers there"),
+        ("ray://somewhere:10001", "expected host:port of a Ray head"),
+        ("somewhere", "expected host:port of a Ray head"),
+    ],
+)
+def test_an_address_that_does_not_answer_is_said_soon(tmp_path: Path, address: str, says: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=says):
+        run(graph(), store=open_store(tmp_path), backend=RayBackend(address))
+    assert time.monotonic() - started < 15
+    assert not list(tmp_path.iterdir())
