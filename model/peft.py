@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685): attach, merge, and PEFT's file format.
+"""Low-rank adapters (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685): attach and merge.
 
     attach_lora(model, LoraConfig(rank=8), seed=0)     # only the adapters are trained from here on
     state = merged(dict(model.state_dict()), config)   # an ordinary model again
@@ -7,21 +7,16 @@ An adapted layer computes W x + (alpha / rank) · B A x. B starts at zero, so at
 """
 
 import fnmatch
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from model.config import ModelConfig
 from model.errors import ModelError
 from model.init import InitConfig, Linear, Parameter, declare, initial_value
-from model.interop.convert import family_of, spelled_weights
 
-A, B = "lora_A", "lora_B"
+LORA_A, LORA_B = "lora_A", "lora_B"
 State = dict[str, torch.Tensor]
 
 
@@ -81,15 +76,23 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> list[
     if config.targets is not None:
         for pattern in config.targets:
             if not any(fnmatch.fnmatch(name, pattern) for name in linear):
-                raise ModelError(f"lora.targets has {pattern!r}, which matches no layer. Layers are {', '.join(linear)}.")
+                raise ModelError(
+                    f"lora.targets has {pattern!r}, which matches no layer: a layer's name is like {next(iter(linear))!r}, "
+                    "and * stands for any part of it."
+                )
     model.requires_grad_(False)
     draw = InitConfig(std=None)
     for name in chosen:
         adapted = LoraLinear(linear[name], config)
-        for part, kind in ((A, "weight"), (B, "zeros")):
+        for part, kind in ((LORA_A, "weight"), (LORA_B, "zeros")):
             parameter: nn.Parameter = getattr(adapted, part)
             value = initial_value(
-                name=f"{name}.{part}", shape=parameter.shape, draw=kind, config=draw, n_layers=1, seed=seed  # type: ignore[arg-type]
+                name=f"{name}.{part}",
+                shape=parameter.shape,
+                draw=kind,
+                config=draw,
+                n_layers=1,
+                seed=seed,  # type: ignore[arg-type]
             )
             parameter.copy_(value)
         parent, _, local = name.rpartition(".")
@@ -99,63 +102,17 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> list[
 
 def merged(state: Mapping[str, torch.Tensor], config: LoraConfig) -> State:
     """The state dict of the model without adapters that computes the same: W + (alpha / rank) B A, in W's precision."""
-    out = {name: tensor for name, tensor in state.items() if not name.endswith((f".{A}", f".{B}"))}
+    out = {name: tensor for name, tensor in state.items() if not name.endswith((f".{LORA_A}", f".{LORA_B}"))}
     for name in adapted_layers(state):
         weight = state[f"{name}.weight"]
-        update = state[f"{name}.{B}"].double() @ state[f"{name}.{A}"].double()
+        update = state[f"{name}.{LORA_B}"].double() @ state[f"{name}.{LORA_A}"].double()
         out[f"{name}.weight"] = (weight.double() + config.scale * update).to(weight.dtype)
     return out
 
 
 def adapted_layers(state: Mapping[str, torch.Tensor]) -> list[str]:
     """Names of the layers that have adapters in a state dict."""
-    return [name.removesuffix(f".{A}") for name in state if name.endswith(f".{A}")]
-
-
-def save_adapter(state: Mapping[str, torch.Tensor], model: ModelConfig, config: LoraConfig, folder: Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json as the `peft` package reads them, over the exported model.
-
-    Where their layer is several of ours side by side (GPT-2's fused projection), its adapter is the block-diagonal one
-    of all of them: rank times as many, scale the same. Raises ModelError where no Hugging Face class matches.
-    """
-    adapted = set(adapted_layers(state))
-    tensors: State = {}
-    ranks: dict[str, int] = {}
-    transposed = False
-    for weight in spelled_weights(family_of(model), model):
-        ours = [name.removesuffix(".weight") for name in weight.ours]
-        if not weight.theirs.endswith(".weight") or not adapted & set(ours):
-            continue
-        theirs = weight.theirs.removesuffix(".weight")
-        pairs = [_pair(state, name, config) for name in ours]
-        tensors[f"base_model.model.{theirs}.{A}.weight"] = torch.cat([a for a, _ in pairs]).contiguous()
-        tensors[f"base_model.model.{theirs}.{B}.weight"] = torch.block_diag(*[b for _, b in pairs]).contiguous()
-        ranks[theirs] = config.rank * len(ours)
-        transposed |= weight.transposed
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    described = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "bias": "none",
-        "fan_in_fan_out": transposed,
-        "target_modules": sorted(ranks),
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.rank},
-        "alpha_pattern": {name: config.scale * rank for name, rank in ranks.items() if rank != config.rank},
-        "inference_mode": True,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-
-
-def _pair(state: Mapping[str, torch.Tensor], name: str, config: LoraConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of one of our layers; zeros for one without an adapter that shares a layer of theirs with one that has."""
-    if f"{name}.{A}" in state:
-        return state[f"{name}.{A}"].float(), state[f"{name}.{B}"].float()
-    rows, columns = state[f"{name}.weight"].shape
-    return torch.zeros(config.rank, columns), torch.zeros(rows, config.rank)
+    return [name.removesuffix(f".{LORA_A}") for name in state if name.endswith(f".{LORA_A}")]
 
 
 def _is_target(name: str, config: LoraConfig) -> bool:

@@ -23,8 +23,8 @@ from model.architectures import Transformer
 from model.build import build_model
 from model.config import ModelConfig
 from model.costs import FLOP_FORMULA, activation_bytes, train_flops_per_token
-from model.interop import load_pretrained, save_pretrained
-from model.peft import LoraConfig, attach_lora, merged, save_adapter
+from model.interop import load_pretrained, save_adapter, save_pretrained
+from model.peft import LoraConfig, attach_lora, merged
 from pipelines.engine.typed import from_plain, to_plain
 from pipelines.training.errors import TrainingError
 from pipelines.training.loop import Run, train
@@ -80,8 +80,10 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
         digests=digests,
         run_id=job.get("run_id") or _digest([label, digests])[:16],
         label=label,
-        flops_per_token=train_flops_per_token(model.config, seq_len, _mean_piece_tokens(shard_sets)),
-        flop_formula=FLOP_FORMULA,
+        # Frozen weights have no gradient of their own, which is a third of the work.
+        flops_per_token=(1 if lora is None else 2 / 3)
+        * train_flops_per_token(model.config, seq_len, _mean_piece_tokens(shard_sets)),
+        flop_formula=FLOP_FORMULA + ("" if lora is None else "; of that 2/3, as only adapters are trained"),
         largest_rows=_largest_rows(model.config, settings, seq_len),
         config={name: job[name] for name in ("train", "model", "order", "mixture", "digests") if name in job},
     )

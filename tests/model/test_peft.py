@@ -8,13 +8,15 @@ import torch
 from model.build import build_model
 from model.config import ModelConfig, ModelError, parameter_roles
 from model.ffn import FfnConfig
-from model.interop import save_pretrained
+from model.interop import save_adapter, save_pretrained
 from model.mixers.attention import AttentionConfig
 from model.norm import NormConfig
-from model.peft import LoraConfig, attach_lora, merged, save_adapter
+from model.peft import LoraConfig, attach_lora, merged
 from model.position import LearnedPositionConfig
 
-LLAMA = ModelConfig(vocab_size=96, d_model=32, n_layers=2, max_seq_len=32, mixer=AttentionConfig(n_heads=4, n_kv_heads=2))
+LLAMA = ModelConfig(
+    vocab_size=96, d_model=32, n_layers=2, max_seq_len=32, mixer=AttentionConfig(n_heads=4, n_kv_heads=2)
+)
 GPT2 = ModelConfig(
     vocab_size=96,
     d_model=32,
