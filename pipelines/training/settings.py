@@ -17,8 +17,8 @@ _EXECUTION: Any = {"execution": True}
 class AdamWSettings:
     """AdamW (Loshchilov & Hutter, 2019) for every parameter.
 
-    lr: peak learning rate, which the schedule scales. embedding_lr, head_lr: the same for
-    embeddings and an untied head; null takes `lr`. weight_decay: for matrices only; norms, biases and embeddings take none.
+    lr: peak learning rate, which the schedule scales. embedding_lr, head_lr: the same for embeddings and an untied
+    head; null takes `lr`. weight_decay: for matrices and heads; norms, biases and embeddings take none.
     """
 
     kind: Literal["adamw"] = "adamw"

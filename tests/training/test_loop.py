@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,46 @@ def test_a_run_begins_from_given_weights_and_keeps_the_precision_it_is_told(job:
         out = model(**next(loader).micro_batches[0])
     row = read_metrics(Path(second["out_dir"]) / "metrics.jsonl")[0]
     assert row["loss"] == pytest.approx((out["loss_sum"] / out["target_count"]).item(), rel=256 * 2.0**-24)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_lora_trains_adapters_alone_and_writes_them_merged_and_apart(job: Make, stage: int) -> None:
+    base = job(out="base", steps=10, lr=1e-2)
+    run_rank(base)
+    lora = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
+    settings = {
+        "zero": {"stage": stage},
+        "checkpoint": {"every_steps": 3, "every_seconds": None, "keep_finished": True},
+    }
+    tuned = {
+        **job(out="tuned", steps=6, lr=1e-2, **settings),
+        "model": None,
+        "init": str(Path(base["out_dir"]) / "model"),
+        "lora": lora,
+    }
+    figures = run_rank(tuned)
+    out = Path(tuned["out_dir"])
+    saved = load_file(out / "checkpoints/step-00000003/rank-00000.safetensors")
+    assert all(".lora_" in key or key.startswith("rng/") for key in saved)
+    before = load_file(Path(base["out_dir"]) / "model/model.safetensors")
+    after = load_file(out / "model/model.safetensors")
+    adapters = load_file(out / "adapter/adapter_model.safetensors")
+    for name, weight in before.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        if f"{key}A.weight" in adapters:
+            expected = weight + 2.0 * adapters[f"{key}B.weight"] @ adapters[f"{key}A.weight"]
+            assert torch.allclose(after[name], expected, atol=1e-6), name
+            assert not torch.equal(after[name], weight), name
+        else:
+            assert torch.equal(after[name], weight), name
+    assert figures["final_loss"] < read_metrics(Path(base["out_dir"]) / "metrics.jsonl")[-1]["loss"] + 0.1
+    # From its own step 3 it ends at the very same place, its dropout too.
+    again = {**tuned, "out_dir": str(out.with_name("again"))}
+    shutil.copytree(out / "checkpoints/step-00000003", out.with_name("again") / "checkpoints/step-00000003")
+    assert run_rank(again)["resumed_at_step"] == 3
+    assert (out.with_name("again") / "model/model.safetensors").read_bytes() == (
+        out / "model/model.safetensors"
+    ).read_bytes()
 
 
 def test_muon_learns_and_resumes_bit_for_bit(job: Make, tmp_path: Path) -> None:

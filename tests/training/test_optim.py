@@ -64,13 +64,13 @@ CONFIG = ModelConfig(
 def test_only_matrices_decay_and_every_parameter_is_in_one_group() -> None:
     model = build_model(CONFIG)
     roles = parameter_roles(model)
-    groups = parameter_groups(model, AdamWSettings(weight_decay=0.3, lr=1e-3, embedding_lr=5e-3))
+    groups = parameter_groups(model, AdamWSettings(weight_decay=0.3, lr=1e-3, embedding_lr=5e-3, head_lr=2e-3))
     names = [name for group in groups for name in group["names"]]
     assert sorted(names) == sorted(roles)
     for group in groups:
         for name in group["names"]:
             assert group["weight_decay"] == (0.0 if roles[name] in NO_WEIGHT_DECAY else 0.3)
-            assert group["peak_lr"] == (5e-3 if roles[name] in ("embedding", "head") else 1e-3)
+            assert group["peak_lr"] == {"embedding": 5e-3, "head": 2e-3}.get(roles[name], 1e-3)
 
 
 def test_frozen_parameters_are_left_out_and_freezing_all_is_an_error() -> None:
