@@ -51,8 +51,8 @@ class LoraLinear(Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.empty(base.out_features, config.rank, device=base.weight.device))
+        self.lora_A = nn.Parameter(base.weight.new_empty(config.rank, base.in_features))
+        self.lora_B = nn.Parameter(base.weight.new_empty(base.out_features, config.rank))
         self.dropout = nn.Dropout(config.dropout)
         self.scale = config.scale
         self.declared = {
@@ -77,24 +77,19 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> list[
         for pattern in config.targets:
             if not any(fnmatch.fnmatch(name, pattern) for name in linear):
                 raise ModelError(
-                    f"lora.targets has {pattern!r}, which matches no layer: a layer's name is like {next(iter(linear))!r}, "
-                    "and * stands for any part of it."
+                    f"lora.targets has {pattern!r}, which matches no layer: a layer's name is like "
+                    f"{next(iter(linear))!r}, and * stands for any part of it."
                 )
     model.requires_grad_(False)
     draw = InitConfig(std=None)
     for name in chosen:
         adapted = LoraLinear(linear[name], config)
-        for part, kind in ((LORA_A, "weight"), (LORA_B, "zeros")):
-            parameter: nn.Parameter = getattr(adapted, part)
-            value = initial_value(
-                name=f"{name}.{part}",
-                shape=parameter.shape,
-                draw=kind,
-                config=draw,
-                n_layers=1,
-                seed=seed,  # type: ignore[arg-type]
+        adapted.lora_A.copy_(
+            initial_value(
+                name=f"{name}.{LORA_A}", shape=adapted.lora_A.shape, draw="weight", config=draw, n_layers=1, seed=seed
             )
-            parameter.copy_(value)
+        )
+        adapted.lora_B.zero_()
         parent, _, local = name.rpartition(".")
         setattr(model.get_submodule(parent), local, adapted)
     return chosen
