@@ -11,6 +11,7 @@ most every ten seconds, so that a cluster's log stays readable.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -102,10 +103,18 @@ def key_figure(metrics: Mapping[str, Any]) -> str:
 def summary(reports: Sequence[StepReport]) -> Table:
     """The table at the end of a run: step, state, seconds, key figure, path."""
     rows = [
-        (r.name, r.state, duration(r.seconds), key_figure(r.metrics or {}), str(r.path or "-"))
+        (r.name, r.state, duration(r.seconds), key_figure(r.metrics or {}), shown_path(r.path))
         for r in reports
     ]
     return table(None, ("step", "state", "seconds", "key figure", "path"), rows, right=("seconds",))
+
+
+def shown_path(path: str | None) -> str:
+    """A path as a person here would type it."""
+    if path is None or "://" in path:
+        return path or "-"
+    here = os.path.relpath(path)
+    return path if here.startswith("..") else here
 
 
 class Display:

@@ -101,7 +101,7 @@ def disk(parameters: int, train: TrainSettings, reports: Sequence[StepReport]) -
 def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
     """Two tables: the steps, and what training costs."""
     out = console.console()
-    rows = [(r.name, r.state, r.digest[:16], str(r.path or "-")) for r in reports]
+    rows = [(r.name, r.state, r.digest[:16], console.shown_path(r.path)) for r in reports]
     out.print(console.table(None, ("step", "state", "digest", "path"), rows))
     out.print()
     memory, amount, room = costs["memory_per_rank"], costs["data"], costs["disk"]

@@ -33,6 +33,7 @@ TINY = (
     "finetune.train.compile=off",
     "evaluate.tasks=[]",
     "evaluate.max_bytes=20000",
+    "evaluate.stride_tokens=32",
     "evaluate.bootstrap_resamples=50",
     "evaluate.samples.generation.max_new_tokens=8",
     "tracking=off",
