@@ -9,74 +9,206 @@ missing. The table reads the artifacts and not what the launcher returned, so it
 
 from __future__ import annotations
 
-import hashlib
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from pipelines import console
 from pipelines.engine import runner
+from pipelines.engine.step import EngineError
 from pipelines.engine.store import open_store
 from pipelines.graph import build
-from pipelines.settings import CONF_DIR, Settings, compose, hydra_overrides, typed
-from pipelines.verbs import execute
+from pipelines.settings import CONF_DIR, Settings, SettingsError, compose, hydra_overrides, typed
+from pipelines.verbs import execute, make_backend, named
 
 METRICS = (("evaluate", "bits_per_byte"), ("pretrain", "loss"))
 """(step, figure) a sweep is sorted by: the first that a trial has; smaller is better."""
 
+LOST = "not finished: its process or that of another trial died, and the launcher gave up."
 
-def sweep(overrides: Sequence[str]) -> int:
-    """Run every combination of the overrides and print the table. Returns 1 when a trial failed, else 0."""
-    import hydra
+WATCH_SECONDS = 5.0
+"""How often the store is asked how trials in other processes get on."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """One point of the sweep: its overrides, and its settings or why it has none."""
+
+    words: tuple[str, ...]
+    settings: Settings | None
+    mistake: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A line of the table: the metric and its name, or why there is none."""
+
+    words: tuple[str, ...]
+    value: float | None
+    name: str
+    failure: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What Hydra's launchers call, here or in a worker. Returns the metric, or in words why there is none."""
+
+    until: str | None = None
+
+    def __call__(self, config: Any) -> float | str | None:
+        from omegaconf import OmegaConf
+
+        try:
+            plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            settings = typed(plain)
+            steps = build(settings)
+            execute(settings, [named(steps, self.until)] if self.until else list(steps.values()))
+            return figure(settings)[0]
+        except Exception as error:
+            # One bad combination must not end the sweep.
+            return str(error) if hasattr(error, "exit_code") else traceback.format_exc()
+
+
+def sweep(overrides: Sequence[str], until: str | None = None) -> int:
+    """Run every combination of the overrides and print the table. Returns 1 when a trial failed, else 0.
+
+    Raises SettingsError when no combination is valid.
+    """
     words = hydra_overrides(overrides)
-    folder = sweep_folder(words)
-    sys.argv = [
-        "athanor",
-        "--multirun",
-        *words,
-        f"hydra.sweep.dir={folder}",
-        "hydra.job.chdir=false",
-        "hydra.output_subdir=.hydra",
-        "hydra/job_logging=none",
-        "hydra/hydra_logging=none",
+    points = combinations(words)
+    settings = [point.settings for point in points if point.settings is not None]
+    if not settings:
+        raise SettingsError(points[0].mistake)
+    if "hydra/launcher=ray" in words:
+        with ray_joined(settings[0]), watching(points):
+            answers = launch(words, Trial(until=until))
+    else:
+        answers = launch(words, Trial(until=until))
+    outcomes = [_outcome(point, answers[index] if answers else LOST) for index, point in enumerate(points)]
+    show(outcomes)
+    failures = [
+        f"{words} failed: {outcome.failure}"
+        for words, outcome in zip(_differing(points), outcomes, strict=True)
+        if outcome.failure
     ]
-    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(trial)()
-    rows = [row(overrides_of) for overrides_of in trials(folder)]
-    show(rows, folder)
-    return 0 if rows and all(metric is not None for metric, *_ in rows) else 1
+    if failures:
+        tell("\n".join([*failures, "The same command again runs only what is missing."]))
+    return 1 if failures else 0
 
 
-def trial(config: Any) -> float | None:
-    """One trial, in this process or in a worker of Hydra's Ray launcher. Returns the metric; None when it failed."""
-    from omegaconf import OmegaConf
+def _outcome(point: Combination, answer: float | str | None) -> Outcome:
+    """What became of a point: its metric from the store, whatever the launcher brought back."""
+    value, name = figure(point.settings) if point.settings is not None else (None, "")
+    if point.mistake or isinstance(answer, str):
+        failure = point.mistake or ("" if answer == LOST and value is not None else str(answer))
+    else:
+        failure = ""
+    return Outcome(words=point.words, value=value, name=name, failure=failure)
 
+
+def combinations(words: Sequence[str]) -> list[Combination]:
+    """The points of the sweep in Hydra's own order."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides([word for word in words if not word.startswith("hydra")])
+    [points] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return [_combination(tuple(point)) for point in points]
+
+
+def _combination(words: tuple[str, ...]) -> Combination:
     try:
-        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        settings = typed(plain)
-        execute(settings, list(build(settings).values()))
+        settings = compose(words)
+        build(settings)  # says at once that a corpus is not there
+        return Combination(words=words, settings=settings)
     except Exception as error:
-        # One bad combination must not end the sweep; the table shows it as failed.
-        words = str(error) if hasattr(error, "exit_code") else traceback.format_exc()
-        sys.stderr.write(f"athanor: this trial failed: {words}\n")
+        if not hasattr(error, "exit_code"):
+            raise
+        return Combination(words=words, settings=None, mistake=str(error))
+
+
+def launch(words: Sequence[str], trial: Trial) -> list[float | str | None] | None:
+    """Hand the sweep to Hydra; what the trials answered, in order, or None when the launcher was lost on the way.
+
+    Not through `hydra.main`: it throws away what the trials returned, and of a worker that was lost it makes a
+    traceback and an exit.
+    """
+    from hydra import version
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.global_hydra import GlobalHydra
+
+    quiet = ("hydra/output=scratch", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+    # Our conf/hydra/launcher/ray.yaml takes the name of the plugin's schema on purpose: it fills in that schema.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/ray' is validated against ConfigStore schema")
+    version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    hydra = Hydra.create_main_hydra2("athanor", create_config_search_path(str(CONF_DIR)))
+    try:
+        batches = hydra.multirun(config_name="config", task_function=trial, overrides=[*quiet, *words])
+    except Exception as error:
+        if not type(error).__module__.startswith("ray."):
+            raise
+        tell(f"the launcher gave up: {str(error).strip().splitlines()[-1]}")
         return None
-    return figure(settings)[0]
+    finally:
+        GlobalHydra.instance().clear()
+    return [job.return_value for batch in batches for job in batch]
 
 
-def sweep_folder(words: Sequence[str]) -> Path:
-    """Where Hydra notes a sweep's trials: the same words, the same folder."""
-    digest = hashlib.sha256("\0".join(sorted(words)).encode()).hexdigest()[:12]
-    return Path("multirun").absolute() / digest
+@contextmanager
+def ray_joined(settings: Settings) -> Iterator[None]:
+    """Ray started or joined through its one door, before Hydra's launcher would do it in its own way."""
+    if settings.compute.backend != "ray":
+        raise SettingsError(
+            "hydra/launcher=ray with compute.backend=local: every trial would take all cores. Leave one out."
+        )
+    backend = make_backend(settings)
+    try:
+        backend.resources()
+        yield
+    finally:
+        backend.close()
 
 
-def trials(folder: Path) -> list[list[str]]:
-    """The overrides of each trial, as Hydra wrote them down."""
-    import yaml
+@contextmanager
+def watching(points: Sequence[Combination]) -> Iterator[None]:
+    """Tell what the trials of other processes are at, as the store shows it."""
+    over = threading.Event()
+    seen: dict[tuple[tuple[str, ...], str], str] = {}
+    differing = _differing(points)
 
-    files = sorted(folder.glob("*/.hydra/overrides.yaml"), key=lambda path: int(path.parts[-3]))
-    return [yaml.safe_load(path.read_text(encoding="utf-8")) for path in files]
+    def look() -> None:
+        for number, point in enumerate(points):
+            if point.settings is None:
+                continue
+            reports = runner.status(list(build(point.settings).values()), store=open_store(point.settings.store))
+            for report in reports:
+                before = seen.setdefault((point.words, report.name), report.state)
+                if report.state != before and report.state in ("running", "cached"):
+                    words = "made" if report.state == "cached" else "running"
+                    tell(f"{differing[number]}  {report.name} {words}")
+                seen[point.words, report.name] = report.state
+
+    def watch() -> None:
+        while not over.wait(WATCH_SECONDS):
+            try:
+                look()
+            except (OSError, EngineError) as error:
+                tell(f"cannot look into the store: {error}")
+
+    thread = threading.Thread(target=watch, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def figure(settings: Settings) -> tuple[float | None, str]:
@@ -88,27 +220,27 @@ def figure(settings: Settings) -> tuple[float | None, str]:
     return None, ""
 
 
-def row(words: Sequence[str]) -> tuple[float | None, str, list[str]]:
-    """(metric, its name, overrides) of one trial."""
-    try:
-        value, name = figure(compose(words))
-    except Exception as error:
-        if not hasattr(error, "exit_code"):
-            raise
-        value, name = None, ""
-    return value, name, [word.lstrip("+") for word in words]
-
-
-def show(rows: Sequence[tuple[float | None, str, list[str]]], folder: Path) -> None:
+def show(outcomes: Sequence[Outcome]) -> None:
     """The trials, best first, with only the overrides in which they differ."""
-    same = set.intersection(*(set(words) for _, _, words in rows)) if rows else set()
-    ordered = sorted(rows, key=lambda row: (row[0] is None, row[0] or 0.0))
-    name = next((name for _, name, _ in rows if name), "metric")
-    cells = [
-        (str(place), f"{value:.4f}" if value is not None else "failed", " ".join(w for w in words if w not in same))
-        for place, (value, _, words) in enumerate(ordered, start=1)
-    ]
+    words = _differing(outcomes)
+    order = sorted(range(len(outcomes)), key=lambda i: (outcomes[i].value is None, outcomes[i].value or 0.0))
+    name = next((outcome.name for outcome in outcomes if outcome.name), "metric")
+    cells = []
+    for place, index in enumerate(order, start=1):
+        value, failure = outcomes[index].value, outcomes[index].failure
+        cells.append((str(place), "failed" if failure else "-" if value is None else f"{value:.4f}", words[index]))
     out = console.console()
     out.print()
     out.print(console.table(None, ("", name, "overrides"), cells, right=(name,)))
-    out.print(f"\ntrials: {folder}", markup=False)
+
+
+def _differing(points: Sequence[Combination] | Sequence[Outcome]) -> list[str]:
+    """Each point's overrides, without those that all of them have."""
+    same = set.intersection(*(set(point.words) for point in points)) if len(points) > 1 else set()
+    return [" ".join(word.lstrip("+") for word in point.words if word not in same) for point in points]
+
+
+def tell(line: str) -> None:
+    """To the person watching; the table is what stands on stdout."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
