@@ -28,7 +28,9 @@ def main() -> None:
         seconds = []
         for _ in range(options.repeat):
             began = time.perf_counter()
-            subprocess.run([sys.executable, "-m", "pipelines", verb, *options.overrides], check=True, capture_output=True)
+            subprocess.run(
+                [sys.executable, "-m", "pipelines", verb, *options.overrides], check=True, capture_output=True
+            )
             seconds.append(round(time.perf_counter() - began, 2))
         result[verb] = {"median": statistics.median(seconds), "all": seconds, "limit": limit}
     print(json.dumps(result, indent=1))

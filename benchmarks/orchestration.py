@@ -28,7 +28,8 @@ from pipelines.graph import build
 from pipelines.settings import compose
 if __name__ == "__main__":
     settings = compose(sys.argv[1:])
-    reports = runner.run(list(build(settings).values()), store=open_store(settings.store), backend=LocalBackend(in_process=True))
+    steps = list(build(settings).values())
+    runner.run(steps, store=open_store(settings.store), backend=LocalBackend(in_process=True))
 """
 
 

@@ -40,7 +40,9 @@ class Verb:
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--multirun", action="store_true", help="sweep: KEY=A,B,C; hydra/launcher=ray runs trials side by side")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="sweep: KEY=A,B,C; hydra/launcher=ray runs trials side by side"
+    )
     parser.add_argument("--until", metavar="STEP", help="stop after this step and what it needs")
 
 
@@ -58,15 +60,28 @@ def _trace_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be given several times")
-    parser.add_argument("--chat", action="store_true", help="treat the prompt as a user's message to the fine-tuned model")
-    parser.add_argument("--from", dest="source", metavar="STEP|DIR", help="pretrain, finetune or an exported folder (default: the last made)")
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="text to continue; may be given several times"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="treat the prompt as a user's message to the fine-tuned model"
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="STEP|DIR",
+        help="pretrain, finetune or an exported folder (default: the last made)",
+    )
     parser.add_argument("--max-tokens", type=int, default=128, help="most new tokens (default 128)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens (default 0: all)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="keep the smallest set of this probability (default 0.95)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="keep the smallest set of this probability (default 0.95)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default 0)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
 
 
 def _certify_options(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +98,9 @@ def _job_options(parser: argparse.ArgumentParser) -> None:
 
 
 VERBS: dict[str, Verb] = {
-    "run": Verb(help="make what is missing; again = instant", function=verbs.run, options=_run_options, teaches_settings=True),
+    "run": Verb(
+        help="make what is missing; again = instant", function=verbs.run, options=_run_options, teaches_settings=True
+    ),
     "plan": Verb(
         help="show steps, what is cached, tokens, FLOPs, memory per rank, disk; run nothing",
         function=verbs.plan,
@@ -91,10 +108,14 @@ VERBS: dict[str, Verb] = {
         teaches_settings=True,
     ),
     "why": Verb(help="name the setting or input that makes a step run again", function=verbs.why, options=_why_options),
-    "status": Verb(help="show every step's state, seconds, key figures, path", function=verbs.status, options=_json_option),
+    "status": Verb(
+        help="show every step's state, seconds, key figures, path", function=verbs.status, options=_json_option
+    ),
     "generate": Verb(help="continue a prompt with a trained model", function=verbs.generate, options=_generate_options),
     "trace": Verb(help="show the documents in one training batch", function=verbs.trace, options=_trace_options),
-    "certify": Verb(help="prove exact resume for your own configuration", function=verbs.certify, options=_certify_options),
+    "certify": Verb(
+        help="prove exact resume for your own configuration", function=verbs.certify, options=_certify_options
+    ),
     "train": Verb(help="the pretrain step alone, under torchrun or python, without Ray", function=verbs.train),
     "submit": Verb(
         help="send a command to a cluster: submit cluster=ray address=URL -- run …",
@@ -117,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        _leave(f"{name!r} is no verb; {hint}The verbs are {', '.join(VERBS)}; `athanor --help` tells what each does.", 2)
+        _leave(
+            f"{name!r} is no verb; {hint}The verbs are {', '.join(VERBS)}; `athanor --help` tells what each does.", 2
+        )
     try:
         sys.exit(VERBS[name].function(_parse(name, arguments[1:])))
     except KeyboardInterrupt:
@@ -142,7 +165,9 @@ def _parse(name: str, arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.options(parser)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings: experiment=demo optim.lr=3e-4 model=small")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="settings: experiment=demo optim.lr=3e-4 model=small"
+    )
     options = parser.parse_intermixed_args(arguments[:at])
     options.command = arguments[at + 1 :]
     return options

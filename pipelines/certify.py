@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines import console
 from pipelines.engine import runner
 from pipelines.engine.step import Step
 from pipelines.engine.store import open_store
@@ -154,11 +153,17 @@ def exact_verdict(straight: dict[str, Any], killed: dict[str, Any], at: int) -> 
     for one, other in pairs:
         for field in EXACT_FIELDS:
             if one.get(field) != other.get(field):
-                return False, f"killed at step {at}: step {one['step']} has {field} {other.get(field)!r}, uninterrupted {one.get(field)!r}"
+                return (
+                    False,
+                    f"killed at step {at}: {field} of step {one['step']} is {other.get(field)!r}, not {one.get(field)!r}",
+                )
     if len(straight["records"]) != len(killed["records"]):
         return False, f"killed at step {at}: {len(killed['records'])} records, uninterrupted {len(straight['records'])}"
     if straight["content"] != killed["content"]:
-        return False, f"killed at step {at}: final weights {killed['content'][:16]}, uninterrupted {straight['content'][:16]}"
+        return (
+            False,
+            f"killed at step {at}: final weights {killed['content'][:16]}, uninterrupted {straight['content'][:16]}",
+        )
     return True, f"killed at step {at} and continued: {len(pairs)} steps and the final weights are equal bit for bit"
 
 
@@ -171,8 +176,11 @@ def regrouped_verdict(
         return False, f"on {ranks} ranks: {len(regrouped['records'])} records, expected {len(straight['records'])}"
     for one, other in zip(straight["records"], regrouped["records"], strict=True):
         if one["batch_digest"] != other["batch_digest"]:
-            return False, f"on {ranks} ranks: step {one['step']} had batch {other['batch_digest']}, expected {one['batch_digest']}"
+            return (
+                False,
+                f"on {ranks} ranks: step {one['step']} had batch {other['batch_digest']}, expected {one['batch_digest']}",
+            )
         worst = max(worst, abs(one["loss"] - other["loss"]) / abs(one["loss"]))
     limit = TOLERANCE[precision]
-    words = f"on {ranks} ranks: the same batches, losses at most {worst:.1e} apart (relative; {precision} limit {limit:.0e})"
-    return worst <= limit, words
+    words = f"the same batches, losses at most {worst:.1e} apart (relative; {precision} limit {limit:.0e})"
+    return worst <= limit, f"on {ranks} ranks: {words}"

@@ -59,7 +59,9 @@ def size(value: float) -> str:
     raise AssertionError("unreachable")
 
 
-def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
+def table(
+    title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()
+) -> Table:
     """A plain rich table; `right` names the columns of numbers."""
     out = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
@@ -102,10 +104,7 @@ def key_figure(metrics: Mapping[str, Any]) -> str:
 
 def summary(reports: Sequence[StepReport]) -> Table:
     """The table at the end of a run: step, state, seconds, key figure, path."""
-    rows = [
-        (r.name, r.state, duration(r.seconds), key_figure(r.metrics or {}), shown_path(r.path))
-        for r in reports
-    ]
+    rows = [(r.name, r.state, duration(r.seconds), key_figure(r.metrics or {}), shown_path(r.path)) for r in reports]
     return table(None, ("step", "state", "seconds", "key figure", "path"), rows, right=("seconds",))
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from data.corpus import CorpusSettings, corpus_files
 from data.errors import DataError
 from pipelines import console
-from pipelines.engine.runner import StepReport
+from pipelines.console import count, duration, size
+from pipelines.engine.events import StepReport
 from pipelines.settings import Settings
 from pipelines.training.settings import BatchPlan, TrainSettings
 
@@ -107,20 +108,37 @@ def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
     memory, amount, room = costs["memory_per_rank"], costs["data"], costs["disk"]
     epochs = "-" if amount["epochs"] is None else f"{amount['epochs']:.2f}"
     lines = [
-        ("parameters", f"{console.count(costs['parameters']['total'])} ({console.count(costs['parameters']['embedding'])} in embeddings)"),
-        ("tokens", f"{console.count(costs['tokens'])} = {costs['steps']:,} steps of {console.count(costs['tokens_per_step'])}"),
+        (
+            "parameters",
+            f"{count(costs['parameters']['total'])} ({count(costs['parameters']['embedding'])} in embeddings)",
+        ),
+        (
+            "tokens",
+            f"{count(costs['tokens'])} = {costs['steps']:,} steps of {count(costs['tokens_per_step'])}",
+        ),
         ("batch", f"{costs['ranks']} ranks x {costs['micro_batch_rows']} rows x {costs['accumulation']} accumulated"),
-        ("data", f"{console.count(amount['tokens'])} tokens in {amount['shards']} shards ({amount['basis']}): {epochs} epochs"),
-        ("FLOPs", f"{costs['flops']:.3g} = {costs['flops_per_token']:.3g} a token (forward and backward, causal mask counted)"),
-        ("time", ", ".join(f"{console.duration(s)} on {costs['ranks']} {gpu} at 40 % MFU" for gpu, s in costs["time"].items())),
-        ("memory per rank", f"{console.size(memory['total'])} at ZeRO-{costs['zero_stage']}: " + _parts(memory)),
-        ("disk", f"{console.size(room['checkpoints'])} of checkpoints, {console.size(room['weights'])} of weights"),
+        (
+            "data",
+            f"{count(amount['tokens'])} tokens in {amount['shards']} shards ({amount['basis']}): {epochs} epochs",
+        ),
+        (
+            "FLOPs",
+            f"{costs['flops']:.3g} = {costs['flops_per_token']:.3g} a token (forward and backward, masked as trained)",
+        ),
+        (
+            "time",
+            ", ".join(
+                f"{duration(s)} on {costs['ranks']} {gpu} at 40 % MFU" for gpu, s in costs["time"].items()
+            ),
+        ),
+        ("memory per rank", f"{size(memory['total'])} at ZeRO-{costs['zero_stage']}: " + _parts(memory)),
+        ("disk", f"{size(room['checkpoints'])} of checkpoints, {size(room['weights'])} of weights"),
     ]
     out.print(console.table(None, ("pretrain", ""), lines))
 
 
 def _parts(memory: dict[str, float]) -> str:
-    return ", ".join(f"{name} {console.size(value)}" for name, value in memory.items() if name != "total")
+    return ", ".join(f"{name} {size(value)}" for name, value in memory.items() if name != "total")
 
 
 def memory_per_rank(parameters: int, *, ranks: int, stage: int) -> dict[str, float]:

@@ -176,7 +176,9 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
     for word in overrides:
         match = _OVERRIDE.match(word)
         if match is None or (match["value"] is None and match["prefix"] != "~"):
-            raise SettingsError(f"{word!r} is no override; write KEY=VALUE, for example experiment=demo or optim.lr=3e-4.")
+            raise SettingsError(
+                f"{word!r} is no override; write KEY=VALUE, for example experiment=demo or optim.lr=3e-4."
+            )
         key, value = match["key"], match["value"]
         if key.startswith("hydra") or match["prefix"]:
             words.append(word)

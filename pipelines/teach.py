@@ -21,7 +21,10 @@ def settings_help() -> str:
     lines += [f"  {group:<11} {', '.join(options(group))}" for group in groups() if group not in NOT_TAUGHT]
     lines += ["", "settings: KEY=VALUE   (* changes where or how fast, never what is made)"]
     lines += [f"  {line}" for line in keys(Settings, "", execution=False)]
-    lines += ["", "lists: corpus.paths=['a/*.txt',b]   nothing: null   sweep: run -m optim.lr=1e-3,3e-3 model=tiny,demo"]
+    lines += [
+        "",
+        "lists: corpus.paths=['a/*.txt',b]   nothing: null   sweep: run -m optim.lr=1e-3,3e-3 model=tiny,demo",
+    ]
     return "\n".join(lines)
 
 
@@ -39,7 +42,7 @@ def keys(cls: type, prefix: str, *, execution: bool) -> Iterator[str]:
     for field in dataclasses.fields(cls):
         name, aside = f"{prefix}{field.name}", execution or bool(field.metadata.get("execution"))
         hint = types[field.name]
-        inner = [arm for arm in _arms(hint) if dataclasses.is_dataclass(arm)]
+        inner: list[Any] = [arm for arm in _arms(hint) if dataclasses.is_dataclass(arm)]
         if tuple(name.split(".", 1)) in SET_ELSEWHERE:
             continue
         if typing.get_origin(hint) in (dict, tuple) and inner:
@@ -62,4 +65,6 @@ def _arms(hint: Any) -> list[Any]:
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is dataclasses.MISSING:
         return ""
-    return f" = {'null' if field.default is None else str(field.default).lower() if isinstance(field.default, bool) else field.default}"
+    value = field.default
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    return f" = {shown}"

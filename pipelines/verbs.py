@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import console
-from pipelines.engine import runner
+from pipelines.engine import explain, runner
 from pipelines.engine.backend import Backend, RayBackend
+from pipelines.engine.events import StepReport
 from pipelines.engine.local_backend import LocalBackend
-from pipelines.engine.runner import StepReport
-from pipelines.engine.step import EngineError, Step
+from pipelines.engine.step import Step
 from pipelines.engine.store import open_store
 from pipelines.graph import build
 from pipelines.settings import Settings, SettingsError, compose, section
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.multirun:
         from pipelines.sweep import sweep
 
-        return sweep(arguments.overrides)
+        return sweep(arguments.overrides, arguments.until)
     settings = compose(arguments.overrides)
     steps = build(settings)
     reports = execute(settings, [named(steps, arguments.until)] if arguments.until else list(steps.values()))
@@ -67,9 +67,14 @@ def named(steps: dict[str, Step], name: str) -> Step:
     return steps[name]
 
 
+SHORT_ENOUGH = 70  # characters of overrides that are worth repeating in a suggestion
+
+
 def _next_words(overrides: Sequence[str], reports: Sequence[StepReport]) -> str:
     made = {report.name: report for report in reports}
     same = " ".join(overrides)
+    if len(same) > SHORT_ENOUGH:
+        same = "…"  # as it stands in the person's own command line
     lines = []
     if "report" in made:
         lines.append(f"open     {made['report'].path}/report.html")
@@ -90,7 +95,7 @@ def plan(arguments: argparse.Namespace) -> int:
     reports = runner.plan(list(steps.values()), store=open_store(settings.store))
     costs = planning.estimate(settings, reports)
     if arguments.json:
-        console.print_json({"steps": [planning.step_json(report) for report in reports], "costs": costs})
+        console.print_json({"steps": steps_json(reports), "costs": costs})
     else:
         planning.show(reports, costs)
     return 0
@@ -101,7 +106,7 @@ def why(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     settings = compose(overrides)
     step = named(build(settings), arguments.step)
-    console.console().print(str(runner.why(step, store=open_store(settings.store))), markup=False)
+    console.console().print(str(explain.why(step, store=open_store(settings.store))), markup=False)
     return 0
 
 
@@ -110,23 +115,35 @@ def status(arguments: argparse.Namespace) -> int:
     settings = compose(arguments.overrides)
     reports = runner.status(list(build(settings).values()), store=open_store(settings.store))
     if arguments.json:
-        fields = ("name", "digest", "state", "path", "metrics", "seconds")
-        console.print_json({"steps": [{name: getattr(report, name) for name in fields} for report in reports]})
+        console.print_json({"steps": steps_json(reports)})
     else:
         console.console().print(console.summary(reports))
     return 0
 
 
+def steps_json(reports: Sequence[StepReport]) -> list[dict[str, Any]]:
+    """What programs are told of steps; `status --json` promises these keys."""
+    fields = ("name", "digest", "state", "path", "metrics", "seconds")
+    return [{name: getattr(report, name) for name in fields} for report in reports]
+
+
 def made(settings: Settings, step: Step) -> Path:
-    """The folder of a step's artifact, or SettingsError that says how to make it."""
-    store = open_store(settings.store)
-    artifact = store.find(step)
-    if artifact is None:
+    """The local folder of a step's artifact, or SettingsError that says how to make it."""
+    folder = found(settings, step)
+    if folder is None:
         raise SettingsError(
-            f"step {step.name!r} of experiment {settings.experiment!r} is not in the store {settings.store}; make it first: "
-            f"athanor run experiment={settings.experiment} --until {step.name}"
+            f"step {step.name!r} of experiment {settings.experiment!r} is not in the store {settings.store}; make it "
+            f"first: athanor run experiment={settings.experiment} --until {step.name}"
         )
-    return artifact.path
+    return folder
+
+
+def found(settings: Settings, step: Step) -> Path | None:
+    """The local folder of a step's artifact, if it has been made."""
+    store = open_store(settings.store)
+    digest = next(report.digest for report in runner.plan([step], store=store) if report.name == step.name)
+    artifact = store.find(step.name, digest)
+    return None if artifact is None else artifact.path
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -134,7 +151,9 @@ def generate(arguments: argparse.Namespace) -> int:
     from pipelines.stages.generate import GenerateSettings, TextGenerator
 
     if not arguments.prompt:
-        raise SettingsError("no prompt; add --prompt 'def ' (may be given several times), or --chat --prompt 'a question'.")
+        raise SettingsError(
+            "no prompt; add --prompt 'def ' (may be given several times), or --chat --prompt 'a question'."
+        )
     model_dir, tokenizer_dir = _model_folders(arguments)
     generator = TextGenerator.open(model_dir, tokenizer_dir)
     settings = _valid(
@@ -161,7 +180,7 @@ def _model_folders(arguments: argparse.Namespace) -> tuple[Path, Path | None]:
     settings = compose(arguments.overrides)
     steps = build(settings)
     wanted = arguments.source or next(
-        (name for name in ("finetune", "pretrain") if name in steps and _find(settings, steps[name])), "pretrain"
+        (name for name in ("finetune", "pretrain") if name in steps and found(settings, steps[name])), "pretrain"
     )
     return made(settings, named(steps, wanted)) / "model", made(settings, steps["tokenizer"])
 
@@ -196,9 +215,12 @@ def trace(arguments: argparse.Namespace) -> int:
     settings = compose(arguments.overrides)
     steps, run_settings = build(settings), settings.pretraining()
     rows_steps = {name: step for name, step in steps["pretrain"].inputs.items() if name.startswith("shards")}
-    shard_sets = {name.removeprefix("shards-"): ShardSet.open(made(settings, step)) for name, step in rows_steps.items()}
+    shard_sets = {
+        name.removeprefix("shards-"): ShardSet.open(made(settings, step)) for name, step in rows_steps.items()
+    }
     corpora = {
-        name.removeprefix("shards-"): made(settings, step.inputs["corpus"]) / "train" for name, step in rows_steps.items()
+        name.removeprefix("shards-"): made(settings, step.inputs["corpus"]) / "train"
+        for name, step in rows_steps.items()
     }
     rows = trace_step(
         shard_sets,
@@ -213,11 +235,20 @@ def trace(arguments: argparse.Namespace) -> int:
         return 0
     out = console.console()
     for row in rows:
-        out.print(f"row {row.global_row}  {row.source} epoch {row.epoch}  {row.shard} block {row.block} row {row.row}", markup=False)
+        out.print(
+            f"row {row.global_row}  {row.source} epoch {row.epoch}  {row.shard} block {row.block} row {row.row}",
+            markup=False,
+        )
         for piece in row.pieces:
-            span = f"characters {piece.characters[0]}-{piece.characters[1]}" if piece.characters else f"token {piece.first_token}"
+            span = (
+                f"characters {piece.characters[0]}-{piece.characters[1]}"
+                if piece.characters
+                else f"token {piece.first_token}"
+            )
             text = piece.text if len(piece.text) <= 80 else piece.text[:60] + " … " + piece.text[-16:]
-            out.print(f"  {piece.start:>5}-{piece.stop:<5} {piece.file} at {piece.position}, {span}  {text!r}", markup=False)
+            out.print(
+                f"  {piece.start:>5}-{piece.stop:<5} {piece.file} at {piece.position}, {span}  {text!r}", markup=False
+            )
     return 0
 
 
@@ -273,5 +304,7 @@ def _address(overrides: Sequence[str]) -> str | None:
     """`address=URL` of a job's cluster, or None: then the note that submit left says where the job is."""
     values = dict(word.partition("=")[::2] for word in overrides)
     if unknown := set(values) - {"address"}:
-        raise SettingsError(f"{', '.join(sorted(unknown))}: the only setting here is address=URL of the cluster's dashboard.")
+        raise SettingsError(
+            f"{', '.join(sorted(unknown))}: the only setting here is address=URL of the cluster's dashboard."
+        )
     return values.get("address")

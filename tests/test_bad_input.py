@@ -28,7 +28,9 @@ def test_a_misspelled_experiment_is_answered_with_the_nearest(capsys: pytest.Cap
 
 def test_a_misspelled_setting_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean optim.lr?" in complaint(capsys, "plan", "experiment=demo", "optim.lrr=1")
-    assert "did you mean pretrain.total_tokens?" in complaint(capsys, "plan", "experiment=demo", "pretrain.total_tokns=1")
+    assert "did you mean pretrain.total_tokens?" in complaint(
+        capsys, "plan", "experiment=demo", "pretrain.total_tokns=1"
+    )
 
 
 def test_a_misspelled_verb_or_group_option_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,17 +78,29 @@ def test_an_empty_corpus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
 def test_a_corpus_too_small_for_the_vocabulary(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     for number in range(12):
-        (tmp_path / "text" / f"{number}.txt").write_text(f"The cat number {number} sat on the mat and looked at the moon.\n" * 2)
-    overrides = tiny(tmp_path / "text", tmp_path / "store", LOCAL, "tokenizer.vocab_size=8192", "corpus.filters.max_repeated_line_fraction=null")
+        (tmp_path / "text" / f"{number}.txt").write_text(
+            f"The cat number {number} sat on the mat and looked at the moon.\n" * 2
+        )
+    overrides = tiny(
+        tmp_path / "text",
+        tmp_path / "store",
+        LOCAL,
+        "tokenizer.vocab_size=8192",
+        "corpus.filters.max_repeated_line_fraction=null",
+    )
     assert "tokenizer.vocab_size" in complaint(capsys, "run", *overrides)
 
 
 def test_a_corpus_too_small_for_one_batch(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
-    overrides = tiny(corpus_dir, tmp_path / "store", LOCAL, "pretrain.global_batch_tokens=1024000", "pretrain.total_tokens=1024000")
+    overrides = tiny(
+        corpus_dir, tmp_path / "store", LOCAL, "pretrain.global_batch_tokens=1024000", "pretrain.total_tokens=1024000"
+    )
     assert "rows" in complaint(capsys, "run", *overrides)
 
 
-def test_a_global_batch_that_does_not_divide(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
+def test_a_global_batch_that_does_not_divide(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
+) -> None:
     said = complaint(capsys, "run", *tiny(corpus_dir, tmp_path / "store", LOCAL, "pretrain.global_batch_tokens=1000"))
     assert "global_batch_tokens = 1,000" in said
     assert not list((tmp_path / "store").glob("pretrain/*"))
@@ -104,7 +118,9 @@ def test_gpus_where_there_are_none(capsys: pytest.CaptureFixture[str], corpus_di
     assert "GPU" in said
 
 
-def test_a_ray_address_that_does_not_answer(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
+def test_a_ray_address_that_does_not_answer(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
+) -> None:
     said = complaint(capsys, "run", *tiny(corpus_dir, tmp_path / "store", "compute.address=127.0.0.1:1"))
     assert "127.0.0.1:1" in said
 

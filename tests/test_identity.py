@@ -52,10 +52,12 @@ def hashes() -> FileHashes:
 
 
 def graph_digests(steps: dict[str, Step]) -> dict[str, str]:
-    return {node.name: node.digest for node in resolve(list(steps.values()), hashes())}
+    return {node.name: node.digest for node in resolve(list(steps.values()), hashes()).nodes}
 
 
-def leaves(value: Any, hint: Any, path: tuple[str, ...], execution: bool) -> Iterator[tuple[tuple[str, ...], Any, Any, bool]]:
+def leaves(
+    value: Any, hint: Any, path: tuple[str, ...], execution: bool
+) -> Iterator[tuple[tuple[str, ...], Any, Any, bool]]:
     """(path, value, type, execution?) of every field that is not itself a dataclass."""
     hints = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):

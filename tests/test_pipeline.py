@@ -74,14 +74,18 @@ def test_why_names_the_field_that_makes_a_step_run_again(finished: dict[str, Any
 
 
 def test_plan_runs_nothing_and_tells_what_it_would_cost(finished: dict[str, Any], corpus_dir: Path) -> None:
-    planned = json.loads(athanor("plan", *tiny(corpus_dir, finished["store"]), "optim.lr=0.0123", "zero=2", "--json").stdout)
+    planned = json.loads(
+        athanor("plan", *tiny(corpus_dir, finished["store"]), "optim.lr=0.0123", "zero=2", "--json").stdout
+    )
     states = {step["name"]: step["state"] for step in planned["steps"]}
     assert states["shards"] == "cached" and states["pretrain"] == states["report"] == "to make"
     assert planned["costs"]["steps"] == 20 and planned["costs"]["memory_per_rank"]["total"] > 0
 
 
 def test_one_changed_setting_remakes_only_what_follows(finished: dict[str, Any], corpus_dir: Path) -> None:
-    planned = json.loads(athanor("plan", *tiny(corpus_dir, finished["store"]), "evaluate.max_bytes=9000", "--json").stdout)
+    planned = json.loads(
+        athanor("plan", *tiny(corpus_dir, finished["store"]), "evaluate.max_bytes=9000", "--json").stdout
+    )
     missing = {step["name"] for step in planned["steps"] if step["state"] == "to make"}
     assert missing == {"evaluate", "report"}
 
@@ -95,8 +99,19 @@ def test_a_batch_is_traced_to_the_text_of_its_files(finished: dict[str, Any], co
         assert text[first:last] == piece["text"]
 
 
-def test_a_trained_model_continues_a_prompt_the_same_for_the_same_seed(finished: dict[str, Any], corpus_dir: Path) -> None:
-    ask = ("generate", *tiny(corpus_dir, finished["store"]), "--prompt", "def x = 1", "--max-tokens", "12", "--seed", "3")
+def test_a_trained_model_continues_a_prompt_the_same_for_the_same_seed(
+    finished: dict[str, Any], corpus_dir: Path
+) -> None:
+    ask = (
+        "generate",
+        *tiny(corpus_dir, finished["store"]),
+        "--prompt",
+        "def x = 1",
+        "--max-tokens",
+        "12",
+        "--seed",
+        "3",
+    )
     one, two = athanor(*ask).stdout, athanor(*ask).stdout
     assert one == two and one.startswith("def x = 1")
 

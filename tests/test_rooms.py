@@ -57,7 +57,9 @@ def test_a_room_imports_only_what_it_may_know(path: Path) -> None:
     allowed = INSIDE_PIPELINES.get(room)
     if allowed is not None:
         inside = {name for name in names if name.startswith("pipelines.")}
-        strangers = {n for n in inside if not any(n == a or n.startswith(a + ".") for a in allowed) and n not in allowed}
+        strangers = {
+            n for n in inside if not any(n == a or n.startswith(a + ".") for a in allowed) and n not in allowed
+        }
         parents = {".".join(a.split(".")[:-1]) for a in allowed}
         assert not strangers - parents
 

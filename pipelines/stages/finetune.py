@@ -81,7 +81,7 @@ def shortened(settings: FinetuneRun, rows: Artifact) -> TrainSettings:
     if metrics["rows"] * seq_len < batch:
         raise EngineError(
             f"finetune.train.global_batch_tokens = {batch:,}: the conversations fill only {metrics['rows']} rows of "
-            f"{seq_len} tokens, and a batch may not be larger than all of them. Use at most {metrics['rows'] * seq_len:,}, or give more "
-            "conversations."
+            f"{seq_len} tokens, and a batch may not be larger than all of them. Use at most "
+            f"{metrics['rows'] * seq_len:,}, or give more conversations."
         )
     return replace(settings.train, total_tokens=max(batch, min(settings.train.total_tokens, there // batch * batch)))
