@@ -29,7 +29,7 @@ Poll = Callable[[], None]
 
 MAX_RETRIES = 3  # of a call whose worker died
 POLL_SECONDS = 0.2
-ANSWER_SECONDS = 12.0  # for an existing cluster to answer
+ANSWER_SECONDS = 6.0  # for an existing cluster to connect, and as long again to greet
 OBJECT_STORE_BYTES = 128 * 2**20  # results only; Ray's default would claim 30 % of the memory
 PACKAGES = ("pipelines", "model", "data", "conf", "cluster")
 
@@ -211,7 +211,9 @@ class RayBackend:
         if self._address is None:
             # A local Ray listens on the machine's address whatever one asks for, so Ray guards it with a token, kept in
             # ~/.ray unless the user chose otherwise. Without a home to keep it in, it travels in the environment.
-            if not os.access(Path.home(), os.W_OK):
+            try:
+                Path.home().joinpath(".ray").mkdir(exist_ok=True)
+            except OSError:
                 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init(
                 address="local",
@@ -272,12 +274,23 @@ def _check_address(address: str) -> None:
             f"outside, send the whole command there: athanor submit cluster=ray address=http://HOST:8265 -- run ..."
         )
     try:
-        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+        with socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS) as connection:
+            if not os.environ.get("RAY_USE_TLS"):
+                _expect_grpc(connection)
     except OSError as error:
         raise EngineError(
             f"address={address}: no Ray cluster answers there ({error.strerror or error}). Check that it runs (ray "
             f"status) and that this machine may reach it, or leave the address out to start Ray on this machine."
         ) from error
+
+
+def _expect_grpc(connection: socket.socket) -> None:
+    """OSError unless the other end greets like a Ray head: gRPC, which is HTTP/2, opens with SETTINGS."""
+    settings = 4
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, settings, 0, 0, 0, 0, 0]))
+    greeting = connection.recv(9)
+    if len(greeting) < 4 or greeting[3] != settings:
+        raise OSError("something else listens on this port")
 
 
 def _portable(fn: Callable[..., Any], *args: Any) -> bytes:

@@ -10,7 +10,7 @@ from pipelines.engine.files import FileHashes
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.resolve import Node, resolve
 from pipelines.engine.step import Step
-from pipelines.engine.store import Store
+from pipelines.engine.store import Store, storage_errors
 
 ABSENT = "(absent)"
 SHOWN = 5  # names of changed files
@@ -48,7 +48,11 @@ class Why:
 
 def why(step: Step, *, store: Store) -> Why:
     """Compare a step with the earlier artifact that differs from it in the fewest fields (the latest of those)."""
-    node = resolve([step], FileHashes(store.file_hashes)).targets[0]
+    with storage_errors(store):
+        return _answer(resolve([step], FileHashes(store.file_hashes)).targets[0], store)
+
+
+def _answer(node: Node, store: Store) -> Why:
     artifact = store.find(node.name, node.digest)
     if artifact is not None:
         return Why(step=node.name, digest=node.digest, path=artifact.url)

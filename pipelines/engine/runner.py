@@ -36,19 +36,23 @@ def run(
     Raises the first error of a step after the steps that were running beside it have ended. On Ctrl-C leases are
     released, work is kept, and KeyboardInterrupt goes on.
     """
-    return _Run(resolve(targets, FileHashes(store.file_hashes)), store, backend, on_event).all()
+    with storage_errors(store):
+        return _Run(resolve(targets, FileHashes(store.file_hashes)), store, backend, on_event).all()
 
 
 def plan(targets: Sequence[Step], *, store: Store) -> list[StepReport]:
     """What ``run`` would find and make; runs nothing."""
-    graph = resolve(targets, FileHashes(store.file_hashes))
-    needed = _needed(graph, store)
-    return [_report(node, store, needed=node.digest in needed) for node in graph.nodes]
+    with storage_errors(store):
+        graph = resolve(targets, FileHashes(store.file_hashes))
+        needed = _needed(graph, store)
+        return [_report(node, store, needed=node.digest in needed) for node in graph.nodes]
 
 
 def status(targets: Sequence[Step], *, store: Store) -> list[StepReport]:
     """As ``plan``; steps some process is working on now are "running"."""
-    return [_with_holder(report, store) for report in plan(targets, store=store)]
+    reports = plan(targets, store=store)
+    with storage_errors(store):
+        return [_with_holder(report, store) for report in reports]
 
 
 def _needed(graph: Graph, store: Store) -> set[str]:
@@ -150,7 +154,7 @@ class _Run:
     def _launch(self, node: Node) -> None:
         def body() -> None:
             try:
-                with storage_errors(self._store, node.name):
+                with storage_errors(self._store):
                     self._ended.put((node, self._make(node)))
             except BaseException as error:
                 self._ended.put((node, error))

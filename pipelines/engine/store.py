@@ -285,27 +285,27 @@ def newest_attempt(folder: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def storage_errors(store: Store, step: str) -> Iterator[None]:
+def storage_errors(store: Store) -> Iterator[None]:
     """Turn a full or unwritable disk, wherever it showed, into an EngineError with the remedy."""
     try:
         yield
     except EngineError:
         raise
     except Exception as error:
-        message = _explain(error, store, step)
+        message = _explain(error, store)
         if message is None:
             raise
         raise EngineError(message) from error
 
 
-def _explain(error: BaseException, store: Store, step: str) -> str | None:
+def _explain(error: BaseException, store: Store) -> str | None:
     cause: BaseException | None = error
     while cause is not None:
         number = cause.errno if isinstance(cause, OSError) else None
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
             return (
-                f"{step}: the disk is full (store {store.url}). Everything finished so far is kept: free some space "
-                f"and run the same command again, and it continues."
+                f"The disk is full (store={store.url}). Everything finished so far is kept: free some space and run the "
+                f"same command again, and it continues."
             )
         path = str(getattr(cause, "filename", None) or "")
         refused = number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)

@@ -136,24 +136,26 @@ def test_workers_of_an_existing_cluster_get_this_code(tmp_path: Path) -> None:
         stderr=subprocess.DEVNULL,
     )
     program = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
+        "import inspect, sys\n"
         "from pipelines.engine.backend import RayBackend\n"
-        "from pipelines.engine.manifest import now\n"
+        "from pipelines.engine.errors import EngineError\n"
         "backend = RayBackend(sys.argv[1])\n"
-        "print(backend.resources().cpus, dict(backend.map(now, {'x': ()}))); backend.close()\n"
+        "print(backend.resources().cpus, *backend.map(inspect.getfile, {'x': (EngineError,)})); backend.close()\n"
     )
     try:
         wait_until(lambda: _answers(port), 60)
         time.sleep(1)
         answer = subprocess.run(
-            [sys.executable, "-c", program, f"127.0.0.1:{port}", str(Path(__file__).parents[2])],
+            [sys.executable, "-c", program, f"127.0.0.1:{port}"],
+            cwd=tmp_path,
             capture_output=True,
             text=True,
             timeout=120,
             env=environment,
         )
         assert answer.returncode == 0, answer.stderr
-        assert answer.stdout.startswith("2.0 {'x': '20")
+        assert answer.stdout.startswith("2.0 ")
+        assert "/runtime_resources/py_modules_files/" in answer.stdout
         assert head.poll() is None  # joined, not owned: it goes on
     finally:
         head.send_signal(signal.SIGTERM)
@@ -163,6 +165,16 @@ def test_workers_of_an_existing_cluster_get_this_code(tmp_path: Path) -> None:
 def _answers(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_port_where_something_else_listens_is_said_soon() -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        started = time.monotonic()
+        with pytest.raises(EngineError, match="no Ray cluster answers there"):
+            RayBackend(f"127.0.0.1:{deaf.getsockname()[1]}").resources()
+        assert time.monotonic() - started < 15
 
 
 @pytest.mark.parametrize(

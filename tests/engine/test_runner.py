@@ -337,7 +337,7 @@ def test_a_full_disk_is_one_clear_error_and_work_is_kept(store: LocalStore, back
         with open("/dev/full", "w") as full:
             full.write("x")
 
-    with pytest.raises(EngineError, match="the disk is full"):
+    with pytest.raises(EngineError, match="The disk is full"):
         run([stage_that(fill)], store=store, backend=backend)
     (report,) = status([stage_that(fill)], store=store)
     assert Path(str(report.path), "out", "kept.txt").exists()

@@ -223,3 +223,9 @@ def test_a_bucket_that_is_not_there_is_one_clear_error(bucket: str, backend: Loc
 def test_other_urls_are_refused_with_the_remedy() -> None:
     with pytest.raises(EngineError, match="a store is a folder or s3://bucket/prefix"):
         open_store("gs://bucket/store")
+
+
+def test_a_server_that_is_not_there_is_one_clear_error(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(EngineError, match="Could not connect to the endpoint"):
+        plan(graph(), store=open_store(f"{bucket}/elsewhere"))
