@@ -28,8 +28,8 @@ def curves(
     lines: Sequence[Curve],
     *,
     label: str,
-    height: int = 240,
-    width: int = 640,
+    width: int = 460,
+    height: int = 100,
     y_text: Callable[[float], str] | None = None,
 ) -> str:
     """Lines over a common x axis in tokens. `label` names the picture for those who cannot see it."""

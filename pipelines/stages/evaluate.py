@@ -95,6 +95,7 @@ def run(settings: EvaluateSettings, inputs: Mapping[str, Artifact], out_dir: Pat
     _write_json(out_dir / "samples.json", {name: done[f"samples-{name}"]["samples"] for name in models})
     (out_dir / "results.md").write_text(summary.table(results), encoding="utf-8")
     summary.write_documents(out_dir / "documents.parquet", columns)
+    ctx.say(summary.headline(results))
     return summary.metrics(results)
 
 

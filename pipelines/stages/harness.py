@@ -206,7 +206,7 @@ def _figures(found: dict[str, Any], answers: list[dict[str, Any]], settings: Eva
         metric, _, _ = key.partition(",")
         if "," not in key or metric.endswith("_stderr"):
             continue
-        values = [value for answer in answers if isinstance(value := answer.get(metric), int | float)]
+        values = [answer[metric] for answer in answers if isinstance(answer.get(metric), int | float)]
         if len(values) == len(answers):
             mean = mean_interval(values, resamples=settings.bootstrap_resamples, seed=settings.seed)
             figures[metric] = {"value": mean.value, "low": mean.low, "high": mean.high}

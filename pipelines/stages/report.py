@@ -94,15 +94,15 @@ def training(name: str, artifact: Artifact) -> dict[str, Any]:
     losses = [row["loss"] for row in rows]
     bold = charts.smoothed(losses, round(len(rows) * SMOOTHING_SHARE))
     loss = [charts.Curve(xs=tokens, ys=losses, style="raw"), charts.Curve(xs=tokens, ys=bold, style="bold")]
-    lr = [charts.Curve(xs=tokens, ys=[row["lr"] for row in rows], style="thin")]
-    norm = [charts.Curve(xs=tokens, ys=[row["grad_norm"] for row in rows], style="thin")]
+    lr = charts.Curve(xs=tokens, ys=[row["lr"] for row in rows], style="thin")
+    norm = charts.Curve(xs=tokens, ys=[row["grad_norm"] for row in rows], style="thin")
     figures = artifact.metrics
     kept = ("steps", "tokens", "rows", "loss", "tokens_per_second", "mfu", "data_wait_share", "parameters")
     return {
         "name": name,
-        "loss": charts.curves(loss, label=f"{name}: loss over tokens"),
-        "lr": charts.curves(lr, label=f"{name}: learning rate over tokens", height=110, y_text=lambda y: f"{y:.0e}"),
-        "grad_norm": charts.curves(norm, label=f"{name}: gradient norm over tokens", height=110),
+        "loss": charts.curves(loss, label=f"{name}: loss over tokens", height=230),
+        "lr": charts.curves([lr], label=f"{name}: learning rate over tokens", y_text=lambda y: f"{y:.0e}"),
+        "grad_norm": charts.curves([norm], label=f"{name}: gradient norm over tokens"),
         "figures": {key: figures[key] for key in kept if isinstance(figures.get(key), int | float)},
     }
 

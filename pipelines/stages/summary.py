@@ -101,6 +101,12 @@ def metrics(results: Mapping[str, Any]) -> dict[str, Any]:
     return flat | {f"scored_{unit}": count for unit, count in results["scored"].items()}
 
 
+def headline(results: Mapping[str, Any]) -> str:
+    """The scores in one line, best first."""
+    ranked = sorted(results["scores"].items(), key=lambda item: float(item[1]["bits_per_byte"]["value"]))
+    return "bits per byte: " + ", ".join(f"{name} {bracketed(score['bits_per_byte'])}" for name, score in ranked)
+
+
 def table(results: Mapping[str, Any]) -> str:
     """The results as Markdown."""
     scored, windows = results["scored"], results["windows"]
@@ -109,7 +115,7 @@ def table(results: Mapping[str, Any]) -> str:
         f"{windows['context_tokens']} tokens every {windows['stride_tokens']}, {windows['precision']}. In brackets: "
         "95 % bootstrap intervals over documents (over examples in tasks).",
         "",
-        "| scorer | bits per byte | worse than base by | perplexity per token |",
+        "| scorer | bits per byte | minus base | perplexity per token |",
         "|---|---|---|---|",
     ]
     for name, score in results["scores"].items():

@@ -14,7 +14,7 @@ from typing import Any
 from data.document import Document
 
 Example = dict[str, Any]
-CONTEXT_LINES, CONTEXT_CHARACTERS = 16, 600
+CONTEXT_LINES, CONTEXT_CHARACTERS = 8, 320
 CHOICES = 4
 LINE_CHARACTERS = range(16, 120)
 DISTANCE_LINES = 8
@@ -29,7 +29,7 @@ def next_line(document: Document, rng: random.Random) -> Iterator[Example]:
     """
     lines = document.text.splitlines()
     usable = [i for i, line in enumerate(lines) if len(line) in LINE_CHARACTERS and len(line.strip()) >= 12]
-    positions = [i for i in usable if i >= CONTEXT_LINES // 2]
+    positions = [i for i in usable if i >= CONTEXT_LINES]
     rng.shuffle(positions)
     for position in positions:
         right = lines[position]
