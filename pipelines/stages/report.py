@@ -17,6 +17,8 @@ from pipelines.stages import charts
 from pipelines.stages.evaluate import named
 
 TEMPLATE = "report.html.jinja"
+COUNTED = ("tokenizer", "shards", "instructions")
+"""Steps whose figures stand beside the corpus's card."""
 SMOOTHING_SHARE = 0.02
 """Part of the training that the bold loss curve averages over."""
 
@@ -45,8 +47,7 @@ def run(settings: ReportSettings, inputs: Mapping[str, Artifact], out_dir: Path,
         tiles=tiles(inputs),
         trainings=[training(name, inputs[name]) for name in ("pretrain", "finetune") if name in inputs],
         corpora=[corpus(name, artifact) for name, artifact in named(inputs, "corpus").items()],
-        tokenizer=inputs["tokenizer"].metrics if "tokenizer" in inputs else None,
-        shards={name: artifact.metrics for name, artifact in named(inputs, "shards").items()},
+        counts={name: numbers(inputs[name].metrics) for name in inputs if name.split("-")[0] in COUNTED},
         evaluation=evaluation(inputs["evaluate"]) if "evaluate" in inputs else None,
         export=inputs["export"].metrics if "export" in inputs else None,
         lineage=[lineage(name, artifact) for name, artifact in inputs.items()],
@@ -145,6 +146,15 @@ def evaluation(artifact: Artifact) -> dict[str, Any]:
         "ranked": ranked,
         "models": list(samples),
         "samples": asked,
+    }
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The figures that are numbers, as text."""
+    return {
+        name.replace("_", " "): f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
     }
 
 
