@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from pipelines.engine.lease import Lease
 from pipelines.engine.outcome import WorkerDiedError
 from pipelines.engine.store import Store
 from pipelines.engine.work import Shard, Work, as_json, run_shard
+
+LOOK_SECONDS = 1.0  # between two calls of while_waiting
 
 
 class CancelledError(BaseException):
@@ -81,10 +84,14 @@ class RunContext:
         max_failures: int = 3,
         while_waiting: Callable[[], None] | None = None,
     ) -> Any:
+        looked = time.monotonic()
+
         def poll() -> None:
+            nonlocal looked
             self.still_holds()
-            if while_waiting is not None:
+            if while_waiting is not None and time.monotonic() - looked >= LOOK_SECONDS:
                 while_waiting()
+                looked = time.monotonic()
 
         failures = 0
         while True:

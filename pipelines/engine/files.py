@@ -38,6 +38,8 @@ def tree(root: Path) -> list[str]:
         for name in names:
             path = Path(folder, name)
             relative = path.relative_to(root).as_posix()
+            if not os.path.lexists(path):  # deleted while we look, as old checkpoints are
+                continue
             if path.is_symlink() or not path.is_file():
                 raise EngineError(f"{path}: a step may only leave plain files; copy the file instead of linking to it.")
             found.append(relative)

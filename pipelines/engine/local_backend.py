@@ -10,6 +10,7 @@ import contextlib
 import glob
 import multiprocessing
 import os
+import queue
 import signal
 import socket
 import threading
@@ -64,8 +65,7 @@ class LocalBackend:
     def gang(self, gang: Gang, *, poll: Poll = lambda: None) -> Any:
         check_feasible(self._resources, cpus=gang.cpus_per_worker, gpus=gang.gpus_per_worker, copies=gang.workers)
         if self._in_process and gang.workers == 1:
-            with _environment(_rank_environment(0, 1, gang)):
-                return gang.fn(gang.config)
+            return _beside(gang, poll)
         call = portable_call(run_rank, (gang,))
         port = _free_port()
         ranks = [
@@ -82,6 +82,27 @@ class LocalBackend:
 
     def close(self) -> None:
         """Nothing outlives a call."""
+
+
+def _beside(gang: Gang, poll: Poll) -> Any:
+    """One rank in a thread of this process, while the caller polls; raising from ``poll`` leaves the thread alone."""
+    ended: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
+
+    def body() -> None:
+        try:
+            ended.put((gang.fn(gang.config), None))
+        except BaseException as error:
+            ended.put((None, error))
+
+    with _environment(_rank_environment(0, _free_port(), gang)):
+        threading.Thread(target=body, name="rank 0", daemon=True).start()
+        while True:
+            poll()
+            with contextlib.suppress(queue.Empty):
+                result, error = ended.get(timeout=POLL_SECONDS)
+                if error is not None:
+                    raise error
+                return result
 
 
 class _Worker:

@@ -129,9 +129,9 @@ class Artifact:
         """A local folder with the files; downloaded once per machine, verified, when the store is remote."""
         if "://" not in self.url:
             return Path(self.url)
-        from pipelines.engine.store import fetch  # the store needs Artifact; only a remote artifact needs the store
+        from pipelines.engine.objects import fetch  # fsspec is slow to import, and only remote artifacts need it
 
-        return fetch(self)
+        return fetch(self.url, self.manifest)
 
     @property
     def content_digest(self) -> str:

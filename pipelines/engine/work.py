@@ -24,6 +24,7 @@ from urllib.parse import quote
 from pipelines.engine import manifest
 from pipelines.engine.errors import EngineError
 from pipelines.engine.files import describe, fsync, read_json, tree, write_json
+from pipelines.engine.fingerprint import SHORT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,27 @@ class Work:
         folder = self.folder(marker["folder"])
         paths = ((folder / relpath, entry["bytes"]) for relpath, entry in marker["files"].items())
         return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+
+
+def work_name(step: str, digest: str) -> str:
+    """The name of a step's lease and work folder."""
+    return f"{step}-{digest[:SHORT]}"
+
+
+def attempt_name(token: int) -> str:
+    """The name of the folder of the attempt with this fencing token; names sort as tokens do."""
+    return f"t{token:06d}"
+
+
+def attempts_in(folder: Path) -> dict[int, Path]:
+    """{token: folder} of the attempts in a step's work folder."""
+    return {int(path.name[1:]): path for path in sorted(folder.glob("t[0-9]*")) if path.is_dir()}
+
+
+def newest_attempt(folder: Path) -> Path | None:
+    """The folder of the attempt with the highest token, if there is any."""
+    attempts = attempts_in(folder)
+    return attempts[max(attempts)] if attempts else None
 
 
 SET_NAME = "=set.json"  # quote() writes "=" as %3D, so no shard can be called this

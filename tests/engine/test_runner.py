@@ -18,9 +18,10 @@ from pipelines.engine.events import Event
 from pipelines.engine.explain import why
 from pipelines.engine.lease import Lease
 from pipelines.engine.local_backend import LocalBackend
+from pipelines.engine.local_store import LocalStore
 from pipelines.engine.runner import plan, run, status
 from pipelines.engine.step import Step
-from pipelines.engine.store import LocalStore, open_store
+from pipelines.engine.store import open_store
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,7 +97,7 @@ def test_what_is_made_there_is_what_is_made_on_a_disk(
     assert artifact.path.is_relative_to(tmp_path / "machine2")
     downloaded = (artifact.path / "final.txt").stat().st_mtime_ns
     assert (artifact.path / "final.txt").stat().st_mtime_ns == downloaded  # once
-    assert store._files.find(f"{bucket}/store/.work") == []  # type: ignore[attr-defined]
+    assert store._objects.sizes(".work") == {}  # type: ignore[attr-defined]
 
 
 def test_another_machine_continues_a_killed_run(
@@ -202,14 +202,14 @@ def test_a_download_that_is_not_what_was_published_is_refused(
     store = open_store(f"{bucket}/store")
     make(store, backend, graph()[:1])
     (letters, _) = plan(graph()[:1], store=store)
-    key = f"{letters.path}/t000001/summary.txt"
-    store._files.pipe_file(key, b"x" * len(store._files.cat_file(key)))  # type: ignore[attr-defined]
+    key, files = f"{letters.path}/t000001/summary.txt", store._objects.filesystem  # type: ignore[attr-defined]
+    files.pipe_file(key, b"x" * len(files.cat_file(key)))  # type: ignore[attr-defined]
     on_another_machine(tmp_path, monkeypatch)
     artifact = open_store(f"{bucket}/store").find("letters", letters.digest)
     assert artifact is not None
     with pytest.raises(EngineError, match="checksum"):
         _ = artifact.path
-    store._files.rm(key)  # type: ignore[attr-defined]
+    files.rm(key)
     shutil.rmtree(tmp_path / "machine2")
     with pytest.raises(EngineError, match="missing or cut short"):
         open_store(f"{bucket}/store").check(artifact)

@@ -1,0 +1,175 @@
+"""Where artifacts live: found by digest, built aside, published once and whole.
+
+    <store>/<step>/<digest16>/manifest.json    an artifact
+    <store>/.work/<step>-<digest16>/t000001/   an attempt (the number is its fencing token), kept across kills
+    <store>/.leases/<step>-<digest16>.json     who is at it
+
+This is what all stores have in common; local_store.py has files, object_store.py has S3, store.py opens either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipelines.engine import lease as leases
+from pipelines.engine import manifest as manifests
+from pipelines.engine.errors import EngineError
+from pipelines.engine.files import describe, tree
+from pipelines.engine.fingerprint import SHORT
+from pipelines.engine.lease import Held, Lease, Owner
+from pipelines.engine.records import Records
+from pipelines.engine.step import Artifact
+from pipelines.engine.work import Work, work_name
+
+
+class Store(ABC):
+    """What the runner needs of a store."""
+
+    url: str
+    records: Records
+    file_hashes: Path
+    """Where hashes of files from outside are remembered."""
+
+    def __init__(self, *, ttl_seconds: float) -> None:
+        self.ttl_seconds = ttl_seconds
+
+    def acquire(self, step: str, digest: str) -> Lease | Held | None:
+        """The right to build an artifact; or who has it; or None: look again."""
+        name = work_name(step, digest)
+        return leases.acquire(
+            self.records,
+            name,
+            digest=digest,
+            finish=lambda token: self._finish(step, digest, token),
+            ttl_seconds=self.ttl_seconds,
+        )
+
+    def holder(self, step: str, digest: str) -> Owner | None:
+        """Who builds it now."""
+        return leases.holder(self.records, work_name(step, digest), self.ttl_seconds)
+
+    def publish(self, lease: Lease, work: Work, manifest: dict[str, Any]) -> Artifact:
+        """Publish what is in ``work.out``: whole, once, and only if the lease is still held.
+
+        ``manifest`` comes with everything but the files. Raises LeaseLostError, or EngineError for a file that is not
+        what its shard wrote.
+        """
+        step, digest = manifest["step"], manifest["digest"]
+        lease.check()
+        files = self._describe(work)
+        manifest = {
+            **manifest,
+            "files": files,
+            "content_digest": manifests.content_digest(files, manifest["volatile"]),
+            "finished": manifests.now(),
+            "seconds": round(lease.seconds, 3),
+            "token": lease.token,
+        }
+        self._stage(lease, work, manifest)
+        lease.commit()
+        self._finish(step, digest, lease.token)
+        lease.release(published=True)
+        artifact = self.find(step, digest)
+        if artifact is None:
+            raise EngineError(f"{step} {digest[:SHORT]} was deleted from {self.url} while it was being published.")
+        return artifact
+
+    def _describe(self, work: Work) -> dict[str, dict[str, Any]]:
+        names = tree(work.out)
+        if manifests.NAME in names:
+            raise EngineError(
+                f"a step may not write {manifests.NAME} itself: the name is the engine's; use a subfolder."
+            )
+        files = describe(work.out, names, durable=True)
+        for path, entry in work.finished_files().items():
+            if files.get(path, entry) != entry:  # a stage may delete what its shards wrote, not change it
+                raise EngineError(
+                    f"{work.out / path} is not what its shard wrote (checksums differ): the disk lost it or something "
+                    f"changed it. Delete {work.root} and run again."
+                )
+        return files
+
+    @abstractmethod
+    def find(self, step: str, digest: str) -> Artifact | None:
+        """The published artifact, or None."""
+
+    @abstractmethod
+    def check(self, artifact: Artifact) -> None:
+        """Raise EngineError if a published artifact is visibly damaged (files missing or cut short)."""
+
+    @abstractmethod
+    def all_manifests(self, step: str) -> list[dict[str, Any]]:
+        """Manifests of every published artifact of a step."""
+
+    @abstractmethod
+    def open_work(self, lease: Lease, step: str, digest: str, *, resumes: bool) -> Work:
+        """The holder's folder, with what earlier attempts left and may be used."""
+
+    @abstractmethod
+    def unfinished(self, step: str, digest: str) -> str | None:
+        """Where the work of an interrupted attempt is kept, if there is any."""
+
+    @abstractmethod
+    def tidy(self, step: str, digest: str) -> None:
+        """Delete what an owner that died while publishing left beside a published artifact."""
+
+    @abstractmethod
+    def keep(self, work: Work, relpath: str) -> None:
+        """Make ``work.out/relpath`` (or its absence) durable now."""
+
+    @abstractmethod
+    def keep_shard(self, work: Work, label: str, name: str) -> None:
+        """Make a finished shard durable, soon."""
+
+    @abstractmethod
+    def _stage(self, lease: Lease, work: Work, manifest: dict[str, Any]) -> None:
+        """Put everything where ``_finish`` only has to flip it visible."""
+
+    @abstractmethod
+    def _finish(self, step: str, digest: str, token: int) -> bool:
+        """Make staged and committed work visible; harmless when repeated. Whether the artifact is there afterwards."""
+
+
+@contextlib.contextmanager
+def storage_errors(store: Store) -> Iterator[None]:
+    """Turn a full or unwritable disk, wherever it showed, into an EngineError with the remedy."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        message = _explain(error, store)
+        if message is None:
+            raise
+        raise EngineError(message) from error
+
+
+def _explain(error: BaseException, store: Store) -> str | None:
+    cause: BaseException | None = error
+    while cause is not None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
+            return (
+                f"The disk is full (store={store.url}). Everything finished so far is kept: free some space and run the "
+                f"same command again, and it continues."
+            )
+        path = str(getattr(cause, "filename", None) or "")
+        refused = number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+        if refused and path.startswith(store.url) and isinstance(cause, OSError):
+            return (
+                f"store={store.url}: {path} cannot be written ({cause.strerror}). Give this user the right to write "
+                f"there, or choose another store."
+            )
+        remote = "://" in store.url
+        if remote and (type(cause).__module__.startswith("botocore") or isinstance(cause, PermissionError)):
+            return (
+                f"store={store.url}: {cause}. Check the bucket, the credentials in the environment and, for a server "
+                f"other than Amazon's, AWS_ENDPOINT_URL."
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -1,0 +1,125 @@
+"""A store in a folder: publishing is one rename. The folder may be on a file system that several machines share."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipelines.engine import lease as leases
+from pipelines.engine import manifest as manifests
+from pipelines.engine.base_store import Store
+from pipelines.engine.errors import EngineError
+from pipelines.engine.files import fsync, read_json, tree, write_json
+from pipelines.engine.fingerprint import SHORT
+from pipelines.engine.lease import Lease
+from pipelines.engine.records import FileRecords
+from pipelines.engine.step import Artifact
+from pipelines.engine.work import Work, attempt_name, attempts_in, newest_attempt, work_name
+
+
+class LocalStore(Store):
+    """Artifacts, work and leases as files under one folder."""
+
+    def __init__(self, root: Path, *, ttl_seconds: float = leases.TTL_SECONDS) -> None:
+        super().__init__(ttl_seconds=ttl_seconds)
+        self.url = str(root)
+        self.root = root
+        self.records = FileRecords(root / ".leases")
+        self.file_hashes = root / ".file-hashes.jsonl"
+
+    def find(self, step: str, digest: str) -> Artifact | None:
+        folder = self._folder(step, digest)
+        manifest = read_json(folder / manifests.NAME)
+        if manifest is None:
+            return None
+        if manifest["digest"] != digest:
+            raise EngineError(
+                f"{folder} holds {manifest['digest']}, not {digest}: it was moved there by hand; delete it."
+            )
+        return Artifact(step=step, digest=digest, url=str(folder), manifest=manifest)
+
+    def check(self, artifact: Artifact) -> None:
+        for path, entry in artifact.manifest["files"].items():
+            file = Path(artifact.url, path)
+            size = file.stat().st_size if file.is_file() else None
+            if size != entry["bytes"]:
+                state = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
+                raise EngineError(
+                    f"{file} {state}: the artifact is damaged. Delete {artifact.url} to have it made again."
+                )
+
+    def all_manifests(self, step: str) -> list[dict[str, Any]]:
+        found = (read_json(path) for path in sorted((self.root / step).glob(f"*/{manifests.NAME}")))
+        return [manifest for manifest in found if manifest is not None]
+
+    def open_work(self, lease: Lease, step: str, digest: str, *, resumes: bool) -> Work:
+        attempts = self._attempts(step, digest)
+        usable = [token for token in attempts if lease.floor <= token < lease.token]
+        root = self._attempt(step, digest, lease.token)
+        if usable:
+            os.rename(attempts.pop(max(usable)), root)
+        for token, folder in attempts.items():
+            if token < lease.token:
+                shutil.rmtree(folder, ignore_errors=True)
+        work = Work(root=root)
+        work.prepare(resumes=resumes)
+        return work
+
+    def unfinished(self, step: str, digest: str) -> str | None:
+        newest = newest_attempt(self._attempt(step, digest, 0).parent)
+        return str(newest) if newest else None
+
+    def tidy(self, step: str, digest: str) -> None:
+        folder = self._attempt(step, digest, 0).parent
+        if folder.exists() and self.holder(step, digest) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def keep(self, work: Work, relpath: str) -> None:
+        path = work.out / relpath
+        files = [path / name for name in tree(path)] if path.is_dir() else [path] if path.exists() else []
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):  # an old checkpoint may be deleted meanwhile
+                fsync(file)
+
+    def keep_shard(self, work: Work, label: str, name: str) -> None:
+        """The worker that made it has forced it to the disk."""
+
+    def _stage(self, lease: Lease, work: Work, manifest: dict[str, Any]) -> None:
+        # Written outside and moved in: a temporary file that a kill leaves in ``out`` would be published one day.
+        staged = work.root / "engine" / manifests.NAME
+        write_json(staged, manifest)
+        os.replace(staged, work.out / manifests.NAME)
+        for folder, _, _ in os.walk(work.out):
+            fsync(Path(folder))
+
+    def _finish(self, step: str, digest: str, token: int) -> bool:
+        built, final = self._attempt(step, digest, token) / "out", self._folder(step, digest)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.exists() and not (final / manifests.NAME).exists():  # the rest of a deletion that was cut short
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(final, self._attempt(step, digest, token) / "deleted")
+        try:
+            os.rename(built, final)
+            fsync(final.parent)
+        except OSError as error:  # no longer there: somebody finished it; not empty: it had been published before
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        for older, folder in self._attempts(step, digest).items():
+            if older <= token:
+                shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(self._attempt(step, digest, token).parent)
+        return (final / manifests.NAME).exists()
+
+    def _folder(self, step: str, digest: str) -> Path:
+        return self.root / step / digest[:SHORT]
+
+    def _attempt(self, step: str, digest: str, token: int) -> Path:
+        return self.root / ".work" / work_name(step, digest) / attempt_name(token)
+
+    def _attempts(self, step: str, digest: str) -> dict[int, Path]:
+        return attempts_in(self._attempt(step, digest, 0).parent)
