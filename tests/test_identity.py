@@ -14,11 +14,15 @@ from typing import Any, Literal, Union
 
 import pytest
 
+from data.mixture import MixturePhase
+from model.norm import NormConfig
+from model.peft import LoraConfig
+from model.position import LinearScaling
 from pipelines.engine.files import FileHashes
 from pipelines.engine.resolve import resolve
 from pipelines.engine.step import Step
 from pipelines.graph import build
-from pipelines.settings import Settings, compose
+from pipelines.settings import SET_ELSEWHERE, Settings, compose
 
 OWNER = {
     "corpus": {"corpus"},
@@ -31,9 +35,12 @@ OWNER = {
     "optim": {"pretrain"},
     "schedule": {"pretrain"},
     "finetune": {"finetune"},
+    "shards.seq_len": {"shards", "instructions"},  # both lay rows of this length
     "finetune.data": {"instructions"},
+    "finetune.too_long": {"instructions"},
     "evaluate": {"evaluate"},
     "export": {"export"},
+    "report": {"report"},
 }
 """The step that each part of the settings belongs to."""
 
@@ -43,7 +50,7 @@ DERIVED = {"seed", "sources"}
 
 @cache
 def base() -> Settings:
-    return compose(["experiment=demo"])
+    return compose(["experiment=demo", "optim=adamw"])  # Muon allows one ZeRO stage only
 
 
 @cache
@@ -67,6 +74,22 @@ def leaves(
             yield from leaves(inner, hints[field.name], here, is_execution)
         else:
             yield here, inner, hints[field.name], is_execution
+
+
+KNOWN = {
+    "corpus.reader.max_document_characters": 5000,
+    "tokenizer.character_coverage": 0.9995,
+    "mixture.phases": (MixturePhase(weights={"corpus": 2.0}),),
+    "model.norm": NormConfig(kind="layer", bias=True),
+    "model.position.scaling": LinearScaling(factor=4.0),
+    "finetune.data.tasks": ("write",),
+    "finetune.lora": LoraConfig(),
+    "evaluate.compressors": ("gzip",),
+}
+"""Other values of fields for which none can be guessed."""
+
+ONE_VALUE = {"corpus.kind", "finetune.data.kind", "model.norm.bias"}
+"""Fields that cannot change alone: another kind needs other fields too. `…kind` of a union has one value for each class."""
 
 
 def others(value: Any, hint: Any) -> Iterator[Any]:
@@ -103,7 +126,8 @@ def with_value(node: Any, path: tuple[str, ...], value: Any) -> Any:
 
 def changed(path: tuple[str, ...], value: Any, hint: Any) -> Settings | None:
     """The settings with one field changed to a value that its class allows, or None where none was found."""
-    for other in itertools.islice(others(value, hint), 12):
+    known = KNOWN.get(".".join(path))
+    for other in [known] if known is not None else itertools.islice(others(value, hint), 12):
         try:
             settings: Settings = with_value(base(), path, other)
             build(settings)
@@ -123,7 +147,8 @@ def followers(names: set[str]) -> set[str]:
     return found
 
 
-FIELDS = list(leaves(base(), Settings, (), False))
+FIELDS = [field for field in leaves(base(), Settings, (), False) if field[0][:2] not in SET_ELSEWHERE]
+FIELDS.append((("model", "norm"), base().model.norm, NormConfig, False))
 
 
 @pytest.mark.parametrize(("path", "value", "hint", "execution"), FIELDS, ids=[".".join(field[0]) for field in FIELDS])
@@ -132,7 +157,8 @@ def test_a_setting_moves_exactly_what_it_changes(path: tuple[str, ...], value: A
         pytest.skip("copied into other settings, which have their own test")
     settings = changed(path, value, hint)
     if settings is None:
-        pytest.skip(f"no other allowed value found beside {value!r}")
+        assert ".".join(path) in ONE_VALUE or len(typing.get_args(hint)) == 1, "no other value of this field was found"
+        pytest.skip("cannot change alone")
     before, after = graph_digests(build(base())), graph_digests(build(settings))
     moved = {name for name in before if before[name] != after[name]}
     if execution:
@@ -140,12 +166,6 @@ def test_a_setting_moves_exactly_what_it_changes(path: tuple[str, ...], value: A
         return
     owner = OWNER.get(".".join(path[:2])) or OWNER[path[0]]
     assert moved == followers(owner)
-
-
-def test_most_identity_settings_have_another_value_to_try() -> None:
-    identity = [field for field in FIELDS if not field[3] and field[0][0] not in DERIVED]
-    untried = [".".join(path) for path, value, hint, _ in identity if changed(path, value, hint) is None]
-    assert len(untried) <= len(identity) // 10, untried
 
 
 def test_the_seed_reaches_order_and_initialization() -> None:
