@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -98,7 +99,9 @@ class Watch:
         for path in sorted((self._out_dir / "checkpoints").glob("step-*")):
             if path.name not in self._kept:
                 self._kept.add(path.name)
-                self._ctx.keep(f"checkpoints/{path.name}")
+                # The ranks thin out old checkpoints; one that goes while it is kept has a newer one in its place.
+                with contextlib.suppress(FileNotFoundError):
+                    self._ctx.keep(f"checkpoints/{path.name}")
                 self._ctx.keep("metrics.jsonl")
 
     def _newest_record(self) -> dict[str, Any] | None:
