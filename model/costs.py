@@ -6,6 +6,7 @@ FLOPs count matrix multiplications, a multiply and an add each; norms, activatio
 from typing import NamedTuple
 
 from model.config import ModelConfig
+from model.loss import chunk_tokens
 from model.position import LearnedPositionConfig
 
 FLOP_FORMULA = (
@@ -65,14 +66,20 @@ def kv_cache_bytes(config: ModelConfig, *, rows: int, tokens: int, dtype_bytes: 
 def activation_bytes(
     config: ModelConfig, micro_batch_rows: int, seq_len: int, dtype_bytes: int, recompute: bool = False
 ) -> int:
-    """Bytes that one micro-batch keeps for its backward pass; with `recompute` only one block's at a time."""
+    """Bytes that one micro-batch holds at the end of its forward pass, when most is held.
+
+    What each block keeps for its backward pass (with `recompute` its input, and one block's at a time), the loss's
+    gradients, which the forward pass already makes, and one chunk of logits. Norms are taken as fused; the composite
+    RMSNorm that PyTorch runs on CPUs keeps 4 bytes more for each of its elements, and 4 again in bf16.
+    """
     tokens = micro_batch_rows * seq_len
-    blocks = 1 if recompute else config.n_layers
-    kept = blocks * _block_activations(config, dtype_bytes)
+    kept = config.n_layers * _block_activations(config, dtype_bytes)
     if recompute:
-        kept += config.n_layers * config.d_model * dtype_bytes
-    head = 3 * config.d_model * dtype_bytes + 4 * config.d_model
-    return tokens * (kept + head)
+        kept = _block_activations(config, dtype_bytes) + config.n_layers * config.d_model * dtype_bytes
+    head = 3 * config.d_model * dtype_bytes  # input and output of the last norm, and the gradient of the latter
+    vocab_size = config.require_vocab_size()
+    logits = min(tokens, chunk_tokens(vocab_size)) * vocab_size * (8 + 2 * dtype_bytes)
+    return tokens * (kept + head) + 4 * vocab_size * config.d_model + logits
 
 
 def _norm_parameters(config: ModelConfig, width: int) -> int:
@@ -102,4 +109,6 @@ def _block_activations(config: ModelConfig, dtype_bytes: int) -> int:
     mixer, width = config.mixer, config.d_model
     heads, kv_heads = mixer.n_heads * config.head_dim, mixer.kv_heads * config.head_dim
     hidden = (4 if config.ffn.gated else 2) * config.ffn.d_ff
-    return dtype_bytes * (4 * width + 2 * heads + 2 * kv_heads + hidden) + 4 * mixer.n_heads
+    norms = 2 if config.layout == "parallel" else 4
+    projected = (3 if mixer.qk_norm else 2) * heads + (3 if mixer.qk_norm else 2) * kv_heads
+    return dtype_bytes * (norms * width + projected + hidden) + 4 * mixer.n_heads

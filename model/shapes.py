@@ -19,7 +19,4 @@ AXES: dict[str, str] = {
     "V": "vocabulary entries",
     "R": "rank of a low-rank adapter",
     "I": "inputs of a linear map",
-    "O": "outputs of a linear map",
-    "L": "layers",
-    "P": "positions a learned table can tell apart",
 }

@@ -146,6 +146,8 @@ def _differences(config: ModelConfig, family: Family) -> list[str]:
         values = {path: dotted(config, path) for path in setting.ours}
         if len(set(values.values())) > 1:
             wrong.append(f"{' and '.join(values)} equal")
+    if family.heads_divide_width and config.d_model % config.mixer.n_heads:
+        wrong.append("d_model a multiple of mixer.n_heads")
     return wrong
 
 

@@ -108,6 +108,7 @@ LLAMA = Family(
         "logit_soft_cap": None,
     },
     constants={"pretraining_tp": 1},
+    heads_divide_width=True,
     ignored=(r"rotary_emb\.inv_freq$",),
     write_position=write_rope,
     read_position=read_rope,

@@ -46,6 +46,7 @@ class Family:
     fixed: what ModelConfig's fields must be for this class to compute the same function.
     constants: keys of theirs with one supported value: written on export, refused on import when different.
     only_written: keys of theirs that matter to their training only: written on export, not read.
+    heads_divide_width: their class refuses a width that is no multiple of the number of heads, whatever head_dim is.
     ignored: regular expressions of stored buffers that carry no weights.
     write_position, read_position: the positional keys, which are too tangled for `settings`.
     """
@@ -58,6 +59,7 @@ class Family:
     fixed: Mapping[str, Any]
     constants: Mapping[str, Any] = field(default_factory=dict)
     only_written: Mapping[str, Any] = field(default_factory=dict)
+    heads_divide_width: bool = False
     ignored: tuple[str, ...] = ()
     write_position: Callable[[Position], dict[str, Any]]
     read_position: Callable[[Mapping[str, Any]], Position]

@@ -1,0 +1,150 @@
+"""Every kernel computes what the dense definition says, forward and backward, whatever the mask."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from model.build import build_model
+from model.kernels.attention import KERNELS, AttentionKernel, dense_attention
+from model.kernels.blockwise import QUERY_BLOCK, TILE_ELEMENTS, blockwise_attention
+from model.masks import Mask, dense
+from tests.model.configurations import LLAMA
+
+FAST = sorted(KERNELS.keys() - {"dense"})
+
+
+def packed(lengths: list[int], tokens: int) -> list[int]:
+    """A row of documents of these lengths, cut or padded to `tokens`."""
+    row = [number for number, length in enumerate(lengths, start=1) for _ in range(length)][:tokens]
+    return row + [0] * (tokens - len(row))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Mask]:
+    """(q, k, v, gradient of the output, mask): causal, packed or both-ways, with shared heads or not."""
+    rows, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 40))
+    kv_heads, groups = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    q, k, v, grad = (
+        torch.randn(rows, tokens, heads, 8, generator=generator, dtype=torch.float64)
+        for heads in (kv_heads * groups, kv_heads, kv_heads, kv_heads * groups)
+    )
+    documents = None
+    if draw(st.booleans()):
+        lengths = st.lists(st.integers(1, 25), max_size=8)
+        documents = torch.tensor([packed(draw(lengths), tokens) for _ in range(rows)], dtype=torch.int32)
+    return q, k, v, grad, Mask(causal=draw(st.booleans()), documents_BT=documents)
+
+
+def output_and_gradients(
+    kernel: AttentionKernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, mask: Mask
+) -> list[torch.Tensor]:
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = kernel(*leaves, mask, 0.3)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("name", FAST)
+@settings(max_examples=40, deadline=None)
+@given(problem=problems())
+def test_a_kernel_agrees_with_the_definition_forward_and_backward(
+    name: str, problem: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Mask]
+) -> None:
+    expected = output_and_gradients(dense_attention, *problem)
+    found = output_and_gradients(KERNELS[name], *problem)
+    # fp64, but the oracle's softmax is fp32: 2^-24 relative per weight, gathered over at most 40 keys.
+    for theirs, ours in zip(expected, found, strict=True):
+        assert (theirs - ours).abs().max() <= 40 * 2**-24 * max(1.0, theirs.abs().max())
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_kernel_agrees_with_the_definition_over_several_blocks_of_queries(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(3, 300, heads, 16, generator=generator) for heads in (4, 2, 2, 4))
+    rows = [packed([300], 300), packed([7, 140, 100, 53], 300), packed([129, 16, 17, 30], 300)]
+    for mask in (Mask(), Mask(documents_BT=torch.tensor(rows, dtype=torch.int32))):
+        expected = output_and_gradients(dense_attention, q, k, v, grad, mask)
+        found = output_and_gradients(KERNELS[name], q, k, v, grad, mask)
+        for theirs, ours in zip(expected, found, strict=True):
+            assert (theirs - ours).abs().max() <= 300 * 2**-24 * max(1.0, theirs.abs().max())
+
+
+def test_in_half_precision_blockwise_attention_errs_no_more_than_the_definition_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(2, 256, 4, 64, generator=generator).bfloat16() for _ in range(4))
+    mask = Mask(documents_BT=torch.tensor([packed([200, 56], 256), packed([90, 90, 60], 256)], dtype=torch.int32))
+    exact = output_and_gradients(dense_attention, *(x.float() for x in (q, k, v, grad)), mask)
+    theirs = output_and_gradients(dense_attention, q, k, v, grad, mask)
+    ours = output_and_gradients(KERNELS["blockwise"], q, k, v, grad, mask)
+    for truth, dense_rounded, rounded in zip(exact, theirs, ours, strict=True):
+        assert (rounded - truth).norm() <= 1.5 * (dense_rounded - truth).norm()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kept=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    tokens=st.integers(1, 5),
+    groups=st.sampled_from([1, 3]),
+    seed=st.integers(0, 100),
+)
+@pytest.mark.parametrize("name", FAST)
+def test_cached_decoding_agrees_with_the_definition(
+    name: str, kept: list[int], tokens: int, groups: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.tensor(kept)[:, None] + torch.arange(tokens)
+    mask = Mask(slots_BT=slots, keys=int(slots.max()) + 4)
+    q = torch.randn(len(kept), tokens, 2 * groups, 8, generator=generator)
+    k, v = (torch.randn(len(kept), mask.keys, 2, 8, generator=generator) for _ in range(2))
+    found, expected = KERNELS[name](q, k, v, mask, 0.3), dense_attention(q, k, v, mask, 0.3)
+    assert (found - expected).abs().max() <= mask.keys * 2**-24 * max(1.0, float(expected.abs().max()))
+
+
+@example(lengths=[1, 1, 1])
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5))
+def test_the_dense_mask_is_the_rule_in_words(lengths: list[int]) -> None:
+    row = packed(lengths, 16)
+    visible = dense(Mask(documents_BT=torch.tensor([row], dtype=torch.int32)), 16, 16, torch.device("cpu"))[0]
+    for query in range(16):
+        for key in range(16):
+            assert visible[query, key] == (key <= query and row[query] == row[key] and row[query] != 0)
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_padding_gives_zero_and_takes_no_gradient(name: str) -> None:
+    documents = torch.tensor([packed([3, 4], 12), packed([], 12)], dtype=torch.int32)
+    q, k, v = (torch.randn(2, 12, 2, 8, requires_grad=True) for _ in range(3))
+    out = KERNELS[name](q, k, v, Mask(documents_BT=documents), 0.3)
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    for tensor in (out, *gradients):
+        assert tensor[documents == 0].abs().max() == 0
+        assert tensor[documents != 0].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096])
+def test_blockwise_attention_never_holds_the_scores_of_a_whole_row(tokens: int) -> None:
+    leaves = [torch.randn(1, tokens, 2, 16, requires_grad=True) for _ in range(3)]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        blockwise_attention(*leaves, None, 0.25).sum().backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= 4 * max(TILE_ELEMENTS, QUERY_BLOCK * tokens)
+
+
+def test_compiled_training_never_compiles_again_for_other_documents() -> None:
+    torch._dynamo.reset()
+    model = build_model(replace(LLAMA, n_layers=1))
+    compiled = torch.compile(model, backend="aot_eager")  # traces as any backend does, without minutes of C++
+    generator = torch.Generator().manual_seed(0)
+    counts = []
+    for step in range(4):
+        rows = [packed(torch.randint(1, 20, (8,), generator=generator).tolist(), 48) for _ in range(2)]
+        tokens = torch.randint(0, 97, (2, 48), generator=generator)
+        batch = {"targets_BT": tokens.roll(-1, 1), "documents_BT": torch.tensor(rows, dtype=torch.int32)}
+        eager, loss = model(tokens, **batch)["loss_sum"], compiled(tokens, **batch)["loss_sum"]
+        loss.backward()
+        assert abs(loss.item() - eager.item()) <= 1e-5 * eager.item(), step
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts == [1, 1, 1, 1]

@@ -1,0 +1,83 @@
+"""Impossible models are refused with the value, the rule and the remedy; possible ones are values."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from model.build import build_model
+from model.config import ModelConfig, ModelError
+from model.costs import parameter_counts
+from model.ffn import FfnConfig
+from model.generate import Sampling
+from model.init import InitConfig
+from model.mixers.attention import AttentionConfig
+from model.norm import NormConfig
+from model.peft import LoraConfig
+from model.position import LinearScaling, Llama3Scaling, RopeConfig
+from pipelines.engine.typed import from_plain, to_plain
+from tests.model.configurations import GPT2, LLAMA
+
+PRESETS = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
+
+# Published totals, with the vocabulary each was published with.
+PUBLISHED = {
+    "gpt2-124m": (50257, 124_439_808),
+    "llama-1b": (128256, 1_235_814_400),
+    "llama-8b": (128256, 8_030_261_248),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "value"),
+    [
+        (lambda: ModelConfig(d_model=0), "model.d_model is 0"),
+        (lambda: ModelConfig(d_model=100, mixer=AttentionConfig(n_heads=8)), "d_model is 100"),
+        (lambda: ModelConfig(d_model=24, mixer=AttentionConfig(n_heads=8)), "3 channels"),
+        (lambda: ModelConfig(dropout=1.0), "dropout is 1.0"),
+        (lambda: ModelConfig(logit_soft_cap=0.0), "logit_soft_cap is 0.0"),
+        (lambda: ModelConfig(z_loss=-0.1), "z_loss is -0.1"),
+        (lambda: AttentionConfig(n_heads=0), "n_heads is 0"),
+        (lambda: AttentionConfig(n_heads=8, n_kv_heads=3), "n_kv_heads is 3"),
+        (lambda: AttentionConfig(head_dim=7), "head_dim is 7"),
+        (lambda: FfnConfig(d_ff=0), "d_ff is 0"),
+        (lambda: NormConfig(eps=0.0), "eps is 0.0"),
+        (lambda: NormConfig(kind="rms", bias=True), "norm.bias is true"),
+        (lambda: RopeConfig(theta=1.0), "theta is 1.0"),
+        (lambda: LinearScaling(factor=0.5), "factor is 0.5"),
+        (lambda: Llama3Scaling(low_freq_factor=4.0, high_freq_factor=1.0), "low_freq_factor=4.0"),
+        (lambda: InitConfig(std=-1.0), "init.std is -1.0"),
+        (lambda: LoraConfig(rank=0), "lora.rank is 0"),
+        (lambda: Sampling(temperature=-1.0), "temperature is -1.0"),
+        (lambda: Sampling(top_p=0.0), "top_p is 0.0"),
+        (lambda: build_model(ModelConfig()), "vocab_size is null"),
+        (lambda: build_model(LLAMA, kernel="flash9"), "kernel is 'flash9'"),
+    ],
+)
+def test_an_impossible_setting_is_refused_naming_its_value(make: Callable[[], object], value: str) -> None:
+    with pytest.raises(ModelError, match=value) as caught:
+        make()
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_survives_the_way_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(ModelError("d_model is 0: at least 1.")))
+    assert (type(error), str(error), error.exit_code) == (ModelError, "d_model is 0: at least 1.", 2)
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_a_configuration_survives_being_written_as_plain_values(config: ModelConfig) -> None:
+    assert from_plain(ModelConfig, yaml.safe_load(yaml.safe_dump(to_plain(config))), "model") == config
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=[path.stem for path in PRESETS])
+def test_every_preset_builds_without_memory_and_has_the_size_its_name_says(path: Path) -> None:
+    vocab_size, total = PUBLISHED.get(path.stem, (4096, None))
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = from_plain(ModelConfig, {**values, "vocab_size": vocab_size}, "model")
+    counted = sum(parameter.numel() for parameter in build_model(config, device="meta").parameters())
+    assert counted == parameter_counts(config).total
+    assert total is None or counted == total

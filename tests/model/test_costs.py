@@ -1,0 +1,121 @@
+"""Closed forms against counts: parameters, FLOPs, cache and activation bytes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.build import build_model
+from model.config import ModelConfig
+from model.costs import (
+    activation_bytes,
+    attended_pairs,
+    forward_flops,
+    kv_cache_bytes,
+    parameter_counts,
+    train_flops_per_token,
+)
+from model.kernels.attention import Mask, dense
+from model.mixers.attention import KeyValueState
+from tests.model.configurations import GPT2, LLAMA, any_config
+
+
+@settings(max_examples=40, deadline=None)
+@given(config=any_config(), layout=st.sampled_from(["pre", "post", "parallel"]))
+def test_parameters_are_those_of_the_built_model(config: ModelConfig, layout: str) -> None:
+    config = replace(config, layout=layout)
+    model, counts = build_model(config, device="meta"), parameter_counts(config)
+    assert counts.total == counts.active == sum(parameter.numel() for parameter in model.parameters())
+    assert counts.embedding == sum(parameter.numel() for parameter in model.frontend.parameters())
+
+
+@settings(max_examples=15, deadline=None)
+@given(config=any_config(), rows=st.integers(1, 3), tokens=st.integers(2, 20))
+def test_flops_are_those_torch_counts_forward_and_backward(config: ModelConfig, rows: int, tokens: int) -> None:
+    model = build_model(config, kernel="dense")
+    batch = torch.zeros(rows, tokens, dtype=torch.int64)
+    with FlopCounterMode(display=False) as forward:
+        logits = model(batch)["logits"]
+    expected = forward_flops(config, rows=rows, seq_len=tokens, masked=False)
+    assert forward.get_total_flops() == expected
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    assert backward.get_total_flops() == 2 * expected
+
+
+def test_the_training_step_as_it_runs_costs_three_forward_passes() -> None:
+    model = build_model(LLAMA, kernel="dense")
+    batch = torch.zeros(2, 16, dtype=torch.int64)
+    with FlopCounterMode(display=False) as step:
+        model(batch, targets_BT=batch)["loss_sum"].backward()
+    assert step.get_total_flops() == 3 * forward_flops(LLAMA, rows=2, seq_len=16, masked=False)
+
+
+@given(st.integers(1, 12), st.integers(1, 6))
+def test_attended_pairs_are_those_of_the_mask(length: int, documents: int) -> None:
+    tokens = length * documents
+    numbers = torch.arange(documents, dtype=torch.int32).repeat_interleave(length)[None] + 1
+    cpu = torch.device("cpu")
+    assert attended_pairs(tokens) == int(dense(Mask(), tokens, tokens, cpu).sum())
+    assert attended_pairs(tokens, length) == int(dense(Mask(documents_BT=numbers), tokens, tokens, cpu).sum())
+
+
+def test_packed_documents_cost_less_and_a_token_of_training_three_of_forward() -> None:
+    whole, packed = train_flops_per_token(LLAMA, 64), train_flops_per_token(LLAMA, 64, 8)
+    assert whole - packed == pytest.approx(3 * 4 * 2 * 4 * 8 * (65 - 9) / 2)  # layers 2, heads 4, channels 8
+    assert whole * 64 == pytest.approx(3 * forward_flops(LLAMA, rows=1, seq_len=64))
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_cache_bytes_are_those_of_the_cache(config: ModelConfig) -> None:
+    cache = build_model(config).new_cache(3, 64)
+    states = [state for state in cache.states if isinstance(state, KeyValueState)]
+    held = sum(state.k_BKSC.nbytes + state.v_BKSC.nbytes for state in states)
+    assert kv_cache_bytes(config, rows=3, tokens=64, dtype_bytes=4) == held
+
+
+def kept_bytes(config: ModelConfig, dtype: torch.dtype, *, recompute: bool) -> int:
+    """Bytes of all storages that the forward pass saves for the backward pass, parameters aside."""
+    model = build_model(config, dtype=dtype)
+    model.stack.recompute = recompute
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    batch = torch.zeros(ROWS, TOKENS, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(batch, targets_BT=batch)
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+FAMILIES = pytest.mark.parametrize("family", [LLAMA, GPT2], ids=["llama", "gpt2"])
+PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+ROWS, TOKENS = 4, 64
+
+
+@PRECISIONS
+@FAMILIES
+def test_activation_bytes_are_those_the_backward_pass_is_left(family: ModelConfig, dtype: torch.dtype) -> None:
+    config = replace(family, d_model=64, n_layers=4)
+    logits_not_kept = ROWS * TOKENS * 97 * (8 + 2 * dtype.itemsize)
+    expected = activation_bytes(config, ROWS, TOKENS, dtype.itemsize) - logits_not_kept
+    if config.norm.kind == "rms":  # PyTorch's composite on CPUs, as the docstring says
+        elements = ROWS * TOKENS * (2 * config.n_layers + 1) * 64
+        expected += elements * (4 if dtype == torch.float32 else 8 - dtype.itemsize)
+    assert kept_bytes(config, dtype, recompute=False) == pytest.approx(expected, rel=0.04)
+
+
+@PRECISIONS
+@FAMILIES
+def test_with_recomputation_a_layer_more_keeps_its_input_more(family: ModelConfig, dtype: torch.dtype) -> None:
+    shallow, deep = (replace(family, d_model=64, n_layers=layers) for layers in (2, 5))
+    formula = [activation_bytes(c, ROWS, TOKENS, dtype.itemsize, recompute=True) for c in (shallow, deep)]
+    found = [kept_bytes(c, dtype, recompute=True) for c in (shallow, deep)]
+    assert found[1] - found[0] == formula[1] - formula[0] == 3 * ROWS * TOKENS * 64 * dtype.itemsize

@@ -1,0 +1,137 @@
+"""The chunked loss is the plain one: value, gradients, z-loss, soft cap, ignored targets."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model.loss
+from model.loss import IGNORED, chunk_tokens, chunked_cross_entropy, token_scores
+
+
+@contextmanager
+def small_chunks() -> Iterator[None]:
+    """Chunks of 64 tokens, the least there is, so that small inputs take several."""
+    before, model.loss.CHUNK_ELEMENTS = model.loss.CHUNK_ELEMENTS, 1
+    try:
+        yield
+    finally:
+        model.loss.CHUNK_ELEMENTS = before
+
+
+def plain(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, soft_cap: float | None, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Σ NLL, Σ weighted squared logsumexp) as textbooks write them."""
+    logits = x @ weight.T
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    nll = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return nll, z_loss * logits.logsumexp(-1)[targets != IGNORED].square().sum()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 200),
+    vocab_size=st.integers(2, 50),
+    soft_cap=st.sampled_from([None, 3.0]),
+    z_loss=st.sampled_from([0.0, 1e-2]),
+    ignored=st.floats(0, 1),
+    seed=st.integers(0, 100),
+)
+def test_value_and_gradients_are_those_of_the_plain_loss(
+    tokens: int, vocab_size: int, soft_cap: float | None, z_loss: float, ignored: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 12, generator=generator, requires_grad=True)
+    weight = torch.randn(vocab_size, 12, generator=generator, requires_grad=True)
+    targets = torch.randint(0, vocab_size, (tokens,), generator=generator)
+    targets[torch.rand(tokens, generator=generator) < ignored] = IGNORED
+    nll, z = plain(x, weight, targets, soft_cap, z_loss)
+    expected = torch.autograd.grad(3 * (nll + z), (x, weight))
+    with small_chunks():
+        sums = chunked_cross_entropy(x, weight, targets, soft_cap=soft_cap, z_loss=z_loss)
+    found = torch.autograd.grad(3 * sums["loss_sum"], (x, weight))
+    # Each of `tokens` terms is rounded a few times at 2^-24 of its size, which 12 products of normals keep below 50.
+    bound = 50 * tokens * 2**-23
+    assert abs(float(sums["loss_sum"] - nll)) <= bound
+    assert int(sums["target_count"]) == int((targets != IGNORED).sum())
+    assert ("z_loss_sum" in sums) == (z_loss > 0)
+    if z_loss:
+        assert abs(float(sums["z_loss_sum"] - z)) <= bound
+    for theirs, ours in zip(expected, found, strict=True):
+        assert (theirs - ours).abs().max() <= 3 * bound
+
+
+def test_targets_that_are_all_ignored_give_zero_and_no_gradient() -> None:
+    x, weight = torch.randn(70, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    sums = chunked_cross_entropy(x, weight, torch.full((70,), IGNORED))
+    sums["loss_sum"].backward()
+    assert (float(sums["loss_sum"]), int(sums["target_count"])) == (0.0, 0)
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert x.grad.abs().max() == weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_a_hopeless_target_still_has_a_finite_loss(scale: float) -> None:
+    x = torch.tensor([[scale]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    loss = chunked_cross_entropy(x, weight, torch.tensor([1]))["loss_sum"]
+    loss.backward()
+    assert float(loss) == pytest.approx(2 * scale, rel=0.1)
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor made under it has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+def test_no_tensor_of_the_step_holds_the_logits_of_all_tokens() -> None:
+    tokens, vocab_size = 1024, 16384
+    x, weight = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocab_size, 4, requires_grad=True)
+    with Largest() as largest:
+        chunked_cross_entropy(x, weight, torch.randint(0, vocab_size, (tokens,)))["loss_sum"].backward()
+    assert largest.elements == chunk_tokens(vocab_size) * vocab_size < tokens * vocab_size
+
+
+def test_under_autocast_the_loss_is_computed_in_half_precision_and_summed_in_full() -> None:
+    x, weight = torch.randn(80, 16, requires_grad=True), torch.randn(30, 16, requires_grad=True)
+    targets = torch.randint(0, 30, (80,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = chunked_cross_entropy(x, weight, targets)["loss_sum"]
+    loss.backward()
+    nll, _ = plain(x.bfloat16().float(), weight.bfloat16().float(), targets, None, 0.0)
+    assert loss.dtype == torch.float32
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    assert abs(float(loss - nll)) <= 80 * 16 * 2**-8  # logits of up to 16 rounded to 8 bits
+
+
+@given(st.integers(1, 100), st.integers(2, 40))
+def test_scores_for_evaluation_are_the_terms_of_the_sum(tokens: int, vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    x, weight = torch.randn(tokens, 8, generator=generator), torch.randn(vocab_size, 8, generator=generator)
+    targets = torch.randint(0, vocab_size, (tokens,), generator=generator)
+    targets[::3] = IGNORED
+    with small_chunks():
+        nll, is_top = token_scores(x, weight, targets)
+        total = chunked_cross_entropy(x, weight, targets)["loss_sum"]
+    assert float(nll.sum()) == pytest.approx(float(total), rel=1e-5, abs=1e-5)
+    assert (nll[targets == IGNORED] == 0).all()
+    assert torch.equal(is_top, (x @ weight.T).argmax(-1) == targets)
