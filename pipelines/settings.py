@@ -183,9 +183,11 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
         if key.startswith("hydra") or match["prefix"]:
             words.append(word)
         elif (CONF_DIR / key).is_dir():
-            for option in (value or "").split(","):
-                _check_option(key, option.strip())
-            words.append(word)
+            chosen = [option.strip() for option in (value or "").split(",")]
+            for option in chosen:
+                _check_option(key, option)
+            # Quoted, since Hydra would take zero=2 for the number and refuse it as the name of an option.
+            words.append(f"{key}=" + ",".join(f"'{option}'" for option in chosen))
         else:
             words.append(f"++{word}")
     if not any(word.startswith(("experiment=", "+experiment=")) for word in words):

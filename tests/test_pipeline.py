@@ -75,7 +75,7 @@ def test_why_names_the_field_that_makes_a_step_run_again(finished: dict[str, Any
 
 def test_plan_runs_nothing_and_tells_what_it_would_cost(finished: dict[str, Any], corpus_dir: Path) -> None:
     planned = json.loads(
-        athanor("plan", *tiny(corpus_dir, finished["store"]), "optim.lr=0.0123", "zero=2", "--json").stdout
+        athanor("plan", *tiny(corpus_dir, finished["store"]), "optim=adamw", "zero=2", "--json").stdout
     )
     states = {step["name"]: step["state"] for step in planned["steps"]}
     assert states["shards"] == "cached" and states["pretrain"] == states["report"] == "to make"
