@@ -157,6 +157,34 @@ def test_a_batch_without_targets_is_an_error(job: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_compiled_run_resumes_bit_for_bit_and_learns_what_an_eager_one_does(job: Make, tmp_path: Path) -> None:
+    clock = {"every_steps": 3, "every_seconds": None, "keep_finished": True}
+    for out, mode in (("eager", "off"), ("whole", "on")):
+        run_rank(job(out=out, compile=mode, checkpoint=clock, precision="fp32"))
+    shutil.copytree(tmp_path / "whole/checkpoints/step-00000003", tmp_path / "half/checkpoints/step-00000003")
+    run_rank(job(out="half", compile="on", checkpoint=clock, precision="fp32"))
+    losses = {
+        out: [row["loss"] for row in read_metrics(tmp_path / out / "metrics.jsonl")]
+        for out in ("eager", "whole", "half")
+    }
+    assert losses["half"] == losses["whole"][3:]
+    assert losses["whole"] == pytest.approx(losses["eager"], rel=256 * 2.0**-24)
+
+
+def test_compiling_what_cannot_be_compiled_is_refused_and_auto_says_why_not(
+    job: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TrainingError, match="compile = on: not possible here, ZeRO stage 3"):
+        run_rank(job(compile="on", zero={"stage": 3}))
+    run_rank(job(out="short", compile="auto", steps=1))
+    assert "compile: off, the run is too short to earn back the time it takes" in capsys.readouterr().out
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    run_rank(job(out="bare", compile="auto", steps=1))
+    assert "compile: off, there is no C++ compiler" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_killed_anywhere_a_run_ends_with_the_same_losses_and_weights(job: Make) -> None:
     clock = {"every_steps": 10, "every_seconds": None}
     whole, killed = (job(out=out, steps=150, checkpoint=clock, threads=1) for out in ("whole", "killed"))
