@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipelines.engine.errors import EngineError
 from pipelines.engine.lease import LeaseLostError
 from pipelines.engine.local_backend import LocalBackend
 from pipelines.engine.object_store import ObjectStore
+from pipelines.engine.objects import Objects
 from pipelines.engine.runner import plan, run, status
 from pipelines.engine.store import open_store
 
@@ -229,3 +231,26 @@ def test_a_server_that_is_not_there_is_one_clear_error(bucket: str, monkeypatch:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(EngineError, match="Could not connect to the endpoint"):
         plan(graph(), store=open_store(f"{bucket}/elsewhere"))
+
+
+def test_what_is_kept_of_a_growing_or_vanishing_file_is_what_its_checksum_says(bucket: str, tmp_path: Path) -> None:
+    objects, log, done = Objects(f"{bucket}/store"), tmp_path / "metrics.jsonl", threading.Event()
+    log.write_text("first\n")
+
+    def grow() -> None:
+        while not done.is_set():
+            with log.open("a") as file:
+                file.write("another line of the log\n" * 1000)
+            time.sleep(0.001)  # faster than any upload, slower than without end
+
+    thread = threading.Thread(target=grow)
+    thread.start()
+    try:
+        for number in range(3):
+            entry = objects.upload(log, f"log{number}")
+            assert entry is not None
+            objects.download({"log": f"log{number}"}, {"log": entry}, tmp_path / "back")
+    finally:
+        done.set()
+        thread.join()
+    assert objects.upload(tmp_path / "none", "none") is None
