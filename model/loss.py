@@ -126,10 +126,9 @@ def _chunk_loss(
     """fp32 NLL and z-loss of each token, and d(NLL + z-loss)/d logits in the logits' precision."""
     capped_NV = capped(logits_NV, soft_cap)
     target_N1 = targets_N[:, None]
-    top_N1, top_index_N1 = capped_NV.max(dim=-1, keepdim=True)
     grad_NV = capped_NV.softmax(-1)
     # The likeliest token's probability is at least 1/V, so this logsumexp is exact where log p of the target is not.
-    lse_N1 = top_N1 - grad_NV.gather(1, top_index_N1).log()
+    lse_N1 = capped_NV.amax(-1, keepdim=True) - grad_NV.amax(-1, keepdim=True).log()
     nll_N1 = lse_N1 - capped_NV.gather(1, target_N1)
     if z_loss:
         grad_NV *= 1 + 2 * z_loss * lse_N1
