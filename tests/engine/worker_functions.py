@@ -108,3 +108,12 @@ def fail_in_rank_1(config: dict[str, Any]) -> None:
 def wait_for_ever(config: dict[str, Any]) -> None:
     Path(config["folder"], f"pid{os.getpid()}").touch()
     time.sleep(600)
+
+
+def rank_0_dies_until(config: dict[str, Any]) -> str:
+    print("last words", flush=True)
+    return die_until(config["folder"], config["times"])
+
+
+def sleep_in_rank(config: dict[str, Any]) -> None:
+    time.sleep(config["seconds"])
