@@ -52,9 +52,10 @@ def build(s: Settings) -> dict[str, Step]:
         pair = {"pretrain": models["pretrain"], "instructions": chats, "tokenizer": words}
         models["finetune"] = add("finetune", finetune.run, s.finetuning(), pair, **training)
 
-    add("evaluate", evaluate.run, s.evaluate, {**corpora, **rows, "tokenizer": words, **models})
+    held_out = {**corpora, **rows, "tokenizer": words, **models}
+    add("evaluate", evaluate.run, s.evaluate, held_out, files={"tasks": evaluate.task_files(s.evaluate)})
     add("export", export.run, s.export, {**corpora, "tokenizer": words, **models})
-    add("report", report.run, s.report, dict(steps))
+    add("report", report.run, s.report, dict(steps), volatile=("report.html",))  # it shows seconds
     return steps
 
 

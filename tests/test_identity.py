@@ -85,6 +85,7 @@ KNOWN = {
     "finetune.data.tasks": ("write",),
     "finetune.lora": LoraConfig(),
     "evaluate.compressors": ("gzip",),
+    "evaluate.tasks": ("held_out_rolling",),
 }
 """Other values of fields for which none can be guessed."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,9 +32,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-if TYPE_CHECKING:
-    from pipelines.stages.export import ExportSettings
-
 ROUNDING_MULTIPLE = 8
 UNIT_ROUNDOFF = 2.0**-24
 COMPARED_TOKENS = 256
@@ -42,7 +39,14 @@ PROMPT_TOKENS = 32
 
 
 def check_export(
-    settings: ExportSettings, source: Path, tokenizer_dir: Path, held_out: Sequence[Path], folder: Path
+    source: Path,
+    tokenizer_dir: Path,
+    held_out: Sequence[Path],
+    folder: Path,
+    *,
+    precision: Literal["fp32", "bf16"],
+    sample_documents: int,
+    generated_tokens: int,
 ) -> dict[str, Any]:
     """Figures of every comparison; of the tokenizer's alone where no Hugging Face class computes the model.
 
@@ -54,20 +58,20 @@ def check_export(
     tokenizer = Tokenizer.load(tokenizer_dir)
     theirs_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     documents = sorted((d for place in held_out for d in read_documents(place)), key=lambda document: document.id)
-    texts = [document.text for document in documents[: settings.sample_documents]]
+    texts = [document.text for document in documents[:sample_documents]]
     report = check_tokens(tokenizer, theirs_tokenizer, texts)
 
     config, state = load_pretrained(source)
     if not has_hf_class(config):
         return report
-    rounded = {name: tensor.to(DTYPES[settings.precision]).float() for name, tensor in state.items()}
+    rounded = {name: tensor.to(DTYPES[precision]).float() for name, tensor in state.items()}
     ours, exact = (_ready(config, rounded, dtype) for dtype in (torch.float32, torch.float64))
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     length = min(config.max_seq_len, COMPARED_TOKENS)
     samples = [[tokenizer.bos_id, *ids][:length] for ids in tokenizer.encode_batch(texts)]
     logits = check_logits(ours, exact, theirs, samples)
     prompts = [ids[: min(PROMPT_TOKENS, length // 2)] for ids in samples]
-    new_tokens = min(settings.generated_tokens, config.max_seq_len - max(map(len, prompts)))
+    new_tokens = min(generated_tokens, config.max_seq_len - max(map(len, prompts)))
     stop_ids = (tokenizer.eos_id, tokenizer.end_id)
     return report | logits | check_continuations(ours, theirs, prompts, new_tokens, stop_ids, logits["tolerance"])
 

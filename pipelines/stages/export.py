@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.engine.step import Artifact, Context, EngineError
-from pipelines.stages.evaluate import named
+from pipelines.stages.inputs import named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,15 @@ def compare(
     """Ours against transformers, in a worker: it imports both."""
     from pipelines.stages.conformance import check_export
 
-    return check_export(settings, source.path / "model", tokenizer.path, [c.path / "heldout" for c in corpora], folder)
+    return check_export(
+        source.path / "model",
+        tokenizer.path,
+        [corpus.path / "heldout" for corpus in corpora],
+        folder,
+        precision=settings.precision,
+        sample_documents=settings.sample_documents,
+        generated_tokens=settings.generated_tokens,
+    )
 
 
 def _source(settings: ExportSettings, inputs: Mapping[str, Artifact]) -> Artifact:

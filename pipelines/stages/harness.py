@@ -28,7 +28,7 @@ from data.tokenizer import Tokenizer
 from model.architectures import Transformer
 from model.generate import Sampling, generate
 from pipelines.engine.step import EngineError
-from pipelines.stages.evaluate import EvaluateSettings, task_path
+from pipelines.stages.evaluate_settings import EvaluateSettings, task_path
 from pipelines.stages.intervals import mean_interval
 from pipelines.stages.scoring import score_sequences
 from pipelines.stages.task_data import make_examples

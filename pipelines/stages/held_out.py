@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data.document import Document, read_documents
 from pipelines.engine.step import EngineError
-
-if TYPE_CHECKING:
-    from pipelines.stages.evaluate import EvaluateSettings
+from pipelines.stages.evaluate_settings import EvaluateSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,9 @@ from data.shard_set import ShardSet
 from data.tokenizer import Tokenizer
 from pipelines.engine.step import Artifact, EngineError
 from pipelines.stages.baselines import COMPRESSORS, token_counts, unigram_nats
-from pipelines.stages.evaluate import EvaluateSettings, named
+from pipelines.stages.evaluate_settings import EvaluateSettings
 from pipelines.stages.generate import TextGenerator
+from pipelines.stages.inputs import named
 
 if TYPE_CHECKING:
     from model.architectures import Transformer

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipelines.engine.step import Artifact, Context
 from pipelines.stages import charts
-from pipelines.stages.evaluate import named
+from pipelines.stages.inputs import named
 
 TEMPLATE = "report.html.jinja"
 COUNTED = ("tokenizer", "shards", "instructions")

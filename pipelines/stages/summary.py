@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +14,9 @@ import pyarrow.parquet as pq
 
 from data.document import Document
 from pipelines.stages.baselines import COMPRESSORS
+from pipelines.stages.evaluate_settings import EvaluateSettings
 from pipelines.stages.intervals import Interval, interval, resample_sums
 from pipelines.stages.measure import BASE, FINETUNED
-
-if TYPE_CHECKING:
-    from pipelines.stages.evaluate import EvaluateSettings
 
 BITS_PER_NAT = 1 / math.log(2)
 

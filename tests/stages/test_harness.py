@@ -9,6 +9,7 @@ import pytest
 from data.tokenizer import Tokenizer
 from pipelines.engine.step import EngineError
 from pipelines.stages import evaluate, export, harness, held_out
+from pipelines.stages.evaluate_settings import task_path
 from pipelines.stages.task_data import make_examples
 from pipelines.stages.weights import load_model
 
@@ -135,4 +136,4 @@ def test_a_task_without_enough_examples_is_skipped_with_its_reason(models, tmp_p
 
 def test_an_unknown_task_is_answered_with_those_there_are():
     with pytest.raises(EngineError, match="close_bracket, held_out_rolling, next_line"):
-        evaluate.task_path("next_lin", ())
+        task_path("next_lin", ())

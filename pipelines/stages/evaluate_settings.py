@@ -1,0 +1,85 @@
+"""What the evaluate stage can be told, and where its tasks lie. Light: every command that only plans imports it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pipelines.engine.step import EngineError
+from pipelines.stages.generate import GenerateSettings
+
+TASKS = Path(__file__).parents[2] / "conf" / "evaluate" / "tasks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """Completions kept for the eye: the same prompts and seed for every model."""
+
+    prompts: tuple[str, ...] = ()
+    """Texts to continue."""
+    questions: tuple[str, ...] = ()
+    """User messages, asked through the chat template."""
+    generation: GenerateSettings = field(default_factory=lambda: GenerateSettings(max_new_tokens=96, temperature=0.5))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """What is measured, on how much, and how precisely."""
+
+    max_documents: int | None = None
+    max_bytes: int | None = 4_000_000
+    """Caps on the held-out documents scored, which are taken in the order of their ids (hashes of their content)."""
+    context_tokens: int | None = None
+    """Longest window; null: as long as the rows of the shards, at most the model's max_seq_len."""
+    stride_tokens: int | None = None
+    """New tokens scored per window; null: half the window. A whole window: half the work, a slightly worse score."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    bootstrap_resamples: int = 1000
+    seed: int = 0
+    compressors: tuple[Literal["gzip", "xz"], ...] = ("gzip", "xz")
+    tasks: tuple[str, ...] = ()
+    """lm-evaluation-harness tasks: names of YAML files in conf/evaluate/tasks or in task_folders."""
+    task_folders: tuple[str, ...] = field(default=(), metadata={"execution": True})
+    """Where else to look for tasks. What counts is what is in their files, which enter the step's digest."""
+    task_examples: int = 100
+    """Examples of a task made from held-out documents; a task that brings its own data uses all of it."""
+    samples: SampleSettings = field(default_factory=SampleSettings)
+    bytes_per_shard: int = 250_000
+    """Text scored by one worker task."""
+    tokens_per_batch: int = field(default=8192, metadata={"execution": True})
+    gpus_per_task: float = field(default=0, metadata={"execution": True})
+
+    def __post_init__(self) -> None:
+        counts = ("max_documents", "max_bytes", "context_tokens", "stride_tokens", "bootstrap_resamples")
+        for name in (*counts, "task_examples", "bytes_per_shard", "tokens_per_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1; leave it out for the default.")
+
+
+def task_path(name: str, folders: Sequence[str]) -> Path:
+    """The YAML file of a task: in the user's folders first, then in conf/evaluate/tasks. EngineError if in none."""
+    places = [*map(Path, folders), TASKS]
+    for place in places:
+        if (place / f"{name}.yaml").is_file():
+            return place / f"{name}.yaml"
+    known = ", ".join(sorted(path.stem for place in places for path in place.glob("*.yaml")))
+    raise EngineError(
+        f"evaluate.tasks: no task named {name!r}. A task is a harness YAML file in conf/evaluate/tasks "
+        f"or in one of evaluate.task_folders; there are {known}."
+    )
+
+
+def task_files(settings: EvaluateSettings) -> tuple[Path, ...]:
+    """Every file that the chosen tasks are made from, to enter the step's digest: their YAML and their own data."""
+    import yaml
+
+    files: list[Path] = []
+    for name in settings.tasks:
+        path = task_path(name, settings.task_folders)
+        data = (yaml.safe_load(path.read_text(encoding="utf-8")).get("dataset_kwargs") or {}).get("data_files", ())
+        by_split = data.values() if isinstance(data, dict) else [data] if data else []
+        files += [path, *(path.parent / file for file in by_split)]
+    return tuple(files)
