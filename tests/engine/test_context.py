@@ -166,7 +166,7 @@ def test_a_gang_is_started_again_after_a_death_and_given_up_in_the_end(store: Lo
     assert (path / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("in_process", [True, False])
+@pytest.mark.parametrize("in_process", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_driver_looks_about_once_a_second_while_a_gang_runs(store: LocalStore, in_process: bool) -> None:
     looks = []
 

@@ -106,6 +106,7 @@ def test_only_missing_shards_are_made_again(tmp_path: Path) -> None:
     assert "walk" in made_by(again)
 
 
+@pytest.mark.slow
 def test_a_resuming_step_goes_on_from_its_checkpoint(tmp_path: Path, undisturbed: dict[str, str]) -> None:
     driver = start(tmp_path, "--target", "0", "--backend", "in-process", STEP_SECONDS="0.1")
     list(lines_until(driver, "progress walk steps 3"))
@@ -117,6 +118,7 @@ def test_a_resuming_step_goes_on_from_its_checkpoint(tmp_path: Path, undisturbed
     assert made_by(again)["walk"] == undisturbed["walk"]
 
 
+@pytest.mark.slow
 def test_drivers_that_race_make_one_artifact_each_once(tmp_path: Path, undisturbed: dict[str, str]) -> None:
     drivers = [start(tmp_path, "--target", "0", "--backend", "in-process", STEP_SECONDS="0.05") for _ in range(4)]
     outputs = [driver.communicate(timeout=60)[0] for driver in drivers]
@@ -148,6 +150,7 @@ def test_a_driver_that_slept_past_its_lease_cannot_publish(tmp_path: Path, undis
     assert f"process {successor.pid} started at step 2" in manifest.with_name("log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_running_and_the_next_run_does_not_wait(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     driver = start(tmp_path, mark=mark, SHARD_SECONDS="30")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.engine.errors import EngineError
@@ -40,16 +40,19 @@ plain = st.recursive(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(plain)
 def test_canonical_bytes_are_json_that_reads_back_equal(value: Any) -> None:
     assert json.loads(canonical(value)) == value
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.text(), plain, min_size=2))
 def test_the_order_of_keys_does_not_matter(value: dict[str, Any]) -> None:
     assert digest(dict(reversed(value.items()))) == digest(value)
 
 
+@settings(max_examples=50, deadline=None)
 @given(plain, plain)
 def test_different_values_have_different_digests(one: Any, other: Any) -> None:
     same = json.dumps(identity(one), sort_keys=True) == json.dumps(identity(other), sort_keys=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.engine.errors import EngineError
@@ -102,6 +102,7 @@ def test_each_mistake_is_answered_with_path_value_and_remedy(plain: dict, says: 
     assert error.value.exit_code == 2
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     st.builds(
         Training,
@@ -118,8 +119,8 @@ def test_each_mistake_is_answered_with_path_value_and_remedy(plain: dict, says: 
         limit=st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
     )
 )
-def test_plain_form_and_settings_are_inverse(settings: Training) -> None:
-    assert from_plain(Training, to_plain(settings)) == settings
+def test_plain_form_and_settings_are_inverse(training: Training) -> None:
+    assert from_plain(Training, to_plain(training)) == training
 
 
 def test_an_exception_with_an_exit_code_keeps_its_type() -> None:
