@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 QUERY_BLOCK = 128
-TILE_ELEMENTS = 1 << 20  # scores held at a time: 2 MiB in bf16, so that softmax finds them in cache
+TILE_ELEMENTS = 1 << 19  # scores held at a time: 1 MiB in bf16, so that softmax finds them in cache
 
 
 @torch.library.custom_op("athanor::blockwise_attention", mutates_args=())
