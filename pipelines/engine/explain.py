@@ -13,6 +13,7 @@ from pipelines.engine.step import Step
 from pipelines.engine.store import Store, storage_errors
 
 ABSENT = "(absent)"
+TIES = 50
 SHOWN = 5  # names of changed files
 
 
@@ -47,7 +48,7 @@ class Why:
 
 
 def why(step: Step, *, store: Store) -> Why:
-    """Compare a step with the earlier artifact that differs from it in the fewest fields (the latest of those)."""
+    """Compare a step with the earlier artifact that differs from it in the fewest fields (then the latest)."""
     with storage_errors(store):
         return _answer(resolve([step], FileHashes(store.file_hashes)).targets[0], store)
 
@@ -59,9 +60,15 @@ def _answer(node: Node, store: Store) -> Why:
     earlier = sorted(store.all_manifests(node.name), key=lambda manifest: manifest["finished"], reverse=True)
     if not earlier:
         return Why(step=node.name, digest=node.digest, path=None)
-    return _compare(
-        node, min(earlier, key=lambda manifest: len(_differing(node.identity, manifest["identity"]))), store
-    )
+    counts = [len(_differing(node.identity, manifest["identity"])) for manifest in earlier]
+    nearest = [manifest for manifest, count in zip(earlier, counts, strict=True) if count == min(counts)]
+    # An input that differs counts as one here and as all that changed in it there; only ties are worth the reading.
+    return min((_compare(node, manifest, store) for manifest in nearest[:TIES]), key=_depth)
+
+
+def _depth(answer: Why) -> int:
+    """How many fields changed, in the step itself and in what its inputs are made from."""
+    return sum(_depth(change.because) if change.because else 1 for change in answer.changes)
 
 
 def _compare(node: Node, manifest: Mapping[str, Any], store: Store) -> Why:
