@@ -97,7 +97,7 @@ def say(line: str) -> None:
 
 
 def _make_inputs(settings: Settings, steps: dict[str, Step]) -> None:
-    from pipelines.verbs import execute
+    from pipelines.execution import execute
 
     execute(settings, list(steps["pretrain"].inputs.values()))
 

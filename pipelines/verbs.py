@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import console
 from pipelines.engine import explain, runner
-from pipelines.engine.backend import Backend, RayBackend
 from pipelines.engine.events import StepReport
-from pipelines.engine.local_backend import LocalBackend
-from pipelines.engine.step import Step
 from pipelines.engine.store import open_store
+from pipelines.execution import execute, found, made, named
 from pipelines.graph import build
-from pipelines.settings import Settings, SettingsError, compose, section
+from pipelines.settings import SettingsError, compose, section
 
 if TYPE_CHECKING:
     from cluster.submit import ClusterSettings
@@ -39,32 +36,6 @@ def run(arguments: argparse.Namespace) -> int:
     out.print()
     out.print(_next_words(arguments.overrides, reports), markup=False)
     return 0
-
-
-def execute(settings: Settings, targets: Sequence[Step], *, quiet: bool = False) -> list[StepReport]:
-    """Run the steps that `targets` need. SIGTERM is taken as Ctrl-C: a clean stop with all work kept."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with console.Display() as display:
-        backend = make_backend(settings)
-        try:
-            on_event = (lambda event: None) if quiet else display.event
-            return runner.run(targets, store=open_store(settings.store), backend=backend, on_event=on_event)
-        finally:
-            backend.close()
-
-
-def make_backend(settings: Settings) -> Backend:
-    """Ray, or its local twin; nothing is started before the first step that is not cached."""
-    if settings.compute.backend == "local":
-        return LocalBackend()
-    return RayBackend(address=settings.compute.address)
-
-
-def named(steps: dict[str, Step], name: str) -> Step:
-    """The step of that name, or SettingsError with the names there are."""
-    if name not in steps:
-        raise SettingsError(f"step {name!r}: this experiment has no such step. Its steps are {', '.join(steps)}.")
-    return steps[name]
 
 
 SHORT_ENOUGH = 70  # characters of overrides that are worth repeating in a suggestion
@@ -125,25 +96,6 @@ def steps_json(reports: Sequence[StepReport]) -> list[dict[str, Any]]:
     """What programs are told of steps; `status --json` promises these keys."""
     fields = ("name", "digest", "state", "path", "metrics", "seconds")
     return [{name: getattr(report, name) for name in fields} for report in reports]
-
-
-def made(settings: Settings, step: Step) -> Path:
-    """The local folder of a step's artifact, or SettingsError that says how to make it."""
-    folder = found(settings, step)
-    if folder is None:
-        raise SettingsError(
-            f"step {step.name!r} of experiment {settings.experiment!r} is not in the store {settings.store}; make it "
-            f"first: athanor run experiment={settings.experiment} --until {step.name}"
-        )
-    return folder
-
-
-def found(settings: Settings, step: Step) -> Path | None:
-    """The local folder of a step's artifact, if it has been made."""
-    store = open_store(settings.store)
-    digest = next(report.digest for report in runner.plan([step], store=store) if report.name == step.name)
-    artifact = store.find(step.name, digest)
-    return None if artifact is None else artifact.path
 
 
 def generate(arguments: argparse.Namespace) -> int:
