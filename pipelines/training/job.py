@@ -27,6 +27,7 @@ from model.interop import load_pretrained, save_adapter, save_pretrained
 from model.peft import LoraConfig, attach_lora, merged
 from pipelines.engine.typed import from_plain, to_plain
 from pipelines.training.errors import TrainingError
+from pipelines.training.hardware import keep_freed_memory
 from pipelines.training.loop import Run, train
 from pipelines.training.settings import BatchPlan, TrainSettings
 
@@ -36,6 +37,7 @@ LARGEST_TOKENS = {"cpu": 8192, "cuda": 65536}
 
 def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
     """Train as `job` says, as the rank that the environment says this process is; returns the key figures."""
+    keep_freed_memory()
     settings = from_plain(TrainSettings, job["train"], "train")
     shard_sets = {name: ShardSet.open(Path(folder)) for name, folder in job["shards"].items()}
     order = order_over(
