@@ -22,9 +22,9 @@ from pipelines import console
 from pipelines.engine import runner
 from pipelines.engine.step import EngineError
 from pipelines.engine.store import open_store
+from pipelines.execution import execute, make_backend, named
 from pipelines.graph import build
 from pipelines.settings import CONF_DIR, Settings, SettingsError, compose, hydra_overrides, typed
-from pipelines.verbs import execute, make_backend, named
 
 METRICS = (("evaluate", "bits_per_byte"), ("pretrain", "loss"))
 """(step, figure) a sweep is sorted by: the first that a trial has; smaller is better."""
@@ -80,7 +80,7 @@ def sweep(overrides: Sequence[str], until: str | None = None) -> int:
     Raises SettingsError when no combination is valid.
     """
     words = hydra_overrides(overrides)
-    points = combinations(words)
+    points = combinations(overrides)
     settings = [point.settings for point in points if point.settings is not None]
     if not settings:
         raise SettingsError(points[0].mistake)
@@ -111,12 +111,12 @@ def _outcome(point: Combination, answer: float | str | None) -> Outcome:
     return Outcome(words=point.words, value=value, name=name, failure=failure)
 
 
-def combinations(words: Sequence[str]) -> list[Combination]:
+def combinations(overrides: Sequence[str]) -> list[Combination]:
     """The points of the sweep in Hydra's own order."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parsed = OverridesParser.create().parse_overrides([word for word in words if not word.startswith("hydra")])
+    parsed = OverridesParser.create().parse_overrides([word for word in overrides if not word.startswith("hydra")])
     [points] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [_combination(tuple(point)) for point in points]
 
@@ -237,7 +237,7 @@ def show(outcomes: Sequence[Outcome]) -> None:
 def _differing(points: Sequence[Combination] | Sequence[Outcome]) -> list[str]:
     """Each point's overrides, without those that all of them have."""
     same = set.intersection(*(set(point.words) for point in points)) if len(points) > 1 else set()
-    return [" ".join(word.lstrip("+") for word in point.words if word not in same) for point in points]
+    return [" ".join(word for word in point.words if word not in same) for point in points]
 
 
 def tell(line: str) -> None:

@@ -17,6 +17,7 @@ from cluster.errors import ClusterError
 from cluster.ray_jobs import RayJobs, RaySettings, logs, status, stop
 from cluster.submit import submit
 from tests.cluster.head import Head, ray_head
+from tests.conftest import athanor, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +79,18 @@ def test_a_job_runs_the_shipped_tree_and_gives_its_exit_code(
     noted = "".join(path.read_text() for path in own_notes.rglob("*") if path.is_file())
     assert "hush" not in out + err + noted
     assert "A_SECRET" in err
+
+
+def test_the_pipeline_itself_runs_as_a_job_and_its_store_outlives_it(
+    head: Head, corpus_dir: Path, tmp_path: Path
+) -> None:
+    words = [*tiny(corpus_dir, tmp_path / "store"), "--until", "tokenizer"]
+    result = athanor("submit", "cluster=ray", f"address={head.dashboard}", "--", "run", *words)
+    assert "succeeded, exit code 0" in result.stderr
+    assert {path.parts[-3] for path in (tmp_path / "store").glob("*/*/manifest.json")} == {"corpus", "tokenizer"}
+    again = athanor("submit", "cluster=ray", f"address={head.dashboard}", "--", "status", *words[:-2], "--json")
+    states = {step["name"]: step["state"] for step in json.loads(again.stdout[again.stdout.index("{") :])["steps"]}
+    assert (states["tokenizer"], states["shards"]) == ("cached", "to make")
 
 
 def test_a_follower_may_leave_and_ask_again_and_the_same_command_is_not_started_twice(

@@ -1,0 +1,102 @@
+"""Sweeps: trials share what does not differ, a second time costs nothing, the table is sorted, one failure is only one."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipelines.__main__ import main
+from tests.cluster.head import ray_head
+from tests.conftest import athanor, tiny
+
+
+def words(corpus_dir: Path, store: Path, *more: str) -> list[str]:
+    """A sweep of pretraining alone, whose metric is the loss."""
+    kept = [word for word in tiny(corpus_dir, store) if not word.startswith("finetune")]
+    return ["-m", *kept, "finetune=none", "compute.cpus_per_rank=1", "--until", "pretrain", *more]
+
+
+def sweep(corpus_dir: Path, store: Path, *more: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return athanor("run", *words(corpus_dir, store, *more), check=check)
+
+
+def made(store: Path) -> dict[str, int]:
+    """How many artifacts of each step there are."""
+    count: dict[str, int] = {}
+    for path in store.glob("*/*/manifest.json"):
+        count[path.parts[-3]] = count.get(path.parts[-3], 0) + 1
+    return count
+
+
+def table(printed: str) -> list[tuple[str, str]]:
+    """(metric, overrides) of each line of the table, in its order."""
+    return re.findall(r"^\d+\s+(failed|[\d.]+)\s+(\S.*?)\s*$", printed, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweep")
+
+
+@pytest.mark.slow
+def test_trials_share_steps_the_table_is_sorted_and_again_is_free(corpus_dir: Path, store: Path) -> None:
+    first = sweep(corpus_dir, store, "compute.backend=local", "optim.lr=1e-5,1e-2")
+    assert [words for _, words in table(first.stdout)] == ["optim.lr=0.01", "optim.lr=1e-05"]
+    assert [value for value, _ in table(first.stdout)] == sorted(value for value, _ in table(first.stdout))
+    assert made(store) == {"corpus": 1, "tokenizer": 1, "shards": 1, "pretrain": 2}
+    again = sweep(corpus_dir, store, "compute.backend=local", "optim.lr=1e-5,1e-2")
+    assert table(again.stdout) == table(first.stdout)
+    assert "started" not in again.stderr
+    assert made(store)["pretrain"] == 2
+
+
+@pytest.mark.slow
+def test_trials_side_by_side_on_a_local_ray_build_what_they_share_once(corpus_dir: Path, tmp_path: Path) -> None:
+    result = sweep(corpus_dir, tmp_path, "optim.lr=1e-2,1e-3", "hydra/launcher=ray")
+    assert {words for _, words in table(result.stdout)} == {"optim.lr=0.01", "optim.lr=0.001"}
+    assert made(tmp_path) == {"corpus": 1, "tokenizer": 1, "shards": 1, "pretrain": 2}
+    assert "optim.lr=0.001  pretrain made" in result.stderr
+    assert "ConfigStore" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_cluster_that_runs_already_does_only_what_is_missing_and_a_failure_is_one_line(
+    corpus_dir: Path, store: Path
+) -> None:
+    before = made(store)  # what the plain launcher left, if its test ran
+    with ray_head() as head:
+        more = (f"compute.address={head.address}", "optim.lr=1e-2,2e-3", "pretrain.global_batch_tokens=1024,1000")
+        result = sweep(corpus_dir, store, *more, "hydra/launcher=ray", check=False)
+        workers = list(head.folder.glob("session_*/logs/worker-*"))
+    assert result.returncode == 1, result.stderr
+    rows = {words: value for value, words in table(result.stdout)}
+    good, bad = "pretrain.global_batch_tokens=1024", "pretrain.global_batch_tokens=1000"
+    assert float(rows[f"{good} optim.lr=0.002"]) > 0
+    assert float(rows[f"{good} optim.lr=0.01"]) > 0
+    assert rows[f"{bad} optim.lr=0.002"] == rows[f"{bad} optim.lr=0.01"] == "failed"
+    assert "global_batch_tokens = 1,000" in result.stderr
+    assert made(store)["pretrain"] == before.get("pretrain", 0) + (1 if before else 2)
+    assert workers
+
+
+def test_a_sweep_in_which_nothing_is_valid_is_one_clear_error(
+    corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["run", *words(corpus_dir, tmp_path, "optim.lrr=1,2")])
+    said = capsys.readouterr().err
+    assert left.value.code == 2, said
+    assert "did you mean optim.lr?" in said
+    assert "Traceback" not in said
+
+
+def test_the_ray_launcher_over_local_processes_is_refused(
+    corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["run", *words(corpus_dir, tmp_path, "optim.lr=1e-2,1e-3", "compute.backend=local", "hydra/launcher=ray")])
+    assert left.value.code == 2
+    assert "compute.backend=local" in capsys.readouterr().err
