@@ -88,10 +88,14 @@ class Watch:
         self._total = int(job["train"]["total_tokens"])
         self._out_dir, self._ctx = out_dir, ctx
         self._offset = 0
+        self._notes_told = len(self._notes())  # those of an interrupted attempt have been told
         self._kept: set[str] = set()
 
     def look(self) -> None:
         """Called about once a second."""
+        for line in self._notes()[self._notes_told :]:
+            self._notes_told += 1
+            self._ctx.say(line)
         record = self._newest_record()
         if record is not None:
             mfu = f", {record['mfu']:.0%} MFU" if record.get("mfu") is not None else ""
@@ -103,6 +107,10 @@ class Watch:
                 with contextlib.suppress(FileNotFoundError):
                     self._ctx.keep(f"checkpoints/{path.name}")
                 self._ctx.keep("metrics.jsonl")
+
+    def _notes(self) -> list[str]:
+        path = self._out_dir / "logs" / "notes.txt"
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
     def _newest_record(self) -> dict[str, Any] | None:
         try:

@@ -44,6 +44,9 @@ LoaderFactory = Callable[[BatchPlan, int], Loader]
 
 GO_ON, SAVE, STOP = 0, 1, 2
 
+NOTES = "logs/notes.txt"
+"""Below a run's folder: what it said in words, one line each, for whoever watches from another process."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -285,6 +288,8 @@ class Trainer:
     def say(self, line: str) -> None:
         if self.ranks.is_first:
             print(f"{self.run.label}: {line}", flush=True)
+            with (self.run.out_dir / NOTES).open("a", encoding="utf-8") as notes:
+                notes.write(line + "\n")
 
     def _prepare(self, model: nn.Module) -> str:
         """Device, recomputation, compilation; returns what was done about the last."""
