@@ -98,6 +98,10 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     # Ray shows each worker its own GPU only, torchrun shows all of them.
     device = torch.device("cuda", local_rank if local_rank < torch.cuda.device_count() else 0)
     torch.cuda.set_device(device)
+    # A resumed run is to repeat every bit, and some GPU kernels add in whatever order threads finish.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return device
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+SECONDS_OF_ONE_WISH = 2.0
 
 
 class Signals:
@@ -13,11 +16,15 @@ class Signals:
 
     def __init__(self) -> None:
         self.caught: int | None = None
+        self.caught_at = 0.0
 
 
 @contextmanager
 def catch_signals() -> Iterator[Signals]:
-    """Turn the first SIGTERM or SIGINT into a wish to stop; a second one acts as it always did."""
+    """Turn SIGTERM and SIGINT into a wish to stop; a SIGINT two seconds after the first signal acts as it always did.
+
+    One Ctrl-C arrives several times: from the terminal, and again from a launcher that passes it on.
+    """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         # Ray Train runs this in a thread, where no handler can be set; there the driver ends the ranks.
@@ -26,9 +33,11 @@ def catch_signals() -> Iterator[Signals]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def remember(number: int, frame: object) -> None:
-        signals.caught = number
-        for known, handler in before.items():
-            signal.signal(known, handler)
+        now = time.monotonic()
+        if signals.caught is None:
+            signals.caught, signals.caught_at = number, now
+        elif number == signal.SIGINT and now - signals.caught_at > SECONDS_OF_ONE_WISH:
+            raise KeyboardInterrupt
 
     for number in before:
         signal.signal(number, remember)
