@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,7 +69,7 @@ class Backend(Protocol):
         cpus: float = 1,
         gpus: float = 0,
         poll: Poll = ...,
-    ) -> Iterator[tuple[str, Any]]:
+    ) -> Generator[tuple[str, Any], None, None]:
         """Run ``fn(*args)`` for each call in worker processes; (name, result) in the order they finish.
 
         A call whose worker dies is tried again, at most MAX_RETRIES times; then WorkerDiedError.
@@ -130,7 +130,7 @@ class RayBackend:
         cpus: float = 1,
         gpus: float = 0,
         poll: Poll = lambda: None,
-    ) -> Iterator[tuple[str, Any]]:
+    ) -> Generator[tuple[str, Any], None, None]:
         ray = self._ray()
         at_once = check_feasible(self.resources(), cpus=cpus, gpus=gpus)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(guarded_call)
@@ -198,9 +198,13 @@ class RayBackend:
             import ray
 
             if not self._started:
+                if self._address is not None:
+                    _check_address(self._address)
                 if not ray.is_initialized():
                     _in_lasting_thread(self._connect)
                     self._owned = True
+                elif self._address is not None:
+                    _check_same(self._address, ray.get_runtime_context().gcs_address)
                 self._started = True
             return ray
 
@@ -224,7 +228,6 @@ class RayBackend:
                 **quiet,
             )
             return
-        _check_address(self._address)
         ray.init(address=self._address, runtime_env=self._runtime_env(), **quiet)
 
     def _runtime_env(self) -> dict[str, Any]:
@@ -282,6 +285,15 @@ def _check_address(address: str) -> None:
             f"address={address}: no Ray cluster answers there ({error.strerror or error}). Check that it runs (ray "
             f"status) and that this machine may reach it, or leave the address out to start Ray on this machine."
         ) from error
+
+
+def _check_same(address: str, joined: str) -> None:
+    """EngineError if this process already belongs to another cluster than the one it is asked to use."""
+    if address != "auto" and address.rpartition(":")[2] != joined.rpartition(":")[2]:
+        raise EngineError(
+            f"address={address}: this process already belongs to the Ray cluster at {joined}, and Ray allows one. Leave "
+            f"the address out to use that one, or start the command by itself."
+        )
 
 
 def _expect_grpc(connection: socket.socket) -> None:

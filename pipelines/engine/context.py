@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -61,10 +62,12 @@ class RunContext:
             if name not in done
         }
         self.progress(label, len(done), len(payloads), "shards")
-        for name, result in self.backend.map(run_shard, calls, cpus=cpus, gpus=gpus, poll=self.still_holds):
-            done[name] = result
-            self.store.keep_shard(self.work, label, name)
-            self.progress(label, len(done), len(payloads), "shards")
+        results = self.backend.map(run_shard, calls, cpus=cpus, gpus=gpus, poll=self.still_holds)
+        with contextlib.closing(results):  # an error here ends the workers now, not when its traceback is forgotten
+            for name, result in results:
+                done[name] = result
+                self.store.keep_shard(self.work, label, name)
+                self.progress(label, len(done), len(payloads), "shards")
         return {name: done[name] for name in payloads}
 
     def call(self, fn: Callable[..., Any], *args: Any, cpus: float = 1, gpus: float = 0) -> Any:

@@ -14,7 +14,7 @@ import queue
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -47,7 +47,7 @@ class LocalBackend:
         cpus: float = 1,
         gpus: float = 0,
         poll: Poll = lambda: None,
-    ) -> Iterator[tuple[str, Any]]:
+    ) -> Generator[tuple[str, Any], None, None]:
         at_once = check_feasible(self._resources, cpus=cpus, gpus=gpus)
         if self._in_process:
             for name, args in calls.items():

@@ -68,6 +68,19 @@ def _node(step: Step, inputs: dict[str, Node], hashes: FileHashes) -> Node:
     return Node(step=step, digest=digest(payload), identity=payload, sources=sources, inputs=inputs)
 
 
+def check_sources(node: Node, hashes: FileHashes) -> None:
+    """Raise EngineError if a file from outside is no longer what the node's digest says it was made from."""
+    for file_set, paths in node.step.files.items():
+        now = _source(paths, hashes)
+        if now != node.sources[file_set]:
+            before = {tuple(entry) for entry in node.sources[file_set]}
+            changed = sorted({entry[0] for entry in before ^ {tuple(entry) for entry in now}})
+            raise EngineError(
+                f"{node.name}: a file of {file_set} changed while the step was reading it ({', '.join(changed[:3])}). "
+                f"Run again: what depends on it is made from the files as they are then."
+            )
+
+
 def _source(paths: tuple[Path, ...], hashes: FileHashes) -> list[list[str]]:
     pairs: Mapping[str, str] = dict(zip(relative_names(paths), hashes.of(paths), strict=True))
     return [[name, sha256] for name, sha256 in sorted(pairs.items())]

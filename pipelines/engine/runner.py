@@ -20,7 +20,7 @@ from pipelines.engine.errors import EngineError
 from pipelines.engine.events import Event, OnEvent, State, StepReport
 from pipelines.engine.files import FileHashes
 from pipelines.engine.lease import Held, Lease, LeaseLostError
-from pipelines.engine.resolve import Graph, Node, resolve
+from pipelines.engine.resolve import Graph, Node, check_sources, resolve
 from pipelines.engine.step import Artifact, Step
 from pipelines.engine.store import Store, storage_errors
 
@@ -37,7 +37,7 @@ def run(
     released, work is kept, and KeyboardInterrupt goes on.
     """
     with storage_errors(store):
-        return _Run(resolve(targets, FileHashes(store.file_hashes)), store, backend, on_event).all()
+        return _Run(targets, store, backend, on_event).all()
 
 
 def plan(targets: Sequence[Step], *, store: Store) -> list[StepReport]:
@@ -90,7 +90,9 @@ def _with_holder(report: StepReport, store: Store) -> StepReport:
 class _Run:
     """One call of ``run``: which nodes are done, which are running, what they use."""
 
-    def __init__(self, graph: Graph, store: Store, backend: Backend, on_event: OnEvent) -> None:
+    def __init__(self, targets: Sequence[Step], store: Store, backend: Backend, on_event: OnEvent) -> None:
+        self._hashes = FileHashes(store.file_hashes)
+        graph = resolve(targets, self._hashes)
         self._nodes, self._store, self._backend = graph.nodes, store, backend
         self._on_event, self._telling = on_event, threading.Lock()
         self._artifacts: dict[str, Artifact] = {}
@@ -225,6 +227,7 @@ class _Run:
         inputs = {name: self._artifacts[source.digest] for name, source in node.inputs.items()}
         metrics = run_stage(context, node.step.run, node.step.settings, inputs)
         context.still_holds()
+        check_sources(node, self._hashes)
         manifest = {
             "format": manifests.FORMAT,
             "step": node.name,

@@ -140,6 +140,22 @@ def test_files_enter_by_content_and_name_not_by_place(store: LocalStore, tmp_pat
         digests(replace(letters(), files={"corpus": (tmp_path / "none.txt",)}), store)
 
 
+def test_a_file_that_changes_while_it_is_read_is_not_published_as_what_it_was(
+    store: LocalStore, backend: Backend, tmp_path: Path
+) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text("before")
+
+    def read(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        path.write_text("after!")
+        return {}
+
+    step = replace(letters(run=read), files={"corpus": (path,)})
+    with pytest.raises(EngineError, match=r"changed while the step was reading it \(corpus.txt\)"):
+        run([step], store=store, backend=backend)
+    assert run([step], store=store, backend=backend)[0].state == "made"
+
+
 def test_equal_steps_are_made_once_however_often_they_occur(store: LocalStore, backend: Backend) -> None:
     events: list[Event] = []
     run([joined(letters(), letters())], store=store, backend=backend, on_event=events.append)
