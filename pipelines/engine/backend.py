@@ -36,7 +36,12 @@ PACKAGES = ("pipelines", "model", "data", "conf", "cluster")
 # Ray Train: look at the workers five times a second instead of every two seconds, stay in the driver's working folder,
 # and start none of the actors that feed a dashboard. Two ranks on two cores: 16.4 s to a finished empty gang before,
 # 11.3 s after.
+#
+# Workers keep their priority: at Ray's niceness of 15, one busy process beside a rank of two threads starved one of them
+# and made a training step thirty times slower, where sharing fairly costs a factor of two.
 RAY_ENVIRONMENT = {
+    "RAY_worker_niceness": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
