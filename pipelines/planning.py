@@ -127,9 +127,7 @@ def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
         ),
         (
             "time",
-            ", ".join(
-                f"{duration(s)} on {costs['ranks']} {gpu} at 40 % MFU" for gpu, s in costs["time"].items()
-            ),
+            ", ".join(f"{duration(s)} on {costs['ranks']} {gpu} at 40 % MFU" for gpu, s in costs["time"].items()),
         ),
         ("memory per rank", f"{size(memory['total'])} at ZeRO-{costs['zero_stage']}: " + _parts(memory)),
         ("disk", f"{size(room['checkpoints'])} of checkpoints, {size(room['weights'])} of weights"),

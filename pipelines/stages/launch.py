@@ -18,7 +18,7 @@ class ComputeSettings:
 
     backend: Literal["ray", "local"] = "ray"
     address: str | None = None
-    """Of a running Ray cluster ('auto', 'host:6379', 'ray://host:10001'); null starts a Ray on this machine."""
+    """Of a running Ray cluster ('auto' or 'host:6379'); null starts a Ray on this machine."""
     ranks: int = 1
     """Training processes; one per GPU where there are GPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
