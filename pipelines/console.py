@@ -42,8 +42,8 @@ def duration(seconds: float | None) -> str:
 
 
 def count(value: float) -> str:
-    """1234567 → '1.23 M' (powers of 1000)."""
-    for unit in ("", "k", "M", "G", "T", "P", "E", "Z"):
+    """1234567 → '1.23 M' (powers of 1000; B is a thousand million, as tokens and parameters are told)."""
+    for unit in ("", "k", "M", "B", "T", "P", "E", "Z"):
         if abs(value) < 1000 or unit == "Z":
             return (f"{value:.0f}" if unit == "" else f"{value:.3g}") + (f" {unit}" if unit else "")
         value /= 1000

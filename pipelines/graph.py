@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.corpus import corpus_files
+from data.corpus import CorpusSettings, corpus_files
+from data.errors import DataError
 from data.instructions import instruction_files
 from data.sources import SourceFile
 from pipelines.engine.step import StageFn, Step
@@ -21,8 +22,11 @@ from pipelines.stages import corpus, evaluate, export, finetune, instructions, p
 from pipelines.stages.launch import VOLATILE
 
 
-def build(s: Settings) -> dict[str, Step]:
-    """Every step by name, each after what it needs. Raises DataError for a corpus that is not there."""
+def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step]:
+    """Every step by name, each after what it needs.
+
+    Raises DataError for a corpus that is not there, unless it may be missing: `plan` tells costs before there is text.
+    """
     steps: dict[str, Step] = {}
 
     def add(name: str, run: StageFn, settings: Any, inputs: Mapping[str, Step], **more: Any) -> Step:
@@ -30,7 +34,7 @@ def build(s: Settings) -> dict[str, Step]:
         return steps[name]
 
     corpora = {
-        name: add(name, corpus.run, source, {}, files={"text": paths(corpus_files(source))})
+        name: add(name, corpus.run, source, {}, files={"text": text_of(source, may_be_missing=corpus_may_be_missing)})
         for name, source in s.corpora().items()
     }
     words = add("tokenizer", tokenizer.run, s.tokenizer, corpora)
@@ -57,6 +61,16 @@ def build(s: Settings) -> dict[str, Step]:
     add("export", export.run, s.export, {**corpora, "tokenizer": words, **models})
     add("report", report.run, s.report, dict(steps), volatile=("report.html",))  # it shows seconds
     return steps
+
+
+def text_of(source: CorpusSettings, *, may_be_missing: bool) -> tuple[Path, ...]:
+    """The files of a corpus, or none where it may be missing and is."""
+    try:
+        return paths(corpus_files(source))
+    except DataError:
+        if may_be_missing:
+            return ()
+        raise
 
 
 def paths(files: list[SourceFile]) -> tuple[Path, ...]:

@@ -105,8 +105,7 @@ def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
     rows = [(r.name, r.state, r.digest[:16], console.shown_path(r.path)) for r in reports]
     out.print(console.table(None, ("step", "state", "digest", "path"), rows))
     out.print()
-    memory, amount, room = costs["memory_per_rank"], costs["data"], costs["disk"]
-    epochs = "-" if amount["epochs"] is None else f"{amount['epochs']:.2f}"
+    memory, room = costs["memory_per_rank"], costs["disk"]
     lines = [
         (
             "parameters",
@@ -117,10 +116,7 @@ def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
             f"{count(costs['tokens'])} = {costs['steps']:,} steps of {count(costs['tokens_per_step'])}",
         ),
         ("batch", f"{costs['ranks']} ranks x {costs['micro_batch_rows']} rows x {costs['accumulation']} accumulated"),
-        (
-            "data",
-            f"{count(amount['tokens'])} tokens in {amount['shards']} shards ({amount['basis']}): {epochs} epochs",
-        ),
+        ("data", _data_words(costs["data"])),
         (
             "FLOPs",
             f"{costs['flops']:.3g} = {costs['flops_per_token']:.3g} a token (forward and backward, masked as trained)",
@@ -133,6 +129,13 @@ def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
         ("disk", f"{size(room['checkpoints'])} of checkpoints, {size(room['weights'])} of weights"),
     ]
     out.print(console.table(None, ("pretrain", ""), lines))
+
+
+def _data_words(amount: dict[str, Any]) -> str:
+    if not amount["tokens"]:
+        return "no corpus yet: set corpus.paths=[DIR or globs]"
+    there = f"{count(amount['tokens'])} tokens in {amount['shards']} shards ({amount['basis']})"
+    return f"{there}: {amount['epochs']:.2f} epochs"
 
 
 def _parts(memory: dict[str, float]) -> str:

@@ -62,7 +62,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from pipelines import planning
 
     settings = compose(arguments.overrides)
-    steps = build(settings)
+    steps = build(settings, corpus_may_be_missing=True)
     reports = runner.plan(list(steps.values()), store=open_store(settings.store))
     costs = planning.estimate(settings, reports)
     if arguments.json:

@@ -1,0 +1,34 @@
+"""Every experiment that ships composes, builds on the meta device and tells what it would cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.engine import runner
+from pipelines.engine.store import open_store
+from pipelines.graph import build
+from pipelines.planning import estimate, memory_per_rank
+from pipelines.settings import compose, options
+
+PARAMETERS = {"gpt2-124m": 124.5e6, "llama-1b": 1.236e9, "llama-8b": 8.03e9}
+"""Published sizes; GPT-2's vocabulary is rounded up to 50,304 here."""
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_an_experiment_can_be_planned_before_there_is_a_corpus(name: str, tmp_path: Path) -> None:
+    settings = compose([f"experiment={name}"])
+    steps = build(settings, corpus_may_be_missing=True)
+    costs = estimate(settings, runner.plan(list(steps.values()), store=open_store(tmp_path)))
+    assert costs["tokens"] == costs["steps"] * costs["tokens_per_step"] > 0
+    assert costs["flops"] == pytest.approx(costs["flops_per_token"] * costs["tokens"])
+    # Six FLOPs a parameter and token, embeddings looked up for nothing, attention on top.
+    assert costs["flops_per_token"] > 6 * (costs["parameters"]["total"] - costs["parameters"]["embedding"])
+    if name in PARAMETERS:
+        assert costs["parameters"]["total"] == pytest.approx(PARAMETERS[name], rel=2e-3)
+
+
+@pytest.mark.parametrize(("stage", "bytes_each"), [(0, 16), (1, 8 + 8 / 4), (2, 4 + 12 / 4), (3, 16 / 4)])
+def test_a_zero_stage_divides_what_its_paper_says(stage: int, bytes_each: float) -> None:
+    assert sum(memory_per_rank(1000, ranks=4, stage=stage).values()) == 1000 * bytes_each
