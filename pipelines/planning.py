@@ -143,9 +143,13 @@ def _parts(memory: dict[str, float]) -> str:
 
 
 def memory_per_rank(parameters: int, *, ranks: int, stage: int) -> dict[str, float]:
-    """Bytes of weights, gradients and optimizer state on one rank (see the module's docstring)."""
+    """Bytes of weights, gradients and optimizer state on one rank (see the module's docstring).
+
+    In stages 1 and 2 DeepSpeed keeps a second fp32 copy of the part of the weights that a rank updates.
+    """
+    copy = 4 if stage in (1, 2) else 0
     return {
         "weights": 4 * parameters / (ranks if stage >= 3 else 1),
         "gradients": 4 * parameters / (ranks if stage >= 2 else 1),
-        "optimizer": 8 * parameters / (ranks if stage >= 1 else 1),
+        "optimizer": (8 + copy) * parameters / (ranks if stage >= 1 else 1),
     }
