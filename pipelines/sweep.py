@@ -196,7 +196,9 @@ def watching(points: Sequence[Combination]) -> Iterator[None]:
                 seen[point.words, report.name] = report.state
 
     def watch() -> None:
-        while not over.wait(WATCH_SECONDS):
+        ended = False
+        while not ended:
+            ended = over.wait(WATCH_SECONDS)  # and once more after the end
             try:
                 look()
             except (OSError, EngineError) as error:
