@@ -56,6 +56,8 @@ def pretrain(settings: Settings) -> int:
             dist.broadcast_object_list([None, None], src=0, device=torch.device("cpu"))
     out = console.console()
     out.print(console.summary(reports))
+    if world_size > 1:
+        _end()
     return 0
 
 
@@ -65,5 +67,13 @@ def _follow() -> int:
         call: list[Any] = [None, None]
         dist.broadcast_object_list(call, src=0, device=torch.device("cpu"))
         if call[0] is None:
-            return 0
+            _end()
         call[0](call[1])
+
+
+def _end() -> None:
+    """Leave as a rank of several does."""
+    from pipelines.training.__main__ import leave
+
+    dist.destroy_process_group()
+    leave(0)

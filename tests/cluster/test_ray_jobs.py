@@ -119,9 +119,8 @@ def test_a_follower_may_leave_and_ask_again_and_the_same_command_is_not_started_
 
     assert submit(settings, command, follow=False) == 0
     assert "already under way" in capsys.readouterr().err
-    assert (
-        len([details for details in RayJobs(head.dashboard)._client.list_jobs() if "long" in details.entrypoint]) == 1
-    )
+    jobs = RayJobs(head.dashboard)._client.list_jobs()
+    assert len([details for details in jobs if "experiment=long" in details.entrypoint]) == 1
     assert logs(job, follow=False) == 0
     assert "line 3" in capsys.readouterr().out
 
