@@ -27,10 +27,12 @@ from typing import Any
 from pipelines.engine import runner
 from pipelines.engine.step import Step
 from pipelines.engine.store import open_store
+from pipelines.execution import execute
 from pipelines.graph import build
 from pipelines.settings import Settings, SettingsError, compose
 
 STEPS = 12
+ATTEMPTS = 3  # to kill a training before it ends
 EXACT_FIELDS = ("step", "loss", "grad_norm", "lr", "tokens", "rows", "batch_digest")
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """Relative, on the loss of a step. Regrouping rows changes the order of sums: about 1e-7 per sum in fp32, and 2^-8 = 4e-3
@@ -40,8 +42,10 @@ per product rounded to bf16; each update feeds the difference back, about a fact
 def certify_resume(overrides: Sequence[str]) -> int:
     """Run the three trainings, print the verdict, return 0 if both comparisons hold and 1 otherwise."""
     settings = compose(overrides)
+    if "://" in settings.store:
+        raise SettingsError(f"store={settings.store}: certify compares files on this machine; add store=FOLDER.")
     steps = build(settings)
-    folder = Path("runs" if "://" in settings.store else settings.store).absolute() / ".certify" / settings.experiment
+    folder = Path(settings.store).absolute() / ".certify" / settings.experiment
     if folder.exists():
         shutil.rmtree(folder)
     words = [*overrides, *scaled_down(settings)]
@@ -53,9 +57,7 @@ def certify_resume(overrides: Sequence[str]) -> int:
     say(f"certify: {STEPS} steps of {settings.experiment}, scaled down: {' '.join(scaled_down(settings))}")
 
     _train("straight", words, stores["straight"])
-    at = random.SystemRandom().randint(2, STEPS - 2)
-    _train("killed", words, stores["killed"], kill_at=at)
-    _train("killed", words, stores["killed"])
+    at = _train_killed(words, stores["killed"])
     _train("regrouped", [*words, f"compute.ranks={other_ranks}"], stores["regrouped"])
 
     runs = {name: read(store) for name, store in stores.items()}
@@ -97,8 +99,6 @@ def say(line: str) -> None:
 
 
 def _make_inputs(settings: Settings, steps: dict[str, Step]) -> None:
-    from pipelines.execution import execute
-
     execute(settings, list(steps["pretrain"].inputs.values()))
 
 
@@ -112,8 +112,22 @@ def _share_inputs(settings: Settings, steps: dict[str, Step], store: Path) -> No
         link.symlink_to(Path(report.path).absolute(), target_is_directory=True)
 
 
-def _train(name: str, words: Sequence[str], store: Path, *, kill_at: int | None = None) -> None:
-    """One `athanor run`; with `kill_at`, SIGKILL its driver when that step is on record."""
+def _train_killed(words: Sequence[str], store: Path) -> int:
+    """A training whose driver is killed at a random step, and the same command again; the step of the kill.
+
+    Raises SettingsError where every attempt was over before it could be killed.
+    """
+    for _ in range(ATTEMPTS):
+        at = random.SystemRandom().randint(2, STEPS - 4)
+        if _train("killed", words, store, kill_at=at):
+            _train("killed", words, store)
+            return at
+        shutil.rmtree(store / "pretrain")
+    raise SettingsError(f"{ATTEMPTS} trainings ended before they could be killed, so nothing is shown. Run it again.")
+
+
+def _train(name: str, words: Sequence[str], store: Path, *, kill_at: int | None = None) -> bool:
+    """One `athanor run`; with `kill_at`, SIGKILL its driver when that step is on record. Whether it was killed."""
     say(f"certify: {name}" + (f", to be killed after step {kill_at}" if kill_at is not None else ""))
     log = store / f"{name}.log"
     command = [sys.executable, "-m", "pipelines", "run", *words, f"store={store}", "--until", "pretrain"]
@@ -123,12 +137,11 @@ def _train(name: str, words: Sequence[str], store: Path, *, kill_at: int | None 
             if kill_at is not None and len(_records(store)) >= kill_at:
                 os.kill(process.pid, signal.SIGKILL)
                 process.wait()
-                return
+                return True
             time.sleep(0.02)
-    if kill_at is not None:
-        say(f"certify: {name} was done before it could be killed; the comparison below is of a run killed never")
     if process.returncode != 0:
         raise SettingsError(f"the {name} training failed with exit code {process.returncode}; its log is {log}.")
+    return False
 
 
 def _records(store: Path) -> list[dict[str, Any]]:

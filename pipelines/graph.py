@@ -40,7 +40,7 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
     words = add("tokenizer", tokenizer.run, s.tokenizer, corpora)
     rows = {
         name: add(name, shards.run, s.shards, {"corpus": step, "tokenizer": words})
-        for name, step in ((name.replace("corpus", "shards"), step) for name, step in corpora.items())
+        for name, step in (("shards" + name.removeprefix("corpus"), step) for name, step in corpora.items())
     }
     training = {"volatile": VOLATILE, "resumes": True, "cpus": s.compute.cpus, "gpus": s.compute.gpus}
     models = {"pretrain": add("pretrain", pretrain.run, s.pretraining(), {**rows, "tokenizer": words}, **training)}

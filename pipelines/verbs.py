@@ -42,17 +42,18 @@ SHORT_ENOUGH = 70  # characters of overrides that are worth repeating in a sugge
 
 
 def _next_words(overrides: Sequence[str], reports: Sequence[StepReport]) -> str:
-    made = {report.name: report for report in reports}
+    paths = {report.name: console.shown_path(report.path) for report in reports}
     same = " ".join(overrides)
     if len(same) > SHORT_ENOUGH:
         same = "…"  # as it stands in the person's own command line
     lines = []
-    if "report" in made:
-        lines.append(f"open     {made['report'].path}/report.html")
-    lines.append(f"try      athanor generate {same} --prompt 'def '")
-    lines.append(f"look     athanor trace {same} --step 1")
-    if "export" in made:
-        lines.append(f"load     transformers.AutoModelForCausalLM.from_pretrained('{made['export'].path}/model')")
+    if "report" in paths:
+        lines.append(f"open     {paths['report']}/report.html")
+    if "pretrain" in paths:
+        lines.append(f"try      athanor generate {same} --prompt 'def '")
+        lines.append(f"look     athanor trace {same} --step 1")
+    if "export" in paths:
+        lines.append(f"load     transformers.AutoModelForCausalLM.from_pretrained('{paths['export']}/model')")
     lines.append(f"change   athanor run {same} optim.lr=1e-3      (athanor why pretrain … says what reruns)")
     return "\n".join(lines)
 
@@ -163,22 +164,21 @@ def trace(arguments: argparse.Namespace) -> int:
     from data.shard_set import ShardSet
     from data.tokenizer import Tokenizer
     from data.trace import trace_step
+    from pipelines.stages.pretrain import source_of
 
     settings = compose(arguments.overrides)
     steps, run_settings = build(settings), settings.pretraining()
     rows_steps = {name: step for name, step in steps["pretrain"].inputs.items() if name.startswith("shards")}
-    shard_sets = {
-        name.removeprefix("shards-"): ShardSet.open(made(settings, step)) for name, step in rows_steps.items()
-    }
-    corpora = {
-        name.removeprefix("shards-"): made(settings, step.inputs["corpus"]) / "train"
-        for name, step in rows_steps.items()
-    }
+    shard_sets = {source_of(name): ShardSet.open(made(settings, step)) for name, step in rows_steps.items()}
+    corpora = {source_of(name): made(settings, step.inputs["corpus"]) / "train" for name, step in rows_steps.items()}
+    tokens_per_step = run_settings.train.global_batch_tokens
+    if arguments.step > (last := run_settings.train.total_tokens // tokens_per_step):
+        raise SettingsError(f"--step {arguments.step}: this run has {last:,} steps; name one from 1 to {last}.")
     rows = trace_step(
         shard_sets,
         order_over(shard_sets, order=run_settings.order, mixture=run_settings.mixture),
         step=arguments.step,
-        rows_per_step=run_settings.train.global_batch_tokens // settings.shards.seq_len,
+        rows_per_step=tokens_per_step // settings.shards.seq_len,
         tokenizer=Tokenizer.load(made(settings, steps["tokenizer"])),
         corpora=corpora,
     )

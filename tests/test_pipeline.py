@@ -137,6 +137,36 @@ def test_torchrun_without_ray_publishes_the_same_weights(
     assert contents(tmp_path)["pretrain"] == contents(finished["store"])["pretrain"]
 
 
+def test_two_ranks_under_torchrun_see_the_same_batches_and_nearly_the_same_losses(
+    finished: dict[str, Any], corpus_dir: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pipelines"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = ["train", *tiny(corpus_dir, tmp_path)]
+    subprocess.run([*command, *words], check=True, cwd=ROOT, env=environment, capture_output=True, timeout=300)
+    one, two = metrics(finished["store"]), metrics(tmp_path)
+    assert [m["batch_digest"] for m in one] == [m["batch_digest"] for m in two]
+    # Products are rounded to bf16 (2^-8); rows are grouped differently, and twenty updates feed the difference back.
+    assert max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(one, two, strict=True)) < 2e-2
+
+
+def test_several_sources_are_mixed_in_the_proportion_asked_for(corpus_dir: Path, tmp_path: Path) -> None:
+    overrides = (
+        *tiny(corpus_dir, tmp_path, "compute.backend=local"),
+        *(f"sources.{name}.{key}" for name, kind in (("mail", "email"), ("tasks", "asyncio")) for key in
+          ("kind=files", f"paths=['{corpus_dir}/{kind}-*.py']", "reader.max_document_characters=2000")),
+        "mixture.phases=[{from_tokens: 0, weights: {mail: 3, tasks: 1}}]",
+        "pretrain.total_tokens=4096",
+    )  # fmt: skip
+    athanor("run", *overrides, "--until", "pretrain")
+    rows = [
+        row for step in ("1", "4") for row in json.loads(athanor("trace", *overrides, "--step", step, "--json").stdout)
+    ]
+    assert [row["source"] for row in rows].count("mail") == 24
+    assert len(rows) == 32
+    assert all(Path(piece["file"]).name.startswith(("email", "asyncio")) for row in rows for piece in row["pieces"])
+
+
 def test_killed_drivers_in_every_stage_leave_the_same_artifacts(
     finished: dict[str, Any], corpus_dir: Path, tmp_path: Path
 ) -> None:

@@ -37,15 +37,19 @@ def run(settings: PretrainSettings, inputs: Mapping[str, Artifact], out_dir: Pat
 
 def job(settings: PretrainSettings, inputs: Mapping[str, Artifact], out_dir: Path) -> dict[str, Any]:
     """What every rank is told: plain data, so that it can be written down and run without the engine."""
-    shards = {name: artifact for name, artifact in inputs.items() if name.startswith("shards")}
-    sources = {name.removeprefix("shards-"): str(artifact.path) for name, artifact in shards.items()}
+    shards = {source_of(name): str(a.path) for name, a in inputs.items() if name.startswith("shards")}
     return {
         "label": "pretrain",
         "train": to_plain(settings.train),
         "model": to_plain(settings.model),
         "order": to_plain(settings.order),
         "mixture": to_plain(settings.mixture),
-        "shards": sources,
+        "shards": shards,
         "digests": {name: artifact.digest for name, artifact in inputs.items()},
         "out_dir": str(out_dir),
     }
+
+
+def source_of(step: str) -> str:
+    """The source whose rows a shards step makes, as `mixture` names it: `shards-books` → books, `shards` → corpus."""
+    return step.removeprefix("shards-") if step != "shards" else "corpus"
