@@ -163,9 +163,13 @@ def run_shard(shard: Shard, fn: Callable[[Any, Path], dict[str, Any]], payload: 
 
 
 def as_json(value: Any, what: str) -> dict[str, Any]:
-    """``value`` as it reads back from JSON (tuples as lists, NaN as null); EngineError if it is not such a mapping."""
+    """``value`` as it reads back from JSON; EngineError if it is not such a mapping.
+
+    Tuples become lists, NaN becomes null, and keys are sorted as in a marker: what a stage writes from a result must not
+    tell whether the result was made now or before a kill.
+    """
     try:
-        plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+        plain = json.loads(json.dumps(value, sort_keys=True), parse_constant=lambda _: None)
     except (TypeError, ValueError) as error:
         raise EngineError(f"{what} must be a mapping of names to JSON values ({error}).") from error
     if not isinstance(plain, dict):

@@ -89,6 +89,25 @@ def test_finished_shards_are_not_made_again_and_other_names_are_refused(store: L
     assert len(list((path / "letters").iterdir())) == 3
 
 
+def count_backwards(payload: dict[str, Any], out_dir: Path) -> dict[str, Any]:
+    return {"z": {"y": 1, "x": 2}, "a": 3}
+
+
+def test_a_result_reads_the_same_whether_made_now_or_before_a_kill(store: LocalStore) -> None:
+    seen: list[str] = []
+
+    def body(out_dir: Path, ctx: Context) -> dict[str, Any]:
+        seen.append(json.dumps(ctx.map_shards(count_backwards, letters("a"))))
+        if len(seen) == 1:
+            raise StopHereError
+        return {}
+
+    with pytest.raises(StopHereError):
+        attempt(store, body)
+    attempt(store, body)
+    assert seen[0] == seen[1]
+
+
 @pytest.mark.parametrize("damage", ["delete", "cut"])
 def test_a_finished_shard_whose_files_are_gone_or_cut_is_made_again(store: LocalStore, damage: str) -> None:
     def harm(out_dir: Path) -> None:
