@@ -94,7 +94,9 @@ class Transformer(nn.Module):
                 f"a row has {tokens} tokens, the model {self.config.max_seq_len} learned positions: shorten the rows "
                 "or raise model.max_seq_len."
             )
-        angles = rotation(position, positions_BT, self.config.head_dim) if isinstance(position, RopeConfig) else None
+        angles = None
+        if isinstance(position, RopeConfig) and self.config.head_dim is not None:
+            angles = rotation(position, positions_BT, self.config.head_dim)
         if cache is None:
             return MixerInput(Mask(documents_BT=documents_BT), angles), positions_BT
         mask = Mask(slots_BT=slots_BT, keys=cache.slots_for(tokens)) if cache.longest else Mask()

@@ -1,16 +1,48 @@
 """What a model is: the whole architecture as one frozen value."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from model.block import Layout
 from model.errors import ModelError
 from model.ffn import FfnConfig
 from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
+from model.mixers.build import MixerConfig
 from model.norm import NormConfig
 from model.position import LearnedPositionConfig, NoPositionConfig, RopeConfig
 
-__all__ = ["ModelConfig", "ModelError", "Role", "parameter_roles"]
+__all__ = ["LayerChange", "LayerConfig", "ModelConfig", "ModelError", "Role", "parameter_roles"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """What fills the slots of one layer."""
+
+    mixer: MixerConfig
+    ffn: FfnConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChange:
+    """Other parts in some layers: in layers `first`, `first + every`, `first + 2 * every` … (hybrids, experts every
+    second layer). A slot that is null stays as the model has it."""
+
+    every: int = 1
+    first: int = 0
+    mixer: MixerConfig | None = None
+    ffn: FfnConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.first < 0:
+            raise ModelError(
+                f"model.pattern has every={self.every}, first={self.first}: layers are counted from 0, and every k-th "
+                "needs a k of at least 1."
+            )
+
+    def covers(self, layer: int) -> bool:
+        """Whether this changes layer number `layer`."""
+        return layer >= self.first and (layer - self.first) % self.every == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +52,7 @@ class ModelConfig:
     vocab_size: null until a tokenizer is known; `build_model` needs a number.
     max_seq_len: the longest row the model is meant for; learned positions end there.
     layout: where the norms stand in a block (see `Block`). dropout: on embeddings and on each branch of a block.
+    mixer, ffn: what fills the slots of every layer; pattern: layers that have something else there, later ones win.
     logit_soft_cap: logits are squashed to ±cap (Gemma 2). z_loss: weight of logsumexp² in the training objective.
     """
 
@@ -33,6 +66,7 @@ class ModelConfig:
     position: RopeConfig | LearnedPositionConfig | NoPositionConfig = field(default_factory=RopeConfig)
     mixer: AttentionConfig = field(default_factory=AttentionConfig)
     ffn: FfnConfig = field(default_factory=FfnConfig)
+    pattern: tuple[LayerChange, ...] = ()
     init: InitConfig = field(default_factory=InitConfig)
     dropout: float = 0.0
     logit_soft_cap: float | None = None
@@ -43,16 +77,10 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ModelError(f"model.{name} is {value}: it counts something and must be at least 1.")
-        if self.mixer.head_dim is None and self.d_model % self.mixer.n_heads:
-            raise ModelError(
-                f"model.d_model is {self.d_model} with mixer.n_heads {self.mixer.n_heads}: heads share the width "
-                "equally, so n_heads must divide d_model; change one of them or set mixer.head_dim."
-            )
-        if self.mixer.channels(self.d_model) % 2 and isinstance(self.position, RopeConfig):
-            raise ModelError(
-                f"model.d_model {self.d_model} over {self.mixer.n_heads} heads leaves "
-                f"{self.mixer.channels(self.d_model)} channels a head: rotary positions rotate pairs, so make it even."
-            )
+        for layer in self.layers:
+            layer.mixer.check(self.d_model)
+        if isinstance(self.position, RopeConfig):
+            self._check_rotary()
         if not 0 <= self.dropout < 1:
             raise ModelError(f"model.dropout is {self.dropout}: it is a probability below 1; use 0 for none.")
         if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
@@ -60,10 +88,39 @@ class ModelConfig:
         if self.z_loss < 0:
             raise ModelError(f"model.z_loss is {self.z_loss}: a loss needs a weight of 0 or more.")
 
+    def _check_rotary(self) -> None:
+        channels = sorted({mixer.channels(self.d_model) for mixer in self._attentions})
+        if len(channels) > 1:
+            raise ModelError(
+                f"model.pattern gives attention layers {' and '.join(map(str, channels))} channels a head: all layers "
+                "share one set of rotary angles; set mixer.head_dim to the same everywhere."
+            )
+        if channels and channels[0] % 2:
+            raise ModelError(
+                f"model.d_model {self.d_model} over {self._attentions[0].n_heads} heads leaves {channels[0]} channels "
+                "a head: rotary positions rotate pairs, so make it even."
+            )
+
+    @cached_property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """What fills the slots of every layer, the pattern applied."""
+        layers = []
+        for number in range(self.n_layers):
+            mixer, ffn = self.mixer, self.ffn
+            for change in self.pattern:
+                if change.covers(number):
+                    mixer, ffn = change.mixer or mixer, change.ffn or ffn
+            layers.append(LayerConfig(mixer=mixer, ffn=ffn))
+        return tuple(layers)
+
     @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.mixer.channels(self.d_model)
+    def _attentions(self) -> list[AttentionConfig]:
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, AttentionConfig)]
+
+    @property
+    def head_dim(self) -> int | None:
+        """Channels of one attention head; none where no layer attends."""
+        return self._attentions[0].channels(self.d_model) if self._attentions else None
 
     def require_vocab_size(self) -> int:
         """The vocabulary size, or ModelError while no tokenizer has set it."""

@@ -5,9 +5,10 @@ FLOPs count matrix multiplications, a multiply and an add each; norms, activatio
 
 from typing import NamedTuple
 
-from model.config import ModelConfig
+from model.config import LayerConfig, ModelConfig
 from model.loss import chunk_tokens
 from model.position import LearnedPositionConfig
+from model.slots import SlotCosts
 
 FLOP_FORMULA = (
     "forward FLOPs = 2·(matrix parameters + D·V)·tokens + 4·L·H·C·(query-key pairs the mask lets through); "
@@ -27,10 +28,14 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Closed-form counts; ModelError while the vocabulary size is unknown."""
     table = config.require_vocab_size() * config.d_model
     positions = config.max_seq_len * config.d_model if isinstance(config.position, LearnedPositionConfig) else 0
-    norms = 0 if config.layout == "post" else _norm_parameters(config, config.d_model)
+    norm = config.norm.parameters(config.d_model)
+    norms = (0 if config.layout == "post" else norm) + _norms_per_layer(config) * config.n_layers * norm
     head = 0 if config.tie_embeddings else table
-    total = table + positions + config.n_layers * _block_parameters(config) + norms + head
-    return ParameterCounts(total=total, active=total, embedding=table + positions)
+    others = table + positions + norms + head
+    slots = _slots(config)
+    total = others + sum(slot.parameters for slot in slots)
+    active = others + sum(slot.parameters if slot.active is None else slot.active for slot in slots)
+    return ParameterCounts(total=total, active=active, embedding=table + positions)
 
 
 def forward_flops(
@@ -41,10 +46,11 @@ def forward_flops(
     mean_document_tokens: packed rows of documents this long, which see less than a whole row. masked: count only the
     query-key pairs the causal mask lets through; false counts all of them, as PaLM's MFU and FlopCounterMode do.
     """
-    pairs = attended_pairs(seq_len, mean_document_tokens) if masked else float(seq_len * seq_len)
-    matrices = config.n_layers * _block_matrices(config) + config.d_model * config.require_vocab_size()
-    attention = 4 * config.n_layers * config.mixer.n_heads * config.head_dim * pairs
-    return round(rows * (2 * matrices * seq_len + attention))
+    flops = float(2 * config.d_model * config.require_vocab_size() * seq_len)
+    for slot in _slots(config):
+        pairs = attended_pairs(seq_len, mean_document_tokens, slot.window) if masked else float(seq_len * seq_len)
+        flops += (2 * slot.matrices + slot.token_flops) * seq_len + slot.pair_flops * pairs
+    return round(rows * flops)
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int, mean_document_tokens: float | None = None) -> float:
@@ -52,15 +58,21 @@ def train_flops_per_token(config: ModelConfig, seq_len: int, mean_document_token
     return 3 * forward_flops(config, rows=1, seq_len=seq_len, mean_document_tokens=mean_document_tokens) / seq_len
 
 
-def attended_pairs(seq_len: int, mean_document_tokens: float | None = None) -> float:
-    """Query-key pairs of one row under the causal mask, with documents of equal length if a length is given."""
+def attended_pairs(seq_len: int, mean_document_tokens: float | None = None, window: int | None = None) -> float:
+    """Query-key pairs of one row under the causal mask, with documents of equal length if a length is given.
+
+    window: a query sees itself and the `window - 1` tokens before it.
+    """
     document = seq_len if mean_document_tokens is None else min(mean_document_tokens, seq_len)
-    return seq_len * (document + 1) / 2
+    if window is None or window >= document:
+        return seq_len * (document + 1) / 2
+    return seq_len * (window - window * (window - 1) / 2 / document)
 
 
 def kv_cache_bytes(config: ModelConfig, *, rows: int, tokens: int, dtype_bytes: int) -> int:
-    """Keys and values of `rows` rows of `tokens` tokens in all layers."""
-    return 2 * config.n_layers * rows * tokens * config.mixer.kv_heads * config.head_dim * dtype_bytes
+    """What `rows` rows of `tokens` tokens leave in all layers: keys and values, or a mixer's state."""
+    elements = sum(slot.state_per_token * min(tokens, slot.window or tokens) + slot.state for slot in _slots(config))
+    return rows * elements * dtype_bytes
 
 
 def activation_bytes(
@@ -73,42 +85,26 @@ def activation_bytes(
     RMSNorm that PyTorch runs on CPUs keeps 4 bytes more for each of its elements, and 4 again in bf16.
     """
     tokens = micro_batch_rows * seq_len
-    kept = config.n_layers * _block_activations(config, dtype_bytes)
-    if recompute:
-        kept = _block_activations(config, dtype_bytes) + config.n_layers * config.d_model * dtype_bytes
+    blocks = [_block_activations(config, layer, dtype_bytes) for layer in config.layers]
+    kept = max(blocks) + config.n_layers * config.d_model * dtype_bytes if recompute else sum(blocks)
     head = 3 * config.d_model * dtype_bytes  # input and output of the last norm, and the gradient of the latter
     vocab_size = config.require_vocab_size()
     logits = min(tokens, chunk_tokens(vocab_size)) * vocab_size * (8 + 2 * dtype_bytes)
     return tokens * (kept + head) + 4 * vocab_size * config.d_model + logits
 
 
-def _norm_parameters(config: ModelConfig, width: int) -> int:
-    return width * (2 if config.norm.bias else 1)
+def _slots(config: ModelConfig) -> list[SlotCosts]:
+    """The costs of every slot of every layer."""
+    width, norm = config.d_model, config.norm
+    return [costs for layer in config.layers for costs in (layer.mixer.costs(width, norm), layer.ffn.costs(width))]
 
 
-def _block_matrices(config: ModelConfig) -> int:
-    """Weights of one block that a token is multiplied with."""
-    mixer, width = config.mixer, config.d_model
-    heads, kv_heads = mixer.n_heads * config.head_dim, mixer.kv_heads * config.head_dim
-    return width * (2 * heads + 2 * kv_heads) + (3 if config.ffn.gated else 2) * width * config.ffn.d_ff
+def _norms_per_layer(config: ModelConfig) -> int:
+    return 1 if config.layout == "parallel" else 2
 
 
-def _block_parameters(config: ModelConfig) -> int:
-    mixer, width = config.mixer, config.d_model
-    heads, kv_heads = mixer.n_heads * config.head_dim, mixer.kv_heads * config.head_dim
-    norms = (1 if config.layout == "parallel" else 2) * _norm_parameters(config, width)
-    norms += 2 * _norm_parameters(config, config.head_dim) if mixer.qk_norm else 0
-    biases = (heads + 2 * kv_heads if mixer.qkv_bias else 0) + (width if mixer.out_bias else 0)
-    if config.ffn.bias:
-        biases += (2 if config.ffn.gated else 1) * config.ffn.d_ff + width
-    return _block_matrices(config) + norms + biases
-
-
-def _block_activations(config: ModelConfig, dtype_bytes: int) -> int:
-    """Bytes of one token kept by one block: norm inputs and outputs, q k v and the attention output, ffn hidden."""
-    mixer, width = config.mixer, config.d_model
-    heads, kv_heads = mixer.n_heads * config.head_dim, mixer.kv_heads * config.head_dim
-    hidden = (4 if config.ffn.gated else 2) * config.ffn.d_ff
-    norms = 2 if config.layout == "parallel" else 4
-    projected = (3 if mixer.qk_norm else 2) * heads + (3 if mixer.qk_norm else 2) * kv_heads
-    return dtype_bytes * (norms * width + projected + hidden) + 4 * mixer.n_heads
+def _block_activations(config: ModelConfig, layer: LayerConfig, dtype_bytes: int) -> int:
+    """Bytes of one token kept by one block: norm inputs and outputs, and what its slots keep."""
+    slots = (layer.mixer.costs(config.d_model, config.norm), layer.ffn.costs(config.d_model))
+    elements = 2 * _norms_per_layer(config) * config.d_model + sum(slot.kept_elements for slot in slots)
+    return dtype_bytes * elements + sum(slot.kept_bytes for slot in slots)

@@ -9,6 +9,7 @@ from torch import nn
 
 from model.errors import ModelError
 from model.init import Linear
+from model.slots import SlotCosts
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": nn.functional.silu,
@@ -33,6 +34,14 @@ class FfnConfig:
         if self.d_ff < 1:
             raise ModelError(f"ffn.d_ff is {self.d_ff}: the hidden layer needs at least one unit.")
 
+    def costs(self, d_model: int) -> SlotCosts:
+        """Two matrices, or three with a gate."""
+        matrices = (3 if self.gated else 2) * d_model * self.d_ff
+        biases = (2 if self.gated else 1) * self.d_ff + d_model if self.bias else 0
+        return SlotCosts(
+            parameters=matrices + biases, matrices=matrices, kept_elements=(4 if self.gated else 2) * self.d_ff
+        )
+
 
 class FeedForward(nn.Module):
     """x_BTD -> y_BTD, each token by itself."""
@@ -48,3 +57,8 @@ class FeedForward(nn.Module):
         if self.gate is None:
             return self.down(self.activation(self.up(x_BTD)))
         return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+def build_ffn(config: FfnConfig, d_model: int) -> nn.Module:
+    """The network that fills the block's ffn slot: x_BTD -> y_BTD."""
+    return FeedForward(config, d_model)

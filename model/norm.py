@@ -24,6 +24,10 @@ class NormConfig:
         if self.kind == "rms" and self.bias:
             raise ModelError("norm.bias is true with norm.kind=rms: RMSNorm has no offset; drop it or use kind=layer.")
 
+    def parameters(self, width: int) -> int:
+        """How many parameters one such norm has."""
+        return width * (2 if self.bias else 1)
+
 
 class RMSNorm(Declared):
     """x / rms(x) * weight over the last axis."""
@@ -56,6 +60,7 @@ class LayerNorm(Declared):
 
 
 def build_norm(config: NormConfig, width: int) -> nn.Module:
+    """The norm of `config` over a last axis of `width`."""
     if config.kind == "rms":
         return RMSNorm(width, config.eps)
     return LayerNorm(width, config.eps, config.bias)

@@ -15,6 +15,8 @@ from typing import Any, Literal, Union
 import pytest
 
 from data.mixture import MixturePhase
+from model.config import LayerChange
+from model.ffn import FfnConfig
 from model.norm import NormConfig
 from model.peft import LoraConfig
 from model.position import LinearScaling
@@ -81,6 +83,7 @@ KNOWN = {
     "tokenizer.character_coverage": 0.9995,
     "mixture.phases": (MixturePhase(weights={"corpus": 2.0}),),
     "model.norm": NormConfig(kind="layer", bias=True),
+    "model.pattern": (LayerChange(every=2, ffn=FfnConfig(d_ff=64)),),
     "model.position.scaling": LinearScaling(factor=4.0),
     "finetune.data.tasks": ("write",),
     "finetune.lora": LoraConfig(),

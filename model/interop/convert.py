@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +11,9 @@ import torch
 from model.build import build_model
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.ffn import FfnConfig
 from model.interop.families import FAMILIES
+from model.interop.native import revived
 from model.interop.tables import Family, Weight, dotted
-from model.mixers.attention import AttentionConfig
-from model.norm import NormConfig
 
 State = dict[str, torch.Tensor]
 
@@ -64,13 +63,7 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
         fields["mixer.head_dim"] = None
     if fields.get("mixer.n_kv_heads") == fields["mixer.n_heads"]:
         fields["mixer.n_kv_heads"] = None
-    return ModelConfig(
-        norm=NormConfig(**_under("norm", fields)),
-        mixer=AttentionConfig(**_under("mixer", fields)),
-        ffn=FfnConfig(**_under("ffn", fields)),
-        position=family.read_position(theirs),
-        **{path: value for path, value in fields.items() if "." not in path},
-    )
+    return typing.cast(ModelConfig, revived(ModelConfig, _nested(fields) | {"position": family.read_position(theirs)}))
 
 
 def to_hf(state: Mapping[str, torch.Tensor], config: ModelConfig) -> State:
@@ -166,8 +159,16 @@ def _our_word(key: str, theirs: str, names: Mapping[str, str]) -> str:
     return aliases[theirs]
 
 
-def _under(group: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {path.removeprefix(f"{group}."): value for path, value in fields.items() if path.startswith(f"{group}.")}
+def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted paths as mappings within mappings."""
+    nested: dict[str, Any] = {}
+    for path, value in fields.items():
+        *groups, name = path.split(".")
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    return nested
 
 
 def _cleaned(

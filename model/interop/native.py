@@ -19,7 +19,7 @@ def native_config(config: ModelConfig) -> dict[str, Any]:
 def config_from_native(stored: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig of a native config.json. Raises ModelError where it is not one of this version's."""
     try:
-        return typing.cast(ModelConfig, _revive(ModelConfig, stored["config"]))
+        return typing.cast(ModelConfig, revived(ModelConfig, stored["config"]))
     except (KeyError, TypeError, StopIteration) as error:
         raise ModelError(
             f"config.json is marked {MODEL_TYPE} but cannot be read ({error!r}): it must have been written by the "
@@ -27,7 +27,7 @@ def config_from_native(stored: Mapping[str, Any]) -> ModelConfig:
         ) from error
 
 
-def _revive(annotation: Any, value: Any) -> Any:
+def revived(annotation: Any, value: Any) -> Any:
     """`value` of plain mappings as the dataclass that `annotation` asks for, a union's member told by its `kind`."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         if value is None:
@@ -36,7 +36,9 @@ def _revive(annotation: Any, value: Any) -> Any:
         if not classes or not isinstance(value, Mapping):
             return value
         annotation = next(member for member in classes if value["kind"] == getattr(member, "kind", None))
+    if typing.get_origin(annotation) is tuple and isinstance(value, list | tuple):
+        return tuple(revived(typing.get_args(annotation)[0], item) for item in value)
     if not dataclasses.is_dataclass(annotation) or not isinstance(value, Mapping):
         return value
     hints = typing.get_type_hints(annotation)
-    return annotation(**{name: _revive(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+    return annotation(**{name: revived(hints[name], item) for name, item in value.items()})  # type: ignore[operator]

@@ -10,6 +10,7 @@ from model.init import Linear
 from model.kernels.attention import AttentionKernel
 from model.mixers.base import Mixer, MixerInput, MixerState
 from model.norm import NormConfig, build_norm
+from model.slots import SlotCosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,30 @@ class AttentionConfig:
     def channels(self, d_model: int) -> int:
         """Channels of one head."""
         return d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    def check(self, d_model: int) -> None:
+        """Raise ModelError where this attention cannot stand in a stack of that width."""
+        if self.head_dim is None and d_model % self.n_heads:
+            raise ModelError(
+                f"model.d_model is {d_model} with mixer.n_heads {self.n_heads}: heads share the width equally, so "
+                "n_heads must divide d_model; change one of them or set mixer.head_dim."
+            )
+
+    def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
+        """q, k, v and the output; two products of C channels for each query-key pair and head."""
+        channels = self.channels(d_model)
+        heads, kv_heads = self.n_heads * channels, self.kv_heads * channels
+        matrices = d_model * (2 * heads + 2 * kv_heads)
+        biases = (heads + 2 * kv_heads if self.qkv_bias else 0) + (d_model if self.out_bias else 0)
+        copies = 3 if self.qk_norm else 2
+        return SlotCosts(
+            parameters=matrices + biases + (2 * norm.parameters(channels) if self.qk_norm else 0),
+            matrices=matrices,
+            pair_flops=4 * heads,
+            kept_elements=copies * (heads + kv_heads),
+            kept_bytes=4 * self.n_heads,
+            state_per_token=2 * kv_heads,
+        )
 
 
 class KeyValueState(MixerState):

@@ -84,12 +84,13 @@ def _unknown_key(cls: type, key: str, where: str) -> str:
     return f"{where}.{key}: no such key; {advice}"
 
 
-def _paths(cls: type, where: str) -> Iterator[str]:
-    """Every dotted key under ``cls``, for suggestions."""
+def _paths(cls: type, where: str, above: tuple[type, ...] = ()) -> Iterator[str]:
+    """Every dotted key under ``cls``, for suggestions; a type that holds itself is gone through once."""
     for name, hint in field_types(cls).items():
         yield f"{where}.{name}"
         for inner in _dataclasses_in(hint):
-            yield from _paths(inner, f"{where}.{name}")
+            if inner not in (*above, cls):
+                yield from _paths(inner, f"{where}.{name}", (*above, cls))
 
 
 def _dataclasses_in(hint: Any) -> list[type]:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from model.build import build_model
-from model.config import ModelConfig, ModelError
+from model.config import LayerChange, ModelConfig, ModelError
 from model.costs import parameter_counts
 from model.ffn import FfnConfig
 from model.generate import Sampling
@@ -39,6 +39,8 @@ PUBLISHED = {
         (lambda: ModelConfig(dropout=1.0), "dropout is 1.0"),
         (lambda: ModelConfig(logit_soft_cap=0.0), "logit_soft_cap is 0.0"),
         (lambda: ModelConfig(z_loss=-0.1), "z_loss is -0.1"),
+        (lambda: LayerChange(every=0), "every=0"),
+        (lambda: ModelConfig(pattern=(LayerChange(every=2, mixer=AttentionConfig(n_heads=4)),)), "32 and 64 channels"),
         (lambda: AttentionConfig(n_heads=0), "n_heads is 0"),
         (lambda: AttentionConfig(n_heads=8, n_kv_heads=3), "n_kv_heads is 3"),
         (lambda: AttentionConfig(head_dim=7), "head_dim is 7"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.build import build_model
-from model.config import ModelConfig
+from model.config import LayerChange, ModelConfig
 from model.costs import (
     activation_bytes,
     attended_pairs,
@@ -18,23 +18,29 @@ from model.costs import (
     parameter_counts,
     train_flops_per_token,
 )
+from model.ffn import FfnConfig
 from model.kernels.attention import Mask, dense
 from model.mixers.attention import KeyValueState
 from tests.model.configurations import GPT2, LLAMA, any_config
 
+WIDER_SECOND = (LayerChange(every=2, first=1, ffn=FfnConfig(d_ff=29)),)
+
 
 @settings(max_examples=40, deadline=None)
-@given(config=any_config(), layout=st.sampled_from(["pre", "post", "parallel"]))
-def test_parameters_are_those_of_the_built_model(config: ModelConfig, layout: str) -> None:
-    config = replace(config, layout=layout)
+@given(config=any_config(), layout=st.sampled_from(["pre", "post", "parallel"]), wider=st.booleans())
+def test_parameters_are_those_of_the_built_model(config: ModelConfig, layout: str, wider: bool) -> None:
+    config = replace(config, layout=layout, pattern=WIDER_SECOND if wider else ())
     model, counts = build_model(config, device="meta"), parameter_counts(config)
     assert counts.total == counts.active == sum(parameter.numel() for parameter in model.parameters())
     assert counts.embedding == sum(parameter.numel() for parameter in model.frontend.parameters())
 
 
 @settings(max_examples=15, deadline=None)
-@given(config=any_config(), rows=st.integers(1, 3), tokens=st.integers(2, 20))
-def test_flops_are_those_torch_counts_forward_and_backward(config: ModelConfig, rows: int, tokens: int) -> None:
+@given(config=any_config(), rows=st.integers(1, 3), tokens=st.integers(2, 20), wider=st.booleans())
+def test_flops_are_those_torch_counts_forward_and_backward(
+    config: ModelConfig, rows: int, tokens: int, wider: bool
+) -> None:
+    config = replace(config, pattern=WIDER_SECOND if wider else ())
     model = build_model(config, kernel="dense")
     batch = torch.zeros(rows, tokens, dtype=torch.int64)
     with FlopCounterMode(display=False) as forward:

@@ -1,0 +1,6 @@
+"""The Hugging Face classes our configurations can become: one declarative table each, one file per kin."""
+
+from model.interop.families.gpt2 import GPT2
+from model.interop.families.llama import LLAMA, QWEN3
+
+FAMILIES = (LLAMA, QWEN3, GPT2)

@@ -1,0 +1,59 @@
+"""What several tables share: their words for activations, and rotary positions in both of their spellings."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from model.errors import ModelError
+from model.interop.tables import Position
+from model.position import LinearScaling, Llama3Scaling, RopeConfig
+
+OURS = "stack.layers.{layer}"
+"""A layer of ours in a key map."""
+
+ACTIVATION_NAMES = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_new",
+    "relu": "relu",
+    "relu_squared": "relu2",
+}
+
+
+def write_rope(position: Position) -> dict[str, Any]:
+    """Both spellings: `rope_parameters` of transformers 5 and the older `rope_theta` with `rope_scaling`."""
+    assert isinstance(position, RopeConfig)
+    scaling: dict[str, Any] | None = None
+    if isinstance(position.scaling, LinearScaling):
+        scaling = {"rope_type": "linear", "factor": position.scaling.factor}
+    elif isinstance(position.scaling, Llama3Scaling):
+        scaling = {
+            "rope_type": "llama3",
+            "factor": position.scaling.factor,
+            "low_freq_factor": position.scaling.low_freq_factor,
+            "high_freq_factor": position.scaling.high_freq_factor,
+            "original_max_position_embeddings": position.scaling.original_max_seq_len,
+        }
+    parameters = {"rope_theta": position.theta, **(scaling or {"rope_type": "default"})}
+    return {"rope_parameters": parameters, "rope_theta": position.theta, "rope_scaling": scaling}
+
+
+def read_rope(theirs: Mapping[str, Any]) -> Position:
+    parameters = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    theta = float(parameters.get("rope_theta", theirs.get("rope_theta") or 10000.0))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    if kind == "linear":
+        return RopeConfig(theta=theta, scaling=LinearScaling(factor=float(parameters["factor"])))
+    if kind == "llama3":
+        scaling = Llama3Scaling(
+            factor=float(parameters["factor"]),
+            low_freq_factor=float(parameters["low_freq_factor"]),
+            high_freq_factor=float(parameters["high_freq_factor"]),
+            original_max_seq_len=int(parameters["original_max_position_embeddings"]),
+        )
+        return RopeConfig(theta=theta, scaling=scaling)
+    raise ModelError(
+        f"config.json has rope_type {kind!r}: rotary positions can be imported plain or scaled by `linear` or "
+        "`llama3`; convert the checkpoint to one of these first."
+    )
