@@ -186,6 +186,7 @@ class RayJobs:
         )
 
     def status(self, job: str) -> JobStatus:
+        """Where a job stands. Raises ClusterError for a job the cluster does not know."""
         details = self._asked(lambda: self._client.get_job_info(job), job)
         state = _state(details)
         return JobStatus(

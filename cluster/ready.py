@@ -13,6 +13,7 @@ import time
 
 
 def main() -> int:
+    """Exit code 0 once all nodes are there, 1 when time is up, with the reason on the screen."""
     parser = argparse.ArgumentParser(description="wait until a Ray cluster has all its nodes")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--timeout", type=float, default=300.0)

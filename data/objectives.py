@@ -37,7 +37,8 @@ class Objective(Protocol):
     """The seam between rows and the loss. `kind` names it in settings and digests."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """Its name in settings."""
 
     def __call__(self, rows: PackedRows, global_rows: npt.NDArray[np.int64]) -> Examples: ...
 

@@ -77,22 +77,27 @@ class ShardSet:
 
     @property
     def rows(self) -> int:
+        """Packed rows in all shards."""
         return int(self.manifest["totals"]["rows"])
 
     @property
     def seq_len(self) -> int:
+        """Tokens of a row."""
         return int(self.manifest["seq_len"])
 
     @property
     def rows_per_block(self) -> int:
+        """Rows of one tar member."""
         return int(self.manifest["rows_per_block"])
 
     @property
     def vocab_size(self) -> int:
+        """Pieces of the tokenizer that made the tokens."""
         return int(self.manifest["vocab_size"])
 
     @property
     def masked(self) -> bool:
+        """Whether rows say which of their tokens are learned from (fine-tuning)."""
         return bool(self.manifest["masked"])
 
     def path_of(self, record: dict[str, Any], kind: str) -> Path:

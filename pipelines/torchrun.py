@@ -33,6 +33,7 @@ class TorchrunBackend(LocalBackend):
     """The local backend, whose gang is the processes that are there already."""
 
     def gang(self, gang: Gang, *, poll: Poll = lambda: None) -> Any:
+        """Run this process's own rank: torchrun has started the others."""
         dist.broadcast_object_list([gang.fn, gang.config], src=0, device=torch.device("cpu"))
         return gang.fn(gang.config)
 

@@ -40,6 +40,7 @@ class RunContext:
 
     @property
     def scratch(self) -> Path:
+        """A folder for the stage's own notes, which survives a kill and is never published."""
         return self.work.scratch
 
     def map_shards(

@@ -2,7 +2,7 @@
 
     <store>/<step>/<digest16>/manifest.json    an artifact; its files are beside it under t000001/, named by the token
     <store>/.work/<step>-<digest16>/t000001/   what that attempt kept for another machine; its index is kept.json
-    <cache>/work/, <cache>/artifacts/          this machine's work folders and downloaded inputs
+    the cache folder                           this machine's work folders (`work`) and downloaded inputs (`artifacts`)
 
 Nothing is ever overwritten by two writers: every attempt uploads under its own token, the swap on the lease decides
 which one is the artifact, and only then its manifest appears.

@@ -49,6 +49,7 @@ class Objects:
         return {key.removeprefix(f"{self.root}/"): json.loads(data) for key, data in found.items()}
 
     def write_json(self, path: str, value: Any) -> None:
+        """Store a value as JSON, keys sorted."""
         self.filesystem.pipe_file(self.key(path), json_bytes(value))
 
     def sizes(self, folder: str) -> dict[str, int]:

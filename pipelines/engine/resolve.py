@@ -27,6 +27,7 @@ class Node:
 
     @property
     def name(self) -> str:
+        """The step's name."""
         return self.step.name
 
 

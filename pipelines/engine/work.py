@@ -35,14 +35,17 @@ class Work:
 
     @property
     def out(self) -> Path:
+        """What the stage writes; published as a whole."""
         return self.root / "out"
 
     @property
     def scratch(self) -> Path:
+        """The stage's own notes, never published."""
         return self.root / "engine" / "scratch"
 
     @property
     def logs(self) -> Path:
+        """What ranks of gangs printed."""
         return self.root / "engine" / "logs"
 
     def folder(self, kind: str) -> Path:

@@ -62,6 +62,7 @@ class Completion:
 
     @property
     def tokens_per_second(self) -> float:
+        """Decoding rate, reading the prompt included."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 

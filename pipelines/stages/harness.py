@@ -62,10 +62,12 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """`</s>`, which ends a document."""
         return self.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
+        """`<s>`, which the harness puts before a text without context."""
         return self.tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:

@@ -20,6 +20,7 @@ class HeldOut:
     available: int
 
     def card(self) -> dict[str, Any]:
+        """What results.json says about the choice."""
         return {
             "available_documents": self.available,
             "scored_documents": len(self.documents),

@@ -30,6 +30,7 @@ class Window:
 
     @property
     def tokens(self) -> int:
+        """How many inputs the window holds."""
         return self.end - self.start
 
 

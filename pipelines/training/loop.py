@@ -286,6 +286,7 @@ class Trainer:
         self.ranks.agree(problem)
 
     def say(self, line: str) -> None:
+        """Tell the user one line, on the screen and in the notes that the driver shows; the first rank speaks for all."""
         if self.ranks.is_first:
             print(f"{self.run.label}: {line}", flush=True)
             with (self.run.out_dir / NOTES).open("a", encoding="utf-8") as notes:

@@ -41,6 +41,7 @@ class MetricsLog:
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file; every row is in it already."""
         self._file.close()
 
 
@@ -64,6 +65,7 @@ class Speed:
     peak_flops: float
 
     def mfu(self, tokens_per_second: float) -> float | None:
+        """Share of the peak that this many tokens/s of all ranks make use of; 0.4 is 40 %."""
         return None if self.flops_per_token is None else tokens_per_second * self.flops_per_token / self.peak_flops
 
 
@@ -108,6 +110,7 @@ class Progress:
         print(self.line(row), flush=True)
 
     def line(self, row: Row) -> str:
+        """What is shown of a row: step, loss, tokens/s, MFU, time left."""
         (then, first), (now, step) = self._steps[0], self._steps[-1]
         left = (now - then) / (step - first) * (self._total_steps - step) if step > first else None
         parts = [
@@ -164,6 +167,7 @@ class WandbRun:
         self._run.log_artifact(artifact)
 
     def close(self, *, failed: bool) -> None:
+        """End the run and see that an offline file is whole on the disk."""
         import wandb
 
         self._run.finish(exit_code=1 if failed else 0)

@@ -72,6 +72,7 @@ class Together(torch.optim.Optimizer):
             part.state = self.state
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every part."""
         for part in self.parts:
             part.step(closure)
 

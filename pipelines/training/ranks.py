@@ -26,6 +26,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
+        """Whether this rank writes and speaks for all."""
         return self.rank == 0
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:

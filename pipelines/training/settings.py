@@ -209,6 +209,7 @@ class BatchPlan:
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of one update, over all ranks and micro-batches."""
         return self.rows_per_step * self.seq_len
 
     @classmethod

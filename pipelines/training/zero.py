@@ -63,6 +63,7 @@ class ZeroEngine:
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The model's answer to one micro-batch; the keys of `batch` are its keyword names."""
         out: dict[str, torch.Tensor] = self._engine(**batch)
         return out
 
@@ -119,6 +120,7 @@ class ZeroEngine:
         return [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
 
     def versions(self) -> dict[str, str]:
+        """Packages whose version may change what training computes."""
         return {"torch": torch.__version__, "deepspeed": self._deepspeed.__version__}
 
     def close(self) -> None:
