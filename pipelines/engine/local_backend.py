@@ -35,6 +35,9 @@ class LocalBackend:
             gpus=gpus if gpus is not None else len(glob.glob("/dev/nvidia[0-9]*")),
         )
         self._in_process = in_process
+        self._turn = (
+            threading.Lock()
+        )  # steps run in threads of this process, and libraries import lazily: one at a time
 
     def resources(self) -> Resources:
         return self._resources
@@ -52,7 +55,9 @@ class LocalBackend:
         if self._in_process:
             for name, args in calls.items():
                 poll()
-                yield name, fn(*args)
+                with self._turn:
+                    result = fn(*args)
+                yield name, result
             return
         waiting = {name: portable_call(fn, args) for name, args in calls.items()}
         workers = [_Worker(threads=cpus) for _ in range(min(at_once, len(waiting)))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -48,6 +49,23 @@ def test_calls_run_in_other_processes_and_every_result_comes_back(backend: Local
     assert len(pids) <= 2
     assert os.getpid() not in pids
     assert list(backend.map(workers.double, {})) == []
+
+
+def test_in_process_calls_of_two_steps_take_turns() -> None:
+    backend, running, together = LocalBackend(in_process=True), threading.Event(), []
+
+    def call(_: int) -> None:
+        together.append(running.is_set())
+        running.set()
+        time.sleep(0.05)
+        running.clear()
+
+    steps = [threading.Thread(target=lambda: list(backend.map(call, {"x": (0,), "y": (1,)}))) for _ in range(2)]
+    for step in steps:
+        step.start()
+    for step in steps:
+        step.join()
+    assert together == [False] * 4
 
 
 def test_in_process_runs_in_the_caller() -> None:
