@@ -87,7 +87,7 @@ def plan_shards(files: Sequence[SourceFile], shard_bytes: int) -> list[tuple[Sou
 
 
 def build_corpus(settings: CorpusSettings, out_dir: Path, map_shards: MapShards, *, scratch: Path) -> dict[str, Any]:
-    """Make the whole corpus under `out_dir` (train/, heldout/, card.json) and return its counts.
+    """Make the whole corpus under `out_dir` (train/, heldout/, card.json) and return the card.
 
     `map_shards(fn, payloads, label=..., scratch=False)` runs `fn(payload, folder)` per shard and leaves the files that
     fn wrote in `out_dir`, or, when told scratch=True, in `scratch`: what only the next stage needs. Raises DataError
@@ -113,7 +113,7 @@ def build_corpus(settings: CorpusSettings, out_dir: Path, map_shards: MapShards,
     if card["train_documents"] == 0:
         raise DataError(_nothing_left(card["documents_read"], 0, card["heldout_documents"]))
     (out_dir / "card.json").write_text(json.dumps(card, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return {key: value for key, value in card.items() if isinstance(value, int | float)}
+    return card
 
 
 def in_process(out_dir: Path, scratch: Path) -> MapShards:

@@ -166,19 +166,18 @@ class Display:
         began, first = self._began.setdefault(key, (time.monotonic(), event.done))
         elapsed = time.monotonic() - began
         rate = (event.done - first) / elapsed if elapsed > 0.5 else 0.0
-        words = _amount(event.done, event.unit)
+        words = f"{event.label} {_amount(event.done, event.unit)}"
         if event.total:
-            words += f" of {_amount(event.total, event.unit)}"
-        if rate > 0:
-            words += f", {_amount(rate, event.unit)}/s"
-        words = f"{event.label} {words}"
+            words = f"{event.label} {count(event.done)} of {_amount(event.total, event.unit)}"
+        words += f", {_amount(rate, event.unit)}/s" if rate > 0 else ""
+        words += f", {event.line}" if event.line else ""
         if self._live:
             if key not in self._tasks:
                 self._tasks[key] = self._bars.add_task(words, total=event.total, step=event.step)
             self._bars.update(self._tasks[key], completed=event.done, total=event.total, description=words)
             return
         now = time.monotonic()
-        if now - self._last_line.get(event.step, now - QUIET_SECONDS + 3) >= QUIET_SECONDS:
+        if now - self._last_line.setdefault(event.step, now - max(0.0, QUIET_SECONDS - 3)) >= QUIET_SECONDS:
             self._last_line[event.step] = now
             left = f", {duration((event.total - event.done) / rate)} left" if event.total and rate > 0 else ""
             self._console.print(Text(f"{event.step:<12} {words}{left}"))
@@ -189,8 +188,6 @@ class Display:
 
 
 def _amount(value: float, unit: str) -> str:
-    if unit in ("B", "bytes"):
-        return size(value)
     return f"{count(value)} {unit}".rstrip() if unit else count(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,45 @@ def test_an_empty_corpus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     (tmp_path / "text" / "empty.txt").write_text("")
     said = complaint(capsys, "run", *tiny(tmp_path / "text", tmp_path / "store", LOCAL))
     assert "empty" in said
+
+
+def test_malformed_lines_are_counted_and_too_many_are_an_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    lines = (json.dumps({"text": text}) + "\n{broken\n" for text in texts())
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    overrides = tiny(tmp_path / "a.jsonl", tmp_path / "store", LOCAL)
+    said = complaint(capsys, "run", *overrides, "--until", "corpus")
+    assert f"{tmp_path / 'a.jsonl'}, line 22" in said and "max_malformed_lines_per_file" in said
+    succeed("run", *overrides, "corpus.reader.max_malformed_lines_per_file=30", "--until", "corpus")
+    assert "30 malformed lines" in capsys.readouterr().err
+    [card] = (tmp_path / "store").glob("corpus/*/card.json")
+    assert json.loads(card.read_text())["malformed"][0].split("/")[-1].startswith("a.jsonl:2: not JSON")
+
+
+def test_invalid_utf8_is_read_on_and_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number, text in enumerate(texts()):
+        (tmp_path / "text" / f"{number}.txt").write_bytes(f"Caf\u00e9 {number}\n{text}".encode("latin-1"))
+    succeed("run", *tiny(tmp_path / "text", tmp_path / "store", LOCAL), "--until", "corpus")
+    assert "30 files with invalid utf8" in capsys.readouterr().err
+    [card] = (tmp_path / "store").glob("corpus/*/card.json")
+    assert json.loads(card.read_text())["train_documents"] > 20
+
+
+def succeed(*arguments: str) -> None:
+    """Run a command that is to end well."""
+    with pytest.raises(SystemExit) as left:
+        main(list(arguments))
+    assert left.value.code == 0
+
+
+def texts() -> list[str]:
+    """Thirty short texts that pass the filters."""
+    return [
+        "\n".join(f"At {hour} of day {day} the clerk wrote {hour * day} letters to the town." for hour in range(24))
+        for day in range(30)
+    ]
 
 
 def test_a_corpus_too_small_for_the_vocabulary(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, athanor, tiny
+from tests.conftest import ROOT, TINY, athanor, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -196,6 +197,43 @@ def test_killed_drivers_in_every_stage_leave_the_same_artifacts(
         break
     assert kills >= 2
     assert contents(tmp_path) == contents(finished["store"])
+
+
+def test_a_corrupted_shard_is_refused_and_nothing_is_lost(
+    finished: dict[str, Any], corpus_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished["store"], tmp_path, dirs_exist_ok=True)
+    tar = min(tmp_path.glob("shards/*/*.tar"))
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:3000] + bytes([whole[3000] ^ 255]) + whole[3001:])
+    command = ("run", *tiny(corpus_dir, tmp_path, "compute.backend=local", "optim.lr=0.0011"), "--until", "pretrain")
+    refused = athanor(*command, check=False)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert f"{tar}, block 0 is corrupted: its sha256" in refused.stderr
+    tar.write_bytes(whole)
+    assert re.search(r"^pretrain\s+made", athanor(*command).stdout, re.MULTILINE)
+
+
+RUN_ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=1m none "$1"
+"${@:2}" "store=$1" > "$1.first" 2>&1; echo "exit code $?" >> "$1.first"
+mount -o remount,size=100m "$1"
+"${@:2}" "store=$1" > "$1.second" 2>&1
+"""
+
+
+def test_a_full_disk_is_said_and_the_same_command_continues(corpus_dir: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    in_namespace = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
+    if subprocess.run([*in_namespace, "mount -t tmpfs none /mnt"], capture_output=True).returncode != 0:
+        pytest.skip("no mount namespaces here")
+    command = [sys.executable, "-m", "pipelines", "run", *TINY, f"corpus.paths=[{corpus_dir}]", "compute.backend=local"]
+    script = [*in_namespace, RUN_ON_A_SMALL_DISK, "bash", str(disk), *command, "--until", "pretrain"]
+    again = subprocess.run(script, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
+    first, second = (tmp_path / "disk.first").read_text(), (tmp_path / "disk.second").read_text()
+    assert "The disk is full" in first and "exit code 2" in first and "Traceback" not in first, first
+    assert again.returncode == 0 and re.search(r"^corpus\s+cached", second, re.MULTILINE), second
 
 
 def test_ctrl_c_leaves_a_clean_state_and_says_how_to_continue(corpus_dir: Path, tmp_path: Path) -> None:

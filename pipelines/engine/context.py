@@ -130,8 +130,8 @@ class RunContext:
         self.still_holds()
         self.store.keep(self.work, relpath)
 
-    def progress(self, label: str, done: float, total: float | None, unit: str = "") -> None:
-        self._emit("progress", label=label, done=done, total=total, unit=unit)
+    def progress(self, label: str, done: float, total: float | None, unit: str = "", note: str = "") -> None:
+        self._emit("progress", label=label, done=done, total=total, unit=unit, line=note)
 
     def say(self, line: str) -> None:
         self._emit("said", line=line)

@@ -20,7 +20,7 @@ class Event:
     total: float | None = None
     unit: str = ""
     line: str = ""
-    """said, waiting, failed: for the person watching."""
+    """said, waiting, failed: for the person watching. progress: what else there is to tell."""
     seconds: float = 0.0
     """finished: all attempts together."""
 

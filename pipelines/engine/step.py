@@ -76,8 +76,8 @@ class Context(Protocol):
         """
         ...
 
-    def progress(self, label: str, done: float, total: float | None, unit: str = "") -> None:
-        """Tell the display how far this stage is."""
+    def progress(self, label: str, done: float, total: float | None, unit: str = "", note: str = "") -> None:
+        """Tell the display how far this stage is. `label` stays the same from call to call; `note` may change."""
         ...
 
     def say(self, line: str) -> None:

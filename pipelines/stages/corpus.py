@@ -13,4 +13,10 @@ from pipelines.engine.step import Artifact, Context
 def run(settings: CorpusSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Writes train/*.parquet, heldout/*.parquet and card.json (what came in, what stayed, why the rest went)."""
     card = build_corpus(settings, out_dir, ctx.map_shards, scratch=ctx.scratch)
-    return {"documents": card["train_documents"] + card["heldout_documents"], **card}
+    for repair, times in card["repaired"].items():
+        if not repair.startswith("malformed_lines in "):  # the total is said
+            ctx.say(f"{times:,} {repair.replace('_', ' ')}")
+    if card["malformed"]:
+        ctx.say(f"the first malformed: {card['malformed'][0]}; card.json has {len(card['malformed'])} of them")
+    counts = {key: value for key, value in card.items() if isinstance(value, int)}
+    return {"documents": card["train_documents"] + card["heldout_documents"], **counts}

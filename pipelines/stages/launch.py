@@ -99,7 +99,7 @@ class Watch:
         record = self._newest_record()
         if record is not None:
             mfu = f", {record['mfu']:.0%} MFU" if record.get("mfu") is not None else ""
-            self._ctx.progress(f"loss {record['loss']:.3f}{mfu},", record["tokens"], self._total, "tokens")
+            self._ctx.progress("trained", record["tokens"], self._total, "tokens", f"loss {record['loss']:.3f}{mfu}")
         for path in sorted((self._out_dir / "checkpoints").glob("step-*")):
             if path.name not in self._kept:
                 self._kept.add(path.name)

@@ -1,0 +1,49 @@
+"""What a person sees while steps run: one bar for what is counted, or lines now and then where there is no terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from contextlib import suppress
+
+from tests.conftest import ROOT
+
+PROGRAM = """
+import sys, time
+from pipelines import console
+from pipelines.engine.events import Event
+
+console.QUIET_SECONDS = 0.5
+with console.Display() as display:
+    display.event(Event(kind="started", step="pretrain", digest="d"))
+    for done in range(1, 11):
+        note = f"loss {9 - done / 10:.3f}"
+        display.event(Event(kind="progress", step="pretrain", digest="d", label="trained", done=done * 2048, total=20480,
+                            unit="tokens", line=note))
+        time.sleep(0.15)
+    display.event(Event(kind="finished", step="pretrain", digest="d", seconds=1.5))
+"""
+
+
+def test_without_a_terminal_progress_is_told_in_lines_now_and_then() -> None:
+    result = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [line for line in result.stderr.splitlines() if "trained" in line]
+    assert 1 <= len(lines) <= 4, result.stderr
+    assert "of 20.5 k tokens" in lines[-1] and "tokens/s, loss 8." in lines[-1] and " left" in lines[-1]
+
+
+def test_on_a_terminal_one_bar_follows_what_is_counted() -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, stderr=theirs, stdout=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # a terminal's way of saying that nobody is left to write
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    assert process.wait() == 0
+    assert b"loss 8.0" in shown and b"tokens/s" in shown
+    assert b"\x1b[1A" not in shown, "a second bar: the cursor had to go up to the first"
