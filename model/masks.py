@@ -13,12 +13,15 @@ class Mask:
     causal: a token sees itself and what stands before it.
     documents_BT: int32 document number of every token, 0 for padding; a document is one unbroken run of its number.
         A token sees its own document only; padding sees nothing and is seen by nothing.
+    key_documents_BS: the documents of the keys, where these are an encoder's output and not the queries' own row. A
+        token sees the same document there; all but padding where its own row has no documents.
     slots_BT: for cached decoding, the cache slot of every query; key `s` is visible to it when `s <= slot`.
     keys: in cached decoding, how many slots are looked at.
     """
 
     causal: bool = True
     documents_BT: torch.Tensor | None = None
+    key_documents_BS: torch.Tensor | None = None
     slots_BT: torch.Tensor | None = None
     keys: int = 0
 
@@ -41,7 +44,10 @@ def dense(mask: Mask, queries: int, keys: int, device: torch.device) -> torch.Te
         visible_BTS = (key_S <= torch.arange(queries, device=device)[:, None])[None]
     else:
         visible_BTS = torch.ones(1, queries, keys, dtype=torch.bool, device=device)
-    if mask.documents_BT is not None:
-        query_BT1, key_B1S = mask.documents_BT[:, :, None], mask.documents_BT[:, None, :]
+    key_BS = mask.documents_BT if mask.key_documents_BS is None else mask.key_documents_BS
+    if mask.documents_BT is None and key_BS is not None:
+        visible_BTS = visible_BTS & (key_BS != 0)[:, None]
+    elif mask.documents_BT is not None and key_BS is not None:
+        query_BT1, key_B1S = mask.documents_BT[:, :, None], key_BS[:, None, :]
         visible_BTS = visible_BTS & (query_BT1 == key_B1S) & (query_BT1 != 0)
     return visible_BTS

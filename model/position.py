@@ -57,9 +57,25 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedPositionConfig:
-    """One learned vector per position, added to the token embedding (GPT-2)."""
+    """One learned vector per position, added to the token embedding (GPT-2).
+
+    offset: rows of the table before that of position 0, which nothing looks up (BART and RoBERTa have 2).
+    """
 
     kind: Literal["learned"] = "learned"
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.offset < 0:
+            raise ModelError(f"position.offset is {self.offset}: it counts unused rows; use 0 for none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinusoidalPositionConfig:
+    """Fixed sines and cosines added to the token embedding (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762,
+    section 3.5): the first half of the channels are all sines, the second all cosines, from 1 to 1/10000 radians."""
+
+    kind: Literal["sinusoidal"] = "sinusoidal"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +85,7 @@ class NoPositionConfig:
     kind: Literal["none"] = "none"
 
 
-PositionConfig = RopeConfig | LearnedPositionConfig | NoPositionConfig
+PositionConfig = RopeConfig | LearnedPositionConfig | SinusoidalPositionConfig | NoPositionConfig
 
 
 @dataclass(frozen=True)
@@ -119,12 +135,44 @@ class LearnedPositions(Declared):
 
     declared = declare(weight=Parameter("embedding", "embedding"))
 
-    def __init__(self, max_seq_len: int, d_model: int) -> None:
+    def __init__(self, max_seq_len: int, d_model: int, offset: int = 0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(max_seq_len, d_model))
+        self.offset = offset
+        self.weight = nn.Parameter(torch.empty(max_seq_len + offset, d_model))
 
     def forward(self, positions_BT: torch.Tensor) -> torch.Tensor:
-        return nn.functional.embedding(positions_BT, self.weight)
+        return nn.functional.embedding(positions_BT + self.offset, self.weight)
+
+
+class SinusoidalPositions(nn.Module):
+    """The sines and cosines of any position; nothing is tabulated, so no buffer can be cast to bf16."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.d_model = d_model
+
+    def forward(self, positions_BT: torch.Tensor) -> torch.Tensor:
+        """fp32 [B or 1, T, D]; angles are taken in fp64, where a large position keeps its fraction of a turn."""
+        exponent_C = torch.arange(0, self.d_model, 2, dtype=torch.float64, device=positions_BT.device) / self.d_model
+        angles_BTC = positions_BT.double()[..., None] * 10000.0**-exponent_C
+        x_BTD = torch.cat((angles_BTC.sin(), angles_BTC[..., : self.d_model // 2].cos()), dim=-1)
+        return x_BTD.float()
+
+
+Positions = LearnedPositions | SinusoidalPositions
+"""What a frontend adds: positions_BT -> x_BTD."""
+
+
+def build_positions(config: PositionConfig, max_seq_len: int, d_model: int) -> Positions | None:
+    """What `config` adds to the embeddings, if anything."""
+    if isinstance(config, LearnedPositionConfig):
+        return LearnedPositions(max_seq_len, d_model, config.offset)
+    return SinusoidalPositions(d_model) if isinstance(config, SinusoidalPositionConfig) else None
+
+
+def position_parameters(config: PositionConfig, max_seq_len: int, d_model: int) -> int:
+    """How many parameters that has."""
+    return (max_seq_len + config.offset) * d_model if isinstance(config, LearnedPositionConfig) else 0
 
 
 def document_positions(documents_BT: torch.Tensor) -> torch.Tensor:

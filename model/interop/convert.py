@@ -51,7 +51,7 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
                 f"config.json has {key}={theirs[key]!r}: a {family.model_type} checkpoint can be imported with "
                 f"{value!r} only; this variant computes something else."
             )
-    fields = {path: value for path, value in family.fixed.items() if path != "position.kind"}
+    fields = {path: value for path, value in family.fixed.items() if not path.startswith("position.")}
     for setting in family.settings:
         value = theirs.get(setting.theirs, setting.default)
         if setting.names is not None:
@@ -67,10 +67,10 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
 
 
 def to_hf(state: Mapping[str, torch.Tensor], config: ModelConfig) -> State:
-    """Our state dict under their names and in their layout, in its own precision; a tied head is left out."""
+    """Our state dict under their names and in their layout, in its own precision; tied weights are stored once."""
     theirs: State = {}
     for weight in spelled_weights(family_of(config), config):
-        if weight.ours == ("head.weight",) and config.tie_embeddings:
+        if weight.ours[0] in config.tied_weights:
             continue
         parts = [state[name] for name in weight.ours if name in state]
         if len(parts) == len(weight.ours):
@@ -89,8 +89,7 @@ def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]
     own = build_model(config, device="meta").state_dict()
     expected = to_hf(own, config)
     theirs = _cleaned(family, theirs, expected)
-    if config.tie_embeddings:
-        theirs = _without_tied_head(family, theirs)
+    theirs = _without_tied(family, config, theirs)
     check_tensors({name: tensor.shape for name, tensor in theirs.items()}, {n: t.shape for n, t in expected.items()})
     state: State = {}
     for weight in spelled_weights(family, config):
@@ -98,9 +97,7 @@ def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]
             stored = theirs[weight.theirs].T if weight.transposed else theirs[weight.theirs]
             parts = stored.split([own[name].shape[0] for name in weight.ours])
             state |= {name: part.contiguous() for name, part in zip(weight.ours, parts, strict=True)}
-    if config.tie_embeddings:
-        state["head.weight"] = state["frontend.tokens.weight"]
-    return config, state
+    return config, state | {name: state[source] for name, source in config.tied_weights.items()}
 
 
 def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
@@ -126,7 +123,9 @@ def spelled_weights(family: Family, config: ModelConfig) -> list[Weight]:
     """The table with every layer spelled out, each tensor once."""
     spelled: dict[str, Weight] = {}
     for weight in family.weights:
-        for layer in range(config.n_layers) if "{layer}" in weight.theirs else (0,):
+        owner = config.encoder if weight.ours[0].startswith("encoder.") else config
+        layers = 0 if owner is None else owner.n_layers if "{layer}" in weight.theirs else 1
+        for layer in range(layers):
             ours = tuple(name.format(layer=layer) for name in weight.ours)
             theirs = weight.theirs.format(layer=layer)
             spelled[theirs] = dataclasses.replace(weight, theirs=theirs, ours=ours)
@@ -181,12 +180,16 @@ def _cleaned(
     return kept
 
 
-def _without_tied_head(family: Family, theirs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    names = {weight.ours: weight.theirs for weight in family.weights}
-    head, tokens = names[("head.weight",)], names[("frontend.tokens.weight",)]
-    if head in theirs and tokens in theirs and not torch.equal(theirs[head], theirs[tokens]):
-        raise ModelError(
-            f"config.json ties the embeddings, but {head} differs from {tokens}: set tie_word_embeddings to false to "
-            "keep both, or remove the head's tensor."
-        )
-    return {name: tensor for name, tensor in theirs.items() if name != head}
+def _without_tied(
+    family: Family, config: ModelConfig, theirs: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """Without the copies of a tied weight that some checkpoints store. Raises ModelError where one is no copy."""
+    names = {weight.ours[0]: weight.theirs for weight in family.weights}
+    copies = {names[name]: names[source] for name, source in config.tied_weights.items() if name in names}
+    for copy, source in copies.items():
+        if copy in theirs and source in theirs and not torch.equal(theirs[copy], theirs[source]):
+            raise ModelError(
+                f"config.json ties the embeddings, but {copy} differs from {source}: set tie_word_embeddings to false to "
+                "keep both, or remove the former tensor."
+            )
+    return {name: tensor for name, tensor in theirs.items() if name not in copies}

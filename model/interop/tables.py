@@ -5,9 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from model.config import ModelConfig
-from model.position import LearnedPositionConfig, NoPositionConfig, RopeConfig
-
-Position = RopeConfig | LearnedPositionConfig | NoPositionConfig
+from model.position import PositionConfig
 
 
 @dataclass(frozen=True)
@@ -61,13 +59,13 @@ class Family:
     only_written: Mapping[str, Any] = field(default_factory=dict)
     heads_divide_width: bool = False
     ignored: tuple[str, ...] = ()
-    write_position: Callable[[Position], dict[str, Any]]
-    read_position: Callable[[Mapping[str, Any]], Position]
+    write_position: Callable[[PositionConfig], dict[str, Any]]
+    read_position: Callable[[Mapping[str, Any]], PositionConfig]
 
 
 def dotted(config: ModelConfig, path: str) -> Any:
-    """The value of a field such as `mixer.n_heads`."""
+    """The value of a field such as `mixer.n_heads`; null where the model has no such part."""
     value: Any = config
     for name in path.split("."):
-        value = getattr(value, name)
+        value = getattr(value, name, None)
     return value

@@ -31,7 +31,7 @@ def sdpa_attention(
     if mask.slots_BT is not None:
         return cached_attention(q_BTHC, k_BSKC, v_BSKC, mask, scale)
     visible_B1TS: torch.Tensor | None = None
-    if mask.documents_BT is not None:
+    if mask.documents_BT is not None or mask.key_documents_BS is not None:
         visible_B1TS = dense(mask, q_BTHC.shape[1], k_BSKC.shape[1], q_BTHC.device)[:, None]
     out_BHTC = torch.nn.functional.scaled_dot_product_attention(
         q_BTHC.transpose(1, 2),

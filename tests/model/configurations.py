@@ -4,10 +4,18 @@ from hypothesis import strategies as st
 
 from model.config import ModelConfig
 from model.ffn import FfnConfig
+from model.frontends import TokenFrontendConfig
+from model.heads import LanguageHeadConfig, NoHeadConfig
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
 from model.norm import NormConfig
-from model.position import LearnedPositionConfig, LinearScaling, Llama3Scaling, RopeConfig
+from model.position import (
+    LearnedPositionConfig,
+    LinearScaling,
+    Llama3Scaling,
+    RopeConfig,
+    SinusoidalPositionConfig,
+)
 
 # Wide enough a start that attention is far from uniform and a wrong mask or position shows in the logits.
 LIVELY = InitConfig(std=0.2)
@@ -30,6 +38,69 @@ GPT2 = ModelConfig(
     position=LearnedPositionConfig(),
     mixer=AttentionConfig(n_heads=4, qkv_bias=True, out_bias=True),
     ffn=FfnConfig(d_ff=48, activation="gelu_tanh", gated=False, bias=True),
+    init=LIVELY,
+)
+BERT = ModelConfig(
+    vocab_size=97,
+    d_model=32,
+    n_layers=2,
+    max_seq_len=64,
+    causal=False,
+    layout="post",
+    norm=NormConfig(kind="layer", bias=True, eps=1e-12),
+    frontend=TokenFrontendConfig(token_types=2, norm=True),
+    position=LearnedPositionConfig(offset=2),
+    mixer=AttentionConfig(n_heads=4, qkv_bias=True, out_bias=True),
+    ffn=FfnConfig(d_ff=48, activation="gelu", gated=False, bias=True),
+    head=LanguageHeadConfig(bias=True, transform="gelu"),
+    init=LIVELY,
+)
+VASWANI = ModelConfig(
+    vocab_size=97,
+    d_model=32,
+    n_layers=2,
+    max_seq_len=64,
+    layout="post",
+    norm=NormConfig(kind="layer", bias=True),
+    frontend=TokenFrontendConfig(scale_by_sqrt_width=True),
+    position=SinusoidalPositionConfig(),
+    mixer=AttentionConfig(n_heads=4, qkv_bias=True, out_bias=True),
+    ffn=FfnConfig(d_ff=48, activation="relu", gated=False, bias=True),
+    encoder=ModelConfig(
+        d_model=32,
+        n_layers=1,
+        max_seq_len=64,
+        causal=False,
+        layout="post",
+        norm=NormConfig(kind="layer", bias=True),
+        frontend=TokenFrontendConfig(scale_by_sqrt_width=True),
+        position=SinusoidalPositionConfig(),
+        mixer=AttentionConfig(n_heads=4, qkv_bias=True, out_bias=True),
+        ffn=FfnConfig(d_ff=48, activation="relu", gated=False, bias=True),
+        head=NoHeadConfig(),
+        init=LIVELY,
+    ),
+    init=LIVELY,
+)
+WIDER_ENCODER = ModelConfig(
+    vocab_size=97,
+    d_model=32,
+    n_layers=2,
+    max_seq_len=64,
+    mixer=AttentionConfig(n_heads=4, n_kv_heads=2, qk_norm=True),
+    ffn=FfnConfig(d_ff=48),
+    encoder=ModelConfig(
+        vocab_size=50,
+        d_model=40,
+        mixer=AttentionConfig(n_heads=5),
+        n_layers=1,
+        max_seq_len=64,
+        tie_embeddings=False,
+        causal=False,
+        ffn=FfnConfig(d_ff=48),
+        head=NoHeadConfig(),
+        init=LIVELY,
+    ),
     init=LIVELY,
 )
 

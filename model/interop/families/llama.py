@@ -1,6 +1,6 @@
 """LLaMA (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) and the classes that name their tensors as it does."""
 
-from model.interop.families.common import ACTIVATION_NAMES, OURS, read_rope, write_rope
+from model.interop.families.common import ACTIVATION_NAMES, DECODER, OURS, read_rope, write_rope
 from model.interop.tables import Family, Setting, Weight
 
 _LLAMA = "model.layers.{layer}"
@@ -45,6 +45,7 @@ LLAMA = Family(
     weights=LLAMA_WEIGHTS,
     settings=(*LLAMA_SETTINGS, Setting("mlp_bias", ("ffn.bias",), False)),
     fixed={
+        **DECODER,
         "layout": "pre",
         "pattern": (),
         "norm.kind": "rms",
