@@ -1,5 +1,6 @@
 """A whole model: frontend, stack, head."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -12,7 +13,14 @@ from model.frontends import TokenFrontend
 from model.heads import LanguageHead
 from model.masks import Mask
 from model.mixers.base import MixerInput
-from model.position import LearnedPositionConfig, RopeConfig, document_positions, rotation
+from model.position import (
+    AlibiConfig,
+    LearnedPositionConfig,
+    RopeConfig,
+    alibi_bias,
+    document_positions,
+    rotation,
+)
 from model.stack import Stack
 
 
@@ -39,6 +47,7 @@ class Transformer(nn.Module):
         targets_BT: torch.Tensor | None = None,
         documents_BT: torch.Tensor | None = None,
         positions_BT: torch.Tensor | None = None,
+        prefix_B: torch.Tensor | None = None,
         cache: Cache | None = None,
         logits_for: Literal["all", "last"] | torch.Tensor = "all",
         per_token: bool = False,
@@ -48,6 +57,7 @@ class Transformer(nn.Module):
         tokens_BT: int64. targets_BT: int64, the token that should follow each, -100 where there is none.
         documents_BT: int32 document number within the row, 0 for padding; attention stays inside a document and
         positions restart with each. positions_BT: int64, to override that.
+        prefix_B: int64, how many first tokens of each row see each other both ways (prefix-LM, Raffel et al. 2020).
         cache: tokens continue what it remembers, and are remembered. logits_for: every token, the last one, or the
         column given for each row (int64 [B]).
 
@@ -55,7 +65,7 @@ class Transformer(nn.Module):
         "z_loss_sum" where the configuration weighs it; with `per_token` instead, and without gradient, {"nll": fp32
         [B, T], "is_top": bool [B, T]}.
         """
-        shared, positions_BT = self._shared(tokens_BT, documents_BT, positions_BT, cache)
+        shared, positions_BT = self._shared(tokens_BT, documents_BT, positions_BT, prefix_B, cache)
         states = None if cache is None else cache.states
         x_BTD = self.stack(self.frontend(tokens_BT, positions_BT), shared, states)
         if cache is not None:
@@ -77,6 +87,7 @@ class Transformer(nn.Module):
         tokens_BT: torch.Tensor,
         documents_BT: torch.Tensor | None,
         positions_BT: torch.Tensor | None,
+        prefix_B: torch.Tensor | None,
         cache: Cache | None,
     ) -> tuple[MixerInput, torch.Tensor]:
         """What all layers share of this pass, and the position of every token."""
@@ -97,7 +108,17 @@ class Transformer(nn.Module):
         angles = None
         if isinstance(position, RopeConfig) and self.config.head_dim is not None:
             angles = rotation(position, positions_BT, self.config.head_dim)
-        if cache is None:
-            return MixerInput(Mask(documents_BT=documents_BT), angles), positions_BT
-        mask = Mask(slots_BT=slots_BT, keys=cache.slots_for(tokens)) if cache.longest else Mask()
-        return MixerInput(mask, angles, slots_BT, cache.longest if cache.uniform else None), positions_BT
+        mask = Mask(documents_BT=documents_BT if cache is None else None, prefix_B=prefix_B)
+        if cache is not None and cache.longest:
+            mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(tokens))
+        if isinstance(position, AlibiConfig):
+            keys = mask.keys or tokens
+            mask = replace(mask, bias_HL=alibi_bias(self.config.attention_heads, keys, tokens_BT.device))
+        shared = MixerInput(
+            mask,
+            angles,
+            slots_BT,
+            cache.longest if cache is not None and cache.uniform else None,
+            {window: replace(mask, window=window) for window in self.config.windows},
+        )
+        return shared, positions_BT

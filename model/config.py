@@ -10,7 +10,7 @@ from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
 from model.mixers.build import MixerConfig
 from model.norm import NormConfig
-from model.position import LearnedPositionConfig, NoPositionConfig, RopeConfig
+from model.position import AlibiConfig, PositionConfig, RopeConfig
 
 __all__ = ["LayerChange", "LayerConfig", "ModelConfig", "ModelError", "Role", "parameter_roles"]
 
@@ -63,7 +63,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     layout: Layout = "pre"
     norm: NormConfig = field(default_factory=NormConfig)
-    position: RopeConfig | LearnedPositionConfig | NoPositionConfig = field(default_factory=RopeConfig)
+    position: PositionConfig = field(default_factory=RopeConfig)
     mixer: AttentionConfig = field(default_factory=AttentionConfig)
     ffn: FfnConfig = field(default_factory=FfnConfig)
     pattern: tuple[LayerChange, ...] = ()
@@ -81,6 +81,11 @@ class ModelConfig:
             layer.mixer.check(self.d_model)
         if isinstance(self.position, RopeConfig):
             self._check_rotary()
+        if isinstance(self.position, AlibiConfig) and len({mixer.n_heads for mixer in self._attentions}) > 1:
+            raise ModelError(
+                "model.pattern gives attention layers different n_heads: with ALiBi all layers share one slope for "
+                "each head; give them the same n_heads or choose other positions."
+            )
         if not 0 <= self.dropout < 1:
             raise ModelError(f"model.dropout is {self.dropout}: it is a probability below 1; use 0 for none.")
         if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
@@ -116,6 +121,16 @@ class ModelConfig:
     @property
     def _attentions(self) -> list[AttentionConfig]:
         return [layer.mixer for layer in self.layers if isinstance(layer.mixer, AttentionConfig)]
+
+    @property
+    def attention_heads(self) -> int:
+        """Query heads of the attention layers; 0 where no layer attends."""
+        return self._attentions[0].n_heads if self._attentions else 0
+
+    @cached_property
+    def windows(self) -> tuple[int, ...]:
+        """Every window that some layer has."""
+        return tuple(sorted({mixer.window for mixer in self._attentions if mixer.window is not None}))
 
     @property
     def head_dim(self) -> int | None:

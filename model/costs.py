@@ -70,8 +70,11 @@ def attended_pairs(seq_len: int, mean_document_tokens: float | None = None, wind
 
 
 def kv_cache_bytes(config: ModelConfig, *, rows: int, tokens: int, dtype_bytes: int) -> int:
-    """What `rows` rows of `tokens` tokens leave in all layers: keys and values, or a mixer's state."""
-    elements = sum(slot.state_per_token * min(tokens, slot.window or tokens) + slot.state for slot in _slots(config))
+    """What `rows` rows of `tokens` tokens leave in all layers: keys and values, or a mixer's state.
+
+    A window saves time but no bytes: its layers remember every token, so that a cache can be rewound.
+    """
+    elements = sum(slot.state_per_token * tokens + slot.state for slot in _slots(config))
     return rows * elements * dtype_bytes
 
 

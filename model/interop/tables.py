@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from model.config import ModelConfig
-from model.position import LearnedPositionConfig, NoPositionConfig, RopeConfig
+from model.position import PositionConfig
 
-Position = RopeConfig | LearnedPositionConfig | NoPositionConfig
+Position = PositionConfig
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """Small models of both built families, and a strategy that draws many more."""
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
-from model.config import ModelConfig
+from model.config import LayerChange, ModelConfig
 from model.ffn import FfnConfig
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
 from model.norm import NormConfig
-from model.position import LearnedPositionConfig, LinearScaling, Llama3Scaling, RopeConfig
+from model.position import AlibiConfig, LearnedPositionConfig, LinearScaling, Llama3Scaling, RopeConfig
 
 # Wide enough a start that attention is far from uniform and a wrong mask or position shows in the logits.
 LIVELY = InitConfig(std=0.2)
@@ -32,6 +34,14 @@ GPT2 = ModelConfig(
     ffn=FfnConfig(d_ff=48, activation="gelu_tanh", gated=False, bias=True),
     init=LIVELY,
 )
+
+# A window in the first layer only, and distances that count.
+WINDOWED = replace(
+    LLAMA,
+    mixer=AttentionConfig(n_heads=4, n_kv_heads=2, window=5),
+    pattern=(LayerChange(first=1, mixer=AttentionConfig(n_heads=4)),),
+)
+ALIBI = replace(LLAMA, position=AlibiConfig(), mixer=AttentionConfig(n_heads=4, n_kv_heads=2, window=9))
 
 
 @st.composite
