@@ -1,6 +1,7 @@
 """A whole model: frontend, stack, head; and for some an encoder before them."""
 
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -11,7 +12,14 @@ from model.errors import ModelError
 from model.heads import Head
 from model.masks import Mask
 from model.mixers.base import MixerInput
-from model.position import LearnedPositionConfig, RopeConfig, document_positions, rotation
+from model.position import (
+    AlibiConfig,
+    LearnedPositionConfig,
+    RopeConfig,
+    alibi_bias,
+    document_positions,
+    rotation,
+)
 from model.stack import Stack
 
 ENCODER = "encoder_"
@@ -46,6 +54,7 @@ class Transformer(nn.Module):
         targets_BT: torch.Tensor | None = None,
         documents_BT: torch.Tensor | None = None,
         positions_BT: torch.Tensor | None = None,
+        prefix_B: torch.Tensor | None = None,
         cache: Cache | None = None,
         logits_for: Literal["all", "last"] | torch.Tensor = "all",
         per_token: bool = False,
@@ -56,6 +65,7 @@ class Transformer(nn.Module):
         tokens_BT: int64. targets_BT: int64, the token that each place is to predict, -100 where there is none.
         documents_BT: int32 document number within the row, 0 for padding; attention stays inside a document and
         positions restart with each. Hugging Face's attention_mask is such numbers. positions_BT: int64, to override that.
+        prefix_B: int64, how many first tokens of each row see each other both ways (prefix-LM, Raffel et al. 2020).
         cache: tokens continue what it remembers, and are remembered. logits_for: every token, the last one, or the
         column given for each row (int64 [B]).
         inputs: further ones by name: of the frontend (token_types_BT), of the head (its other targets), and
@@ -66,15 +76,24 @@ class Transformer(nn.Module):
         "target_count": int64} and "z_loss_sum" where the configuration weighs it; with `per_token` instead, and without
         gradient, {"nll": fp32 [B, T], "is_top": bool [B, T]}.
         """
-        targets = {} if targets_BT is None else {"targets_BT": targets_BT}
-        targets |= {name: inputs.pop(name) for name in self.head.takes & inputs.keys()}
-        encoder_inputs = {name: inputs.pop(name) for name in list(inputs) if name.startswith(ENCODER)}
+        targets = {name: tensor for name, tensor in inputs.items() if name in self.head.takes}
+        encoder_inputs = {name: tensor for name, tensor in inputs.items() if name.startswith(ENCODER)}
+        own = {name: x for name, x in inputs.items() if name not in targets and name not in encoder_inputs}
+        if targets_BT is not None:
+            targets["targets_BT"] = targets_BT
         if tokens_BT is not None:
-            inputs["tokens_BT"] = tokens_BT
+            own["tokens_BT"] = tokens_BT
         slots_BT = None if cache is None or tokens_BT is None else cache.claim(tokens_BT.shape[1])
         positions_BT = self._positions(tokens_BT, documents_BT, positions_BT, slots_BT)
-        x_BTD = self.frontend(positions_BT, **inputs)
-        shared = self._shared(x_BTD, documents_BT, positions_BT, slots_BT, cache, encoder_inputs)
+        x_BTD = self.frontend(positions_BT, **own)
+        mask = Mask(causal=self.config.causal, documents_BT=documents_BT if cache is None else None, prefix_B=prefix_B)
+        if cache is not None and cache.longest:
+            mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(x_BTD.shape[1]))
+        shared = self._shared(mask, x_BTD.shape[1], positions_BT, slots_BT, cache)
+        if self.encoder is not None:
+            shared = self._with_memory(shared, documents_BT, cache, encoder_inputs)
+        elif encoder_inputs:
+            raise ModelError(f"{', '.join(encoder_inputs)} was given, but the model has no encoder: leave it out.")
         x_BTD = self.stack(x_BTD, shared, None if cache is None else cache.states)
         if cache is not None:
             cache.advance(x_BTD.shape[1])
@@ -118,42 +137,47 @@ class Transformer(nn.Module):
 
     def _shared(
         self,
-        x_BTD: torch.Tensor,
-        documents_BT: torch.Tensor | None,
+        mask: Mask,
+        tokens: int,
         positions_BT: torch.Tensor | None,
         slots_BT: torch.Tensor | None,
         cache: Cache | None,
-        encoder_inputs: dict[str, torch.Tensor],
     ) -> MixerInput:
         """What all layers share of this pass."""
-        config, shared = self.config, dict[str, Any]()
-        if isinstance(config.position, RopeConfig) and config.head_dim is not None and positions_BT is not None:
-            shared["rotation"] = rotation(config.position, positions_BT, config.head_dim)
-        if self.encoder is not None:
-            shared |= self._memory(documents_BT, cache, encoder_inputs)
-        elif encoder_inputs:
-            raise ModelError(f"{', '.join(encoder_inputs)} was given, but the model has no encoder: leave it out.")
-        if cache is None:
-            return MixerInput(Mask(causal=config.causal, documents_BT=documents_BT), **shared)
-        mask = Mask(slots_BT=slots_BT, keys=cache.slots_for(x_BTD.shape[1])) if cache.longest else Mask()
-        common_slot = cache.longest if cache.uniform else None
-        return MixerInput(mask, slots_BT=slots_BT, common_slot=common_slot, **shared)
+        config, position = self.config, self.config.position
+        angles = None
+        if isinstance(position, RopeConfig) and config.head_dim is not None and positions_BT is not None:
+            angles = rotation(position, positions_BT, config.head_dim)
+        if isinstance(position, AlibiConfig):
+            device = next(self.stack.parameters()).device
+            mask = replace(mask, bias_HL=alibi_bias(config.attention_heads, mask.keys or tokens, device))
+        return MixerInput(
+            mask,
+            angles,
+            slots_BT,
+            cache.longest if cache is not None and cache.uniform else None,
+            windowed={window: replace(mask, window=window) for window in config.windows},
+        )
 
-    def _memory(
-        self, documents_BT: torch.Tensor | None, cache: Cache | None, encoder_inputs: dict[str, torch.Tensor]
-    ) -> dict[str, Any]:
+    def _with_memory(
+        self,
+        shared: MixerInput,
+        documents_BT: torch.Tensor | None,
+        cache: Cache | None,
+        encoder_inputs: dict[str, torch.Tensor],
+    ) -> MixerInput:
         """The encoder's output and who sees what of it; from the cache where this pass brings no encoder inputs."""
         assert self.encoder is not None
         if not encoder_inputs:
             if cache is None or not cache.longest:
                 raise ModelError("the model has an encoder: give its input too, as encoder_tokens_BT.")
-            return {"memory_mask": Mask(causal=False, key_documents_BS=cache.memory_documents_BS)}
+            mask = Mask(causal=False, key_documents_BS=cache.memory_documents_BS)
+            return replace(shared, memory_mask=mask)
         own = {name.removeprefix(ENCODER): tensor for name, tensor in encoder_inputs.items()}
         memory_BSD = self.encoder(**own)["features"]
         memory_documents_BS = own.get("documents_BT")
         if cache is not None:
-            cache.memory_documents_BS, documents_BT = memory_documents_BS, None
-        if memory_documents_BS is None:
-            documents_BT = None
-        mask = Mask(causal=False, documents_BT=documents_BT, key_documents_BS=memory_documents_BS)
-        return {"memory_BSD": memory_BSD, "memory_mask": mask}
+            cache.memory_documents_BS = memory_documents_BS
+        queries_BT = None if cache is not None or memory_documents_BS is None else documents_BT
+        mask = Mask(causal=False, documents_BT=queries_BT, key_documents_BS=memory_documents_BS)
+        return replace(shared, memory_BSD=memory_BSD, memory_mask=mask)

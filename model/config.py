@@ -14,7 +14,7 @@ from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
 from model.mixers.build import MixerConfig
 from model.norm import NormConfig
-from model.position import PositionConfig, RopeConfig
+from model.position import AlibiConfig, PositionConfig, RopeConfig
 
 __all__ = ["LayerChange", "LayerConfig", "ModelConfig", "ModelError", "Role", "parameter_roles"]
 
@@ -96,6 +96,11 @@ class ModelConfig:
             self._check_rotary()
         if self.encoder is not None:
             self._check_encoder(self.encoder)
+        if isinstance(self.position, AlibiConfig) and len({mixer.n_heads for mixer in self._attentions}) > 1:
+            raise ModelError(
+                "model.pattern gives attention layers different n_heads: with ALiBi all layers share one slope for "
+                "each head; give them the same n_heads or choose other positions."
+            )
         if not 0 <= self.dropout < 1:
             raise ModelError(f"model.dropout is {self.dropout}: it is a probability below 1; use 0 for none.")
         if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
@@ -166,6 +171,16 @@ class ModelConfig:
     @property
     def _attentions(self) -> list[AttentionConfig]:
         return [layer.mixer for layer in self.layers if isinstance(layer.mixer, AttentionConfig)]
+
+    @property
+    def attention_heads(self) -> int:
+        """Query heads of the attention layers; 0 where no layer attends."""
+        return self._attentions[0].n_heads if self._attentions else 0
+
+    @cached_property
+    def windows(self) -> tuple[int, ...]:
+        """Every window that some layer has."""
+        return tuple(sorted({mixer.window for mixer in self._attentions if mixer.window is not None}))
 
     @property
     def head_dim(self) -> int | None:

@@ -95,10 +95,11 @@ def attended_pairs(seq_len: int, mean_document_tokens: float | None = None, wind
 def kv_cache_bytes(config: ModelConfig, *, rows: int, tokens: int, dtype_bytes: int, encoder_tokens: int = 0) -> int:
     """What `rows` rows of `tokens` tokens leave in all layers: keys and values, or a mixer's state.
 
+    A window saves time but no bytes: its layers remember every token, so that a cache can be rewound.
     encoder_tokens: of each row, whose keys and values a decoder with an encoder holds too.
     """
     slots = _slots(config)
-    elements = sum(slot.state_per_token * min(tokens, slot.window or tokens) + slot.state for slot in slots)
+    elements = sum(slot.state_per_token * tokens + slot.state for slot in slots)
     elements += sum(slot.state_per_memory_token * encoder_tokens for slot in slots)
     return rows * elements * dtype_bytes
 

@@ -85,7 +85,17 @@ class NoPositionConfig:
     kind: Literal["none"] = "none"
 
 
-PositionConfig = RopeConfig | LearnedPositionConfig | SinusoidalPositionConfig | NoPositionConfig
+@dataclass(frozen=True, kw_only=True)
+class AlibiConfig:
+    """Scores fall with distance, at a slope of its own for each head (Press et al. 2022).
+
+    https://arxiv.org/abs/2108.12409
+    """
+
+    kind: Literal["alibi"] = "alibi"
+
+
+PositionConfig = RopeConfig | LearnedPositionConfig | SinusoidalPositionConfig | NoPositionConfig | AlibiConfig
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,21 @@ def build_positions(config: PositionConfig, max_seq_len: int, d_model: int) -> P
 def position_parameters(config: PositionConfig, max_seq_len: int, d_model: int) -> int:
     """How many parameters that has."""
     return (max_seq_len + config.offset) * d_model if isinstance(config, LearnedPositionConfig) else 0
+
+
+def alibi_bias(heads: int, keys: int, device: torch.device) -> torch.Tensor:
+    """fp32 bias_HL for `Mask`: minus slope times distance, for distances of less than `keys` either way."""
+    slopes_H = torch.tensor(alibi_slopes(heads), device=device)
+    distance_L = torch.arange(1 - keys, keys, device=device).abs()
+    return -slopes_H[:, None] * distance_L
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """2^(-8/n), 2^(-16/n) … for n heads; if n is no power of two, those of the power below and every other of the
+    next one's, as the authors' code has it."""
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
+    return slopes + [2.0 ** (-4 * (2 * head + 1) / power) for head in range(heads - power)]
 
 
 def document_positions(documents_BT: torch.Tensor) -> torch.Tensor:

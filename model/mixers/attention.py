@@ -18,6 +18,8 @@ class AttentionConfig:
     """n_kv_heads: null gives every query head its own; 1 is multi-query. head_dim: null is d_model / n_heads.
 
     qkv_bias and out_bias add offsets; qk_norm normalises queries and keys per head before rotation (Qwen3).
+    window: how many tokens back a query sees, itself included, and as many ahead in a stack that is not causal; null
+    is all (Mistral, https://arxiv.org/abs/2310.06825; another window in every k-th layer by `pattern`).
     """
 
     kind: Literal["attention"] = "attention"
@@ -27,6 +29,7 @@ class AttentionConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if self.n_heads < 1:
@@ -38,6 +41,10 @@ class AttentionConfig:
             )
         if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
             raise ModelError(f"mixer.head_dim is {self.head_dim}: rotary halves need an even number of channels.")
+        if self.window is not None and self.window < 1:
+            raise ModelError(
+                f"mixer.window is {self.window}: it counts the token itself, so the smallest is 1; null sees all."
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -82,6 +89,7 @@ class AttentionConfig:
             parameters=matrices + biases + (2 * norm.parameters(channels) if self.qk_norm else 0),
             matrices=matrices,
             pair_flops=4 * heads,
+            window=self.window,
             kept_elements=copies * (heads + kv_heads),
             kept_bytes=4 * self.n_heads,
             state_per_token=2 * kv_heads,
@@ -132,6 +140,7 @@ class Attention(Mixer):
         self.kv_heads = config.kv_heads
         self.head_dim = config.channels(d_model)
         self.scale = self.head_dim**-0.5
+        self.window = config.window
         self.kernel = kernel
         self.q = Linear(d_model, self.heads * self.head_dim, bias=config.qkv_bias)
         self.k = Linear(d_memory, self.kv_heads * self.head_dim, bias=config.qkv_bias)
@@ -154,7 +163,7 @@ class Attention(Mixer):
             state.append(k_BTKC, v_BTKC, shared)
             if shared.mask.slots_BT is not None:  # else nothing came before, and what was just computed is all there is
                 k_BTKC, v_BTKC = state.first(shared.mask.keys)
-        out_BTHC = self.kernel(q_BTHC, k_BTKC, v_BTKC, shared.mask, self.scale)
+        out_BTHC = self.kernel(q_BTHC, k_BTKC, v_BTKC, shared.mask_within(self.window), self.scale)
         return self.out(out_BTHC.reshape(rows, tokens, self.heads * self.head_dim))
 
     def new_state(self, rows: int, max_tokens: int) -> MixerState:

@@ -1,8 +1,10 @@
 """Small models of both built families, and a strategy that draws many more."""
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
-from model.config import ModelConfig
+from model.config import LayerChange, ModelConfig
 from model.ffn import FfnConfig
 from model.frontends import TokenFrontendConfig
 from model.heads import LanguageHeadConfig, NoHeadConfig
@@ -10,6 +12,7 @@ from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
 from model.norm import NormConfig
 from model.position import (
+    AlibiConfig,
     LearnedPositionConfig,
     LinearScaling,
     Llama3Scaling,
@@ -103,6 +106,14 @@ WIDER_ENCODER = ModelConfig(
     ),
     init=LIVELY,
 )
+
+# A window in the first layer only, and distances that count.
+WINDOWED = replace(
+    LLAMA,
+    mixer=AttentionConfig(n_heads=4, n_kv_heads=2, window=5),
+    pattern=(LayerChange(first=1, mixer=AttentionConfig(n_heads=4)),),
+)
+ALIBI = replace(LLAMA, position=AlibiConfig(), mixer=AttentionConfig(n_heads=4, n_kv_heads=2, window=9))
 
 
 @st.composite

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from model.norm import NormConfig
 from model.peft import LoraConfig
 from model.position import LinearScaling, Llama3Scaling, RopeConfig
 from pipelines.engine.typed import from_plain, to_plain
-from tests.model.configurations import GPT2, LLAMA
+from tests.model.configurations import ALIBI, GPT2, LLAMA
 
 PRESETS = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
 
@@ -44,6 +45,11 @@ PUBLISHED = {
         (lambda: AttentionConfig(n_heads=0), "n_heads is 0"),
         (lambda: AttentionConfig(n_heads=8, n_kv_heads=3), "n_kv_heads is 3"),
         (lambda: AttentionConfig(head_dim=7), "head_dim is 7"),
+        (lambda: AttentionConfig(window=0), "window is 0"),
+        (
+            lambda: replace(ALIBI, pattern=(LayerChange(every=2, mixer=AttentionConfig(n_heads=2)),)),
+            "different n_heads",
+        ),
         (lambda: FfnConfig(d_ff=0), "d_ff is 0"),
         (lambda: NormConfig(eps=0.0), "eps is 0.0"),
         (lambda: NormConfig(kind="rms", bias=True), "norm.bias is true"),

@@ -21,7 +21,7 @@ from model.costs import (
 from model.ffn import FfnConfig
 from model.kernels.attention import Mask, dense
 from model.mixers.attention import KeyValueState
-from tests.model.configurations import GPT2, LLAMA, any_config
+from tests.model.configurations import GPT2, LLAMA, WINDOWED, any_config
 
 WIDER_SECOND = (LayerChange(every=2, first=1, ffn=FfnConfig(d_ff=29)),)
 
@@ -66,6 +66,9 @@ def test_attended_pairs_are_those_of_the_mask(length: int, documents: int) -> No
     numbers = torch.arange(documents, dtype=torch.int32).repeat_interleave(length)[None] + 1
     cpu = torch.device("cpu")
     assert attended_pairs(tokens) == int(dense(Mask(), tokens, tokens, cpu).sum())
+    for window in range(1, tokens + 2):
+        counted = int(dense(Mask(window=window), tokens, tokens, cpu).sum())
+        assert attended_pairs(tokens, None, window) == pytest.approx(counted)
     assert attended_pairs(tokens, length) == int(dense(Mask(documents_BT=numbers), tokens, tokens, cpu).sum())
 
 
@@ -75,7 +78,7 @@ def test_packed_documents_cost_less_and_a_token_of_training_three_of_forward() -
     assert whole * 64 == pytest.approx(3 * forward_flops(LLAMA, rows=1, seq_len=64))
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("config", [LLAMA, GPT2, WINDOWED], ids=["llama", "gpt2", "windowed"])
 def test_cache_bytes_are_those_of_the_cache(config: ModelConfig) -> None:
     cache = build_model(config).new_cache(3, 64)
     states = [state for state in cache.states if isinstance(state, KeyValueState)]

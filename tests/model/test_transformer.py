@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from model.build import build_model
 from model.config import ModelConfig, ModelError
-from tests.model.configurations import GPT2, LLAMA, any_config
+from tests.model.configurations import ALIBI, GPT2, LLAMA, WINDOWED, any_config
 
-FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2, WINDOWED, ALIBI], ids=["llama", "gpt2", "windowed", "alibi"])
 
 
 def tokens_of(config: ModelConfig, rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -56,6 +56,29 @@ def test_no_logit_depends_on_a_later_token(config: ModelConfig) -> None:
     before, after = model(row)["logits"][0], model(changed)["logits"][0]
     assert torch.equal(before[:12], after[:12])
     assert all((before[at] - after[at]).abs().max() > 1e-3 for at in range(12, 20))
+
+
+@FAMILIES
+def test_a_prefix_is_seen_both_ways_and_what_follows_it_is_not(config: ModelConfig) -> None:
+    model = build_model(config)
+    row = tokens_of(config, 1, 20)
+    prefix, found = torch.tensor([8]), []
+    for changed_at in (7, 12):
+        changed = row.clone()
+        changed[0, changed_at] = (changed[0, changed_at] + 1) % 97
+        before, after = (model(tokens, prefix_B=prefix)["logits"][0] for tokens in (row, changed))
+        found.append([bool((before[at] - after[at]).abs().max() > 1e-4) for at in range(20)])
+    assert found == [[True] * 20, [at >= 12 for at in range(20)]]
+
+
+def test_a_window_bounds_how_far_a_token_is_felt() -> None:
+    config = replace(WINDOWED, pattern=())  # two layers of five tokens, so eight tokens further on at most
+    model = build_model(config)
+    row = tokens_of(config, 1, 20)
+    changed = row.clone()
+    changed[0, 3] = (changed[0, 3] + 1) % 97
+    difference = (model(row)["logits"][0] - model(changed)["logits"][0]).abs().amax(-1)
+    assert [bool(value > 1e-4) for value in difference] == [3 <= at <= 11 for at in range(20)]
 
 
 @FAMILIES

@@ -59,6 +59,7 @@ GPT2 = Family(
         "mixer.n_kv_heads": None,
         "mixer.head_dim": None,
         "mixer.qk_norm": False,
+        "mixer.window": None,
         "ffn.kind": "dense",
         "ffn.gated": False,
         "ffn.bias": True,

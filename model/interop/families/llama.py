@@ -52,6 +52,7 @@ LLAMA = Family(
         "position.kind": "rope",
         "mixer.kind": "attention",
         "mixer.qk_norm": False,
+        "mixer.window": None,
         "ffn.kind": "dense",
         "ffn.gated": True,
         "logit_soft_cap": None,
