@@ -54,7 +54,7 @@ def _assemble(config: ModelConfig, attend: AttentionKernel) -> Transformer:
         nn.Identity() if config.layout == "post" else build_norm(config.norm, width),
     )
     tied = frontend.tokens.weight if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, width))
-    head = LanguageHead(tied, soft_cap=config.logit_soft_cap, z_loss=config.z_loss)
+    head = LanguageHead(tied, bias=config.head_bias, soft_cap=config.logit_soft_cap, z_loss=config.z_loss)
     return Transformer(config, frontend, stack, head)
 
 

@@ -51,6 +51,7 @@ class ModelConfig:
 
     vocab_size: null until a tokenizer is known; `build_model` needs a number.
     max_seq_len: the longest row the model is meant for; learned positions end there.
+    head_bias: the logits have an offset (GPT-J).
     layout: where the norms stand in a block (see `Block`). dropout: on embeddings and on each branch of a block.
     mixer, ffn: what fills the slots of every layer; pattern: layers that have something else there, later ones win.
     logit_soft_cap: logits are squashed to ±cap (Gemma 2). z_loss: weight of logsumexp² in the training objective.
@@ -61,6 +62,7 @@ class ModelConfig:
     n_layers: int = 6
     max_seq_len: int = 512
     tie_embeddings: bool = True
+    head_bias: bool = False
     layout: Layout = "pre"
     norm: NormConfig = field(default_factory=NormConfig)
     position: RopeConfig | LearnedPositionConfig | NoPositionConfig = field(default_factory=RopeConfig)
@@ -95,7 +97,13 @@ class ModelConfig:
                 f"model.pattern gives attention layers {' and '.join(map(str, channels))} channels a head: all layers "
                 "share one set of rotary angles; set mixer.head_dim to the same everywhere."
             )
-        if channels and channels[0] % 2:
+        rotated = self.position.channels if isinstance(self.position, RopeConfig) else None
+        if channels and rotated is not None and rotated > channels[0]:
+            raise ModelError(
+                f"model.position.channels is {rotated} with heads of {channels[0]} channels: no more can be rotated than "
+                "there are; lower it, or null rotates all."
+            )
+        if channels and rotated is None and channels[0] % 2:
             raise ModelError(
                 f"model.d_model {self.d_model} over {self._attentions[0].n_heads} heads leaves {channels[0]} channels "
                 "a head: rotary positions rotate pairs, so make it even."
@@ -121,6 +129,12 @@ class ModelConfig:
     def head_dim(self) -> int | None:
         """Channels of one attention head; none where no layer attends."""
         return self._attentions[0].channels(self.d_model) if self._attentions else None
+
+    @property
+    def rotated_channels(self) -> int | None:
+        """Channels of a head that rotary positions rotate."""
+        chosen = self.position.channels if isinstance(self.position, RopeConfig) else None
+        return self.head_dim if chosen is None else chosen
 
     def require_vocab_size(self) -> int:
         """The vocabulary size, or ModelError while no tokenizer has set it."""

@@ -30,7 +30,7 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     positions = config.max_seq_len * config.d_model if isinstance(config.position, LearnedPositionConfig) else 0
     norm = config.norm.parameters(config.d_model)
     norms = (0 if config.layout == "post" else norm) + _norms_per_layer(config) * config.n_layers * norm
-    head = 0 if config.tie_embeddings else table
+    head = (0 if config.tie_embeddings else table) + (config.require_vocab_size() if config.head_bias else 0)
     others = table + positions + norms + head
     slots = _slots(config)
     total = others + sum(slot.parameters for slot in slots)

@@ -14,11 +14,12 @@ class LanguageHead(Declared):
     its own forward: ZeRO-3 gathers a module's parameters around that module's forward and nowhere else.
     """
 
-    declared = declare(weight=Parameter("head", "head"))
+    declared = declare(weight=Parameter("head", "head"), bias=Parameter("bias", "zeros"))
 
-    def __init__(self, weight_VD: nn.Parameter, *, soft_cap: float | None, z_loss: float) -> None:
+    def __init__(self, weight_VD: nn.Parameter, *, bias: bool, soft_cap: float | None, z_loss: float) -> None:
         super().__init__()
         self.weight = weight_VD
+        self.bias = nn.Parameter(torch.empty(weight_VD.shape[0])) if bias else None
         self.soft_cap = soft_cap
         self.z_loss = z_loss
 
@@ -28,7 +29,7 @@ class LanguageHead(Declared):
         """{"logits"}; with targets the sums of `chunked_cross_entropy`, or per token {"nll", "is_top"} of [B, T]."""
         if targets_BT is not None and per_token:
             nll_N, is_top_N = token_scores(
-                x_BTD.flatten(0, -2), self.weight, targets_BT.flatten(), soft_cap=self.soft_cap
+                x_BTD.flatten(0, -2), self.weight, targets_BT.flatten(), bias_V=self.bias, soft_cap=self.soft_cap
             )
             return {"nll": nll_N.view(targets_BT.shape), "is_top": is_top_N.view(targets_BT.shape)}
         if targets_BT is not None:
@@ -36,10 +37,11 @@ class LanguageHead(Declared):
                 x_BTD.flatten(0, -2),
                 self.weight,
                 targets_BT.flatten(),
+                bias_V=self.bias,
                 soft_cap=self.soft_cap,
                 z_loss=self.z_loss,
             )
-        logits_BTV = nn.functional.linear(x_BTD, self.weight)
+        logits_BTV = nn.functional.linear(x_BTD, self.weight, self.bias)
         if self.soft_cap is not None:
             logits_BTV = capped(logits_BTV, self.soft_cap)
         return {"logits": logits_BTV}

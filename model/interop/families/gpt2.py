@@ -60,6 +60,7 @@ GPT2 = Family(
         "ffn.kind": "dense",
         "ffn.gated": False,
         "ffn.bias": True,
+        "head_bias": False,
         "logit_soft_cap": None,
     },
     constants={
