@@ -1,5 +1,5 @@
 """One layer of any transformer: slots for norms, a token mixer, attention to an encoder's output and a feed-forward
-network, in one of three layouts."""
+network, in one of four layouts."""
 
 from typing import Literal
 
@@ -8,15 +8,16 @@ from torch import nn
 
 from model.mixers.base import Mixer, MixerInput, MixerState
 
-Layout = Literal["pre", "post", "parallel"]
+Layout = Literal["pre", "post", "parallel", "parallel_two_norms"]
 
 
 class Block(nn.Module):
     """pre:      x + mixer(norm x), then x + ffn(norm x)      (GPT-2, LLaMA)
     post:     norm(x + mixer x), then norm(x + ffn x)      (Vaswani et al. 2017, BERT)
     parallel: x + mixer(norm x) + ffn(norm x)              (GPT-J, PaLM; one norm, so `ffn_norm` is None)
+    parallel_two_norms: the same, the ffn with a norm of its own (GPT-NeoX, Falcon 40B)
 
-    cross: in a decoder that has an encoder, a step of the same form between the two (not in the parallel layout).
+    cross: in a decoder that has an encoder, a step of the same form between the two (not in the parallel layouts).
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
         state, cross_state = (state.mixer, state.cross) if isinstance(state, BlockState) else (state, None)
-        if self.layout == "parallel":
+        if self.layout == "parallel" or self.layout == "parallel_two_norms":
             normed_BTD = self.mixer_norm(x_BTD)
-            return x_BTD + self.dropout(self.mixer(normed_BTD, shared, state) + self.ffn(normed_BTD))
+            ffn_normed_BTD = normed_BTD if self.ffn_norm is None else self.ffn_norm(x_BTD)
+            return x_BTD + self.dropout(self.mixer(normed_BTD, shared, state) + self.ffn(ffn_normed_BTD))
         assert self.ffn_norm is not None
         if self.layout == "pre":
             x_BTD = x_BTD + self.dropout(self.mixer(self.mixer_norm(x_BTD), shared, state))

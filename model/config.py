@@ -118,9 +118,9 @@ class ModelConfig:
             raise ModelError(
                 "model.causal is false with an encoder: what reads an encoder's output is a causal decoder."
             )
-        if self.layout == "parallel":
+        if self.layout in ("parallel", "parallel_two_norms"):
             raise ModelError(
-                "model.layout is parallel with an encoder: that block has no place for cross-attention; use pre or post."
+                f"model.layout is {self.layout} with an encoder: that block has no cross-attention; use pre or post."
             )
         if not all(isinstance(layer.mixer, AttentionConfig) for layer in self.layers):
             raise ModelError("model.encoder needs attention layers: cross-attention takes its shape from the mixer.")
@@ -140,7 +140,13 @@ class ModelConfig:
                 f"model.pattern gives attention layers {' and '.join(map(str, channels))} channels a head: all layers "
                 "share one set of rotary angles; set mixer.head_dim to the same everywhere."
             )
-        if channels and channels[0] % 2:
+        rotated = self.position.channels if isinstance(self.position, RopeConfig) else None
+        if channels and rotated is not None and rotated > channels[0]:
+            raise ModelError(
+                f"model.position.channels is {rotated} with heads of {channels[0]} channels: no more can be rotated than "
+                "there are; lower it, or null rotates all."
+            )
+        if channels and rotated is None and channels[0] % 2:
             raise ModelError(
                 f"model.d_model {self.d_model} over {self._attentions[0].n_heads} heads leaves {channels[0]} channels "
                 "a head: rotary positions rotate pairs, so make it even."
@@ -186,6 +192,12 @@ class ModelConfig:
     def head_dim(self) -> int | None:
         """Channels of one attention head; none where no layer attends."""
         return self._attentions[0].channels(self.d_model) if self._attentions else None
+
+    @property
+    def rotated_channels(self) -> int | None:
+        """Channels of a head that rotary positions rotate."""
+        chosen = self.position.channels if isinstance(self.position, RopeConfig) else None
+        return self.head_dim if chosen is None else chosen
 
     def require_vocab_size(self) -> int:
         """The vocabulary size, or ModelError while no tokenizer has set it."""

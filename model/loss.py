@@ -8,6 +8,7 @@ made, turned into their own gradient and consumed before the next chunk is made 
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 
 IGNORED = -100
 CHUNK_ELEMENTS = 1 << 22
@@ -68,7 +69,7 @@ def token_scores(
     nlls, tops = [], []
     pieces = (tensor.split(chunk_tokens(weight_VD.shape[0])) for tensor in (x_ND, targets_N))
     for chunk_ND, chunk_targets_N in zip(*pieces, strict=True):
-        logits_NV = capped(torch.nn.functional.linear(chunk_ND, weight_VD, bias_V), soft_cap)
+        logits_NV = capped(linear(chunk_ND, weight_VD, bias_V), soft_cap)
         valid_N = chunk_targets_N != IGNORED
         target_N1 = chunk_targets_N.clamp(min=0)[:, None]
         log_p_N = torch.log_softmax(logits_NV, dim=-1).gather(1, target_N1)[:, 0]
@@ -102,11 +103,10 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         nlls, zs, grads_x = [], [], []
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
-        grad_bias_V = weight_VD.new_zeros(weight_VD.shape[0], dtype=torch.float32) if wants_bias else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
         pieces = (tensor.split(chunk_tokens(weight_VD.shape[0])) for tensor in (x_ND, targets_N, valid_N))
         for chunk_ND, chunk_targets_N, chunk_valid_N in zip(*pieces, strict=True):
-            logits_NV = torch.nn.functional.linear(chunk_ND, weight_VD, bias_V)
-            nll_N, z_N, grad_NV = _chunk_loss(logits_NV, chunk_targets_N, soft_cap, z_loss)
+            nll_N, z_N, grad_NV = _chunk_loss(linear(chunk_ND, weight_VD, bias_V), chunk_targets_N, soft_cap, z_loss)
             nlls.append(nll_N * chunk_valid_N)
             zs.append(z_N * chunk_valid_N)
             # Ignored tokens are silenced on the narrow side of both products; grad_NV is the wide one.

@@ -44,15 +44,25 @@ class LinearScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding (Su et al. 2021), rotating the two halves of a head against each other."""
+    """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864).
+
+    channels: how many of a head's channels are rotated, its first ones; null is all of them (GPT-J takes 64 of 256).
+    interleaved: neighbouring channels form a pair (GPT-J); else the first half is rotated against the second.
+    """
 
     kind: Literal["rope"] = "rope"
     theta: float = 10000.0
+    channels: int | None = None
+    interleaved: bool = False
     scaling: Llama3Scaling | LinearScaling | None = None
 
     def __post_init__(self) -> None:
         if self.theta <= 1:
             raise ModelError(f"position.theta is {self.theta}: wavelengths need a base above 1, e.g. 10000.")
+        if self.channels is not None and (self.channels < 2 or self.channels % 2):
+            raise ModelError(
+                f"position.channels is {self.channels}: pairs are rotated, so make it even and at least 2."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,29 +110,42 @@ PositionConfig = RopeConfig | LearnedPositionConfig | SinusoidalPositionConfig |
 
 @dataclass(frozen=True)
 class Rotation:
-    """The angles of every token, shared by all layers: fp32 [B or 1, T, 1, C], the sine of the first half negated."""
+    """The angles of every token, shared by all layers: fp32 [B or 1, T, 1, C] for the channels that are rotated, the
+    sine of the first channel of each pair negated."""
 
     cos_BT1C: torch.Tensor
     sin_BT1C: torch.Tensor
+    interleaved: bool = False
 
     def __call__(self, x_BTHC: torch.Tensor) -> torch.Tensor:
         """Rotate queries or keys; computed in fp32, returned in the precision of the input."""
-        low_BTHC, high_BTHC = x_BTHC.chunk(2, dim=-1)
-        swapped_BTHC = torch.cat((high_BTHC, low_BTHC), dim=-1)
+        channels = self.cos_BT1C.shape[-1]
+        if channels < x_BTHC.shape[-1]:
+            return torch.cat((self(x_BTHC[..., :channels]), x_BTHC[..., channels:]), dim=-1)
+        if self.interleaved:
+            swapped_BTHC = x_BTHC.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        else:
+            low_BTHC, high_BTHC = x_BTHC.chunk(2, dim=-1)
+            swapped_BTHC = torch.cat((high_BTHC, low_BTHC), dim=-1)
         return (x_BTHC * self.cos_BT1C + swapped_BTHC * self.sin_BT1C).to(x_BTHC.dtype)
 
 
 def rotation(config: RopeConfig, positions_BT: torch.Tensor, head_dim: int) -> Rotation:
     """cos and sin for integer positions of any range; nothing is tabulated, so no buffer can be cast to bf16."""
-    inverse_C = inverse_frequencies(config, head_dim, positions_BT.device)
+    inverse_C = inverse_frequencies(config, config.channels or head_dim, positions_BT.device)
     angles_BT1C = (positions_BT.float()[..., None] * inverse_C)[..., None, :]
     cos_BT1C, sin_BT1C = angles_BT1C.cos(), angles_BT1C.sin()
-    return Rotation(torch.cat((cos_BT1C, cos_BT1C), dim=-1), torch.cat((-sin_BT1C, sin_BT1C), dim=-1))
+    cos_of_pair, sin_of_pair = (cos_BT1C, cos_BT1C), (-sin_BT1C, sin_BT1C)
+    if config.interleaved:
+        cos_BT1C, sin_BT1C = (torch.stack(pair, dim=-1).flatten(-2) for pair in (cos_of_pair, sin_of_pair))
+    else:
+        cos_BT1C, sin_BT1C = (torch.cat(pair, dim=-1) for pair in (cos_of_pair, sin_of_pair))
+    return Rotation(cos_BT1C, sin_BT1C, config.interleaved)
 
 
-def inverse_frequencies(config: RopeConfig, head_dim: int, device: torch.device) -> torch.Tensor:
-    """fp32 radians per position of each channel pair, after scaling; [C/2]."""
-    exponent_C = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+def inverse_frequencies(config: RopeConfig, channels: int, device: torch.device) -> torch.Tensor:
+    """fp32 radians per position of each pair of rotated channels, after scaling; [C/2]."""
+    exponent_C = torch.arange(0, channels, 2, dtype=torch.int64, device=device).float() / channels
     inverse_C = 1.0 / (config.theta**exponent_C)
     scaling = config.scaling
     if scaling is None:

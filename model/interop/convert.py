@@ -20,13 +20,12 @@ State = dict[str, torch.Tensor]
 
 def family_of(config: ModelConfig) -> Family:
     """The Hugging Face class that computes what `config` does; else ModelError, naming what the nearest needs."""
-    differences = {family.model_type: _differences(config, family) for family in FAMILIES}
-    for family in FAMILIES:
-        if not differences[family.model_type]:
-            return family
-    nearest, needs = min(differences.items(), key=lambda item: len(item[1]))
+    differences = [_differences(config, family) for family in FAMILIES]
+    needs, nearest = min(zip(differences, FAMILIES, strict=True), key=lambda pair: len(pair[0]))
+    if not needs:
+        return nearest
     raise ModelError(
-        f"no Hugging Face class computes this model: {nearest} comes nearest but needs {', '.join(needs)}; "
+        f"no Hugging Face class computes this model: {nearest.model_type} comes nearest but needs {', '.join(needs)}; "
         "change these or keep the model in this package's own format."
     )
 
@@ -44,7 +43,8 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig of a config.json. Raises ModelError for a class or a setting that we cannot compute."""
-    family = _family_named(theirs.get("model_type"))
+    family = _family_for(theirs)
+    theirs = family.modernised(theirs)
     for key, value in family.constants.items():
         if theirs.get(key, value) != value:
             raise ModelError(
@@ -74,7 +74,7 @@ def to_hf(state: Mapping[str, torch.Tensor], config: ModelConfig) -> State:
             continue
         parts = [state[name] for name in weight.ours if name in state]
         if len(parts) == len(weight.ours):
-            joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+            joined = _joined(parts, weight, config)
             theirs[weight.theirs] = (joined.T if weight.transposed else joined).contiguous()
     return theirs
 
@@ -85,7 +85,7 @@ def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]
     Raises ModelError listing every tensor that is missing, not expected, or of another shape.
     """
     config = config_from_hf(theirs_config)
-    family = _family_named(theirs_config.get("model_type"))
+    family = _family_for(theirs_config)
     own = build_model(config, device="meta").state_dict()
     expected = to_hf(own, config)
     theirs = _cleaned(family, theirs, expected)
@@ -95,7 +95,7 @@ def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]
     for weight in spelled_weights(family, config):
         if weight.theirs in expected:
             stored = theirs[weight.theirs].T if weight.transposed else theirs[weight.theirs]
-            parts = stored.split([own[name].shape[0] for name in weight.ours])
+            parts = _parted(stored, [own[name].shape[0] for name in weight.ours], weight, config)
             state |= {name: part.contiguous() for name, part in zip(weight.ours, parts, strict=True)}
     return config, state | {name: state[source] for name, source in config.tied_weights.items()}
 
@@ -132,6 +132,21 @@ def spelled_weights(family: Family, config: ModelConfig) -> list[Weight]:
     return list(spelled.values())
 
 
+def _joined(parts: list[torch.Tensor], weight: Weight, config: ModelConfig) -> torch.Tensor:
+    """Theirs of ours, along the output axis: one after the other, or group by group."""
+    if len(parts) == 1:
+        return parts[0]
+    groups = 1 if weight.groups is None else dotted(config, weight.groups)
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def _parted(stored: torch.Tensor, sizes: list[int], weight: Weight, config: ModelConfig) -> list[torch.Tensor]:
+    """Ours of theirs, the inverse of `_joined`."""
+    groups = 1 if weight.groups is None else dotted(config, weight.groups)
+    parts = stored.unflatten(0, (groups, -1)).split([size // groups for size in sizes], dim=1)
+    return [part.flatten(0, 1) for part in parts]
+
+
 def _differences(config: ModelConfig, family: Family) -> list[str]:
     wrong = [f"{path}={value!r}" for path, value in family.fixed.items() if dotted(config, path) != value]
     for setting in family.settings:
@@ -143,11 +158,17 @@ def _differences(config: ModelConfig, family: Family) -> list[str]:
     return wrong
 
 
-def _family_named(model_type: Any) -> Family:
-    for family in FAMILIES:
-        if family.model_type == model_type:
+def _family_for(theirs: Mapping[str, Any]) -> Family:
+    """The table of a config.json's class; of several for one class, the one whose constants it has."""
+    model_type = theirs.get("model_type")
+    tables = [family for family in FAMILIES if family.model_type == model_type]
+    for family in tables:
+        modern = family.modernised(theirs)
+        if all(modern.get(key, value) == value for key, value in family.constants.items()):
             return family
-    known = ", ".join(family.model_type for family in FAMILIES)
+    if tables:
+        return tables[0]
+    known = ", ".join(dict.fromkeys(family.model_type for family in FAMILIES))
     raise ModelError(f"config.json has model_type {model_type!r}: checkpoints of {known} can be imported.")
 
 
