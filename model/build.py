@@ -10,12 +10,13 @@ from model.block import Block
 from model.config import LayerConfig, ModelConfig
 from model.ffn import build_ffn
 from model.frontends import Embedding, TokenFrontend
-from model.heads import LanguageHead
+from model.heads import Head, LanguageHead, LanguageHeadConfig, NoHead, Transform
 from model.init import initialize
 from model.kernels.attention import AttentionKernel, select_kernel
+from model.mixers.attention import CrossAttention
 from model.mixers.build import build_mixer
 from model.norm import build_norm
-from model.position import LearnedPositionConfig, LearnedPositions
+from model.position import build_positions
 from model.stack import Stack
 
 log = logging.getLogger("athanor.model")
@@ -35,27 +36,55 @@ def build_model(
     """
     kernel_name, attend = select_kernel(kernel, torch.device(device))
     with torch.device("meta"):
-        model = _assemble(config, attend).to(dtype)
+        model = _assemble(config, config.require_vocab_size(), attend).to(dtype)
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         model.tie_weights()
         initialize(model, config=config.init, n_layers=config.n_layers, seed=seed)
+        if config.encoder is not None:
+            initialize(
+                model, config=config.encoder.init, n_layers=config.encoder.n_layers, seed=seed, within="encoder."
+            )
     log.info("attention kernel: %s", kernel_name)
     return model
 
 
-def _assemble(config: ModelConfig, attend: AttentionKernel) -> Transformer:
-    vocab_size, width = config.require_vocab_size(), config.d_model
-    learned = isinstance(config.position, LearnedPositionConfig)
-    positions = LearnedPositions(config.max_seq_len, width) if learned else None
-    frontend = TokenFrontend(Embedding(vocab_size, width), positions, config.dropout)
+def _assemble(config: ModelConfig, vocab_size: int, attend: AttentionKernel) -> Transformer:
+    """vocab_size: the decoder's, which an encoder without one of its own shares."""
+    encoder = None if config.encoder is None else _assemble(config.encoder, vocab_size, attend)
+    vocab_size = config.vocab_size or vocab_size
+    frontend = _frontend(config, vocab_size)
     stack = Stack(
         [_block(config, layer, attend) for layer in config.layers],
-        nn.Identity() if config.layout == "post" else build_norm(config.norm, width),
+        nn.Identity() if config.layout == "post" else build_norm(config.norm, config.d_model),
     )
-    tied = frontend.tokens.weight if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, width))
-    head = LanguageHead(tied, soft_cap=config.logit_soft_cap, z_loss=config.z_loss)
-    return Transformer(config, frontend, stack, head)
+    return Transformer(config, frontend, stack, _head(config, vocab_size), encoder)
+
+
+def _frontend(config: ModelConfig, vocab_size: int) -> TokenFrontend:
+    chosen, width = config.frontend, config.d_model
+    return TokenFrontend(
+        Embedding(vocab_size, width),
+        build_positions(config.position, config.max_seq_len, width),
+        config.dropout,
+        scale=width**0.5 if chosen.scale_by_sqrt_width else 1.0,
+        types=Embedding(chosen.token_types, width) if chosen.token_types else None,
+        norm=build_norm(config.norm, width) if chosen.norm else None,
+    )
+
+
+def _head(config: ModelConfig, vocab_size: int) -> Head:
+    chosen, width = config.head, config.d_model
+    if not isinstance(chosen, LanguageHeadConfig):
+        return NoHead()
+    return LanguageHead(
+        nn.Parameter(torch.empty(vocab_size, width)),
+        soft_cap=config.logit_soft_cap,
+        z_loss=config.z_loss,
+        bias=chosen.bias,
+        transform=None if chosen.transform is None else Transform(width, chosen.transform, config.norm),
+        scale=width**-0.5 if chosen.scale_input else 1.0,
+    )
 
 
 def _block(config: ModelConfig, layer: LayerConfig, attend: AttentionKernel) -> Block:
@@ -64,6 +93,14 @@ def _block(config: ModelConfig, layer: LayerConfig, attend: AttentionKernel) -> 
         mixer_norm=build_norm(config.norm, config.d_model),
         mixer=build_mixer(layer.mixer, config.d_model, config.norm, attend),
         ffn_norm=None if config.layout == "parallel" else build_norm(config.norm, config.d_model),
+        cross_norm=None if layer.cross is None else build_norm(config.norm, config.d_model),
+        cross=_cross(config, layer, attend),
         ffn=build_ffn(layer.ffn, config.d_model),
         dropout=config.dropout,
     )
+
+
+def _cross(config: ModelConfig, layer: LayerConfig, attend: AttentionKernel) -> CrossAttention | None:
+    if layer.cross is None or config.encoder is None:
+        return None
+    return CrossAttention(layer.cross, config.d_model, config.norm, attend, config.encoder.d_model)

@@ -1,47 +1,128 @@
-"""Who may look at whom: a mask is data, which each attention kernel lowers for itself."""
+"""Who may look at whom, and how far a distance is discounted: a mask is data, which each kernel lowers for itself."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Mask:
-    """The rule of visibility between queries and keys.
+    """The rule of visibility between queries and keys, said once in `allows`, and a bias on their scores.
 
     causal: a token sees itself and what stands before it.
+    window: a query sees keys less than this many tokens away, itself included: behind it, and before it if not causal.
     documents_BT: int32 document number of every token, 0 for padding; a document is one unbroken run of its number.
         A token sees its own document only; padding sees nothing and is seen by nothing.
-    slots_BT: for cached decoding, the cache slot of every query; key `s` is visible to it when `s <= slot`.
+    key_documents_BS: the same of the keys, where they are other tokens than the queries (cross-attention).
+    prefix_B: int64, how many first tokens of each row every token sees, whatever direction and window say.
+    globals_BT: bool, tokens that see and are seen by all whatever the window and the layout say.
+    layout_HQJ: bool [H or 1, query blocks, key blocks], which blocks of `block` tokens see each other (block-sparse).
+    bias_HL: added to the scores by distance: entry [h, key - query + (L - 1) / 2]; L is odd and at least 2S - 1.
+        Gradients flow into it.
+    slots_BT: for cached decoding, the cache slot of every query, its place among the keys.
     keys: in cached decoding, how many slots are looked at.
     """
 
     causal: bool = True
+    window: int | None = None
     documents_BT: torch.Tensor | None = None
+    key_documents_BS: torch.Tensor | None = None
+    prefix_B: torch.Tensor | None = None
+    globals_BT: torch.Tensor | None = None
+    layout_HQJ: torch.Tensor | None = None
+    block: int = 64
+    bias_HL: torch.Tensor | None = None
     slots_BT: torch.Tensor | None = None
     keys: int = 0
+    _lowered: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        assert self.documents_BT is None or self.slots_BT is None, "cached decoding knows one document per row"
+        alone = self.slots_BT is None or (self.documents_BT is None and self.globals_BT is None)
+        assert alone, "cached decoding knows one document per row and no global tokens"
 
-    @cached_property
-    def hidden(self) -> torch.Tensor:
-        """Of cached decoding, bool [B, T, S]: true where the query may not look; made once for all layers."""
-        assert self.slots_BT is not None
-        return torch.arange(self.keys, device=self.slots_BT.device) > self.slots_BT[..., None]
+    @property
+    def plain(self) -> bool:
+        """Nothing but the direction decides who sees whom."""
+        parts = (self.documents_BT, self.key_documents_BS, self.prefix_B, self.globals_BT, self.layout_HQJ)
+        return self.window is None and self.slots_BT is None and all(part is None for part in parts)
+
+    @property
+    def sparse(self) -> bool:
+        """Parts of it are neither a band around the diagonal nor documents."""
+        return self.prefix_B is not None or self.globals_BT is not None or self.layout_HQJ is not None
+
+    def lowered(self, key: Any, lower: Callable[[], Any]) -> Any:
+        """What `lower` makes of this mask, made once for all layers; a compiled graph shares such work by itself."""
+        if torch.compiler.is_compiling():
+            return lower()
+        if key not in self._lowered:
+            self._lowered[key] = lower()
+        return self._lowered[key]
+
+    def allows(
+        self, row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:  # the signature of FlexAttention's mask_mod
+        """bool: may this query of this row and head look at this key; integer tensors of any shapes that broadcast."""
+        place = query if self.slots_BT is None else self.slots_BT[row, query]
+        distance = key - place
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        if self.window is not None:
+            seen = seen & (distance.abs() < self.window)
+        if self.layout_HQJ is not None:
+            seen = seen & self.layout_HQJ[head % self.layout_HQJ.shape[0], place // self.block, key // self.block]
+        if self.globals_BT is not None:
+            seen = seen | self.globals_BT[row, query] | self.globals_BT[row, key]
+        if self.causal:
+            seen = seen & (distance <= 0)
+        if self.prefix_B is not None:
+            seen = seen | (key < self.prefix_B[row])
+        if self.documents_BT is not None:
+            seen = seen & (self.documents_BT[row, query] != 0)
+        key_documents_BS = self.documents_BT if self.key_documents_BS is None else self.key_documents_BS
+        if key_documents_BS is not None:
+            seen = seen & (key_documents_BS[row, key] != 0)
+            if self.documents_BT is not None:
+                seen = seen & (self.documents_BT[row, query] == key_documents_BS[row, key])
+        return seen
+
+    def bias(self, query: torch.Tensor, key: torch.Tensor, row: torch.Tensor) -> torch.Tensor | None:
+        """The bias of these pairs for every head, [H, *their shape], if there is one."""
+        if self.bias_HL is None:
+            return None
+        place = query if self.slots_BT is None else self.slots_BT[row, query]
+        return self.bias_HL[:, key - place + (self.bias_HL.shape[1] - 1) // 2]
 
 
 def dense(mask: Mask, queries: int, keys: int, device: torch.device) -> torch.Tensor:
-    """The oracle's lowering: bool [B or 1, T, S], True where the query may look at the key."""
-    if mask.slots_BT is not None:
-        return ~mask.hidden
-    key_S = torch.arange(keys, device=device)
-    if mask.causal:
-        visible_BTS = (key_S <= torch.arange(queries, device=device)[:, None])[None]
-    else:
-        visible_BTS = torch.ones(1, queries, keys, dtype=torch.bool, device=device)
-    if mask.documents_BT is not None:
-        query_BT1, key_B1S = mask.documents_BT[:, :, None], mask.documents_BT[:, None, :]
-        visible_BTS = visible_BTS & (query_BT1 == key_B1S) & (query_BT1 != 0)
-    return visible_BTS
+    """The oracle's lowering: bool [B or 1, H or 1, T, S], True where the query may look at the key."""
+
+    def lower() -> torch.Tensor:
+        return mask.allows(*_pairs(mask, queries, keys, device))
+
+    visible_BHTS: torch.Tensor = mask.lowered(("dense", queries, keys), lower)
+    return visible_BHTS
+
+
+def dense_bias(mask: Mask, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
+    """The bias of every pair, [B or 1, H, T, S]."""
+
+    def lower() -> torch.Tensor | None:
+        row, _, query, key = _pairs(mask, queries, keys, device)
+        bias_HB1TS = mask.bias(query, key, row)
+        return None if bias_HB1TS is None else bias_HB1TS.squeeze(2).transpose(0, 1)
+
+    # A learned bias is lowered by every layer: sharing would hand a recomputed layer a graph that is not its own.
+    learned = mask.bias_HL is not None and mask.bias_HL.requires_grad
+    bias_BHTS: torch.Tensor | None = lower() if learned else mask.lowered(("bias", queries, keys), lower)
+    return bias_BHTS
+
+
+def _pairs(mask: Mask, queries: int, keys: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Row, head, query and key numbers that broadcast to [B or 1, H or 1, T, S]."""
+    of_rows = (mask.documents_BT, mask.key_documents_BS, mask.prefix_B, mask.globals_BT, mask.slots_BT)
+    rows = max([len(x) for x in of_rows if x is not None], default=1)
+    heads = 1 if mask.layout_HQJ is None else len(mask.layout_HQJ)
+    row, head, query, key = (torch.arange(count, device=device) for count in (rows, heads, queries, keys))
+    return row[:, None, None, None], head[:, None, None], query[None, None, :, None], key

@@ -6,7 +6,7 @@ import torch
 
 from model.errors import ModelError
 from model.kernels.blockwise import blockwise_attention
-from model.masks import Mask, dense
+from model.masks import Mask, dense, dense_bias
 
 AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mask, float], torch.Tensor]
 
@@ -17,28 +17,34 @@ def dense_attention(
     """out_BTHC by the definition: softmax in fp32, O(T²) memory; a query that sees nothing gives 0."""
     groups = q_BTHC.shape[2] // k_BSKC.shape[2]
     k_BSHC, v_BSHC = (x.repeat_interleave(groups, dim=2) for x in (k_BSKC, v_BSKC))
-    visible_BTS = dense(mask, q_BTHC.shape[1], k_BSKC.shape[1], q_BTHC.device)
+    sizes = q_BTHC.shape[1], k_BSKC.shape[1], q_BTHC.device
+    visible_BHTS, bias_BHTS = dense(mask, *sizes), dense_bias(mask, *sizes)
     scores_BHTS = torch.einsum("bthc,bshc->bhts", q_BTHC, k_BSHC).float() * scale
-    scores_BHTS = scores_BHTS.masked_fill(~visible_BTS[:, None], torch.finfo(torch.float32).min)
-    weights_BHTS = scores_BHTS.softmax(-1) * visible_BTS[:, None]
+    if bias_BHTS is not None:
+        scores_BHTS = scores_BHTS + bias_BHTS
+    scores_BHTS = scores_BHTS.masked_fill(~visible_BHTS, torch.finfo(torch.float32).min)
+    weights_BHTS = scores_BHTS.softmax(-1) * visible_BHTS
     return torch.einsum("bhts,bshc->bthc", weights_BHTS.to(v_BSHC.dtype), v_BSHC)
 
 
 def sdpa_attention(
     q_BTHC: torch.Tensor, k_BSKC: torch.Tensor, v_BSKC: torch.Tensor, mask: Mask, scale: float
 ) -> torch.Tensor:
-    """PyTorch's fused kernels; documents become a boolean mask of [B, 1, T, S]."""
+    """PyTorch's fused kernels; whatever is more than a direction becomes a mask of [B or 1, H or 1, T, S]."""
     if mask.slots_BT is not None:
         return cached_attention(q_BTHC, k_BSKC, v_BSKC, mask, scale)
-    visible_B1TS: torch.Tensor | None = None
-    if mask.documents_BT is not None:
-        visible_B1TS = dense(mask, q_BTHC.shape[1], k_BSKC.shape[1], q_BTHC.device)[:, None]
+    fused_BHTS: torch.Tensor | None = None
+    if mask.bias_HL is not None or not mask.plain:
+        sizes = q_BTHC.shape[1], k_BSKC.shape[1], q_BTHC.device
+        fused_BHTS, bias_BHTS = dense(mask, *sizes), dense_bias(mask, *sizes)
+        if bias_BHTS is not None:
+            fused_BHTS = bias_BHTS.to(q_BTHC.dtype).masked_fill(~fused_BHTS, float("-inf"))
     out_BHTC = torch.nn.functional.scaled_dot_product_attention(
         q_BTHC.transpose(1, 2),
         k_BSKC.transpose(1, 2),
         v_BSKC.transpose(1, 2),
-        attn_mask=visible_B1TS,
-        is_causal=mask.causal and visible_B1TS is None,
+        attn_mask=fused_BHTS,
+        is_causal=mask.causal and fused_BHTS is None,
         scale=scale,
         enable_gqa=q_BTHC.shape[2] != k_BSKC.shape[2],
     )
@@ -56,7 +62,13 @@ def cached_attention(
     kv_heads = k_BSKC.shape[2]
     q_BKMC = (q_BTHC * scale).view(rows, tokens, kv_heads, -1, channels).permute(0, 2, 3, 1, 4).flatten(2, 3)
     scores_BKMS = q_BKMC @ k_BSKC.permute(0, 2, 3, 1)
-    scores_BKMS.unflatten(2, (-1, tokens)).masked_fill_(mask.hidden[:, None, None], float("-inf"))
+    scores_BKGTS = scores_BKMS.unflatten(2, (-1, tokens))
+    sizes = tokens, k_BSKC.shape[1], q_BTHC.device
+    hidden_BHTS, bias_BHTS = mask.lowered("hidden", lambda: ~dense(mask, *sizes)), dense_bias(mask, *sizes)
+    if bias_BHTS is not None:
+        scores_BKGTS.add_(bias_BHTS.unflatten(1, (kv_heads, -1)))
+    grouped = (kv_heads, -1) if hidden_BHTS.shape[1] == heads else (1, 1)
+    scores_BKGTS.masked_fill_(hidden_BHTS.unflatten(1, grouped), float("-inf"))
     out_BKMC = scores_BKMS.softmax(-1, dtype=torch.float32).to(v_BSKC.dtype) @ v_BSKC.transpose(1, 2)
     out_BKGTC = out_BKMC.unflatten(2, (-1, tokens))
     return out_BKGTC.permute(0, 3, 1, 2, 4).reshape(rows, tokens, heads, channels)
@@ -66,7 +78,8 @@ def blockwise_or_fused(
     q_BTHC: torch.Tensor, k_BSKC: torch.Tensor, v_BSKC: torch.Tensor, mask: Mask, scale: float
 ) -> torch.Tensor:
     """Blockwise where it applies, causal self-attention on the CPU; PyTorch's fused kernels for everything else."""
-    if mask.causal and mask.slots_BT is None and q_BTHC.device.type == "cpu":
+    band = mask.window is None and mask.key_documents_BS is None and mask.bias_HL is None and not mask.sparse
+    if mask.causal and band and mask.slots_BT is None and q_BTHC.device.type == "cpu":
         out_BTHC: torch.Tensor = blockwise_attention(q_BTHC, k_BSKC, v_BSKC, mask.documents_BT, scale)
         return out_BTHC
     return sdpa_attention(q_BTHC, k_BSKC, v_BSKC, mask, scale)

@@ -1,7 +1,8 @@
 """What a block asks of its token mixer, whatever the mixer is."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,14 +15,24 @@ from model.position import Rotation
 class MixerInput:
     """What every layer of one forward pass shares.
 
-    mask: who sees whom. rotation: the angles of rotary positions, where the model has them.
+    mask: who sees whom; windowed: the same within each window that some layer has.
+    rotation: the angles of rotary positions, where the model has them.
     slots_BT: in cached decoding, where each token is remembered. common_slot: the first, if all rows have the same.
+    memory_BSD: an encoder's output, which cross-attention looks at; null once a cache remembers its keys and values.
+    memory_mask: which of it each token sees.
     """
 
     mask: Mask
     rotation: Rotation | None = None
     slots_BT: torch.Tensor | None = None
     common_slot: int | None = None
+    memory_BSD: torch.Tensor | None = None
+    memory_mask: Mask | None = None
+    windowed: Mapping[int, Mask] = field(default_factory=dict)
+
+    def mask_within(self, window: int | None) -> Mask:
+        """The mask of a layer with this window."""
+        return self.mask if window is None else self.windowed[window]
 
 
 class MixerState:

@@ -1,10 +1,11 @@
 """Every kernel computes what the dense definition says, forward and backward, whatever the mask."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.build import build_model
@@ -22,9 +23,36 @@ def packed(lengths: list[int], tokens: int) -> list[int]:
     return row + [0] * (tokens - len(row))
 
 
+Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Mask]
+
+
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Mask]:
-    """(q, k, v, gradient of the output, mask): causal, packed or both-ways, with shared heads or not."""
+def masks(draw: st.DrawFn, rows: int, tokens: int, heads: int) -> Mask:
+    """Any mask there is: direction, window, documents, prefix, global tokens, blocks and a bias, each or none."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    mask = Mask(causal=draw(st.booleans()), window=draw(st.none() | st.integers(1, tokens + 3)))
+    if draw(st.booleans()):
+        lengths = st.lists(st.integers(1, 25), max_size=8)
+        documents = torch.tensor([packed(draw(lengths), tokens) for _ in range(rows)], dtype=torch.int32)
+        mask = replace(mask, documents_BT=documents)
+    if draw(st.booleans()):
+        mask = replace(mask, prefix_B=torch.randint(0, tokens + 1, (rows,), generator=generator))
+    if draw(st.booleans()):
+        mask = replace(mask, globals_BT=torch.rand(rows, tokens, generator=generator) < 0.2)
+    if draw(st.booleans()):
+        block = draw(st.sampled_from([4, 16]))
+        count = -(-tokens // block)
+        layout = torch.rand(draw(st.sampled_from([1, heads])), count, count, generator=generator) < 0.5
+        mask = replace(mask, layout_HQJ=layout, block=block)
+    if draw(st.booleans()):
+        bias = torch.randn(heads, 2 * tokens - 1 + 2 * draw(st.integers(0, 2)), generator=generator)
+        mask = replace(mask, bias_HL=bias.double().requires_grad_())
+    return mask
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """(q, k, v, gradient of the output, mask) of any small shape, with shared heads or not."""
     rows, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 40))
     kv_heads, groups = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
@@ -32,11 +60,7 @@ def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
         torch.randn(rows, tokens, heads, 8, generator=generator, dtype=torch.float64)
         for heads in (kv_heads * groups, kv_heads, kv_heads, kv_heads * groups)
     )
-    documents = None
-    if draw(st.booleans()):
-        lengths = st.lists(st.integers(1, 25), max_size=8)
-        documents = torch.tensor([packed(draw(lengths), tokens) for _ in range(rows)], dtype=torch.int32)
-    return q, k, v, grad, Mask(causal=draw(st.booleans()), documents_BT=documents)
+    return q, k, v, grad, draw(masks(rows, tokens, kv_heads * groups))
 
 
 def output_and_gradients(
@@ -44,15 +68,14 @@ def output_and_gradients(
 ) -> list[torch.Tensor]:
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = kernel(*leaves, mask, 0.3)
+    leaves += [] if mask.bias_HL is None else [mask.bias_HL]
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
 @pytest.mark.parametrize("name", FAST)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problem=problems())
-def test_a_kernel_agrees_with_the_definition_forward_and_backward(
-    name: str, problem: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Mask]
-) -> None:
+def test_a_kernel_agrees_with_the_definition_forward_and_backward(name: str, problem: Problem) -> None:
     expected = output_and_gradients(dense_attention, *problem)
     found = output_and_gradients(KERNELS[name], *problem)
     # fp64, but the oracle's softmax is fp32: 2^-24 relative per weight, gathered over at most 40 keys.
@@ -89,28 +112,57 @@ def test_in_half_precision_blockwise_attention_errs_no_more_than_the_definition_
     tokens=st.integers(1, 5),
     groups=st.sampled_from([1, 3]),
     seed=st.integers(0, 100),
+    window=st.none() | st.integers(1, 80),
+    biased=st.booleans(),
 )
 @pytest.mark.parametrize("name", FAST)
 def test_cached_decoding_agrees_with_the_definition(
-    name: str, kept: list[int], tokens: int, groups: int, seed: int
+    name: str, kept: list[int], tokens: int, groups: int, seed: int, window: int | None, biased: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     slots = torch.tensor(kept)[:, None] + torch.arange(tokens)
-    mask = Mask(slots_BT=slots, keys=int(slots.max()) + 4)
+    keys = int(slots.max()) + 4
+    bias = torch.randn(2 * groups, 2 * keys - 1, generator=generator) if biased else None
+    mask = Mask(slots_BT=slots, keys=keys, window=window, bias_HL=bias)
     q = torch.randn(len(kept), tokens, 2 * groups, 8, generator=generator)
     k, v = (torch.randn(len(kept), mask.keys, 2, 8, generator=generator) for _ in range(2))
     found, expected = KERNELS[name](q, k, v, mask, 0.3), dense_attention(q, k, v, mask, 0.3)
     assert (found - expected).abs().max() <= mask.keys * 2**-24 * max(1.0, float(expected.abs().max()))
 
 
-@example(lengths=[1, 1, 1])
-@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5))
-def test_the_dense_mask_is_the_rule_in_words(lengths: list[int]) -> None:
-    row = packed(lengths, 16)
-    visible = dense(Mask(documents_BT=torch.tensor([row], dtype=torch.int32)), 16, 16, torch.device("cpu"))[0]
-    for query in range(16):
-        for key in range(16):
-            assert visible[query, key] == (key <= query and row[query] == row[key] and row[query] != 0)
+def in_words(mask: Mask, row: int, head: int, query: int, key: int) -> bool:
+    """The rule as its docstring says it, for one pair."""
+    near = mask.window is None or abs(key - query) < mask.window
+    if mask.layout_HQJ is not None:
+        layouts = mask.layout_HQJ.tolist()
+        near = near and layouts[head % len(layouts)][query // mask.block][key // mask.block]
+    if mask.globals_BT is not None:
+        near = near or bool(mask.globals_BT[row, query]) or bool(mask.globals_BT[row, key])
+    seen = near and (key <= query or not mask.causal)
+    if mask.prefix_B is not None:
+        seen = seen or key < int(mask.prefix_B[row])
+    if mask.documents_BT is not None:
+        documents = mask.documents_BT[row].tolist()
+        seen = seen and documents[query] == documents[key] != 0
+    return seen
+
+
+@settings(max_examples=40, deadline=None)
+@given(mask=masks(2, 12, 3))
+def test_the_dense_mask_is_the_rule_in_words(mask: Mask) -> None:
+    visible = dense(mask, 12, 12, torch.device("cpu")).expand(2, 3, 12, 12).tolist()
+    for row, head, query, key in itertools.product(range(2), range(3), range(12), range(12)):
+        assert visible[row][head][query][key] == in_words(mask, row, head, query, key)
+
+
+def test_keys_of_another_row_of_tokens_are_hidden_where_they_are_padding() -> None:
+    mask = Mask(causal=False, key_documents_BS=torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]))
+    q, (k, v) = torch.randn(2, 3, 2, 8), (torch.randn(2, 5, 2, 8) for _ in range(2))
+    for kernel in KERNELS.values():
+        out = kernel(q, k, v, mask, 0.3)
+        short = dense_attention(q[:1], k[:1, :2], v[:1, :2], Mask(causal=False), 0.3)
+        assert torch.allclose(out[:1], short, atol=1e-6)
+        assert torch.allclose(out[1:], dense_attention(q[1:], k[1:], v[1:], Mask(causal=False), 0.3), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(KERNELS))

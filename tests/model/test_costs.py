@@ -1,6 +1,7 @@
 """Closed forms against counts: parameters, FLOPs, cache and activation bytes."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.block import Layout
 from model.build import build_model
 from model.config import LayerChange, ModelConfig
 from model.costs import (
@@ -21,13 +23,13 @@ from model.costs import (
 from model.ffn import FfnConfig
 from model.kernels.attention import Mask, dense
 from model.mixers.attention import KeyValueState
-from tests.model.configurations import GPT2, LLAMA, any_config
+from tests.model.configurations import GPT2, LLAMA, WINDOWED, any_config
 
 WIDER_SECOND = (LayerChange(every=2, first=1, ffn=FfnConfig(d_ff=29)),)
 
 
 @settings(max_examples=40, deadline=None)
-@given(config=any_config(), layout=st.sampled_from(["pre", "post", "parallel"]), wider=st.booleans())
+@given(config=any_config(), layout=st.sampled_from(get_args(Layout)), wider=st.booleans())
 def test_parameters_are_those_of_the_built_model(config: ModelConfig, layout: str, wider: bool) -> None:
     config = replace(config, layout=layout, pattern=WIDER_SECOND if wider else ())
     model, counts = build_model(config, device="meta"), parameter_counts(config)
@@ -66,6 +68,9 @@ def test_attended_pairs_are_those_of_the_mask(length: int, documents: int) -> No
     numbers = torch.arange(documents, dtype=torch.int32).repeat_interleave(length)[None] + 1
     cpu = torch.device("cpu")
     assert attended_pairs(tokens) == int(dense(Mask(), tokens, tokens, cpu).sum())
+    for window in range(1, tokens + 2):
+        counted = int(dense(Mask(window=window), tokens, tokens, cpu).sum())
+        assert attended_pairs(tokens, None, window) == pytest.approx(counted)
     assert attended_pairs(tokens, length) == int(dense(Mask(documents_BT=numbers), tokens, tokens, cpu).sum())
 
 
@@ -75,7 +80,7 @@ def test_packed_documents_cost_less_and_a_token_of_training_three_of_forward() -
     assert whole * 64 == pytest.approx(3 * forward_flops(LLAMA, rows=1, seq_len=64))
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("config", [LLAMA, GPT2, WINDOWED], ids=["llama", "gpt2", "windowed"])
 def test_cache_bytes_are_those_of_the_cache(config: ModelConfig) -> None:
     cache = build_model(config).new_cache(3, 64)
     states = [state for state in cache.states if isinstance(state, KeyValueState)]

@@ -4,8 +4,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from model.position import LinearScaling, Llama3Scaling, RopeConfig, document_positions, inverse_frequencies, rotation
+from model.position import (
+    LinearScaling,
+    Llama3Scaling,
+    RopeConfig,
+    alibi_bias,
+    document_positions,
+    inverse_frequencies,
+    rotation,
+)
 from tests.model.test_attention import packed
 
 CPU = torch.device("cpu")
@@ -23,6 +32,13 @@ def test_a_rotated_product_depends_on_the_distance_alone(first: int, distance: i
     # An angle is a position times a frequency of at most 1 in fp32: 2^-24 of 6,000 radians, on each side.
     bound = 2 * 6000 * 2**-24 * float(q.norm() * k.norm()) + 1e-5
     assert abs(score(first, first + distance) - score(first + shift, first + distance + shift)) <= bound
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 6, 8, 12, 20])
+def test_alibi_discounts_distance_as_blooms_class_does(heads: int) -> None:
+    theirs = build_alibi_tensor(torch.ones(1, 11), heads, torch.float32).view(heads, 11)  # by position, not distance
+    ours = alibi_bias(heads, 11, CPU)[:, :11]  # what stands 10, 9 … 0 tokens behind
+    assert torch.allclose(ours, theirs - theirs[:, -1:], atol=1e-6)
 
 
 def test_rotation_keeps_lengths_and_leaves_position_zero_alone() -> None:
