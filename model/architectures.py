@@ -10,9 +10,14 @@ from model.config import ModelConfig
 from model.errors import ModelError
 from model.frontends import TokenFrontend
 from model.heads import LanguageHead
+from model.loss import IGNORED
 from model.masks import Mask
 from model.mixers.base import MixerInput
+from model.moe.config import MoeConfig
+from model.moe.noise import row_keys
+from model.moe.receipts import routing_counts
 from model.position import LearnedPositionConfig, RopeConfig, document_positions, rotation
+from model.slots import Record
 from model.stack import Stack
 
 
@@ -25,6 +30,9 @@ class Transformer(nn.Module):
         self.frontend = frontend
         self.stack = stack
         self.head = head
+        self._is_random = any(
+            isinstance(layer.ffn, MoeConfig) and layer.ffn.router.is_random for layer in config.layers
+        )
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -52,12 +60,13 @@ class Transformer(nn.Module):
         column given for each row (int64 [B]).
 
         Without targets {"logits": [B, T or 1, V]}; with targets {"loss_sum": fp32 Σ NLL, "target_count": int64} and
-        "z_loss_sum" where the configuration weighs it; with `per_token` instead, and without gradient, {"nll": fp32
+        "z_loss_sum" where the configuration weighs it, "aux_loss_sum" and counts of routing (`moe.receipts`) where layers
+        have experts; with `per_token` instead, and without gradient, {"nll": fp32
         [B, T], "is_top": bool [B, T]}.
         """
         shared, positions_BT = self._shared(tokens_BT, documents_BT, positions_BT, cache)
         states = None if cache is None else cache.states
-        x_BTD = self.stack(self.frontend(tokens_BT, positions_BT), shared, states)
+        x_BTD, records = self.stack(self.frontend(tokens_BT, positions_BT), shared, states)
         if cache is not None:
             cache.advance(tokens_BT.shape[1])
         if isinstance(logits_for, torch.Tensor):
@@ -65,6 +74,14 @@ class Transformer(nn.Module):
         elif logits_for == "last":
             x_BTD = x_BTD[:, -1:]
         result: dict[str, torch.Tensor] = self.head(x_BTD, targets_BT, per_token)
+        if targets_BT is not None and not per_token:
+            tokens = (
+                torch.full((), targets_BT.numel(), device=x_BTD.device)
+                if documents_BT is None
+                else (documents_BT != 0).sum()
+            )
+            result |= routing_counts(records, tokens)
+            result |= _with_auxiliary(result["loss_sum"], records, (targets_BT != IGNORED).sum(1))
         return result
 
     def new_cache(self, rows: int, max_tokens: int) -> Cache:
@@ -98,6 +115,20 @@ class Transformer(nn.Module):
         if isinstance(position, RopeConfig) and self.config.head_dim is not None:
             angles = rotation(position, positions_BT, self.config.head_dim)
         if cache is None:
-            return MixerInput(Mask(documents_BT=documents_BT), angles), positions_BT
+            keys_B = row_keys(tokens_BT) if self.training and self._is_random else None
+            return MixerInput(Mask(documents_BT=documents_BT), angles, row_keys_B=keys_B), positions_BT
         mask = Mask(slots_BT=slots_BT, keys=cache.slots_for(tokens)) if cache.longest else Mask()
         return MixerInput(mask, angles, slots_BT, cache.longest if cache.uniform else None), positions_BT
+
+
+def _with_auxiliary(loss_sum: torch.Tensor, records: list[Record], targets_B: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Add the layers' auxiliary losses to the gradient of `loss_sum`, not to its value, as the head does with its own.
+
+    They are means over the tokens of a row; a row weighs as many targets as it has. So they are a sum like Σ NLL:
+    divided by the targets of all micro-batches and ranks it is the same whichever way rows are shared out.
+    """
+    losses = [record["auxiliary_B"] for record in records if "auxiliary_B" in record]
+    if not losses:
+        return {}
+    auxiliary = (torch.stack(losses).sum(0) * targets_B).sum()
+    return {"loss_sum": loss_sum + (auxiliary - auxiliary.detach()), "aux_loss_sum": auxiliary.detach()}

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from model.mixers.base import Mixer, MixerInput, MixerState
+from model.slots import Record
 
 Layout = Literal["pre", "post", "parallel"]
 
@@ -14,6 +15,8 @@ class Block(nn.Module):
     """pre:      x + mixer(norm x), then x + ffn(norm x)      (GPT-2, LLaMA)
     post:     norm(x + mixer x), then norm(x + ffn x)      (Vaswani et al. 2017, BERT)
     parallel: x + mixer(norm x) + ffn(norm x)              (GPT-J, PaLM; one norm, so `ffn_norm` is None)
+
+    Returns x_BTD and what the ffn slot records of the pass.
     """
 
     def __init__(
@@ -34,13 +37,18 @@ class Block(nn.Module):
         self.ffn = ffn
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
+    def forward(
+        self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None
+    ) -> tuple[torch.Tensor, Record]:
         if self.layout == "parallel":
             normed_BTD = self.mixer_norm(x_BTD)
-            return x_BTD + self.dropout(self.mixer(normed_BTD, shared, state) + self.ffn(normed_BTD))
+            y_BTD, record = self.ffn(normed_BTD, shared)
+            return x_BTD + self.dropout(self.mixer(normed_BTD, shared, state) + y_BTD), record
         assert self.ffn_norm is not None
         if self.layout == "pre":
             x_BTD = x_BTD + self.dropout(self.mixer(self.mixer_norm(x_BTD), shared, state))
-            return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
+            y_BTD, record = self.ffn(self.ffn_norm(x_BTD), shared)
+            return x_BTD + self.dropout(y_BTD), record
         x_BTD = self.mixer_norm(x_BTD + self.dropout(self.mixer(x_BTD, shared, state)))
-        return self.ffn_norm(x_BTD + self.dropout(self.ffn(x_BTD)))
+        y_BTD, record = self.ffn(x_BTD, shared)
+        return self.ffn_norm(x_BTD + self.dropout(y_BTD)), record

@@ -7,8 +7,8 @@ from torch import nn
 
 from model.architectures import Transformer
 from model.block import Block
-from model.config import LayerConfig, ModelConfig
-from model.ffn import build_ffn
+from model.config import ModelConfig
+from model.ffns import build_ffn
 from model.frontends import Embedding, TokenFrontend
 from model.heads import LanguageHead
 from model.init import initialize
@@ -50,7 +50,7 @@ def _assemble(config: ModelConfig, attend: AttentionKernel) -> Transformer:
     positions = LearnedPositions(config.max_seq_len, width) if learned else None
     frontend = TokenFrontend(Embedding(vocab_size, width), positions, config.dropout)
     stack = Stack(
-        [_block(config, layer, attend) for layer in config.layers],
+        [_block(config, number, attend) for number in range(config.n_layers)],
         nn.Identity() if config.layout == "post" else build_norm(config.norm, width),
     )
     tied = frontend.tokens.weight if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, width))
@@ -58,12 +58,13 @@ def _assemble(config: ModelConfig, attend: AttentionKernel) -> Transformer:
     return Transformer(config, frontend, stack, head)
 
 
-def _block(config: ModelConfig, layer: LayerConfig, attend: AttentionKernel) -> Block:
+def _block(config: ModelConfig, number: int, attend: AttentionKernel) -> Block:
+    layer = config.layers[number]
     return Block(
         layout=config.layout,
         mixer_norm=build_norm(config.norm, config.d_model),
         mixer=build_mixer(layer.mixer, config.d_model, config.norm, attend),
         ffn_norm=None if config.layout == "parallel" else build_norm(config.norm, config.d_model),
-        ffn=build_ffn(layer.ffn, config.d_model),
+        ffn=build_ffn(layer.ffn, config.d_model, number),
         dropout=config.dropout,
     )

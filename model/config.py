@@ -6,6 +6,7 @@ from functools import cached_property
 from model.block import Layout
 from model.errors import ModelError
 from model.ffn import FfnConfig
+from model.ffns import AnyFfnConfig
 from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
 from model.mixers.build import MixerConfig
@@ -20,7 +21,7 @@ class LayerConfig:
     """What fills the slots of one layer."""
 
     mixer: MixerConfig
-    ffn: FfnConfig
+    ffn: AnyFfnConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class LayerChange:
     every: int = 1
     first: int = 0
     mixer: MixerConfig | None = None
-    ffn: FfnConfig | None = None
+    ffn: AnyFfnConfig | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.first < 0:
@@ -65,7 +66,7 @@ class ModelConfig:
     norm: NormConfig = field(default_factory=NormConfig)
     position: RopeConfig | LearnedPositionConfig | NoPositionConfig = field(default_factory=RopeConfig)
     mixer: AttentionConfig = field(default_factory=AttentionConfig)
-    ffn: FfnConfig = field(default_factory=FfnConfig)
+    ffn: AnyFfnConfig = field(default_factory=FfnConfig)
     pattern: tuple[LayerChange, ...] = ()
     init: InitConfig = field(default_factory=InitConfig)
     dropout: float = 0.0

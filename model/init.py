@@ -143,7 +143,9 @@ def _std(*, shape: torch.Size | tuple[int, ...], draw: Draw, config: InitConfig,
 
 @torch.no_grad()
 def initialize(model: nn.Module, *, config: InitConfig, n_layers: int, seed: int) -> None:
-    """Fill every parameter of a materialised model with its starting value."""
+    """Fill every parameter of a materialised model with its starting value, and every buffer with zeros."""
+    for buffer in model.buffers():
+        buffer.zero_()
     for name, parameter, declaration in declarations(model):
         value = initial_value(
             name=name, shape=parameter.shape, draw=declaration.draw, config=config, n_layers=n_layers, seed=seed

@@ -16,12 +16,14 @@ class MixerInput:
 
     mask: who sees whom. rotation: the angles of rotary positions, where the model has them.
     slots_BT: in cached decoding, where each token is remembered. common_slot: the first, if all rows have the same.
+    row_keys_B: int64 hash of each row in training, for layers whose noise is a function of the row.
     """
 
     mask: Mask
     rotation: Rotation | None = None
     slots_BT: torch.Tensor | None = None
     common_slot: int | None = None
+    row_keys_B: torch.Tensor | None = None
 
 
 class MixerState:
