@@ -10,8 +10,12 @@ from model.cache import Cache, rounded_slots
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.heads import Head
+from model.loss import IGNORED
 from model.masks import Mask
 from model.mixers.base import MixerInput
+from model.moe.config import MoeConfig
+from model.moe.noise import row_keys
+from model.moe.receipts import routing_counts
 from model.position import (
     AlibiConfig,
     LearnedPositionConfig,
@@ -20,6 +24,7 @@ from model.position import (
     document_positions,
     rotation,
 )
+from model.slots import Record
 from model.stack import Stack
 
 ENCODER = "encoder_"
@@ -39,6 +44,9 @@ class Transformer(nn.Module):
         self.stack = stack
         self.head = head
         self.encoder = encoder
+        self._is_random = any(
+            isinstance(layer.ffn, MoeConfig) and layer.ffn.router.is_random for layer in config.layers
+        )
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -73,8 +81,9 @@ class Transformer(nn.Module):
         after the first pass.
 
         Without targets {"logits": [B, T or 1, V]} or what else the head gives; with targets {"loss_sum": fp32 Σ NLL,
-        "target_count": int64} and "z_loss_sum" where the configuration weighs it; with `per_token` instead, and without
-        gradient, {"nll": fp32 [B, T], "is_top": bool [B, T]}.
+        "target_count": int64}, "z_loss_sum" where the configuration weighs it, "aux_loss_sum" and counts of routing
+        (`moe.receipts`) where layers have experts; with `per_token` instead, and without gradient, {"nll": fp32 [B, T],
+        "is_top": bool [B, T]}.
         """
         targets = {name: tensor for name, tensor in inputs.items() if name in self.head.takes}
         encoder_inputs = {name: tensor for name, tensor in inputs.items() if name.startswith(ENCODER)}
@@ -90,11 +99,13 @@ class Transformer(nn.Module):
         if cache is not None and cache.longest:
             mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(x_BTD.shape[1]))
         shared = self._shared(mask, x_BTD.shape[1], positions_BT, slots_BT, cache)
+        if self._is_random and self.training and tokens_BT is not None and cache is None:
+            shared = replace(shared, row_keys_B=row_keys(tokens_BT))
         if self.encoder is not None:
             shared = self._with_memory(shared, documents_BT, cache, encoder_inputs)
         elif encoder_inputs:
             raise ModelError(f"{', '.join(encoder_inputs)} was given, but the model has no encoder: leave it out.")
-        x_BTD = self.stack(x_BTD, shared, None if cache is None else cache.states)
+        x_BTD, records = self.stack(x_BTD, shared, None if cache is None else cache.states)
         if cache is not None:
             cache.advance(x_BTD.shape[1])
         if isinstance(logits_for, torch.Tensor):
@@ -102,6 +113,10 @@ class Transformer(nn.Module):
         elif logits_for == "last":
             x_BTD = x_BTD[:, -1:]
         result: dict[str, torch.Tensor] = self.head(x_BTD, per_token, **targets)
+        if targets_BT is not None and not per_token:
+            tokens = torch.full((), targets_BT.numel(), device=x_BTD.device)
+            result |= routing_counts(records, tokens if documents_BT is None else (documents_BT != 0).sum())
+            result |= _with_auxiliary(result["loss_sum"], records, (targets_BT != IGNORED).sum(1))
         return result
 
     def new_cache(self, rows: int, max_tokens: int) -> Cache:
@@ -181,3 +196,16 @@ class Transformer(nn.Module):
         queries_BT = None if cache is not None or memory_documents_BS is None else documents_BT
         mask = Mask(causal=False, documents_BT=queries_BT, key_documents_BS=memory_documents_BS)
         return replace(shared, memory_BSD=memory_BSD, memory_mask=mask)
+
+
+def _with_auxiliary(loss_sum: torch.Tensor, records: list[Record], targets_B: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Add the layers' auxiliary losses to the gradient of `loss_sum`, not to its value, as the head does with its own.
+
+    They are means over the tokens of a row; a row weighs as many targets as it has. So they are a sum like Σ NLL:
+    divided by the targets of all micro-batches and ranks it is the same whichever way rows are shared out.
+    """
+    losses = [record["auxiliary_B"] for record in records if "auxiliary_B" in record]
+    if not losses:
+        return {}
+    auxiliary = (torch.stack(losses).sum(0) * targets_B).sum()
+    return {"loss_sum": loss_sum + (auxiliary - auxiliary.detach()), "aux_loss_sum": auxiliary.detach()}

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from model.mixers.base import Mixer, MixerInput, MixerState
+from model.slots import Record
 
 Layout = Literal["pre", "post", "parallel", "parallel_two_norms"]
 
@@ -18,6 +19,7 @@ class Block(nn.Module):
     parallel_two_norms: the same, the ffn with a norm of its own (GPT-NeoX, Falcon 40B)
 
     cross: in a decoder that has an encoder, a step of the same form between the two (not in the parallel layouts).
+    Returns x_BTD and what the ffn slot records of the pass.
     """
 
     def __init__(
@@ -42,22 +44,26 @@ class Block(nn.Module):
         self.ffn = ffn
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
+    def forward(
+        self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None
+    ) -> tuple[torch.Tensor, Record]:
         state, cross_state = (state.mixer, state.cross) if isinstance(state, BlockState) else (state, None)
         if self.layout == "parallel" or self.layout == "parallel_two_norms":
             normed_BTD = self.mixer_norm(x_BTD)
-            ffn_normed_BTD = normed_BTD if self.ffn_norm is None else self.ffn_norm(x_BTD)
-            return x_BTD + self.dropout(self.mixer(normed_BTD, shared, state) + self.ffn(ffn_normed_BTD))
+            y_BTD, record = self.ffn(normed_BTD if self.ffn_norm is None else self.ffn_norm(x_BTD), shared)
+            return x_BTD + self.dropout(self.mixer(normed_BTD, shared, state) + y_BTD), record
         assert self.ffn_norm is not None
         if self.layout == "pre":
             x_BTD = x_BTD + self.dropout(self.mixer(self.mixer_norm(x_BTD), shared, state))
             if self.cross is not None and self.cross_norm is not None:
                 x_BTD = x_BTD + self.dropout(self.cross(self.cross_norm(x_BTD), shared, cross_state))
-            return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
+            y_BTD, record = self.ffn(self.ffn_norm(x_BTD), shared)
+            return x_BTD + self.dropout(y_BTD), record
         x_BTD = self.mixer_norm(x_BTD + self.dropout(self.mixer(x_BTD, shared, state)))
         if self.cross is not None and self.cross_norm is not None:
             x_BTD = self.cross_norm(x_BTD + self.dropout(self.cross(x_BTD, shared, cross_state)))
-        return self.ffn_norm(x_BTD + self.dropout(self.ffn(x_BTD)))
+        y_BTD, record = self.ffn(x_BTD, shared)
+        return self.ffn_norm(x_BTD + self.dropout(y_BTD)), record
 
     def new_state(self, rows: int, max_tokens: int) -> MixerState:
         """An empty decoding state for `rows` rows of at most `max_tokens` tokens each."""

@@ -8,7 +8,7 @@ from torch import nn
 from model.architectures import Transformer
 from model.block import Block
 from model.config import LayerConfig, ModelConfig
-from model.ffn import build_ffn
+from model.ffns import build_ffn
 from model.frontends import Embedding, TokenFrontend
 from model.heads import Head, LanguageHead, LanguageHeadConfig, NoHead, Transform
 from model.init import initialize
@@ -55,7 +55,7 @@ def _assemble(config: ModelConfig, vocab_size: int, attend: AttentionKernel) -> 
     vocab_size = config.vocab_size or vocab_size
     frontend = _frontend(config, vocab_size)
     stack = Stack(
-        [_block(config, layer, attend) for layer in config.layers],
+        [_block(config, number, attend) for number in range(config.n_layers)],
         nn.Identity() if config.layout == "post" else build_norm(config.norm, config.d_model),
     )
     return Transformer(config, frontend, stack, _head(config, vocab_size), encoder)
@@ -87,7 +87,8 @@ def _head(config: ModelConfig, vocab_size: int) -> Head:
     )
 
 
-def _block(config: ModelConfig, layer: LayerConfig, attend: AttentionKernel) -> Block:
+def _block(config: ModelConfig, number: int, attend: AttentionKernel) -> Block:
+    layer = config.layers[number]
     return Block(
         layout=config.layout,
         mixer_norm=build_norm(config.norm, config.d_model),
@@ -95,7 +96,7 @@ def _block(config: ModelConfig, layer: LayerConfig, attend: AttentionKernel) -> 
         ffn_norm=None if config.layout == "parallel" else build_norm(config.norm, config.d_model),
         cross_norm=None if layer.cross is None else build_norm(config.norm, config.d_model),
         cross=_cross(config, layer, attend),
-        ffn=build_ffn(layer.ffn, config.d_model),
+        ffn=build_ffn(layer.ffn, config.d_model, number),
         dropout=config.dropout,
     )
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from model.block import Layout
 from model.errors import ModelError
 from model.ffn import FfnConfig
+from model.ffns import AnyFfnConfig
 from model.frontends import FrontendConfig, TokenFrontendConfig
 from model.heads import HeadConfig, LanguageHeadConfig, NoHeadConfig
 from model.init import InitConfig, Role, parameter_roles
@@ -25,7 +26,7 @@ class LayerConfig:
 
     mixer: MixerConfig
     cross: AttentionConfig | None
-    ffn: FfnConfig
+    ffn: AnyFfnConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class LayerChange:
     every: int = 1
     first: int = 0
     mixer: MixerConfig | None = None
-    ffn: FfnConfig | None = None
+    ffn: AnyFfnConfig | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.first < 0:
@@ -76,7 +77,7 @@ class ModelConfig:
     frontend: FrontendConfig = field(default_factory=TokenFrontendConfig)
     position: PositionConfig = field(default_factory=RopeConfig)
     mixer: MixerConfig = field(default_factory=AttentionConfig)
-    ffn: FfnConfig = field(default_factory=FfnConfig)
+    ffn: AnyFfnConfig = field(default_factory=FfnConfig)
     pattern: tuple[LayerChange, ...] = ()
     head: HeadConfig = field(default_factory=LanguageHeadConfig)
     encoder: ModelConfig | None = None

@@ -9,7 +9,8 @@ from torch import nn
 
 from model.errors import ModelError
 from model.init import Linear
-from model.slots import SlotCosts
+from model.mixers.base import MixerInput
+from model.slots import Record, SlotCosts
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -45,7 +46,7 @@ class FfnConfig:
 
 
 class FeedForward(nn.Module):
-    """x_BTD -> y_BTD, each token by itself."""
+    """x_BTD -> y_BTD, each token by itself; it has nothing to record."""
 
     def __init__(self, config: FfnConfig, d_model: int) -> None:
         super().__init__()
@@ -54,12 +55,7 @@ class FeedForward(nn.Module):
         self.up = Linear(d_model, config.d_ff, bias=config.bias)
         self.down = Linear(config.d_ff, d_model, bias=config.bias, residual=True)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, shared: MixerInput) -> tuple[torch.Tensor, Record]:
         if self.gate is None:
-            return self.down(self.activation(self.up(x_BTD)))
-        return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
-
-
-def build_ffn(config: FfnConfig, d_model: int) -> nn.Module:
-    """The network that fills the block's ffn slot: x_BTD -> y_BTD."""
-    return FeedForward(config, d_model)
+            return self.down(self.activation(self.up(x_BTD))), {}
+        return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD)), {}

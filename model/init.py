@@ -143,7 +143,10 @@ def _std(*, shape: torch.Size | tuple[int, ...], draw: Draw, config: InitConfig,
 
 @torch.no_grad()
 def initialize(model: nn.Module, *, config: InitConfig, n_layers: int, seed: int, within: str = "") -> None:
-    """Fill every parameter of a materialised model whose name begins with `within` with its starting value."""
+    """Fill every parameter of a materialised model whose name begins with `within` with its starting value, and every
+    buffer with zeros."""
+    for buffer in model.buffers():
+        buffer.zero_()
     for name, parameter, declaration in declarations(model):
         if not name.startswith(within):
             continue

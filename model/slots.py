@@ -7,6 +7,12 @@ Closed forms stand beside the thing they describe; `costs.py` adds them up over 
 
 from dataclasses import dataclass
 
+import torch
+
+Record = dict[str, torch.Tensor]
+"""What a layer tells about one forward pass beside its output; empty for most. It is returned, never stored, so that
+activation recomputation cannot count anything twice."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SlotCosts:

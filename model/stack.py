@@ -6,10 +6,12 @@ from torch.utils.checkpoint import checkpoint
 
 from model.block import Block
 from model.mixers.base import MixerInput, MixerState
+from model.slots import Record
 
 
 class Stack(nn.Module):
-    """x_BTD -> x_BTD through every layer; `final_norm` is the identity in post-norm layouts.
+    """x_BTD -> x_BTD through every layer, and what each layer records; `final_norm` is the identity in post-norm
+    layouts.
 
     recompute: set from outside to trade a second forward pass for the activations inside each block.
     """
@@ -20,13 +22,17 @@ class Stack(nn.Module):
         self.final_norm = final_norm
         self.recompute = False
 
-    def forward(self, x_BTD: torch.Tensor, shared: MixerInput, states: list[MixerState] | None = None) -> torch.Tensor:
+    def forward(
+        self, x_BTD: torch.Tensor, shared: MixerInput, states: list[MixerState] | None = None
+    ) -> tuple[torch.Tensor, list[Record]]:
+        records = []
         for index, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
-                x_BTD = checkpoint(layer, x_BTD, shared, use_reentrant=False)
+                x_BTD, record = checkpoint(layer, x_BTD, shared, use_reentrant=False)
             else:
-                x_BTD = layer(x_BTD, shared, None if states is None else states[index])
-        return self.final_norm(x_BTD)
+                x_BTD, record = layer(x_BTD, shared, None if states is None else states[index])
+            records.append(record)
+        return self.final_norm(x_BTD), records
 
     def new_states(self, rows: int, max_tokens: int) -> list[MixerState]:
         """An empty decoding state for every layer."""

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 
 from model.build import build_model
-from model.config import ModelConfig
+from model.config import LayerChange, ModelConfig
 from model.errors import ModelError
 from model.interop.families import FAMILIES
 from model.interop.native import revived
 from model.interop.tables import Family, Weight, dotted
+from model.moe.config import MoeConfig
 
 State = dict[str, torch.Tensor]
 
 
 def family_of(config: ModelConfig) -> Family:
     """The Hugging Face class that computes what `config` does; else ModelError, naming what the nearest needs."""
+    config = as_exceptions(config)
     differences = [_differences(config, family) for family in FAMILIES]
     needs, nearest = min(zip(differences, FAMILIES, strict=True), key=lambda pair: len(pair[0]))
     if not needs:
@@ -32,11 +34,15 @@ def family_of(config: ModelConfig) -> Family:
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
     """config.json of the matching class, but for token ids and precision. Raises ModelError where no class matches."""
-    family = family_of(config)
+    family, config = family_of(config), as_exceptions(config)
     theirs: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for setting in family.settings:
         value = dotted(config, setting.written or setting.ours[0])
         theirs[setting.theirs] = value if setting.names is None else setting.names[value]
+        if setting.also is not None:
+            theirs[setting.also] = theirs[setting.theirs]
+    if family.layers is not None:
+        theirs |= family.layers.write(config)
     ids = {"bos_token_id": None, "eos_token_id": None}
     return {**theirs, **family.write_position(config.position), **family.constants, **family.only_written, **ids}
 
@@ -53,7 +59,7 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
             )
     fields = {path: value for path, value in family.fixed.items() if not path.startswith("position.")}
     for setting in family.settings:
-        value = theirs.get(setting.theirs, setting.default)
+        value = theirs.get(setting.theirs, theirs.get(setting.also or setting.theirs, setting.default))
         if setting.names is not None:
             value = _our_word(setting.theirs, value, setting.names)
         fields |= dict.fromkeys(setting.ours, value)
@@ -63,18 +69,23 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
         fields["mixer.head_dim"] = None
     if fields.get("mixer.n_kv_heads") == fields["mixer.n_heads"]:
         fields["mixer.n_kv_heads"] = None
+    if family.layers is not None:
+        fields["pattern"] = family.layers.read(theirs, fields)
     return typing.cast(ModelConfig, revived(ModelConfig, _nested(fields) | {"position": family.read_position(theirs)}))
 
 
-def to_hf(state: Mapping[str, torch.Tensor], config: ModelConfig) -> State:
-    """Our state dict under their names and in their layout, in its own precision; tied weights are stored once."""
+def to_hf(state: Mapping[str, torch.Tensor], config: ModelConfig, *, in_memory: bool = False) -> State:
+    """Our state dict under their names and in their layout, in its own precision; tied weights are stored once.
+
+    in_memory: as the class itself holds its weights, where that differs from what it saves.
+    """
     theirs: State = {}
-    for weight in spelled_weights(family_of(config), config):
+    for weight in spelled_weights(family_of(config), config, in_memory=in_memory):
         if weight.ours[0] in config.tied_weights:
             continue
         parts = [state[name] for name in weight.ours if name in state]
         if len(parts) == len(weight.ours):
-            joined = _joined(parts, weight, config)
+            joined = weight.of(parts[0]) if len(parts) == 1 else _joined(parts, weight, config)
             theirs[weight.theirs] = (joined.T if weight.transposed else joined).contiguous()
     return theirs
 
@@ -87,14 +98,20 @@ def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]
     config = config_from_hf(theirs_config)
     family = _family_for(theirs_config)
     own = build_model(config, device="meta").state_dict()
-    expected = to_hf(own, config)
+    in_memory = _is_in_memory(family, config, theirs)
+    expected = to_hf(own, config, in_memory=in_memory)
     theirs = _cleaned(family, theirs, expected)
     theirs = _without_tied(family, config, theirs)
     check_tensors({name: tensor.shape for name, tensor in theirs.items()}, {n: t.shape for n, t in expected.items()})
     state: State = {}
-    for weight in spelled_weights(family, config):
+    for weight in spelled_weights(family, config, in_memory=in_memory):
         if weight.theirs in expected:
             stored = theirs[weight.theirs].T if weight.transposed else theirs[weight.theirs]
+            if weight.expert is not None:  # a tensor of ours is put together from many
+                (name,) = weight.ours
+                whole = state.setdefault(name, torch.empty(own[name].shape, dtype=stored.dtype))
+                weight.of(whole).copy_(stored)
+                continue
             parts = _parted(stored, [own[name].shape[0] for name in weight.ours], weight, config)
             state |= {name: part.contiguous() for name, part in zip(weight.ours, parts, strict=True)}
     return config, state | {name: state[source] for name, source in config.tied_weights.items()}
@@ -119,23 +136,22 @@ def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.
         )
 
 
-def spelled_weights(family: Family, config: ModelConfig) -> list[Weight]:
-    """The table with every layer spelled out, each tensor once."""
+def spelled_weights(family: Family, config: ModelConfig, *, in_memory: bool = False) -> list[Weight]:
+    """The table with every layer and expert spelled out, each tensor once."""
     spelled: dict[str, Weight] = {}
-    for weight in family.weights:
+    for weight in family.in_memory if in_memory and family.in_memory else family.weights:
         owner = config.encoder if weight.ours[0].startswith("encoder.") else config
         layers = 0 if owner is None else owner.n_layers if "{layer}" in weight.theirs else 1
         for layer in range(layers):
             ours = tuple(name.format(layer=layer) for name in weight.ours)
-            theirs = weight.theirs.format(layer=layer)
-            spelled[theirs] = dataclasses.replace(weight, theirs=theirs, ours=ours)
+            for expert in range(_experts(config, layer)) if "{expert}" in weight.theirs else (None,):
+                theirs = weight.theirs.format(layer=layer, expert=expert)
+                spelled[theirs] = dataclasses.replace(weight, theirs=theirs, ours=ours, expert=expert)
     return list(spelled.values())
 
 
 def _joined(parts: list[torch.Tensor], weight: Weight, config: ModelConfig) -> torch.Tensor:
     """Theirs of ours, along the output axis: one after the other, or group by group."""
-    if len(parts) == 1:
-        return parts[0]
     groups = 1 if weight.groups is None else dotted(config, weight.groups)
     return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
@@ -147,12 +163,41 @@ def _parted(stored: torch.Tensor, sizes: list[int], weight: Weight, config: Mode
     return [part.flatten(0, 1) for part in parts]
 
 
+def as_exceptions(config: ModelConfig) -> ModelConfig:
+    """The same model spelled as one kind of layer, that with experts if there is one, and numbered exceptions."""
+    rule = next((layer for layer in config.layers if isinstance(layer.ffn, MoeConfig)), config.layers[0])
+    exceptions = [
+        LayerChange(
+            every=config.n_layers,
+            first=number,
+            mixer=None if layer.mixer == rule.mixer else layer.mixer,
+            ffn=None if layer.ffn == rule.ffn else layer.ffn,
+        )
+        for number, layer in enumerate(config.layers)
+        if layer != rule
+    ]
+    return dataclasses.replace(config, mixer=rule.mixer, ffn=rule.ffn, pattern=tuple(exceptions))
+
+
+def _experts(config: ModelConfig, layer: int) -> int:
+    ffn = config.layers[layer].ffn
+    return ffn.n_experts if isinstance(ffn, MoeConfig) else 0
+
+
+def _is_in_memory(family: Family, config: ModelConfig, theirs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the tensors have a name that only the class itself gives, with or without its prefix."""
+    stored, held = ({w.theirs for w in spelled_weights(family, config, in_memory=m)} for m in (False, True))
+    return any(name in theirs or name.removeprefix(family.base_prefix) in theirs for name in held - stored)
+
+
 def _differences(config: ModelConfig, family: Family) -> list[str]:
     wrong = [f"{path}={value!r}" for path, value in family.fixed.items() if dotted(config, path) != value]
     for setting in family.settings:
         values = {path: dotted(config, path) for path in setting.ours}
         if len(set(values.values())) > 1:
             wrong.append(f"{' and '.join(values)} equal")
+    if family.layers is not None and not wrong:
+        wrong += family.layers.faults(config)
     if family.heads_divide_width and config.d_model % config.mixer.n_heads:
         wrong.append("d_model a multiple of mixer.n_heads")
     return wrong

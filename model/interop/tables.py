@@ -4,24 +4,37 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from model.config import ModelConfig
+import torch
+
+from model.config import LayerChange, ModelConfig
 from model.position import PositionConfig
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of theirs. `{layer}` stands for every layer number; a tensor the model does not have is left out.
+    """One tensor of theirs. `{layer}` stands for every layer number, `{expert}` for every expert of that layer; a
+    tensor the model does not have is left out.
 
     ours: several names where theirs is their concatenation along the output axis, in this order.
     transposed: theirs is stored [in, out].
     groups: the field of ModelConfig that tells into how many equal groups theirs is cut, each of which holds its share
         of every one of ours (Falcon's key/value heads, each after the queries that use it).
+    part: (i, n) where theirs is the i-th of n equal parts of ours along the output axis.
+    expert: theirs is that expert's matrix of ours, which has all of them; set where `{expert}` is spelled out.
     """
 
     theirs: str
     ours: tuple[str, ...]
     transposed: bool = False
     groups: str | None = None
+    part: tuple[int, int] = (0, 1)
+    expert: int | None = None
+
+    def of(self, ours: torch.Tensor) -> torch.Tensor:
+        """The part of our tensor that theirs is; a view."""
+        whole = ours if self.expert is None else ours[self.expert]
+        index, parts = self.part
+        return whole if parts == 1 else whole.chunk(parts)[index]
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,7 @@ class Setting:
 
     default: what their class takes where the key is missing. names: their word for each of ours, for enumerations.
     written: the field whose value is exported instead, where ours may be null and theirs may not.
+    also: another spelling of the key, written beside it and read where it is missing.
     """
 
     theirs: str
@@ -37,6 +51,20 @@ class Setting:
     default: Any = None
     names: Mapping[str, Any] | None = None
     written: str | None = None
+    also: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """How a class says that its layers differ.
+
+    faults: what keeps the class from computing this model's layers. write: its keys for them. read: the pattern that a
+    config.json asks for, given our fields by dotted path.
+    """
+
+    faults: Callable[[ModelConfig], list[str]]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[LayerChange, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +78,8 @@ class Family:
     only_written: keys of theirs that matter to their training only: written on export, not read.
     heads_divide_width: their class refuses a width that is no multiple of the number of heads, whatever head_dim is.
     ignored: regular expressions of stored buffers that carry no weights.
+    in_memory: the weights as the class itself holds them, where a saved checkpoint has them otherwise; read too.
+    layers: how the class says that its layers differ; null where they are all alike.
     write_position, read_position: the positional keys, which are too tangled for `settings`.
     modernised: rewrites the keys of older config.json files into those that `settings` and `constants` know.
     """
@@ -64,6 +94,8 @@ class Family:
     only_written: Mapping[str, Any] = field(default_factory=dict)
     heads_divide_width: bool = False
     ignored: tuple[str, ...] = ()
+    in_memory: tuple[Weight, ...] = ()
+    layers: LayerTable | None = None
     write_position: Callable[[PositionConfig], dict[str, Any]]
     read_position: Callable[[Mapping[str, Any]], PositionConfig]
     modernised: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict

@@ -20,6 +20,7 @@ class MixerInput:
     slots_BT: in cached decoding, where each token is remembered. common_slot: the first, if all rows have the same.
     memory_BSD: an encoder's output, which cross-attention looks at; null once a cache remembers its keys and values.
     memory_mask: which of it each token sees.
+    row_keys_B: int64 hash of each row in training, for layers whose noise is a function of the row.
     """
 
     mask: Mask
@@ -29,6 +30,7 @@ class MixerInput:
     memory_BSD: torch.Tensor | None = None
     memory_mask: Mask | None = None
     windowed: Mapping[int, Mask] = field(default_factory=dict)
+    row_keys_B: torch.Tensor | None = None
 
     def mask_within(self, window: int | None) -> Mask:
         """The mask of a layer with this window."""

@@ -10,6 +10,7 @@ from model.frontends import TokenFrontendConfig
 from model.heads import LanguageHeadConfig, NoHeadConfig
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
+from model.moe.config import BalanceConfig, MoeConfig, RouterConfig
 from model.norm import NormConfig
 from model.position import (
     AlibiConfig,
@@ -141,6 +142,16 @@ FALCON = ModelConfig(
     init=LIVELY,
 )
 
+MIXTRAL = ModelConfig(
+    vocab_size=97,
+    d_model=32,
+    n_layers=2,
+    max_seq_len=64,
+    mixer=AttentionConfig(n_heads=4, n_kv_heads=2),
+    ffn=MoeConfig(n_experts=4, top_k=2, d_ff=24),
+    init=LIVELY,
+)
+
 
 @st.composite
 def llama_configs(draw: st.DrawFn) -> ModelConfig:
@@ -233,5 +244,38 @@ def parallel_configs(draw: st.DrawFn) -> ModelConfig:
     )
 
 
+@st.composite
+def moe_configs(draw: st.DrawFn) -> ModelConfig:
+    """Mixtral and Qwen3-MoE models of any shape that is small, the latter with dense layers among the others."""
+    n_kv_heads, groups, head_dim = (draw(st.sampled_from(sizes)) for sizes in ((1, 2), (1, 2), (4, 8)))
+    n_experts, activation = draw(st.integers(2, 5)), draw(st.sampled_from(["silu", "gelu"]))
+    top_k, n_layers, qwen = draw(st.integers(1, n_experts)), draw(st.integers(1, 3)), draw(st.booleans())
+    if not qwen:
+        top_k = max(top_k, 2)
+    experts = MoeConfig(
+        n_experts=n_experts,
+        top_k=top_k,
+        d_ff=draw(st.integers(3, 20)),
+        activation=activation,
+        router=RouterConfig(renormalize=top_k > 1 and (not qwen or draw(st.booleans()))),
+        balance=BalanceConfig(loss=draw(st.sampled_from([0.0, 0.01]))),
+    )
+    dense = FfnConfig(d_ff=draw(st.integers(3, 40)), activation=activation)
+    every_second = qwen and n_layers > 1 and draw(st.booleans())
+    return ModelConfig(
+        vocab_size=draw(st.integers(17, 70)),
+        d_model=n_kv_heads * groups * draw(st.sampled_from([3, 8])),
+        n_layers=n_layers,
+        max_seq_len=32,
+        tie_embeddings=draw(st.booleans()),
+        norm=NormConfig(eps=draw(st.sampled_from([1e-6, 1e-5]))),
+        position=RopeConfig(theta=draw(st.sampled_from([100.0, 10000.0]))),
+        mixer=AttentionConfig(n_heads=n_kv_heads * groups, n_kv_heads=n_kv_heads, head_dim=head_dim, qk_norm=qwen),
+        ffn=dense if every_second else experts,
+        pattern=(LayerChange(every=2, first=1, ffn=experts),) if every_second else (),
+        init=LIVELY,
+    )
+
+
 def any_config() -> st.SearchStrategy[ModelConfig]:
-    return st.one_of(llama_configs(), gpt2_configs(), parallel_configs())
+    return st.one_of(llama_configs(), gpt2_configs(), parallel_configs(), moe_configs())

@@ -28,18 +28,22 @@ from model.interop import (
     to_hf,
 )
 from model.mixers.attention import AttentionConfig
-from tests.model.configurations import FALCON, GPT2, GPTJ, LLAMA, any_config, parallel_configs
+from tests.model.configurations import FALCON, GPT2, GPTJ, LLAMA, MIXTRAL, any_config, parallel_configs
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2, GPTJ, FALCON], ids=["llama", "gpt2", "gptj", "falcon"])
+FAMILIES = pytest.mark.parametrize(
+    "config", [LLAMA, GPT2, GPTJ, FALCON, MIXTRAL], ids=["llama", "gpt2", "gptj", "falcon", "mixtral"]
+)
 QUICK = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def reference(config: ModelConfig) -> transformers.PreTrainedModel:
     """A model of the matching class with its own random weights, biases and scales stirred too."""
-    described = transformers.AutoConfig.for_model(**{**hf_config(config), "attn_implementation": "eager"})
+    described = transformers.AutoConfig.for_model(
+        **{**hf_config(config), "attn_implementation": "eager", "experts_implementation": "eager"}
+    )
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(described, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -85,7 +89,7 @@ def test_an_imported_checkpoint_has_the_references_logits_and_gradients(config: 
     if imported.tie_embeddings:
         gradients["head.weight"] = gradients["frontend.tokens.weight"]
     expected_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    renamed = to_hf(gradients, imported)  # type: ignore[arg-type]
+    renamed = to_hf(gradients, imported, in_memory=True)  # type: ignore[arg-type]
     assert renamed.keys() == expected_gradients.keys()
     largest = max(float(gradient.abs().max()) for gradient in expected_gradients.values())
     for name, gradient in expected_gradients.items():
@@ -136,7 +140,7 @@ def test_import_and_export_give_the_same_tensors_bit_for_bit(config: ModelConfig
     if config.tie_embeddings:
         del state["lm_head.weight"]
     imported, ours = from_hf(theirs.config.to_dict(), state)
-    again = to_hf(ours, imported)
+    again = to_hf(ours, imported, in_memory=True)
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
     build_model(imported).load_state_dict(ours, strict=True)

@@ -1,0 +1,17 @@
+"""Every feed-forward network there is: the union a configuration chooses from, and what builds the chosen one."""
+
+from torch import nn
+
+from model.ffn import FeedForward, FfnConfig
+from model.moe.config import MoeConfig
+from model.moe.layer import MixtureOfExperts
+
+AnyFfnConfig = FfnConfig | MoeConfig
+"""Each arm has a `kind` of its own and `costs(d_model)`."""
+
+
+def build_ffn(config: AnyFfnConfig, d_model: int, layer: int) -> nn.Module:
+    """What fills the ffn slot of layer number `layer`: (x_BTD, shared) -> (y_BTD, Record)."""
+    if isinstance(config, MoeConfig):
+        return MixtureOfExperts(config, d_model, layer)
+    return FeedForward(config, d_model)

@@ -1,0 +1,32 @@
+"""Noise that is a function of what it is for: recomputation, another split into micro-batches or ranks, or a resumed
+run draw the same."""
+
+import torch
+
+# The finalizer of SplitMix64 (Steele et al. 2014); torch has signed 64-bit integers, so the constants are negative.
+_GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+def row_keys(tokens_BT: torch.Tensor) -> torch.Tensor:
+    """keys_B: an int64 hash of each row's tokens and their order."""
+    place_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    return _mixed(_mixed(tokens_BT.long() + place_T * _GOLDEN).sum(1))
+
+
+def uniform(keys_B: torch.Tensor, *, seed: int, layer: int, tokens: int, draws: int) -> torch.Tensor:
+    """fp32 [B, tokens, draws] in [0, 1), a function of (key of the row, seed, layer, place) alone."""
+    keys_B = _mixed(_mixed(keys_B ^ _mixed(torch.full_like(keys_B, seed))) + layer)
+    place_TD = torch.arange(tokens * draws, device=keys_B.device).view(tokens, draws)
+    bits_BTD = _mixed(keys_B[:, None, None] + place_TD * _GOLDEN)
+    return ((bits_BTD >> 40) & 0xFFFFFF).float() * 2.0**-24
+
+
+def _mixed(x_BTD: torch.Tensor) -> torch.Tensor:
+    for shift, factor in ((30, _FIRST), (27, _SECOND)):
+        x_BTD = (x_BTD ^ _shifted(x_BTD, shift)) * factor
+    return x_BTD ^ _shifted(x_BTD, 31)
+
+
+def _shifted(x_BTD: torch.Tensor, bits: int) -> torch.Tensor:
+    """To the right, zeros from the left."""
+    return (x_BTD >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,54 @@
+"""What routing did, in counts that add up: over micro-batches, over ranks, whatever was computed twice.
+
+A forward pass with targets returns the counts of each layer of experts beside the loss. Recomputation in the backward
+pass returns its own, which nobody adds.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from model.slots import Record
+
+TOKENS, LOAD, KEPT = "routed_tokens", "expert_load", "expert_kept"
+
+
+def routing_counts(records: list[Record], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{"routed_tokens", "expert_load.3": [E], "expert_kept.3": [E] …} of the layers that have experts, else {}."""
+    counts: dict[str, torch.Tensor] = {}
+    for layer, record in enumerate(records):
+        if "load_E" in record:
+            counts |= {TOKENS: tokens, f"{LOAD}.{layer}": record["load_E"], f"{KEPT}.{layer}": record["kept_E"]}
+    return counts
+
+
+def is_count(key: str) -> bool:
+    """Whether a key of a forward pass's result is one of `routing_counts`."""
+    return key.split(".")[0] in (TOKENS, LOAD, KEPT)
+
+
+def loads(counts: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """load_E of every layer that has experts."""
+    return {int(key.split(".")[1]): load_E for key, load_E in counts.items() if key.split(".")[0] == LOAD}
+
+
+def receipts(counts: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """For each layer of experts, as `routing/LAYER/NAME`:
+
+    load_entropy: of the shares of choices, 1 where all experts are wanted equally, 0 where one is.
+    drop_rate: choices that did not reach their expert. effective_k: experts that a token reached, on average.
+    dead_experts: how many no token wanted.
+    """
+    rows: dict[str, float] = {}
+    for layer, load_E in sorted(loads(counts).items()):
+        choices, kept = float(load_E.sum()), float(counts[f"{KEPT}.{layer}"].sum())
+        share_E = load_E.double() / max(choices, 1.0)
+        entropy = -float(torch.xlogy(share_E, share_E).sum())
+        rows |= {
+            f"routing/{layer}/load_entropy": entropy / math.log(len(load_E)) if len(load_E) > 1 else 1.0,
+            f"routing/{layer}/drop_rate": 1 - kept / max(choices, 1.0),
+            f"routing/{layer}/effective_k": kept / max(float(counts[TOKENS]), 1.0),
+            f"routing/{layer}/dead_experts": int((load_E == 0).sum()),
+        }
+    return rows
