@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -197,6 +198,43 @@ def test_killed_drivers_in_every_stage_leave_the_same_artifacts(
         break
     assert kills >= 2
     assert contents(tmp_path) == contents(finished["store"])
+
+
+def processes(mark: str, name: str) -> list[int]:
+    """Ids of the processes that carry a mark in their environment and have `name` in their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_ours = mark.encode() in (folder / "environ").read_bytes()
+            if is_ours and name.encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize("victim", ["ray::RayTrainWorker", "raylet/raylet"])
+def test_a_killed_rank_or_ray_itself_leaves_the_same_artifacts(
+    finished: dict[str, Any], corpus_dir: Path, tmp_path: Path, victim: str
+) -> None:
+    mark = f"{tmp_path.name}-{victim}"
+    command = [sys.executable, "-m", "pipelines", "run", *tiny(corpus_dir, tmp_path), "--until", "pretrain"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ATHANOR_TEST_MARK": mark}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not any(path.read_text() for path in tmp_path.glob(".work/pretrain-*/*/out/metrics.jsonl")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    victims = processes(mark, victim)
+    assert victims
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    said = process.communicate(timeout=200)[1]
+    if victim == "ray::RayTrainWorker":
+        assert process.returncode == 0 and "Starting all ranks again" in said, said
+    else:
+        assert "Traceback" not in said, said
+    athanor("run", *tiny(corpus_dir, tmp_path), "--until", "pretrain")
+    assert contents(tmp_path)["pretrain"] == contents(finished["store"])["pretrain"]
+    assert [m["loss"] for m in metrics(tmp_path)] == [m["loss"] for m in metrics(finished["store"])]
 
 
 def test_a_corrupted_shard_is_refused_and_nothing_is_lost(
