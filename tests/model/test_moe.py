@@ -430,9 +430,10 @@ def test_experts_learn_and_stay_balanced() -> None:
     for _ in range(40):
         out = model(**whole)
         optimizer.zero_grad()
-        (out["loss_sum"] / out["target_count"]).backward()
+        loss = out["loss_sum"] / out["target_count"]
+        loss.backward()
         optimizer.step()
-        losses.append(float(out["loss_sum"] / out["target_count"]))
+        losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     rows = receipts(out)
     for number in range(2):
