@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from model.build import build_model
 from model.config import ModelConfig, ModelError
-from tests.model.configurations import GPT2, LLAMA, any_config
+from tests.model.configurations import GPT2, LLAMA, MIXTRAL, any_config
 
-FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2, MIXTRAL], ids=["llama", "gpt2", "mixtral"])
 
 
 def tokens_of(config: ModelConfig, rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
