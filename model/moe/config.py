@@ -165,12 +165,13 @@ class MoeConfig:
         router = self.n_experts * d_model
         shared = self.shared.costs(d_model) if self.shared else SlotCosts(parameters=0, matrices=0)
         active = self.top_k * expert + router + shared.parameters
-        # A token's copy for each expert and what that returns, and the hidden layer between them.
+        # A token's copy for each expert and what that returns, and the hidden layer between them; in fp32 the scores,
+        # and in int64 which experts were chosen and where the copies went.
         hidden = (4 if self.gated else 2) * self.d_ff
         return SlotCosts(
             parameters=self.n_experts * expert + router + shared.parameters,
             active=active,
             matrices=active,
             kept_elements=self.top_k * (2 * d_model + hidden) + shared.kept_elements,
-            kept_bytes=4 * (d_model + 2 * self.n_experts) + 36 * self.top_k,
+            kept_bytes=8 * self.n_experts + 32 * self.top_k + 12,
         )

@@ -1,6 +1,7 @@
 """The mixture of experts itself: router, dispatch, experts, and what the layer tells about both."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,24 @@ class Router(Declared):
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x_BTD.device.type, enabled=False):
-            return nn.functional.linear(x_BTD.float(), self.weight.float())
+            logits_BTE: torch.Tensor = _WideLinear.apply(x_BTD, self.weight)
+        return logits_BTE
+
+
+class _WideLinear(torch.autograd.Function):
+    """x weightᵀ in fp32, which keeps x as it is for the backward pass and no fp32 copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x_BTD, weight_ED)
+        return nn.functional.linear(x_BTD.float(), weight_ED.float())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x_BTD, weight_ED = ctx.saved_tensors
+        grad_NE = grads[0].flatten(0, 1)
+        grad_BTD = (grads[0] @ weight_ED.float()).to(x_BTD.dtype)
+        return grad_BTD, (grad_NE.T @ x_BTD.flatten(0, 1).float()).to(weight_ED.dtype)
 
 
 class Experts(Declared):

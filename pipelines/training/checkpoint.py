@@ -5,7 +5,8 @@ with their fp32 weights and optimizer state, into a safetensors file of its own;
 own topology needs them. On the same topology a run continues bit for bit, because bits are all that is stored.
 
     checkpoints/step-00000120/
-        rank-00000.safetensors    weight/NAME, exp_avg/NAME … [elements]; rng/cpu; the header says where each starts
+        rank-00000.safetensors    weight/NAME, exp_avg/NAME … [elements], the header says where each starts; rng/cpu;
+                                  of the first rank the model's buffers too, as buffer/NAME
         state.json                step, rows, digests, settings, sizes and sha256 of the files; written last
 """
 
@@ -177,7 +178,11 @@ class Checkpoint:
 
     @torch.no_grad()
     def load_weights(self, model: nn.Module) -> None:
-        """Fill the trained parameters of a model that no engine has taken yet."""
+        """Fill the trained parameters and the buffers of a model that no engine has taken yet."""
+        stored = self._files["rank-00000.safetensors"]
+        for name, buffer in model.named_buffers():
+            if f"buffer/{name}" in stored.keys():  # noqa: SIM118
+                buffer.copy_(stored.get_tensor(f"buffer/{name}"))
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(self._read("weight", name, 0, parameter.numel()).view(parameter.shape))
@@ -232,6 +237,8 @@ def _write_rank(path: Path, engine: ZeroEngine, ranks: Ranks) -> dict[str, Any]:
     tensors, header = {"rng/cpu": torch.get_rng_state()}, {}
     if ranks.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    if ranks.is_first:
+        tensors |= {f"buffer/{name}": _own(buffer) for name, buffer in engine.buffers()}
     for piece in engine.pieces_to_write():
         tensors[f"weight/{piece.name}"] = _own(piece.weight)
         state = engine.optimizer.state[piece.owner]

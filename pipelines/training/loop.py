@@ -17,6 +17,8 @@ from torch import nn
 
 from data.batch import combine_digest, hash_sum
 from data.loader import Loader, StepBatch
+from model.moe.layer import rebalance
+from model.moe.receipts import loads, receipts
 from model.stack import Stack
 from pipelines.training.checkpoint import Checkpoint, Checkpoints
 from pipelines.training.compile import compile_blocks
@@ -51,7 +53,7 @@ NOTES = "logs/notes.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one update says, the same in every rank; losses are per target."""
+    """What one update says, the same in every rank; losses are per target. routing: see `moe.receipts`."""
 
     loss: float
     z_loss: float
@@ -62,14 +64,16 @@ class StepResult:
     batch_digest: str
     data_seconds: float
     wish: int
+    routing: Mapping[str, float] = field(default_factory=dict)
 
 
 def train_step(engine: ZeroEngine, batch: StepBatch, ranks: Ranks, *, wish: int = GO_ON) -> StepResult:
     """One update over the global batch of which `batch` is this rank's part.
 
     The loss is Σ NLL over all micro-batches and ranks divided by the number of targets in all of them, counted before
-    the first backward pass: it does not depend on how rows are shared out. A model's auxiliary loss, which has no such
-    sum, is averaged over micro-batches. `wish` is this rank's, and the result has the strongest of all ranks.
+    the first backward pass: it does not depend on how rows are shared out. So are a model's auxiliary losses, whose sums
+    are over rows. Routing is counted in the same sums, and moves the selection biases of experts after the update.
+    `wish` is this rank's, and the result has the strongest of all ranks.
     """
     words = ranks.gather(torch.tensor([batch.target_count, hash_sum(batch.row_hashes), wish], dtype=torch.int64))
     target_count = int(words[:, 0].sum())
@@ -79,33 +83,38 @@ def train_step(engine: ZeroEngine, batch: StepBatch, ranks: Ranks, *, wish: int 
             f"The batch at row {batch.first_row} (digest {batch_digest}) has no target: every token in it is masked, "
             "so there is nothing to learn from. Check the loss mask of the data, or enlarge the global batch."
         )
-    micro_batches = len(batch.micro_batches) * ranks.world_size
-    sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    sums: dict[str, torch.Tensor] = {}
     for i, micro_batch in enumerate(batch.micro_batches):
         out = engine.forward({name: x.to(ranks.device, non_blocking=True) for name, x in micro_batch.items()})
-        loss = out["loss_sum"] / target_count
-        sums[0] += out["loss_sum"].detach()
-        if "z_loss_sum" in out:
-            sums[1] += out["z_loss_sum"].detach()
-        if "aux_loss" in out:
-            loss = loss + out["aux_loss"] / micro_batches
-            sums[2] += out["aux_loss"].detach()
-        engine.backward(loss, last=i + 1 == len(batch.micro_batches))
+        for name, value in out.items():
+            sums[name] = sums.get(name, 0) + value.detach().double()
+        engine.backward(out["loss_sum"] / target_count, last=i + 1 == len(batch.micro_batches))
     grad_norm, applied = engine.step()
-    waited = torch.tensor([batch.data_seconds], dtype=torch.float64)
-    totals = ranks.gather(torch.cat([sums.cpu(), waited]))
-    loss_sum, z_loss_sum, aux_loss_sum, _ = totals.sum(0).tolist()
+    totals, waits = _over_ranks(sums, batch.data_seconds, ranks)
+    if applied:
+        rebalance(engine.model, loads(totals))
     return StepResult(
-        loss=loss_sum / target_count,
-        z_loss=z_loss_sum / target_count,
-        aux_loss=aux_loss_sum / micro_batches,
+        loss=float(totals["loss_sum"]) / target_count,
+        z_loss=float(totals.get("z_loss_sum", 0.0)) / target_count,
+        aux_loss=float(totals.get("aux_loss_sum", 0.0)) / target_count,
         grad_norm=grad_norm,
         applied=applied,
         target_count=target_count,
         batch_digest=batch_digest,
-        data_seconds=float(totals[:, 3].max()),
+        data_seconds=max(waits),
         wish=int(words[:, 2].max()),
+        routing=receipts(totals),
     )
+
+
+def _over_ranks(
+    sums: dict[str, torch.Tensor], waited: float, ranks: Ranks
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Each of the sums over all ranks, in fp64 on the CPU, and every rank's `waited`: one exchange for all."""
+    flat = torch.cat([x.flatten() for x in sums.values()]).cpu()
+    table = ranks.gather(torch.cat([flat, torch.tensor([waited], dtype=torch.float64)]))
+    parts = table[:, :-1].sum(0).split([x.numel() for x in sums.values()])
+    return dict(zip(sums, parts, strict=True)), table[:, -1].tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,6 +378,7 @@ class Trainer:
             "aux_loss": result.aux_loss,
             "skipped": int(not result.applied),
             "time": time.time(),
+            **result.routing,
         }
         for sink in self._sinks:
             sink(row)

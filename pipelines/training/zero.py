@@ -107,13 +107,26 @@ class ZeroEngine:
         return pieces[self._ranks.rank :: self._ranks.world_size] if self._stage == 0 else pieces
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter by name, whole, in rank 0. Other ranks must iterate along; in stage 3 they get nothing."""
+        """Every buffer and parameter by name, whole, in rank 0. Other ranks must iterate along; in stage 3 they get no
+        parameter."""
+        yield from self.buffers()
         for name, parameter in self._engine.module.named_parameters():
             if self._stage < 3:
                 yield name, parameter.detach()
                 continue
             with self._deepspeed.zero.GatheredParameters([parameter]):
                 yield name, parameter.detach() if self._ranks.is_first else torch.empty(0)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, its parameters in pieces under stage 3."""
+        model: nn.Module = self._engine.module
+        return model
+
+    def buffers(self) -> list[tuple[str, torch.Tensor]]:
+        """What the model keeps beside its parameters, by name: whole and the same in every rank, in every stage."""
+        kept = self.model.state_dict(keep_vars=True)
+        return [(name, buffer) for name, buffer in self.model.named_buffers() if name in kept]
 
     def hyperparameters(self) -> list[dict[str, Any]]:
         """What each of the optimizer's groups is told, for the record."""

@@ -23,7 +23,8 @@ from model.costs import (
 from model.ffn import FfnConfig
 from model.kernels.attention import Mask, dense
 from model.mixers.attention import KeyValueState
-from tests.model.configurations import GPT2, LLAMA, WINDOWED, any_config
+from model.moe.layer import MixtureOfExperts
+from tests.model.configurations import GPT2, LLAMA, MIXTRAL, WINDOWED, any_config
 
 WIDER_SECOND = (LayerChange(every=2, first=1, ffn=FfnConfig(d_ff=29)),)
 
@@ -31,9 +32,15 @@ WIDER_SECOND = (LayerChange(every=2, first=1, ffn=FfnConfig(d_ff=29)),)
 @settings(max_examples=40, deadline=None)
 @given(config=any_config(), layout=st.sampled_from(get_args(Layout)), wider=st.booleans())
 def test_parameters_are_those_of_the_built_model(config: ModelConfig, layout: str, wider: bool) -> None:
-    config = replace(config, layout=layout, pattern=WIDER_SECOND if wider else ())
+    config = replace(config, layout=layout, pattern=(*config.pattern, *WIDER_SECOND) if wider else config.pattern)
     model, counts = build_model(config, device="meta"), parameter_counts(config)
-    assert counts.total == counts.active == sum(parameter.numel() for parameter in model.parameters())
+    idle = 0
+    for block in model.stack.layers:
+        if isinstance(block.ffn, MixtureOfExperts):
+            chosen, experts = block.ffn.config.top_k, block.ffn.config.n_experts
+            idle += sum(p.numel() for p in block.ffn.experts.parameters()) * (experts - chosen) // experts
+    assert counts.total == sum(parameter.numel() for parameter in model.parameters())
+    assert counts.active == counts.total - idle
     assert counts.embedding == sum(parameter.numel() for parameter in model.frontend.parameters())
 
 
@@ -42,7 +49,7 @@ def test_parameters_are_those_of_the_built_model(config: ModelConfig, layout: st
 def test_flops_are_those_torch_counts_forward_and_backward(
     config: ModelConfig, rows: int, tokens: int, wider: bool
 ) -> None:
-    config = replace(config, pattern=WIDER_SECOND if wider else ())
+    config = replace(config, pattern=(*config.pattern, *WIDER_SECOND) if wider else config.pattern)
     model = build_model(config, kernel="dense")
     batch = torch.zeros(rows, tokens, dtype=torch.int64)
     with FlopCounterMode(display=False) as forward:
@@ -106,7 +113,7 @@ def kept_bytes(config: ModelConfig, dtype: torch.dtype, *, recompute: bool) -> i
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
-FAMILIES = pytest.mark.parametrize("family", [LLAMA, GPT2], ids=["llama", "gpt2"])
+FAMILIES = pytest.mark.parametrize("family", [LLAMA, GPT2, MIXTRAL], ids=["llama", "gpt2", "mixtral"])
 PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 ROWS, TOKENS = 4, 64
 

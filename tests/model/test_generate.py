@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from model.build import build_model
 from model.config import ModelConfig, ModelError
 from model.generate import Sampling, choose, generate
-from tests.model.configurations import ALIBI, GPT2, LLAMA, WINDOWED, any_config
+from tests.model.configurations import ALIBI, GPT2, LLAMA, MIXTRAL, WINDOWED, any_config
 
-FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2, WINDOWED, ALIBI], ids=["llama", "gpt2", "windowed", "alibi"])
+FAMILIES = pytest.mark.parametrize(
+    "config", [LLAMA, GPT2, WINDOWED, ALIBI, MIXTRAL], ids=["llama", "gpt2", "windowed", "alibi", "mixtral"]
+)
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 PROMPTS = [[5, 3, 9], [7], [1, 2, 3, 4, 5, 6, 7, 8], [90, 4]]
 

@@ -57,7 +57,15 @@ def test_every_parameter_has_one_role_under_its_own_name(config: ModelConfig) ->
             assert role == "norm"
         else:
             assert role == (
-                "embedding" if name.startswith("frontend") else "head" if name == "head.weight" else "matrix"
+                "embedding"
+                if name.startswith("frontend")
+                else "head"
+                if name == "head.weight"
+                else "router"
+                if "router" in name
+                else "expert"
+                if "experts" in name
+                else "matrix"
             )
 
 

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig, SwitchTransformersConfig
@@ -16,6 +18,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from model.build import build_model
 from model.config import LayerChange, ModelConfig, ModelError
+from model.costs import parameter_counts
 from model.ffn import FfnConfig
 from model.kernels.grouped import Gather, Scatter, by_expert, grouped_matmul
 from model.masks import Mask
@@ -25,8 +28,10 @@ from model.moe.layer import MixtureOfExperts, rebalance
 from model.moe.noise import row_keys, uniform
 from model.moe.receipts import is_count, loads, receipts
 from model.moe.routing import choose
+from pipelines.engine.typed import from_plain
 from tests.model.configurations import LIVELY, LLAMA
 
+PRESETS = Path(__file__).parents[2] / "conf" / "model"
 QUICK = settings(max_examples=15, deadline=None)
 EXPERTS = MoeConfig(n_experts=4, top_k=2, d_ff=24)
 MOE = replace(LLAMA, ffn=EXPERTS)
@@ -430,15 +435,47 @@ def test_experts_learn_and_stay_balanced() -> None:
     for _ in range(40):
         out = model(**whole)
         optimizer.zero_grad()
-        (out["loss_sum"] / out["target_count"]).backward()
+        loss = out["loss_sum"] / out["target_count"]
+        loss.backward()
         optimizer.step()
-        losses.append(float(out["loss_sum"] / out["target_count"]))
+        losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     rows = receipts(out)
     for number in range(2):
         assert rows[f"routing/{number}/load_entropy"] > 0.9
         assert rows[f"routing/{number}/dead_experts"] == 0
         assert rows[f"routing/{number}/effective_k"] == 2
+
+
+@pytest.mark.parametrize("name", ["mixtral-tiny", "switch-tiny", "gshard-tiny", "deepseek-moe-tiny"])
+def test_a_preset_with_experts_learns_and_uses_them_all(name: str) -> None:
+    values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+    config = from_plain(ModelConfig, {**values, "vocab_size": 97, "d_model": 32, "n_layers": 2}, "model")
+    model = build_model(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    whole = batch(rows=8, tokens=32)
+    losses = []
+    for _ in range(25):
+        out = model(**whole)
+        loss = out["loss_sum"] / out["target_count"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rebalance(model, loads(out))
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+    rows = receipts(out)
+    assert rows["routing/1/dead_experts"] == 0
+    assert rows["routing/1/load_entropy"] > 0.8
+    assert 0.5 < rows["routing/1/effective_k"] <= config.layers[1].ffn.top_k
+    assert (rows["routing/1/drop_rate"] == 0) is (config.layers[1].ffn.capacity is None) or name == "gshard-tiny"
+
+
+def test_counted_published_sizes_have_the_published_active_share() -> None:
+    for name, vocab_size, active in (("mixtral-8x7b", 32000, 12.88e9), ("qwen3-30b-a3b", 151936, 3.35e9)):
+        values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+        config = from_plain(ModelConfig, {**values, "vocab_size": vocab_size}, "model")
+        assert parameter_counts(config).active == pytest.approx(active, rel=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ from model.build import build_model
 from model.config import ModelConfig, ModelError
 from model.position import RopeConfig, rotation
 from pipelines.engine.typed import from_plain
-from tests.model.configurations import ALIBI, GPT2, GPTJ, LIVELY, LLAMA, WINDOWED, any_config
+from tests.model.configurations import ALIBI, GPT2, GPTJ, LIVELY, LLAMA, MIXTRAL, WINDOWED, any_config
 
 FAMILIES = pytest.mark.parametrize(
-    "config", [LLAMA, GPT2, WINDOWED, ALIBI, GPTJ], ids=["llama", "gpt2", "windowed", "alibi", "gptj"]
+    "config",
+    [LLAMA, GPT2, WINDOWED, ALIBI, GPTJ, MIXTRAL],
+    ids=["llama", "gpt2", "windowed", "alibi", "gptj", "mixtral"],
 )
 CONF = Path(__file__).parents[2] / "conf" / "model"
 

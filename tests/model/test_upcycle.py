@@ -1,0 +1,77 @@
+"""A dense model becomes one with experts without changing a logit, or is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.build import build_model
+from model.config import LayerChange, ModelConfig, ModelError
+from model.moe.config import BalanceConfig, CapacityConfig, MoeConfig, RouterConfig
+from model.moe.upcycle import upcycled
+from tests.model.configurations import GPT2, LLAMA, llama_configs
+
+EXPERTS = MoeConfig(n_experts=4, top_k=2, d_ff=48)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    config=llama_configs(),
+    experts=st.integers(2, 5),
+    top_k=st.integers(2, 3),
+    sigmoid=st.booleans(),
+    shared=st.sampled_from([0, 7]),
+    every=st.integers(1, 2),
+)
+def test_logits_at_step_zero_are_the_dense_models(
+    config: ModelConfig, experts: int, top_k: int, sigmoid: bool, shared: int, every: int
+) -> None:
+    config = replace(config, ffn=replace(config.ffn, bias=False))
+    moe = MoeConfig(
+        n_experts=experts,
+        top_k=min(top_k, experts),
+        d_ff=config.ffn.d_ff,
+        activation=config.ffn.activation,
+        shared_d_ff=shared,
+        router=RouterConfig(scores="sigmoid" if sigmoid else "softmax"),
+        balance=BalanceConfig(bias_rate=0.001 if sigmoid else None),
+    )
+    target = replace(config, pattern=(LayerChange(every=every, first=every - 1, ffn=moe),))
+    dense, sparse = build_model(config, seed=3).eval(), build_model(target).eval()
+    sparse.load_state_dict(upcycled(dense.state_dict(), config, target, seed=5))
+    assert config.vocab_size is not None
+    tokens_BT = torch.randint(0, config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+    expected, found = dense(tokens_BT)["logits"], sparse(tokens_BT)["logits"]
+    assert (expected - found).abs().max() <= 2e-6 * expected.abs().max()
+
+
+def test_routers_differ_by_seed_and_layer_and_experts_are_copies() -> None:
+    target = replace(LLAMA, ffn=EXPERTS)
+    state = build_model(LLAMA).state_dict()
+    one, two = (upcycled(state, LLAMA, target, seed=seed) for seed in (0, 1))
+    router = "stack.layers.{}.ffn.router.weight"
+    assert not torch.equal(one[router.format(0)], two[router.format(0)])
+    assert not torch.equal(one[router.format(0)], one[router.format(1)])
+    for expert in range(4):
+        assert torch.equal(one["stack.layers.0.ffn.experts.down"][expert], state["stack.layers.0.ffn.down.weight"])
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "said"),
+    [
+        (LLAMA, replace(LLAMA, ffn=replace(EXPERTS, d_ff=24)), "same d_ff"),
+        (LLAMA, replace(LLAMA, ffn=replace(EXPERTS, router=RouterConfig(renormalize=False))), "sum to one"),
+        (LLAMA, replace(LLAMA, ffn=replace(EXPERTS, capacity=CapacityConfig(factor=2.0))), "factor=2.0"),
+        (LLAMA, replace(LLAMA, ffn=EXPERTS, max_seq_len=32), "ffn of its layers only"),
+        (GPT2, replace(GPT2, ffn=replace(EXPERTS, gated=False, activation="gelu_tanh")), "no biases"),
+        (replace(LLAMA, ffn=EXPERTS), replace(LLAMA, ffn=replace(EXPERTS, n_experts=8)), "a dense network"),
+    ],
+)
+def test_a_target_that_could_not_compute_the_same_is_refused(
+    config: ModelConfig, target: ModelConfig, said: str
+) -> None:
+    state = build_model(config).state_dict()
+    with pytest.raises(ModelError, match=said):
+        upcycled(state, config, target)
