@@ -30,12 +30,10 @@ ACTIVATION_NAMES = {
 }
 
 
-def pairs(names: Mapping[str, str], ours: str = "") -> tuple[Weight, ...]:
-    """Weight and bias of every layer of theirs, which is ours under the other name; `ours` comes before all of ours."""
+def pairs(names: Mapping[str, str]) -> tuple[Weight, ...]:
+    """Weight and bias of every layer of theirs, which is ours under the other name."""
     return tuple(
-        Weight(f"{theirs}.{part}", (f"{ours}{name}.{part}",))
-        for theirs, name in names.items()
-        for part in ("weight", "bias")
+        Weight(f"{theirs}.{part}", (f"{ours}.{part}",)) for theirs, ours in names.items() for part in ("weight", "bias")
     )
 
 
