@@ -19,6 +19,7 @@ from model.moe.receipts import routing_counts
 from model.position import (
     AlibiConfig,
     LearnedPositionConfig,
+    RelativeBias,
     RopeConfig,
     alibi_bias,
     document_positions,
@@ -36,7 +37,13 @@ class Transformer(nn.Module):
     configuration spells."""
 
     def __init__(
-        self, config: ModelConfig, frontend: nn.Module, stack: Stack, head: Head, encoder: "Transformer | None" = None
+        self,
+        config: ModelConfig,
+        frontend: nn.Module,
+        stack: Stack,
+        head: Head,
+        encoder: "Transformer | None" = None,
+        distances: RelativeBias | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -44,6 +51,7 @@ class Transformer(nn.Module):
         self.stack = stack
         self.head = head
         self.encoder = encoder
+        self.distances = distances
         self._is_random = any(
             isinstance(layer.ffn, MoeConfig) and layer.ffn.router.is_random for layer in config.layers
         )
@@ -112,7 +120,7 @@ class Transformer(nn.Module):
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_for][:, None]
         elif logits_for == "last":
             x_BTD = x_BTD[:, -1:]
-        result: dict[str, torch.Tensor] = self.head(x_BTD, per_token, **targets)
+        result: dict[str, torch.Tensor] = self.head(x_BTD, documents_BT, per_token, **targets)
         if targets_BT is not None and not per_token:
             tokens = torch.full((), targets_BT.numel(), device=x_BTD.device)
             result |= routing_counts(records, tokens if documents_BT is None else (documents_BT != 0).sum())
@@ -166,6 +174,8 @@ class Transformer(nn.Module):
         if isinstance(position, AlibiConfig):
             device = next(self.stack.parameters()).device
             mask = replace(mask, bias_HL=alibi_bias(config.attention_heads, mask.keys or tokens, device))
+        if self.distances is not None:
+            mask = replace(mask, bias_HL=self.distances(mask.keys or tokens))
         return MixerInput(
             mask,
             angles,
