@@ -6,6 +6,7 @@ import torch
 
 from model.errors import ModelError
 from model.kernels.blockwise import blockwise_attention
+from model.kernels.chunked import chunked_attention
 from model.masks import Mask, dense, dense_bias
 
 AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mask, float], torch.Tensor]
@@ -74,21 +75,26 @@ def cached_attention(
     return out_BKGTC.permute(0, 3, 1, 2, 4).reshape(rows, tokens, heads, channels)
 
 
-def blockwise_or_fused(
+def blocks_attention(
     q_BTHC: torch.Tensor, k_BSKC: torch.Tensor, v_BSKC: torch.Tensor, mask: Mask, scale: float
 ) -> torch.Tensor:
-    """Blockwise where it applies, causal self-attention on the CPU; PyTorch's fused kernels for everything else."""
-    band = mask.window is None and mask.key_documents_BS is None and mask.bias_HL is None and not mask.sparse
-    if mask.causal and band and mask.slots_BT is None and q_BTHC.device.type == "cpu":
-        out_BTHC: torch.Tensor = blockwise_attention(q_BTHC, k_BSKC, v_BSKC, mask.documents_BT, scale)
-        return out_BTHC
-    return sdpa_attention(q_BTHC, k_BSKC, v_BSKC, mask, scale)
+    """What never holds T² scores: bands blockwise, other patterns chunked; cached decoding by its own products."""
+    if mask.slots_BT is not None:
+        return cached_attention(q_BTHC, k_BSKC, v_BSKC, mask, scale)
+    if mask.key_documents_BS is not None or q_BTHC.shape[1] != k_BSKC.shape[1]:
+        return sdpa_attention(q_BTHC, k_BSKC, v_BSKC, mask, scale)
+    if mask.sparse:
+        return chunked_attention(q_BTHC, k_BSKC, v_BSKC, mask, scale)
+    out_BTHC: torch.Tensor = blockwise_attention(
+        q_BTHC, k_BSKC, v_BSKC, mask.documents_BT, mask.bias_HL, scale, mask.causal, mask.window
+    )
+    return out_BTHC
 
 
 KERNELS: dict[str, AttentionKernel] = {
     "dense": dense_attention,
     "sdpa": sdpa_attention,
-    "blockwise": blockwise_or_fused,
+    "blockwise": blocks_attention,
 }
 
 
