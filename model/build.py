@@ -12,10 +12,12 @@ from model.ffn import build_ffn
 from model.frontends import Embedding, TokenFrontend
 from model.heads import LanguageHead
 from model.init import initialize
-from model.kernels.attention import AttentionKernel, select_kernel
+from model.kernels.attention import AttentionKernel
+from model.kernels.select import HeadShape, Kind, Selection, check_selection, select_kernel
+from model.mixers.attention import Attention
 from model.mixers.build import build_mixer
 from model.norm import build_norm
-from model.position import LearnedPositionConfig, LearnedPositions
+from model.position import AlibiConfig, LearnedPositionConfig, LearnedPositions
 from model.stack import Stack
 
 log = logging.getLogger("athanor.model")
@@ -31,17 +33,43 @@ def build_model(
 ) -> Transformer:
     """The model of `config` with its starting weights, a function of `seed` alone; on the meta device, without any.
 
-    kernel: `auto`, or one of `kernels.attention.KERNELS`. Raises ModelError for a configuration that cannot be built.
+    kernel: `auto`, or one of `kernels.select.KERNELS`. Raises ModelError for a configuration that cannot be built.
     """
-    kernel_name, attend = select_kernel(kernel, torch.device(device))
+    attend = select_kernel(kernel, _needs(config))
     with torch.device("meta"):
         model = _assemble(config, attend).to(dtype)
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         model.tie_weights()
         initialize(model, config=config.init, n_layers=config.n_layers, seed=seed)
-    log.info("attention kernel: %s", kernel_name)
+    log.info("attention kernels on %s: %s", torch.device(device).type, attend.described(torch.device(device).type))
     return model
+
+
+def check_kernels(model: nn.Module, *, device: torch.device, dtype: torch.dtype, tokens: int) -> list[str]:
+    """Before training: hold the attention kernels of `model` to the oracle at its own head shapes.
+
+    One line for each kernel that failed and was replaced (see `kernels.select.check_selection`). device, dtype: what
+    attention is computed on and in, wherever the weights are now. tokens: the run's row length.
+    """
+    config = getattr(model, "config", None)
+    biased = isinstance(getattr(config, "position", None), AlibiConfig)
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    shapes = [
+        HeadShape(heads=a.heads, kv_heads=a.kv_heads, channels=a.head_dim, window=a.window, biased=biased)
+        for a in attentions
+    ]
+    said: list[str] = []
+    for kernel in {id(a.kernel): a.kernel for a in attentions}.values():
+        if isinstance(kernel, Selection):
+            said += check_selection(kernel, shapes, device=device, dtype=dtype, tokens=tokens)
+    return said
+
+
+def _needs(config: ModelConfig) -> set[Kind]:
+    """Kinds of mask that this model cannot do without."""
+    needs: set[Kind] = {"window"} if config.windows else set()
+    return needs | ({"biased"} if isinstance(config.position, AlibiConfig) else set())
 
 
 def _assemble(config: ModelConfig, attend: AttentionKernel) -> Transformer:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from model.kernels.documents import DocumentBatch, document_batches
+from model.masks import Mask
 
 QUERY_BLOCK = 128
 TILE_ELEMENTS = 1 << 19  # scores held at a time: 1 MiB in bf16, so that softmax finds them in cache
@@ -86,6 +87,16 @@ def _backward(
         batch.put(dk_M1TC, dk_BTKC)
         batch.put(dv_M1TC, dv_BTKC)
     return dq_BTHC, dk_BTKC, dv_BTKC, dbias_HL
+
+
+def banded_attention(
+    q_BTHC: torch.Tensor, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, mask: Mask, scale: float
+) -> torch.Tensor:
+    """The operator behind the seam that all kernels share: self-attention, no pattern but the band and documents."""
+    out_BTHC: torch.Tensor = blockwise_attention(
+        q_BTHC, k_BTKC, v_BTKC, mask.documents_BT, mask.bias_HL, scale, mask.causal, mask.window
+    )
+    return out_BTHC
 
 
 @dataclass(frozen=True)
