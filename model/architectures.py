@@ -1,4 +1,4 @@
-"""A whole model: frontend, stack, head."""
+"""A whole model: frontend, stack, head; and for some an encoder before them."""
 
 from dataclasses import replace
 from typing import Literal
@@ -9,8 +9,7 @@ from torch import nn
 from model.cache import Cache, rounded_slots
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.frontends import TokenFrontend
-from model.heads import LanguageHead
+from model.heads import Head
 from model.masks import Mask
 from model.mixers.base import MixerInput
 from model.position import (
@@ -23,26 +22,34 @@ from model.position import (
 )
 from model.stack import Stack
 
+ENCODER = "encoder_"
+"""What the names of an encoder's inputs begin with: `encoder_tokens_BT` is its `tokens_BT`."""
+
 
 class Transformer(nn.Module):
-    """A decoder over tokens: GPT-2, LLaMA and whatever else the configuration spells."""
+    """A decoder (GPT-2, LLaMA), an encoder (BERT), or a decoder with an encoder (Vaswani et al. 2017, T5): whatever the
+    configuration spells."""
 
-    def __init__(self, config: ModelConfig, frontend: TokenFrontend, stack: Stack, head: LanguageHead) -> None:
+    def __init__(
+        self, config: ModelConfig, frontend: nn.Module, stack: Stack, head: Head, encoder: "Transformer | None" = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.frontend = frontend
         self.stack = stack
         self.head = head
+        self.encoder = encoder
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make the head's weight the embedding's, where the configuration says so; `to_empty` undoes it."""
-        if self.config.tie_embeddings:
-            self.head.weight = self.frontend.tokens.weight
+        """Make tied parameters one, where the configuration says so; `to_empty` undoes it."""
+        for name, source in self.config.tied_weights.items():
+            module, _, local = name.rpartition(".")
+            setattr(self.get_submodule(module), local, self.get_parameter(source))
 
     def forward(
         self,
-        tokens_BT: torch.Tensor,
+        tokens_BT: torch.Tensor | None = None,
         *,
         targets_BT: torch.Tensor | None = None,
         documents_BT: torch.Tensor | None = None,
@@ -51,74 +58,126 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         logits_for: Literal["all", "last"] | torch.Tensor = "all",
         per_token: bool = False,
+        **inputs: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Logits, or with targets the sums a loss is made of.
 
-        tokens_BT: int64. targets_BT: int64, the token that should follow each, -100 where there is none.
+        tokens_BT: int64. targets_BT: int64, the token that each place is to predict, -100 where there is none.
         documents_BT: int32 document number within the row, 0 for padding; attention stays inside a document and
-        positions restart with each. positions_BT: int64, to override that.
+        positions restart with each. Hugging Face's attention_mask is such numbers. positions_BT: int64, to override that.
         prefix_B: int64, how many first tokens of each row see each other both ways (prefix-LM, Raffel et al. 2020).
         cache: tokens continue what it remembers, and are remembered. logits_for: every token, the last one, or the
         column given for each row (int64 [B]).
+        inputs: further ones by name: of the frontend (token_types_BT), of the head (its other targets), and
+        `encoder_NAME` for the encoder's NAME (encoder_tokens_BT, encoder_documents_BT), which a cache makes needless
+        after the first pass.
 
-        Without targets {"logits": [B, T or 1, V]}; with targets {"loss_sum": fp32 Σ NLL, "target_count": int64} and
-        "z_loss_sum" where the configuration weighs it; with `per_token` instead, and without gradient, {"nll": fp32
-        [B, T], "is_top": bool [B, T]}.
+        Without targets {"logits": [B, T or 1, V]} or what else the head gives; with targets {"loss_sum": fp32 Σ NLL,
+        "target_count": int64} and "z_loss_sum" where the configuration weighs it; with `per_token` instead, and without
+        gradient, {"nll": fp32 [B, T], "is_top": bool [B, T]}.
         """
-        shared, positions_BT = self._shared(tokens_BT, documents_BT, positions_BT, prefix_B, cache)
-        states = None if cache is None else cache.states
-        x_BTD = self.stack(self.frontend(tokens_BT, positions_BT), shared, states)
+        targets = {name: tensor for name, tensor in inputs.items() if name in self.head.takes}
+        encoder_inputs = {name: tensor for name, tensor in inputs.items() if name.startswith(ENCODER)}
+        own = {name: x for name, x in inputs.items() if name not in targets and name not in encoder_inputs}
+        if targets_BT is not None:
+            targets["targets_BT"] = targets_BT
+        if tokens_BT is not None:
+            own["tokens_BT"] = tokens_BT
+        slots_BT = None if cache is None or tokens_BT is None else cache.claim(tokens_BT.shape[1])
+        positions_BT = self._positions(tokens_BT, documents_BT, positions_BT, slots_BT)
+        x_BTD = self.frontend(positions_BT, **own)
+        mask = Mask(causal=self.config.causal, documents_BT=documents_BT if cache is None else None, prefix_B=prefix_B)
+        if cache is not None and cache.longest:
+            mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(x_BTD.shape[1]))
+        shared = self._shared(mask, x_BTD.shape[1], positions_BT, slots_BT, cache)
+        if self.encoder is not None:
+            shared = self._with_memory(shared, documents_BT, cache, encoder_inputs)
+        elif encoder_inputs:
+            raise ModelError(f"{', '.join(encoder_inputs)} was given, but the model has no encoder: leave it out.")
+        x_BTD = self.stack(x_BTD, shared, None if cache is None else cache.states)
         if cache is not None:
-            cache.advance(tokens_BT.shape[1])
+            cache.advance(x_BTD.shape[1])
         if isinstance(logits_for, torch.Tensor):
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_for][:, None]
         elif logits_for == "last":
             x_BTD = x_BTD[:, -1:]
-        result: dict[str, torch.Tensor] = self.head(x_BTD, targets_BT, per_token)
+        result: dict[str, torch.Tensor] = self.head(x_BTD, per_token, **targets)
         return result
 
     def new_cache(self, rows: int, max_tokens: int) -> Cache:
         """An empty cache for `rows` rows of at most `max_tokens` tokens, prompt and continuation together."""
-        device = self.frontend.tokens.weight.device
+        if not self.config.causal:
+            raise ModelError(
+                "model.causal is false: an encoder sees what comes later, so it cannot continue from a cache."
+            )
+        device = next(self.stack.parameters()).device
         return Cache(self.stack.new_states(rows, rounded_slots(max_tokens)), rows, max_tokens, device)
 
-    def _shared(
+    def _positions(
         self,
-        tokens_BT: torch.Tensor,
+        tokens_BT: torch.Tensor | None,
         documents_BT: torch.Tensor | None,
         positions_BT: torch.Tensor | None,
-        prefix_B: torch.Tensor | None,
-        cache: Cache | None,
-    ) -> tuple[MixerInput, torch.Tensor]:
-        """What all layers share of this pass, and the position of every token."""
-        tokens, position = tokens_BT.shape[1], self.config.position
-        slots_BT = None if cache is None else cache.claim(tokens)
-        if positions_BT is None:
-            if documents_BT is not None:
-                positions_BT = document_positions(documents_BT)
-            elif slots_BT is not None:
-                positions_BT = slots_BT
-            else:
-                positions_BT = torch.arange(tokens, device=tokens_BT.device)[None]
-        if isinstance(position, LearnedPositionConfig) and tokens > self.config.max_seq_len:
+        slots_BT: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """The position of every token; null where the input is not tokens."""
+        if tokens_BT is None:
+            return positions_BT
+        tokens = tokens_BT.shape[1]
+        if isinstance(self.config.position, LearnedPositionConfig) and tokens > self.config.max_seq_len:
             raise ModelError(
                 f"a row has {tokens} tokens, the model {self.config.max_seq_len} learned positions: shorten the rows "
                 "or raise model.max_seq_len."
             )
+        if positions_BT is not None:
+            return positions_BT
+        if documents_BT is not None:
+            return document_positions(documents_BT)
+        return torch.arange(tokens, device=tokens_BT.device)[None] if slots_BT is None else slots_BT
+
+    def _shared(
+        self,
+        mask: Mask,
+        tokens: int,
+        positions_BT: torch.Tensor | None,
+        slots_BT: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> MixerInput:
+        """What all layers share of this pass."""
+        config, position = self.config, self.config.position
         angles = None
-        if isinstance(position, RopeConfig) and self.config.head_dim is not None:
-            angles = rotation(position, positions_BT, self.config.head_dim)
-        mask = Mask(documents_BT=documents_BT if cache is None else None, prefix_B=prefix_B)
-        if cache is not None and cache.longest:
-            mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(tokens))
+        if isinstance(position, RopeConfig) and config.head_dim is not None and positions_BT is not None:
+            angles = rotation(position, positions_BT, config.head_dim)
         if isinstance(position, AlibiConfig):
-            keys = mask.keys or tokens
-            mask = replace(mask, bias_HL=alibi_bias(self.config.attention_heads, keys, tokens_BT.device))
-        shared = MixerInput(
+            device = next(self.stack.parameters()).device
+            mask = replace(mask, bias_HL=alibi_bias(config.attention_heads, mask.keys or tokens, device))
+        return MixerInput(
             mask,
             angles,
             slots_BT,
             cache.longest if cache is not None and cache.uniform else None,
-            {window: replace(mask, window=window) for window in self.config.windows},
+            windowed={window: replace(mask, window=window) for window in config.windows},
         )
-        return shared, positions_BT
+
+    def _with_memory(
+        self,
+        shared: MixerInput,
+        documents_BT: torch.Tensor | None,
+        cache: Cache | None,
+        encoder_inputs: dict[str, torch.Tensor],
+    ) -> MixerInput:
+        """The encoder's output and who sees what of it; from the cache where this pass brings no encoder inputs."""
+        assert self.encoder is not None
+        if not encoder_inputs:
+            if cache is None or not cache.longest:
+                raise ModelError("the model has an encoder: give its input too, as encoder_tokens_BT.")
+            mask = Mask(causal=False, key_documents_BS=cache.memory_documents_BS)
+            return replace(shared, memory_mask=mask)
+        own = {name.removeprefix(ENCODER): tensor for name, tensor in encoder_inputs.items()}
+        memory_BSD = self.encoder(**own)["features"]
+        memory_documents_BS = own.get("documents_BT")
+        if cache is not None:
+            cache.memory_documents_BS = memory_documents_BS
+        queries_BT = None if cache is not None or memory_documents_BS is None else documents_BT
+        mask = Mask(causal=False, documents_BT=queries_BT, key_documents_BS=memory_documents_BS)
+        return replace(shared, memory_BSD=memory_BSD, memory_mask=mask)

@@ -1,4 +1,5 @@
-"""One layer of any transformer: slots for norms, a token mixer and a feed-forward network, in one of three layouts."""
+"""One layer of any transformer: slots for norms, a token mixer, attention to an encoder's output and a feed-forward
+network, in one of four layouts."""
 
 from typing import Literal
 
@@ -7,13 +8,16 @@ from torch import nn
 
 from model.mixers.base import Mixer, MixerInput, MixerState
 
-Layout = Literal["pre", "post", "parallel"]
+Layout = Literal["pre", "post", "parallel", "parallel_two_norms"]
 
 
 class Block(nn.Module):
     """pre:      x + mixer(norm x), then x + ffn(norm x)      (GPT-2, LLaMA)
     post:     norm(x + mixer x), then norm(x + ffn x)      (Vaswani et al. 2017, BERT)
     parallel: x + mixer(norm x) + ffn(norm x)              (GPT-J, PaLM; one norm, so `ffn_norm` is None)
+    parallel_two_norms: the same, the ffn with a norm of its own (GPT-NeoX, Falcon 40B)
+
+    cross: in a decoder that has an encoder, a step of the same form between the two (not in the parallel layouts).
     """
 
     def __init__(
@@ -24,23 +28,50 @@ class Block(nn.Module):
         mixer: Mixer,
         ffn_norm: nn.Module | None,
         ffn: nn.Module,
+        cross_norm: nn.Module | None = None,
+        cross: Mixer | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.layout = layout
         self.mixer_norm = mixer_norm
         self.mixer = mixer
+        self.cross_norm = cross_norm
+        self.cross = cross
         self.ffn_norm = ffn_norm
         self.ffn = ffn
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
-        if self.layout == "parallel":
+        state, cross_state = (state.mixer, state.cross) if isinstance(state, BlockState) else (state, None)
+        if self.layout == "parallel" or self.layout == "parallel_two_norms":
             normed_BTD = self.mixer_norm(x_BTD)
-            return x_BTD + self.dropout(self.mixer(normed_BTD, shared, state) + self.ffn(normed_BTD))
+            ffn_normed_BTD = normed_BTD if self.ffn_norm is None else self.ffn_norm(x_BTD)
+            return x_BTD + self.dropout(self.mixer(normed_BTD, shared, state) + self.ffn(ffn_normed_BTD))
         assert self.ffn_norm is not None
         if self.layout == "pre":
             x_BTD = x_BTD + self.dropout(self.mixer(self.mixer_norm(x_BTD), shared, state))
+            if self.cross is not None and self.cross_norm is not None:
+                x_BTD = x_BTD + self.dropout(self.cross(self.cross_norm(x_BTD), shared, cross_state))
             return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
         x_BTD = self.mixer_norm(x_BTD + self.dropout(self.mixer(x_BTD, shared, state)))
+        if self.cross is not None and self.cross_norm is not None:
+            x_BTD = self.cross_norm(x_BTD + self.dropout(self.cross(x_BTD, shared, cross_state)))
         return self.ffn_norm(x_BTD + self.dropout(self.ffn(x_BTD)))
+
+    def new_state(self, rows: int, max_tokens: int) -> MixerState:
+        """An empty decoding state for `rows` rows of at most `max_tokens` tokens each."""
+        state = self.mixer.new_state(rows, max_tokens)
+        return state if self.cross is None else BlockState(state, self.cross.new_state(rows, max_tokens))
+
+
+class BlockState(MixerState):
+    """The states of a block with two mixers."""
+
+    def __init__(self, mixer: MixerState, cross: MixerState) -> None:
+        self.mixer = mixer
+        self.cross = cross
+
+    def reorder(self, rows_B: torch.Tensor) -> None:
+        self.mixer.reorder(rows_B)
+        self.cross.reorder(rows_B)

@@ -10,14 +10,14 @@ from model.block import Block
 from model.config import LayerConfig, ModelConfig
 from model.ffn import build_ffn
 from model.frontends import Embedding, TokenFrontend
-from model.heads import LanguageHead
+from model.heads import Head, LanguageHead, LanguageHeadConfig, NoHead, Transform
 from model.init import initialize
 from model.kernels.attention import AttentionKernel
-from model.kernels.select import HeadShape, Kind, Selection, check_selection, select_kernel
-from model.mixers.attention import Attention
+from model.kernels.select import Kind, select_kernel
+from model.mixers.attention import CrossAttention
 from model.mixers.build import build_mixer
 from model.norm import build_norm
-from model.position import AlibiConfig, LearnedPositionConfig, LearnedPositions
+from model.position import AlibiConfig, build_positions
 from model.stack import Stack
 
 log = logging.getLogger("athanor.model")
@@ -37,33 +37,17 @@ def build_model(
     """
     attend = select_kernel(kernel, _needs(config))
     with torch.device("meta"):
-        model = _assemble(config, attend).to(dtype)
+        model = _assemble(config, config.require_vocab_size(), attend).to(dtype)
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         model.tie_weights()
         initialize(model, config=config.init, n_layers=config.n_layers, seed=seed)
+        if config.encoder is not None:
+            initialize(
+                model, config=config.encoder.init, n_layers=config.encoder.n_layers, seed=seed, within="encoder."
+            )
     log.info("attention kernels on %s: %s", torch.device(device).type, attend.described(torch.device(device).type))
     return model
-
-
-def check_kernels(model: nn.Module, *, device: torch.device, dtype: torch.dtype, tokens: int) -> list[str]:
-    """Before training: hold the attention kernels of `model` to the oracle at its own head shapes.
-
-    One line for each kernel that failed and was replaced (see `kernels.select.check_selection`). device, dtype: what
-    attention is computed on and in, wherever the weights are now. tokens: the run's row length.
-    """
-    config = getattr(model, "config", None)
-    biased = isinstance(getattr(config, "position", None), AlibiConfig)
-    attentions = [module for module in model.modules() if isinstance(module, Attention)]
-    shapes = [
-        HeadShape(heads=a.heads, kv_heads=a.kv_heads, channels=a.head_dim, window=a.window, biased=biased)
-        for a in attentions
-    ]
-    said: list[str] = []
-    for kernel in {id(a.kernel): a.kernel for a in attentions}.values():
-        if isinstance(kernel, Selection):
-            said += check_selection(kernel, shapes, device=device, dtype=dtype, tokens=tokens)
-    return said
 
 
 def _needs(config: ModelConfig) -> set[Kind]:
@@ -72,18 +56,42 @@ def _needs(config: ModelConfig) -> set[Kind]:
     return needs | ({"biased"} if isinstance(config.position, AlibiConfig) else set())
 
 
-def _assemble(config: ModelConfig, attend: AttentionKernel) -> Transformer:
-    vocab_size, width = config.require_vocab_size(), config.d_model
-    learned = isinstance(config.position, LearnedPositionConfig)
-    positions = LearnedPositions(config.max_seq_len, width) if learned else None
-    frontend = TokenFrontend(Embedding(vocab_size, width), positions, config.dropout)
+def _assemble(config: ModelConfig, vocab_size: int, attend: AttentionKernel) -> Transformer:
+    """vocab_size: the decoder's, which an encoder without one of its own shares."""
+    encoder = None if config.encoder is None else _assemble(config.encoder, vocab_size, attend)
+    vocab_size = config.vocab_size or vocab_size
+    frontend = _frontend(config, vocab_size)
     stack = Stack(
         [_block(config, layer, attend) for layer in config.layers],
-        nn.Identity() if config.layout == "post" else build_norm(config.norm, width),
+        nn.Identity() if config.layout == "post" else build_norm(config.norm, config.d_model),
     )
-    tied = frontend.tokens.weight if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, width))
-    head = LanguageHead(tied, soft_cap=config.logit_soft_cap, z_loss=config.z_loss)
-    return Transformer(config, frontend, stack, head)
+    return Transformer(config, frontend, stack, _head(config, vocab_size), encoder)
+
+
+def _frontend(config: ModelConfig, vocab_size: int) -> TokenFrontend:
+    chosen, width = config.frontend, config.d_model
+    return TokenFrontend(
+        Embedding(vocab_size, width),
+        build_positions(config.position, config.max_seq_len, width),
+        config.dropout,
+        scale=width**0.5 if chosen.scale_by_sqrt_width else 1.0,
+        types=Embedding(chosen.token_types, width) if chosen.token_types else None,
+        norm=build_norm(config.norm, width) if chosen.norm else None,
+    )
+
+
+def _head(config: ModelConfig, vocab_size: int) -> Head:
+    chosen, width = config.head, config.d_model
+    if not isinstance(chosen, LanguageHeadConfig):
+        return NoHead()
+    return LanguageHead(
+        nn.Parameter(torch.empty(vocab_size, width)),
+        soft_cap=config.logit_soft_cap,
+        z_loss=config.z_loss,
+        bias=chosen.bias,
+        transform=None if chosen.transform is None else Transform(width, chosen.transform, config.norm),
+        scale=width**-0.5 if chosen.scale_input else 1.0,
+    )
 
 
 def _block(config: ModelConfig, layer: LayerConfig, attend: AttentionKernel) -> Block:
@@ -92,6 +100,14 @@ def _block(config: ModelConfig, layer: LayerConfig, attend: AttentionKernel) -> 
         mixer_norm=build_norm(config.norm, config.d_model),
         mixer=build_mixer(layer.mixer, config.d_model, config.norm, attend),
         ffn_norm=None if config.layout == "parallel" else build_norm(config.norm, config.d_model),
+        cross_norm=None if layer.cross is None else build_norm(config.norm, config.d_model),
+        cross=_cross(config, layer, attend),
         ffn=build_ffn(layer.ffn, config.d_model),
         dropout=config.dropout,
     )
+
+
+def _cross(config: ModelConfig, layer: LayerConfig, attend: AttentionKernel) -> CrossAttention | None:
+    if layer.cross is None or config.encoder is None:
+        return None
+    return CrossAttention(layer.cross, config.d_model, config.norm, attend, config.encoder.d_model)

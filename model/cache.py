@@ -18,6 +18,7 @@ def rounded_slots(slots: int) -> int:
 class Cache:
     """One state per layer, and how many tokens of each row they hold.
 
+    memory_documents_BS: of an encoder's output, whose keys and values the states hold: 0 for padding.
     lengths: tokens remembered of each row, as plain numbers so that decoding never waits for the device; a row's next
         token goes to the slot of that number.
     """
@@ -26,6 +27,7 @@ class Cache:
         self.states = states
         self.max_tokens = max_tokens
         self.lengths = [0] * rows
+        self.memory_documents_BS: torch.Tensor | None = None
         self.device = device
 
     @property
@@ -64,4 +66,6 @@ class Cache:
         rows_B = torch.tensor(rows, device=self.device)
         for state in self.states:
             state.reorder(rows_B)
+        if self.memory_documents_BS is not None:
+            self.memory_documents_BS = self.memory_documents_BS[rows_B]
         self.lengths = [self.lengths[row] for row in rows]

@@ -1,11 +1,15 @@
 """What a model is: the whole architecture as one frozen value."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from model.block import Layout
 from model.errors import ModelError
 from model.ffn import FfnConfig
+from model.frontends import FrontendConfig, TokenFrontendConfig
+from model.heads import HeadConfig, LanguageHeadConfig, NoHeadConfig
 from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
 from model.mixers.build import MixerConfig
@@ -17,9 +21,10 @@ __all__ = ["LayerChange", "LayerConfig", "ModelConfig", "ModelError", "Role", "p
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """What fills the slots of one layer."""
+    """What fills the slots of one layer; cross: attention to an encoder's output, in decoders that have one."""
 
     mixer: MixerConfig
+    cross: AttentionConfig | None
     ffn: FfnConfig
 
 
@@ -47,9 +52,13 @@ class LayerChange:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder over tokens.
+    """A transformer: a decoder over tokens, or whatever else frontend, causal, encoder and head make of it.
 
     vocab_size: null until a tokenizer is known; `build_model` needs a number.
+    tie_embeddings: the head's matrix is the token embedding's; of an encoder: its embedding is the decoder's.
+    causal: a token sees itself and what stands before it; false is an encoder, where all see all.
+    encoder: what runs before this decoder and is looked at by its cross-attention, which has the mixer's shape. It has
+        head `none`; its vocabulary is this one's where it is null.
     max_seq_len: the longest row the model is meant for; learned positions end there.
     layout: where the norms stand in a block (see `Block`). dropout: on embeddings and on each branch of a block.
     mixer, ffn: what fills the slots of every layer; pattern: layers that have something else there, later ones win.
@@ -61,12 +70,16 @@ class ModelConfig:
     n_layers: int = 6
     max_seq_len: int = 512
     tie_embeddings: bool = True
+    causal: bool = True
     layout: Layout = "pre"
     norm: NormConfig = field(default_factory=NormConfig)
+    frontend: FrontendConfig = field(default_factory=TokenFrontendConfig)
     position: PositionConfig = field(default_factory=RopeConfig)
-    mixer: AttentionConfig = field(default_factory=AttentionConfig)
+    mixer: MixerConfig = field(default_factory=AttentionConfig)
     ffn: FfnConfig = field(default_factory=FfnConfig)
     pattern: tuple[LayerChange, ...] = ()
+    head: HeadConfig = field(default_factory=LanguageHeadConfig)
+    encoder: ModelConfig | None = None
     init: InitConfig = field(default_factory=InitConfig)
     dropout: float = 0.0
     logit_soft_cap: float | None = None
@@ -81,6 +94,8 @@ class ModelConfig:
             layer.mixer.check(self.d_model)
         if isinstance(self.position, RopeConfig):
             self._check_rotary()
+        if self.encoder is not None:
+            self._check_encoder(self.encoder)
         if isinstance(self.position, AlibiConfig) and len({mixer.n_heads for mixer in self._attentions}) > 1:
             raise ModelError(
                 "model.pattern gives attention layers different n_heads: with ALiBi all layers share one slope for "
@@ -93,6 +108,31 @@ class ModelConfig:
         if self.z_loss < 0:
             raise ModelError(f"model.z_loss is {self.z_loss}: a loss needs a weight of 0 or more.")
 
+    def _check_encoder(self, encoder: ModelConfig) -> None:
+        if encoder.encoder is not None or not isinstance(encoder.head, NoHeadConfig):
+            raise ModelError(
+                f"model.encoder has head.kind={encoder.head.kind} and {'an' if encoder.encoder else 'no'} encoder of its "
+                "own: its output goes to the decoder as it is, so set encoder.head.kind=none and no further encoder."
+            )
+        if not self.causal:
+            raise ModelError(
+                "model.causal is false with an encoder: what reads an encoder's output is a causal decoder."
+            )
+        if self.layout in ("parallel", "parallel_two_norms"):
+            raise ModelError(
+                f"model.layout is {self.layout} with an encoder: that block has no cross-attention; use pre or post."
+            )
+        if not all(isinstance(layer.mixer, AttentionConfig) for layer in self.layers):
+            raise ModelError("model.encoder needs attention layers: cross-attention takes its shape from the mixer.")
+        if encoder.tie_embeddings and (
+            encoder.d_model != self.d_model or encoder.vocab_size not in (None, self.vocab_size)
+        ):
+            raise ModelError(
+                f"model.encoder has tie_embeddings=true, d_model {encoder.d_model} and vocab_size {encoder.vocab_size}: "
+                f"its table is the decoder's, which has {self.d_model} and {self.vocab_size}; make them equal or set "
+                "encoder.tie_embeddings=false."
+            )
+
     def _check_rotary(self) -> None:
         channels = sorted({mixer.channels(self.d_model) for mixer in self._attentions})
         if len(channels) > 1:
@@ -100,7 +140,13 @@ class ModelConfig:
                 f"model.pattern gives attention layers {' and '.join(map(str, channels))} channels a head: all layers "
                 "share one set of rotary angles; set mixer.head_dim to the same everywhere."
             )
-        if channels and channels[0] % 2:
+        rotated = self.position.channels if isinstance(self.position, RopeConfig) else None
+        if channels and rotated is not None and rotated > channels[0]:
+            raise ModelError(
+                f"model.position.channels is {rotated} with heads of {channels[0]} channels: no more can be rotated than "
+                "there are; lower it, or null rotates all."
+            )
+        if channels and rotated is None and channels[0] % 2:
             raise ModelError(
                 f"model.d_model {self.d_model} over {self._attentions[0].n_heads} heads leaves {channels[0]} channels "
                 "a head: rotary positions rotate pairs, so make it even."
@@ -115,8 +161,18 @@ class ModelConfig:
             for change in self.pattern:
                 if change.covers(number):
                     mixer, ffn = change.mixer or mixer, change.ffn or ffn
-            layers.append(LayerConfig(mixer=mixer, ffn=ffn))
+            cross = mixer if self.encoder is not None and isinstance(mixer, AttentionConfig) else None
+            layers.append(LayerConfig(mixer=mixer, cross=cross, ffn=ffn))
         return tuple(layers)
+
+    @property
+    def tied_weights(self) -> dict[str, str]:
+        """Names of the parameters that are another one under a second name, each with that one's."""
+        table = "frontend.tokens.weight"
+        tied = {"head.weight": table} if self.tie_embeddings and isinstance(self.head, LanguageHeadConfig) else {}
+        if self.encoder is not None and self.encoder.tie_embeddings:
+            tied[f"encoder.{table}"] = table
+        return tied
 
     @property
     def _attentions(self) -> list[AttentionConfig]:
@@ -136,6 +192,12 @@ class ModelConfig:
     def head_dim(self) -> int | None:
         """Channels of one attention head; none where no layer attends."""
         return self._attentions[0].channels(self.d_model) if self._attentions else None
+
+    @property
+    def rotated_channels(self) -> int | None:
+        """Channels of a head that rotary positions rotate."""
+        chosen = self.position.channels if isinstance(self.position, RopeConfig) else None
+        return self.head_dim if chosen is None else chosen
 
     def require_vocab_size(self) -> int:
         """The vocabulary size, or ModelError while no tokenizer has set it."""

@@ -3,11 +3,13 @@
 FLOPs count matrix multiplications, a multiply and an add each; norms, activations and softmax are left out as usual.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from model.config import LayerConfig, ModelConfig
+from model.heads import LanguageHeadConfig
 from model.loss import chunk_tokens
-from model.position import LearnedPositionConfig
+from model.position import position_parameters
 from model.slots import SlotCosts
 
 FLOP_FORMULA = (
@@ -25,31 +27,52 @@ class ParameterCounts(NamedTuple):
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
-    """Closed-form counts; ModelError while the vocabulary size is unknown."""
-    table = config.require_vocab_size() * config.d_model
-    positions = config.max_seq_len * config.d_model if isinstance(config.position, LearnedPositionConfig) else 0
-    norm = config.norm.parameters(config.d_model)
+    """Closed-form counts, an encoder's included; ModelError while the vocabulary size is unknown."""
+    vocab_size, width = config.require_vocab_size(), config.d_model
+    embedding = config.frontend.parameters(vocab_size, width, config.norm)
+    embedding += position_parameters(config.position, config.max_seq_len, width)
+    norm = config.norm.parameters(width)
     norms = (0 if config.layout == "post" else norm) + _norms_per_layer(config) * config.n_layers * norm
-    head = 0 if config.tie_embeddings else table
-    others = table + positions + norms + head
+    head = config.head.costs(vocab_size, width, config.norm).parameters
+    others = embedding + norms + head - len(config.tied_weights) * vocab_size * width
     slots = _slots(config)
     total = others + sum(slot.parameters for slot in slots)
     active = others + sum(slot.parameters if slot.active is None else slot.active for slot in slots)
-    return ParameterCounts(total=total, active=active, embedding=table + positions)
+    if config.encoder is not None:
+        encoder = parameter_counts(_encoder(config.encoder, vocab_size))
+        total, active, embedding = total + encoder.total, active + encoder.active, embedding + encoder.embedding
+        embedding -= vocab_size * width if config.encoder.tie_embeddings else 0
+    return ParameterCounts(total=total, active=active, embedding=embedding)
 
 
 def forward_flops(
-    config: ModelConfig, *, rows: int, seq_len: int, mean_document_tokens: float | None = None, masked: bool = True
+    config: ModelConfig,
+    *,
+    rows: int,
+    seq_len: int,
+    mean_document_tokens: float | None = None,
+    masked: bool = True,
+    encoder_len: int | None = None,
 ) -> int:
-    """FLOPs of one forward pass over `rows` rows, logits included.
+    """FLOPs of one forward pass over `rows` rows, logits included, and its encoder's where it has one.
 
+    encoder_len: tokens of a row that the encoder reads; null is as many as the decoder's.
     mean_document_tokens: packed rows of documents this long, which see less than a whole row. masked: count only the
-    query-key pairs the causal mask lets through; false counts all of them, as PaLM's MFU and FlopCounterMode do.
+    query-key pairs the mask lets through; false counts all of them, as PaLM's MFU and FlopCounterMode do.
     """
-    flops = float(2 * config.d_model * config.require_vocab_size() * seq_len)
+    vocab_size, memory_len = config.require_vocab_size(), seq_len if encoder_len is None else encoder_len
+    flops = 2.0 * config.head.costs(vocab_size, config.d_model, config.norm).matrices * seq_len
+    share = 1.0 if mean_document_tokens is None or not masked else min(1.0, mean_document_tokens / seq_len)
     for slot in _slots(config):
-        pairs = attended_pairs(seq_len, mean_document_tokens, slot.window) if masked else float(seq_len * seq_len)
+        pairs = float(seq_len * seq_len) * share
+        if masked and config.causal:
+            pairs = attended_pairs(seq_len, mean_document_tokens, slot.window)
         flops += (2 * slot.matrices + slot.token_flops) * seq_len + slot.pair_flops * pairs
+        flops += 2 * slot.memory_matrices * memory_len + slot.memory_pair_flops * seq_len * memory_len * share
+    if config.encoder is not None:
+        encoder = _encoder(config.encoder, vocab_size)
+        document = None if mean_document_tokens is None else mean_document_tokens * memory_len / seq_len
+        flops += forward_flops(encoder, rows=1, seq_len=memory_len, mean_document_tokens=document, masked=masked)
     return round(rows * flops)
 
 
@@ -69,12 +92,15 @@ def attended_pairs(seq_len: int, mean_document_tokens: float | None = None, wind
     return seq_len * (window - window * (window - 1) / 2 / document)
 
 
-def kv_cache_bytes(config: ModelConfig, *, rows: int, tokens: int, dtype_bytes: int) -> int:
+def kv_cache_bytes(config: ModelConfig, *, rows: int, tokens: int, dtype_bytes: int, encoder_tokens: int = 0) -> int:
     """What `rows` rows of `tokens` tokens leave in all layers: keys and values, or a mixer's state.
 
     A window saves time but no bytes: its layers remember every token, so that a cache can be rewound.
+    encoder_tokens: of each row, whose keys and values a decoder with an encoder holds too.
     """
-    elements = sum(slot.state_per_token * tokens + slot.state for slot in _slots(config))
+    slots = _slots(config)
+    elements = sum(slot.state_per_token * tokens + slot.state for slot in slots)
+    elements += sum(slot.state_per_memory_token * encoder_tokens for slot in slots)
     return rows * elements * dtype_bytes
 
 
@@ -92,22 +118,41 @@ def activation_bytes(
     kept = max(blocks) + config.n_layers * config.d_model * dtype_bytes if recompute else sum(blocks)
     head = 3 * config.d_model * dtype_bytes  # input and output of the last norm, and the gradient of the latter
     vocab_size = config.require_vocab_size()
+    held = tokens * (kept + head)
+    if config.encoder is not None:
+        encoder = _encoder(config.encoder, vocab_size)
+        held += activation_bytes(encoder, micro_batch_rows, seq_len, dtype_bytes, recompute)
+    if not isinstance(config.head, LanguageHeadConfig):
+        return held
     logits = min(tokens, chunk_tokens(vocab_size)) * vocab_size * (8 + 2 * dtype_bytes)
-    return tokens * (kept + head) + 4 * vocab_size * config.d_model + logits
+    return held + 4 * vocab_size * config.d_model + logits
 
 
 def _slots(config: ModelConfig) -> list[SlotCosts]:
     """The costs of every slot of every layer."""
+    return [costs for layer in config.layers for costs in _layer_slots(config, layer)]
+
+
+def _layer_slots(config: ModelConfig, layer: LayerConfig) -> list[SlotCosts]:
     width, norm = config.d_model, config.norm
-    return [costs for layer in config.layers for costs in (layer.mixer.costs(width, norm), layer.ffn.costs(width))]
+    slots = [layer.mixer.costs(width, norm), layer.ffn.costs(width)]
+    if layer.cross is not None and config.encoder is not None:
+        slots.append(layer.cross.cross_costs(width, config.encoder.d_model, norm))
+    return slots
+
+
+def _encoder(encoder: ModelConfig, vocab_size: int) -> ModelConfig:
+    """An encoder by itself, with the vocabulary it shares."""
+    return replace(encoder, vocab_size=encoder.vocab_size or vocab_size)
 
 
 def _norms_per_layer(config: ModelConfig) -> int:
-    return 1 if config.layout == "parallel" else 2
+    return 1 if config.layout == "parallel" else 2 if config.encoder is None else 3
 
 
 def _block_activations(config: ModelConfig, layer: LayerConfig, dtype_bytes: int) -> int:
     """Bytes of one token kept by one block: norm inputs and outputs, and what its slots keep."""
-    slots = (layer.mixer.costs(config.d_model, config.norm), layer.ffn.costs(config.d_model))
-    elements = 2 * _norms_per_layer(config) * config.d_model + sum(slot.kept_elements for slot in slots)
+    slots = _layer_slots(config, layer)
+    elements = 2 * _norms_per_layer(config) * config.d_model
+    elements += sum(slot.kept_elements + slot.memory_kept_elements for slot in slots)
     return dtype_bytes * elements + sum(slot.kept_bytes for slot in slots)

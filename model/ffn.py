@@ -11,6 +11,7 @@ from model.errors import ModelError
 from model.init import Linear
 from model.slots import SlotCosts
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
@@ -26,7 +27,7 @@ class FfnConfig:
 
     kind: Literal["dense"] = "dense"
     d_ff: int = 1024
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"] = "silu"
+    activation: Activation = "silu"
     gated: bool = True
     bias: bool = False
 

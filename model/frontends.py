@@ -1,10 +1,42 @@
 """What turns input into x_BTD, the sequence of vectors every stack works on."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import nn
 
+from model.errors import ModelError
 from model.init import Declared, Parameter, declare
-from model.position import LearnedPositions
+from model.norm import NormConfig
+from model.position import Positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFrontendConfig:
+    """Token embeddings and whatever is added to them.
+
+    scale_by_sqrt_width: embeddings times sqrt(d_model) before positions are added (Vaswani et al. 2017).
+    token_types: how many kinds of segment have a vector of their own (BERT's sentence A and B); 0 for none.
+    norm: the model's norm after the sum (BERT, BART).
+    """
+
+    kind: Literal["tokens"] = "tokens"
+    scale_by_sqrt_width: bool = False
+    token_types: int = 0
+    norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.token_types < 0:
+            raise ModelError(f"frontend.token_types is {self.token_types}: it counts segments; use 0 for none.")
+
+    def parameters(self, vocab_size: int, d_model: int, norm: NormConfig) -> int:
+        """How many parameters it has, those of positions aside."""
+        return (vocab_size + self.token_types) * d_model + (norm.parameters(d_model) if self.norm else 0)
+
+
+FrontendConfig = TokenFrontendConfig
+"""A union once there are more, told apart by `kind`; each arm has `parameters(vocab_size, d_model, norm)`."""
 
 
 class Embedding(Declared):
@@ -21,16 +53,39 @@ class Embedding(Declared):
 
 
 class TokenFrontend(nn.Module):
-    """Token embeddings, plus learned positions where the family has them."""
+    """Token embeddings, plus positions and token types where the family has them."""
 
-    def __init__(self, tokens: Embedding, positions: LearnedPositions | None, dropout: float) -> None:
+    def __init__(
+        self,
+        tokens: Embedding,
+        positions: Positions | None,
+        dropout: float,
+        *,
+        scale: float = 1.0,
+        types: Embedding | None = None,
+        norm: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.tokens = tokens
         self.positions = positions
+        self.types = types
+        self.norm = norm
+        self.scale = scale
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, positions_BT: torch.Tensor, tokens_BT: torch.Tensor, token_types_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """token_types_BT: int64 segment of each token; null is segment 0 everywhere."""
         x_BTD = self.tokens(tokens_BT)
+        if self.scale != 1.0:
+            x_BTD = x_BTD * self.scale
+        if self.types is not None:
+            x_BTD = x_BTD + self.types(torch.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT)
+        elif token_types_BT is not None:
+            raise ModelError("token_types_BT was given, but model.frontend.token_types is 0: set it or leave them out.")
         if self.positions is not None:
-            x_BTD = x_BTD + self.positions(positions_BT)
+            x_BTD = x_BTD + self.positions(positions_BT).to(x_BTD.dtype)
+        if self.norm is not None:
+            x_BTD = self.norm(x_BTD)
         return self.dropout(x_BTD)

@@ -1,34 +1,102 @@
 """What turns the last x_BTD into logits or a loss."""
 
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 import torch
 from torch import nn
 
-from model.init import Declared, Parameter, declare
+from model.ffn import ACTIVATIONS, Activation
+from model.init import Declared, Linear, Parameter, declare
 from model.loss import capped, chunked_cross_entropy, token_scores
+from model.norm import NormConfig, build_norm
+from model.slots import SlotCosts
 
 
-class LanguageHead(Declared):
+@dataclass(frozen=True, kw_only=True)
+class LanguageHeadConfig:
+    """Logits over the vocabulary.
+
+    bias: an offset for each vocabulary entry. transform: a dense layer with this activation and the model's norm comes
+    first (BERT's masked-token head). scale_input: the input times d_model^-0.5 (T5 with tied embeddings).
+    """
+
+    kind: Literal["language"] = "language"
+    bias: bool = False
+    transform: Activation | None = None
+    scale_input: bool = False
+
+    def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
+        """The vocabulary matrix, which a tied head shares with the embeddings, and the dense layer before it."""
+        dense = 0 if self.transform is None else d_model * d_model
+        extra = (0 if self.transform is None else d_model + norm.parameters(d_model)) + (vocab_size if self.bias else 0)
+        matrices = vocab_size * d_model + dense
+        return SlotCosts(parameters=matrices + extra, matrices=matrices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoHeadConfig:
+    """The last x_BTD itself: what an encoder hands to its decoder, or features for another use."""
+
+    kind: Literal["none"] = "none"
+
+    def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
+        """Nothing."""
+        return SlotCosts(parameters=0, matrices=0)
+
+
+HeadConfig = LanguageHeadConfig | NoHeadConfig
+"""What a configuration chooses from, told apart by `kind`; each arm has `costs(vocab_size, d_model, norm)`."""
+
+
+class Head(Declared):
+    """forward(x_BTD, per_token=False, **targets) -> named tensors: outputs without targets, sums for a loss with them.
+
+    takes: the names of the targets, which `Transformer.forward` hands on.
+    """
+
+    takes: ClassVar[frozenset[str]] = frozenset()
+
+
+class LanguageHead(Head):
     """Vocabulary logits, and their cross-entropy without ever holding them all.
 
     A tied head registers the embedding's own parameter as its `weight`, so that it reads nothing but its own inside
     its own forward: ZeRO-3 gathers a module's parameters around that module's forward and nowhere else.
     """
 
-    declared = declare(weight=Parameter("head", "head"))
+    takes = frozenset({"targets_BT"})
+    declared = declare(weight=Parameter("head", "head"), bias=Parameter("bias", "zeros"))
 
-    def __init__(self, weight_VD: nn.Parameter, *, soft_cap: float | None, z_loss: float) -> None:
+    def __init__(
+        self,
+        weight_VD: nn.Parameter,
+        *,
+        soft_cap: float | None,
+        z_loss: float,
+        bias: bool = False,
+        transform: nn.Module | None = None,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
         self.weight = weight_VD
+        self.bias = nn.Parameter(torch.empty(weight_VD.shape[0])) if bias else None
+        self.transform = transform
+        self.scale = scale
         self.soft_cap = soft_cap
         self.z_loss = z_loss
 
     def forward(
-        self, x_BTD: torch.Tensor, targets_BT: torch.Tensor | None = None, per_token: bool = False
+        self, x_BTD: torch.Tensor, per_token: bool = False, targets_BT: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """{"logits"}; with targets the sums of `chunked_cross_entropy`, or per token {"nll", "is_top"} of [B, T]."""
+        if self.transform is not None:
+            x_BTD = self.transform(x_BTD)
+        if self.scale != 1.0:
+            x_BTD = x_BTD * self.scale
         if targets_BT is not None and per_token:
             nll_N, is_top_N = token_scores(
-                x_BTD.flatten(0, -2), self.weight, targets_BT.flatten(), soft_cap=self.soft_cap
+                x_BTD.flatten(0, -2), self.weight, targets_BT.flatten(), bias_V=self.bias, soft_cap=self.soft_cap
             )
             return {"nll": nll_N.view(targets_BT.shape), "is_top": is_top_N.view(targets_BT.shape)}
         if targets_BT is not None:
@@ -36,10 +104,32 @@ class LanguageHead(Declared):
                 x_BTD.flatten(0, -2),
                 self.weight,
                 targets_BT.flatten(),
+                bias_V=self.bias,
                 soft_cap=self.soft_cap,
                 z_loss=self.z_loss,
             )
-        logits_BTV = nn.functional.linear(x_BTD, self.weight)
+        logits_BTV = nn.functional.linear(x_BTD, self.weight, self.bias)
         if self.soft_cap is not None:
             logits_BTV = capped(logits_BTV, self.soft_cap)
         return {"logits": logits_BTV}
+
+
+class Transform(nn.Module):
+    """norm(activation(W x + b)), before the vocabulary matrix of a masked-token head (Devlin et al. 2018)."""
+
+    def __init__(self, d_model: int, activation: Activation, norm: NormConfig) -> None:
+        super().__init__()
+        self.dense = Linear(d_model, d_model, bias=True)
+        self.activation = ACTIVATIONS[activation]
+        self.norm = build_norm(norm, d_model)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        out_BTD: torch.Tensor = self.norm(self.activation(self.dense(x_BTD)))
+        return out_BTD
+
+
+class NoHead(Head):
+    """{"features": x_BTD}."""
+
+    def forward(self, x_BTD: torch.Tensor, per_token: bool = False) -> dict[str, torch.Tensor]:
+        return {"features": x_BTD}

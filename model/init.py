@@ -142,9 +142,11 @@ def _std(*, shape: torch.Size | tuple[int, ...], draw: Draw, config: InitConfig,
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, *, config: InitConfig, n_layers: int, seed: int) -> None:
-    """Fill every parameter of a materialised model with its starting value."""
+def initialize(model: nn.Module, *, config: InitConfig, n_layers: int, seed: int, within: str = "") -> None:
+    """Fill every parameter of a materialised model whose name begins with `within` with its starting value."""
     for name, parameter, declaration in declarations(model):
+        if not name.startswith(within):
+            continue
         value = initial_value(
             name=name, shape=parameter.shape, draw=declaration.draw, config=config, n_layers=n_layers, seed=seed
         )

@@ -8,6 +8,7 @@ made, turned into their own gradient and consumed before the next chunk is made 
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 
 IGNORED = -100
 CHUNK_ELEMENTS = 1 << 22
@@ -23,6 +24,7 @@ def chunked_cross_entropy(
     weight_VD: torch.Tensor,
     targets_N: torch.Tensor,
     *,
+    bias_V: torch.Tensor | None = None,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
 ) -> dict[str, torch.Tensor]:
@@ -38,12 +40,14 @@ def chunked_cross_entropy(
     objective, nll_N, z_N = _HeadLoss.apply(
         x_ND.to(precision),
         weight_VD.to(precision),
+        None if bias_V is None else bias_V.to(precision),
         targets_N.clamp(min=0),
         valid_N,
         soft_cap,
         z_loss,
         torch.is_grad_enabled() and x_ND.requires_grad,
         torch.is_grad_enabled() and weight_VD.requires_grad,
+        torch.is_grad_enabled() and bias_V is not None and bias_V.requires_grad,
     )
     nll = nll_N.sum()
     sums = {"loss_sum": objective + (nll - objective).detach() if z_loss else objective, "target_count": valid_N.sum()}
@@ -54,13 +58,18 @@ def chunked_cross_entropy(
 
 @torch.no_grad()
 def token_scores(
-    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, *, soft_cap: float | None = None
+    x_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    bias_V: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For evaluation: fp32 NLL of every target, and whether it was the likeliest token; 0 and false where ignored."""
     nlls, tops = [], []
     pieces = (tensor.split(chunk_tokens(weight_VD.shape[0])) for tensor in (x_ND, targets_N))
     for chunk_ND, chunk_targets_N in zip(*pieces, strict=True):
-        logits_NV = capped(chunk_ND @ weight_VD.T, soft_cap)
+        logits_NV = capped(linear(chunk_ND, weight_VD, bias_V), soft_cap)
         valid_N = chunk_targets_N != IGNORED
         target_N1 = chunk_targets_N.clamp(min=0)[:, None]
         log_p_N = torch.log_softmax(logits_NV, dim=-1).gather(1, target_N1)[:, 0]
@@ -83,18 +92,21 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any,
         x_ND: torch.Tensor,
         weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
         targets_N: torch.Tensor,
         valid_N: torch.Tensor,
         soft_cap: float | None,
         z_loss: float,
         wants_x: bool,
         wants_weight: bool,
+        wants_bias: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         nlls, zs, grads_x = [], [], []
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
         pieces = (tensor.split(chunk_tokens(weight_VD.shape[0])) for tensor in (x_ND, targets_N, valid_N))
         for chunk_ND, chunk_targets_N, chunk_valid_N in zip(*pieces, strict=True):
-            nll_N, z_N, grad_NV = _chunk_loss(chunk_ND @ weight_VD.T, chunk_targets_N, soft_cap, z_loss)
+            nll_N, z_N, grad_NV = _chunk_loss(linear(chunk_ND, weight_VD, bias_V), chunk_targets_N, soft_cap, z_loss)
             nlls.append(nll_N * chunk_valid_N)
             zs.append(z_N * chunk_valid_N)
             # Ignored tokens are silenced on the narrow side of both products; grad_NV is the wide one.
@@ -103,8 +115,10 @@ class _HeadLoss(torch.autograd.Function):
                 grads_x.append((grad_NV @ weight_VD) * valid_N1)
             if grad_weight_VD is not None:
                 grad_weight_VD += grad_NV.T @ (chunk_ND * valid_N1)
+            if grad_bias_V is not None:
+                grad_bias_V += (grad_NV.T @ valid_N1)[:, 0]
         nll_N, z_N = torch.cat(nlls), torch.cat(zs)
-        ctx.save_for_backward(torch.cat(grads_x) if wants_x else None, grad_weight_VD)
+        ctx.save_for_backward(torch.cat(grads_x) if wants_x else None, grad_weight_VD, grad_bias_V)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(nll_N, z_N)
         return (nll_N + z_N).sum(), nll_N, z_N
@@ -112,12 +126,14 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale = grads[0]
-        grad_x_ND, grad_weight_VD = ctx.saved_tensors
+        grad_x_ND, grad_weight_VD, grad_bias_V = ctx.saved_tensors
         if grad_x_ND is not None:
             grad_x_ND = (grad_x_ND * scale).to(grad_x_ND.dtype)
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * scale).to(ctx.weight_dtype)
-        return grad_x_ND, grad_weight_VD, None, None, None, None, None, None
+        if grad_bias_V is not None:
+            grad_bias_V = (grad_bias_V * scale).to(ctx.weight_dtype)
+        return grad_x_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None, None, None
 
 
 def _chunk_loss(

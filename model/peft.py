@@ -111,5 +111,5 @@ def adapted_layers(state: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def _is_target(name: str, config: LoraConfig) -> bool:
-    patterns = ("stack.layers.*",) if config.targets is None else config.targets
+    patterns = ("*stack.layers.*",) if config.targets is None else config.targets
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)

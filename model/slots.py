@@ -19,6 +19,8 @@ class SlotCosts:
     kept_elements: activations of one token held for the backward pass, in the model's precision.
     kept_bytes: bytes of one token held for the backward pass whatever the precision (fp32 statistics).
     state_per_token, state: elements remembered while decoding, for each token and once for each row.
+    memory_matrices, memory_kept_elements, state_per_memory_token: as above, for each token of an encoder's output.
+    memory_pair_flops: forward FLOPs of one pair of a token and a token of the encoder's output.
     """
 
     parameters: int
@@ -26,8 +28,12 @@ class SlotCosts:
     matrices: int
     token_flops: int = 0
     pair_flops: int = 0
+    memory_matrices: int = 0
+    memory_pair_flops: int = 0
     window: int | None = None
     kept_elements: int = 0
     kept_bytes: int = 0
+    memory_kept_elements: int = 0
     state_per_token: int = 0
+    state_per_memory_token: int = 0
     state: int = 0

@@ -30,4 +30,4 @@ class Stack(nn.Module):
 
     def new_states(self, rows: int, max_tokens: int) -> list[MixerState]:
         """An empty decoding state for every layer."""
-        return [block.mixer.new_state(rows, max_tokens) for block in self.layers if isinstance(block, Block)]
+        return [block.new_state(rows, max_tokens) for block in self.layers if isinstance(block, Block)]

@@ -36,14 +36,20 @@ def first_comment(experiment: str) -> str:
     return ""
 
 
-def keys(cls: type, prefix: str, *, execution: bool) -> Iterator[str]:
-    """One line for each key under a dataclass: its name, its default, and when it applies."""
+def keys(cls: type, prefix: str, *, execution: bool, above: tuple[type, ...] = ()) -> Iterator[str]:
+    """One line for each key under a dataclass: its name, its default, and when it applies.
+
+    above: the dataclasses that this one is part of; a field of one of these types is told in one line.
+    """
     types = field_types(cls)
     for field in dataclasses.fields(cls):
         name, aside = f"{prefix}{field.name}", execution or bool(field.metadata.get("execution"))
         hint = types[field.name]
         inner: list[Any] = [arm for arm in _arms(hint) if dataclasses.is_dataclass(arm)]
         if tuple(name.split(".", 1)) in SET_ELSEWHERE:
+            continue
+        if any(arm in (*above, cls) for arm in inner):
+            yield f"{name} (another {inner[0].__name__}){_default(field)}"
             continue
         if typing.get_origin(hint) in (dict, tuple) and inner:
             yield f"{name}{'.NAME' if typing.get_origin(hint) is dict else ''} (each a {inner[0].__name__})"
@@ -53,7 +59,7 @@ def keys(cls: type, prefix: str, *, execution: bool) -> Iterator[str]:
             when = f"   with {name}.kind={typing.get_args(field_types(arm)['kind'])[0]}" if len(inner) > 1 else ""
             yield from (
                 line if "   with " in line or line.startswith(f"{name}.kind") else line + when
-                for line in keys(arm, name + ".", execution=aside)
+                for line in keys(arm, name + ".", execution=aside, above=(*above, cls))
             )
 
 

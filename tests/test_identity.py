@@ -15,8 +15,9 @@ from typing import Any, Literal, Union
 import pytest
 
 from data.mixture import MixturePhase
-from model.config import LayerChange
+from model.config import LayerChange, ModelConfig
 from model.ffn import FfnConfig
+from model.heads import NoHeadConfig
 from model.norm import NormConfig
 from model.peft import LoraConfig
 from model.position import LinearScaling
@@ -84,6 +85,7 @@ KNOWN = {
     "mixture.phases": (MixturePhase(weights={"corpus": 2.0}),),
     "model.norm": NormConfig(kind="layer", bias=True),
     "model.pattern": (LayerChange(every=2, ffn=FfnConfig(d_ff=64)),),
+    "model.encoder": ModelConfig(d_model=160, causal=False, head=NoHeadConfig()),
     "model.position.scaling": LinearScaling(factor=4.0),
     "finetune.data.tasks": ("write",),
     "finetune.lora": LoraConfig(),

@@ -20,13 +20,12 @@ State = dict[str, torch.Tensor]
 
 def family_of(config: ModelConfig) -> Family:
     """The Hugging Face class that computes what `config` does; else ModelError, naming what the nearest needs."""
-    differences = {family.model_type: _differences(config, family) for family in FAMILIES}
-    for family in FAMILIES:
-        if not differences[family.model_type]:
-            return family
-    nearest, needs = min(differences.items(), key=lambda item: len(item[1]))
+    differences = [_differences(config, family) for family in FAMILIES]
+    needs, nearest = min(zip(differences, FAMILIES, strict=True), key=lambda pair: len(pair[0]))
+    if not needs:
+        return nearest
     raise ModelError(
-        f"no Hugging Face class computes this model: {nearest} comes nearest but needs {', '.join(needs)}; "
+        f"no Hugging Face class computes this model: {nearest.model_type} comes nearest but needs {', '.join(needs)}; "
         "change these or keep the model in this package's own format."
     )
 
@@ -44,14 +43,15 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig of a config.json. Raises ModelError for a class or a setting that we cannot compute."""
-    family = _family_named(theirs.get("model_type"))
+    family = _family_for(theirs)
+    theirs = family.modernised(theirs)
     for key, value in family.constants.items():
         if theirs.get(key, value) != value:
             raise ModelError(
                 f"config.json has {key}={theirs[key]!r}: a {family.model_type} checkpoint can be imported with "
                 f"{value!r} only; this variant computes something else."
             )
-    fields = {path: value for path, value in family.fixed.items() if path != "position.kind"}
+    fields = {path: value for path, value in family.fixed.items() if not path.startswith("position.")}
     for setting in family.settings:
         value = theirs.get(setting.theirs, setting.default)
         if setting.names is not None:
@@ -67,14 +67,14 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
 
 
 def to_hf(state: Mapping[str, torch.Tensor], config: ModelConfig) -> State:
-    """Our state dict under their names and in their layout, in its own precision; a tied head is left out."""
+    """Our state dict under their names and in their layout, in its own precision; tied weights are stored once."""
     theirs: State = {}
     for weight in spelled_weights(family_of(config), config):
-        if weight.ours == ("head.weight",) and config.tie_embeddings:
+        if weight.ours[0] in config.tied_weights:
             continue
         parts = [state[name] for name in weight.ours if name in state]
         if len(parts) == len(weight.ours):
-            joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+            joined = _joined(parts, weight, config)
             theirs[weight.theirs] = (joined.T if weight.transposed else joined).contiguous()
     return theirs
 
@@ -85,22 +85,19 @@ def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]
     Raises ModelError listing every tensor that is missing, not expected, or of another shape.
     """
     config = config_from_hf(theirs_config)
-    family = _family_named(theirs_config.get("model_type"))
+    family = _family_for(theirs_config)
     own = build_model(config, device="meta").state_dict()
     expected = to_hf(own, config)
     theirs = _cleaned(family, theirs, expected)
-    if config.tie_embeddings:
-        theirs = _without_tied_head(family, theirs)
+    theirs = _without_tied(family, config, theirs)
     check_tensors({name: tensor.shape for name, tensor in theirs.items()}, {n: t.shape for n, t in expected.items()})
     state: State = {}
     for weight in spelled_weights(family, config):
         if weight.theirs in expected:
             stored = theirs[weight.theirs].T if weight.transposed else theirs[weight.theirs]
-            parts = stored.split([own[name].shape[0] for name in weight.ours])
+            parts = _parted(stored, [own[name].shape[0] for name in weight.ours], weight, config)
             state |= {name: part.contiguous() for name, part in zip(weight.ours, parts, strict=True)}
-    if config.tie_embeddings:
-        state["head.weight"] = state["frontend.tokens.weight"]
-    return config, state
+    return config, state | {name: state[source] for name, source in config.tied_weights.items()}
 
 
 def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
@@ -126,11 +123,28 @@ def spelled_weights(family: Family, config: ModelConfig) -> list[Weight]:
     """The table with every layer spelled out, each tensor once."""
     spelled: dict[str, Weight] = {}
     for weight in family.weights:
-        for layer in range(config.n_layers) if "{layer}" in weight.theirs else (0,):
+        owner = config.encoder if weight.ours[0].startswith("encoder.") else config
+        layers = 0 if owner is None else owner.n_layers if "{layer}" in weight.theirs else 1
+        for layer in range(layers):
             ours = tuple(name.format(layer=layer) for name in weight.ours)
             theirs = weight.theirs.format(layer=layer)
             spelled[theirs] = dataclasses.replace(weight, theirs=theirs, ours=ours)
     return list(spelled.values())
+
+
+def _joined(parts: list[torch.Tensor], weight: Weight, config: ModelConfig) -> torch.Tensor:
+    """Theirs of ours, along the output axis: one after the other, or group by group."""
+    if len(parts) == 1:
+        return parts[0]
+    groups = 1 if weight.groups is None else dotted(config, weight.groups)
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def _parted(stored: torch.Tensor, sizes: list[int], weight: Weight, config: ModelConfig) -> list[torch.Tensor]:
+    """Ours of theirs, the inverse of `_joined`."""
+    groups = 1 if weight.groups is None else dotted(config, weight.groups)
+    parts = stored.unflatten(0, (groups, -1)).split([size // groups for size in sizes], dim=1)
+    return [part.flatten(0, 1) for part in parts]
 
 
 def _differences(config: ModelConfig, family: Family) -> list[str]:
@@ -144,11 +158,17 @@ def _differences(config: ModelConfig, family: Family) -> list[str]:
     return wrong
 
 
-def _family_named(model_type: Any) -> Family:
-    for family in FAMILIES:
-        if family.model_type == model_type:
+def _family_for(theirs: Mapping[str, Any]) -> Family:
+    """The table of a config.json's class; of several for one class, the one whose constants it has."""
+    model_type = theirs.get("model_type")
+    tables = [family for family in FAMILIES if family.model_type == model_type]
+    for family in tables:
+        modern = family.modernised(theirs)
+        if all(modern.get(key, value) == value for key, value in family.constants.items()):
             return family
-    known = ", ".join(family.model_type for family in FAMILIES)
+    if tables:
+        return tables[0]
+    known = ", ".join(dict.fromkeys(family.model_type for family in FAMILIES))
     raise ModelError(f"config.json has model_type {model_type!r}: checkpoints of {known} can be imported.")
 
 
@@ -181,12 +201,16 @@ def _cleaned(
     return kept
 
 
-def _without_tied_head(family: Family, theirs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    names = {weight.ours: weight.theirs for weight in family.weights}
-    head, tokens = names[("head.weight",)], names[("frontend.tokens.weight",)]
-    if head in theirs and tokens in theirs and not torch.equal(theirs[head], theirs[tokens]):
-        raise ModelError(
-            f"config.json ties the embeddings, but {head} differs from {tokens}: set tie_word_embeddings to false to "
-            "keep both, or remove the head's tensor."
-        )
-    return {name: tensor for name, tensor in theirs.items() if name != head}
+def _without_tied(
+    family: Family, config: ModelConfig, theirs: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """Without the copies of a tied weight that some checkpoints store. Raises ModelError where one is no copy."""
+    names = {weight.ours[0]: weight.theirs for weight in family.weights}
+    copies = {names[name]: names[source] for name, source in config.tied_weights.items() if name in names}
+    for copy, source in copies.items():
+        if copy in theirs and source in theirs and not torch.equal(theirs[copy], theirs[source]):
+            raise ModelError(
+                f"config.json ties the embeddings, but {copy} differs from {source}: set tie_word_embeddings to false to "
+                "keep both, or remove the former tensor."
+            )
+    return {name: tensor for name, tensor in theirs.items() if name not in copies}

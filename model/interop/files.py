@@ -36,7 +36,7 @@ def save_pretrained(
     if has_hf_class(config):
         described, tensors = hf_config(config), to_hf(state, config)
     else:
-        tied = {"head.weight"} if config.tie_embeddings else set()
+        tied = config.tied_weights
         described = native_config(config)
         tensors = {name: tensor.contiguous() for name, tensor in state.items() if name not in tied}
     precision = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
@@ -56,8 +56,7 @@ def load_pretrained(directory: Path) -> tuple[ModelConfig, State]:
         return from_hf(described, tensors)
     config = config_from_native(described)
     expected = build_model(config, device="meta").state_dict()
-    if config.tie_embeddings and "frontend.tokens.weight" in tensors:
-        tensors["head.weight"] = tensors["frontend.tokens.weight"]
+    tensors |= {name: tensors[source] for name, source in config.tied_weights.items() if source in tensors}
     check_tensors({n: t.shape for n, t in tensors.items()}, {n: t.shape for n, t in expected.items()})
     return config, tensors
 

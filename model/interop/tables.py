@@ -7,8 +7,6 @@ from typing import Any
 from model.config import ModelConfig
 from model.position import PositionConfig
 
-Position = PositionConfig
-
 
 @dataclass(frozen=True)
 class Weight:
@@ -16,11 +14,14 @@ class Weight:
 
     ours: several names where theirs is their concatenation along the output axis, in this order.
     transposed: theirs is stored [in, out].
+    groups: the field of ModelConfig that tells into how many equal groups theirs is cut, each of which holds its share
+        of every one of ours (Falcon's key/value heads, each after the queries that use it).
     """
 
     theirs: str
     ours: tuple[str, ...]
     transposed: bool = False
+    groups: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,14 @@ class Setting:
     theirs: str
     ours: tuple[str, ...]
     default: Any = None
-    names: Mapping[str, str] | None = None
+    names: Mapping[str, Any] | None = None
     written: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A Hugging Face model class, told as data.
+    """A Hugging Face model class, told as data; a class whose tensors have other names in other settings is several of
+    these, told apart by their constants.
 
     base_prefix: what the tensors' names lose in a checkpoint of the headless class.
     fixed: what ModelConfig's fields must be for this class to compute the same function.
@@ -49,6 +51,7 @@ class Family:
     heads_divide_width: their class refuses a width that is no multiple of the number of heads, whatever head_dim is.
     ignored: regular expressions of stored buffers that carry no weights.
     write_position, read_position: the positional keys, which are too tangled for `settings`.
+    modernised: rewrites the keys of older config.json files into those that `settings` and `constants` know.
     """
 
     model_type: str
@@ -61,13 +64,14 @@ class Family:
     only_written: Mapping[str, Any] = field(default_factory=dict)
     heads_divide_width: bool = False
     ignored: tuple[str, ...] = ()
-    write_position: Callable[[Position], dict[str, Any]]
-    read_position: Callable[[Mapping[str, Any]], Position]
+    write_position: Callable[[PositionConfig], dict[str, Any]]
+    read_position: Callable[[Mapping[str, Any]], PositionConfig]
+    modernised: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
 
 
 def dotted(config: ModelConfig, path: str) -> Any:
-    """The value of a field such as `mixer.n_heads`."""
+    """The value of a field such as `mixer.n_heads`; None where another kind of part stands there, without that field."""
     value: Any = config
     for name in path.split("."):
-        value = getattr(value, name)
+        value = getattr(value, name, None)
     return value

@@ -1,8 +1,6 @@
-"""Which kernel serves which kind of mask: chosen once at build, checked against the oracle before training."""
+"""Which kernel serves which kind of mask: chosen once, at build."""
 
-import logging
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -13,8 +11,6 @@ from model.kernels.attention import AttentionKernel, cached_attention, dense_att
 from model.kernels.blockwise import banded_attention
 from model.kernels.chunked import chunked_attention
 from model.masks import Mask
-
-log = logging.getLogger("athanor.model")
 
 Kind = Literal["plain", "window", "documents", "biased", "sparse", "cross", "cached"]
 KINDS: tuple[Kind, ...] = ("plain", "window", "documents", "biased", "sparse", "cross", "cached")
@@ -119,81 +115,3 @@ def select_kernel(name: str = "auto", needs: Collection[Kind] = ()) -> Selection
     for table in tables.values():
         table.update(dict.fromkeys(CAN[name] - ({"cached"} if name == "sdpa" else set()), name))
     return Selection(tables)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadShape:
-    """What a layer's attention looks like to a kernel."""
-
-    heads: int
-    kv_heads: int
-    channels: int
-    window: int | None = None
-    biased: bool = False
-    causal: bool = True
-
-
-def check_selection(
-    selection: Selection, shapes: Iterable[HeadShape], *, device: torch.device, dtype: torch.dtype, tokens: int
-) -> list[str]:
-    """Run what was selected against the oracle, forward and backward, at these shapes; demote what differs.
-
-    A kernel that raises, gives NaN or errs more than it may loses its kind of mask to `sdpa`, and that to `dense`.
-    Returns (and logs as warnings) one line for each demotion. tokens: the longest row worth trying; at most 256 on a
-    CPU, where lengths make no difference and the oracle is slow.
-    """
-    tokens = min(tokens, 256 if device.type == "cpu" else 2048)
-    said: list[str] = []
-    for shape in dict.fromkeys(shapes):
-        for mask in _trial_masks(shape, tokens, device):
-            kind = kind_of(mask, tokens, tokens)
-            while (name := selection.named(device.type, kind)) != "dense":
-                problem = _problem(KERNELS[name], shape, mask, dtype, tokens, device)
-                if problem is None:
-                    break
-                instead = "dense" if name == "sdpa" else "sdpa"
-                selection.tables[device.type if device.type in selection.tables else "cpu"][kind] = instead
-                said.append(f"attention kernel {name} for {kind} masks {problem} at {shape}: using {instead}")
-                log.warning("%s", said[-1])
-    return said
-
-
-def _trial_masks(shape: HeadShape, tokens: int, device: torch.device) -> list[Mask]:
-    """Without and with packed documents, padding at the end."""
-    bias_HL = None
-    if shape.biased:
-        bias_HL = -torch.arange(1 - tokens, tokens, device=device).abs() / torch.arange(1, shape.heads + 1)[:, None]
-    mask = Mask(causal=shape.causal, window=shape.window, bias_HL=bias_HL)
-    documents_BT = torch.ones(1, tokens, dtype=torch.int32, device=device)
-    documents_BT[:, tokens // 3 :] = 2
-    documents_BT[:, tokens - tokens // 8 :] = 0
-    return [mask, replace(mask, documents_BT=documents_BT)]
-
-
-def _problem(
-    kernel: AttentionKernel, shape: HeadShape, mask: Mask, dtype: torch.dtype, tokens: int, device: torch.device
-) -> str | None:
-    """What is wrong with this kernel, if anything: errors are measured against fp32, beside the oracle's own."""
-    generator = torch.Generator().manual_seed(0)
-    heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
-    inputs = [torch.randn(1, tokens, n, shape.channels, generator=generator).to(device, dtype) for n in heads]
-    exact = _results(dense_attention, [x.float() for x in inputs], mask)
-    expected = exact if dtype == torch.float32 else _results(dense_attention, inputs, mask)
-    try:
-        found = _results(kernel, inputs, mask)
-    except Exception as error:  # whatever a kernel of another package raises, this run can do without it
-        return f"cannot run ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-    for truth, oracle, ours in zip(exact, expected, found, strict=True):
-        if not ours.isfinite().all():
-            return "gives NaN or infinity"
-        distance, allowed = (ours - truth).norm(), 2 * (oracle - truth).norm() + 1e-5 * truth.norm()
-        if distance > allowed:
-            return f"differs from the definition by {distance:.1e}, allowed are {allowed:.1e},"
-    return None
-
-
-def _results(kernel: AttentionKernel, inputs: list[torch.Tensor], mask: Mask) -> list[torch.Tensor]:
-    q_BTHC, k_BTKC, v_BTKC, grad_BTHC = (x.detach().requires_grad_() for x in inputs)
-    out_BTHC = kernel(q_BTHC, k_BTKC, v_BTKC, mask, grad_BTHC.shape[-1] ** -0.5)
-    gradients = torch.autograd.grad(out_BTHC, (q_BTHC, k_BTKC, v_BTKC), grad_BTHC)
-    return [x.detach().float() for x in (out_BTHC, *gradients)]

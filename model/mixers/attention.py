@@ -62,6 +62,22 @@ class AttentionConfig:
                 "n_heads must divide d_model; change one of them or set mixer.head_dim."
             )
 
+    def cross_costs(self, d_model: int, d_memory: int, norm: NormConfig) -> SlotCosts:
+        """The same between a decoder and its encoder's output, whose tokens are multiplied with k and v."""
+        channels = self.channels(d_model)
+        heads, kv_heads = self.n_heads * channels, self.kv_heads * channels
+        own = self.costs(d_model, norm)
+        return SlotCosts(
+            parameters=own.parameters + (d_memory - d_model) * 2 * kv_heads,
+            matrices=2 * d_model * heads,
+            memory_matrices=2 * d_memory * kv_heads,
+            memory_pair_flops=own.pair_flops,
+            kept_elements=(3 if self.qk_norm else 2) * heads,
+            kept_bytes=own.kept_bytes,
+            memory_kept_elements=own.kept_elements - (3 if self.qk_norm else 2) * heads,
+            state_per_memory_token=own.state_per_token,
+        )
+
     def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
         """q, k, v and the output; two products of C channels for each query-key pair and head."""
         channels = self.channels(d_model)
@@ -109,8 +125,17 @@ class KeyValueState(MixerState):
 class Attention(Mixer):
     """softmax(q kᵀ / sqrt(C)) v over what the mask lets each token see."""
 
-    def __init__(self, config: AttentionConfig, d_model: int, norm: NormConfig, kernel: AttentionKernel) -> None:
+    def __init__(
+        self,
+        config: AttentionConfig,
+        d_model: int,
+        norm: NormConfig,
+        kernel: AttentionKernel,
+        d_memory: int | None = None,
+    ) -> None:
+        """d_memory: the width of what keys and values are made of, where it is not d_model."""
         super().__init__()
+        d_memory = d_model if d_memory is None else d_memory
         self.heads = config.n_heads
         self.kv_heads = config.kv_heads
         self.head_dim = config.channels(d_model)
@@ -118,8 +143,8 @@ class Attention(Mixer):
         self.window = config.window
         self.kernel = kernel
         self.q = Linear(d_model, self.heads * self.head_dim, bias=config.qkv_bias)
-        self.k = Linear(d_model, self.kv_heads * self.head_dim, bias=config.qkv_bias)
-        self.v = Linear(d_model, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.k = Linear(d_memory, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.v = Linear(d_memory, self.kv_heads * self.head_dim, bias=config.qkv_bias)
         self.out = Linear(self.heads * self.head_dim, d_model, bias=config.out_bias, residual=True)
         self.q_norm = build_norm(norm, self.head_dim) if config.qk_norm else None
         self.k_norm = build_norm(norm, self.head_dim) if config.qk_norm else None
@@ -141,6 +166,49 @@ class Attention(Mixer):
         out_BTHC = self.kernel(q_BTHC, k_BTKC, v_BTKC, shared.mask_within(self.window), self.scale)
         return self.out(out_BTHC.reshape(rows, tokens, self.heads * self.head_dim))
 
-    def new_state(self, rows: int, max_tokens: int) -> KeyValueState:
+    def new_state(self, rows: int, max_tokens: int) -> MixerState:
         shape = (rows, self.kv_heads, max_tokens, self.head_dim)
         return KeyValueState(self.k.weight.new_zeros(shape), self.k.weight.new_zeros(shape))
+
+
+class MemoryState(MixerState):
+    """Keys and values of an encoder's output: made in the first pass, read in all later ones."""
+
+    def __init__(self) -> None:
+        self.k_BSKC: torch.Tensor | None = None
+        self.v_BSKC: torch.Tensor | None = None
+
+    def reorder(self, rows_B: torch.Tensor) -> None:
+        if self.k_BSKC is not None and self.v_BSKC is not None:
+            self.k_BSKC, self.v_BSKC = self.k_BSKC[rows_B], self.v_BSKC[rows_B]
+
+
+class CrossAttention(Attention):
+    """Queries of the decoder, keys and values of its encoder's output (Vaswani et al. 2017, section 3.2.3)."""
+
+    def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
+        rows, tokens, _ = x_BTD.shape
+        q_BTHC = self.q(x_BTD).view(rows, tokens, self.heads, self.head_dim)
+        if self.q_norm is not None:
+            q_BTHC = self.q_norm(q_BTHC)
+        k_BSKC, v_BSKC = self._remembered(shared, state)
+        assert shared.memory_mask is not None
+        out_BTHC = self.kernel(q_BTHC, k_BSKC, v_BSKC, shared.memory_mask, self.scale)
+        return self.out(out_BTHC.reshape(rows, tokens, self.heads * self.head_dim))
+
+    def _remembered(self, shared: MixerInput, state: MixerState | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the encoder's output, or those that the state holds of it."""
+        memory_BSD = shared.memory_BSD
+        if memory_BSD is None:
+            assert isinstance(state, MemoryState) and state.k_BSKC is not None and state.v_BSKC is not None
+            return state.k_BSKC, state.v_BSKC
+        shape = (memory_BSD.shape[0], memory_BSD.shape[1], self.kv_heads, self.head_dim)
+        k_BSKC, v_BSKC = self.k(memory_BSD).view(shape), self.v(memory_BSD).view(shape)
+        if self.k_norm is not None:
+            k_BSKC = self.k_norm(k_BSKC)
+        if isinstance(state, MemoryState):
+            state.k_BSKC, state.v_BSKC = k_BSKC, v_BSKC
+        return k_BSKC, v_BSKC
+
+    def new_state(self, rows: int, max_tokens: int) -> MixerState:
+        return MemoryState()

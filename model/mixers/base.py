@@ -18,12 +18,16 @@ class MixerInput:
     mask: who sees whom; windowed: the same within each window that some layer has.
     rotation: the angles of rotary positions, where the model has them.
     slots_BT: in cached decoding, where each token is remembered. common_slot: the first, if all rows have the same.
+    memory_BSD: an encoder's output, which cross-attention looks at; null once a cache remembers its keys and values.
+    memory_mask: which of it each token sees.
     """
 
     mask: Mask
     rotation: Rotation | None = None
     slots_BT: torch.Tensor | None = None
     common_slot: int | None = None
+    memory_BSD: torch.Tensor | None = None
+    memory_mask: Mask | None = None
     windowed: Mapping[int, Mask] = field(default_factory=dict)
 
     def mask_within(self, window: int | None) -> Mask:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from model.stack import Stack
 from pipelines.training.errors import TrainingError
 from pipelines.training.settings import TrainSettings
 
@@ -41,8 +42,8 @@ def compile_blocks(model: nn.Module, settings: TrainSettings, device: torch.devi
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    stack = getattr(model, "stack", None)
-    return list(stack.layers) if stack is not None else []
+    stacks = [module for module in model.modules() if isinstance(module, Stack)]
+    return [block for stack in stacks for block in stack.layers]
 
 
 def _impossible(model: nn.Module, settings: TrainSettings, device: torch.device) -> str | None:

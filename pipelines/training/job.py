@@ -108,9 +108,7 @@ def _finished(state: dict[str, torch.Tensor], config: ModelConfig, settings: Tra
     """A state dict, in the precision it is to be kept in, from the distinct parameters."""
     dtype = torch.bfloat16 if settings.saved_precision == "bf16" else torch.float32
     state = {name: weight.to(dtype) for name, weight in state.items()}
-    if config.tie_embeddings:
-        state["head.weight"] = state["frontend.tokens.weight"]
-    return state
+    return state | {name: state[source] for name, source in config.tied_weights.items()}
 
 
 def _mean_piece_tokens(shard_sets: Mapping[str, ShardSet]) -> float:

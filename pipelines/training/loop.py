@@ -17,7 +17,8 @@ from torch import nn
 
 from data.batch import combine_digest, hash_sum
 from data.loader import Loader, StepBatch
-from model.build import check_kernels
+from model.kernels.check import check_kernels
+from model.stack import Stack
 from pipelines.training.checkpoint import Checkpoint, Checkpoints
 from pipelines.training.compile import compile_blocks
 from pipelines.training.errors import TrainingError, TrainingStopped
@@ -298,8 +299,7 @@ class Trainer:
         torch.manual_seed(self.settings.seed * 1_000_003 + self.ranks.rank)
         model.train()
         model.to(self.ranks.device)
-        stack = getattr(model, "stack", None)
-        if stack is not None:
+        for stack in (module for module in model.modules() if isinstance(module, Stack)):
             stack.recompute = self.settings.recompute
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
         for line in check_kernels(model, device=self.ranks.device, dtype=dtype, tokens=self.run.seq_len):

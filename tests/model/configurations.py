@@ -6,10 +6,19 @@ from hypothesis import strategies as st
 
 from model.config import LayerChange, ModelConfig
 from model.ffn import FfnConfig
+from model.frontends import TokenFrontendConfig
+from model.heads import LanguageHeadConfig, NoHeadConfig
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
 from model.norm import NormConfig
-from model.position import AlibiConfig, LearnedPositionConfig, LinearScaling, Llama3Scaling, RopeConfig
+from model.position import (
+    AlibiConfig,
+    LearnedPositionConfig,
+    LinearScaling,
+    Llama3Scaling,
+    RopeConfig,
+    SinusoidalPositionConfig,
+)
 
 # Wide enough a start that attention is far from uniform and a wrong mask or position shows in the logits.
 LIVELY = InitConfig(std=0.2)
@@ -34,6 +43,69 @@ GPT2 = ModelConfig(
     ffn=FfnConfig(d_ff=48, activation="gelu_tanh", gated=False, bias=True),
     init=LIVELY,
 )
+BERT = ModelConfig(
+    vocab_size=97,
+    d_model=32,
+    n_layers=2,
+    max_seq_len=64,
+    causal=False,
+    layout="post",
+    norm=NormConfig(kind="layer", bias=True, eps=1e-12),
+    frontend=TokenFrontendConfig(token_types=2, norm=True),
+    position=LearnedPositionConfig(offset=2),
+    mixer=AttentionConfig(n_heads=4, qkv_bias=True, out_bias=True),
+    ffn=FfnConfig(d_ff=48, activation="gelu", gated=False, bias=True),
+    head=LanguageHeadConfig(bias=True, transform="gelu"),
+    init=LIVELY,
+)
+VASWANI = ModelConfig(
+    vocab_size=97,
+    d_model=32,
+    n_layers=2,
+    max_seq_len=64,
+    layout="post",
+    norm=NormConfig(kind="layer", bias=True),
+    frontend=TokenFrontendConfig(scale_by_sqrt_width=True),
+    position=SinusoidalPositionConfig(),
+    mixer=AttentionConfig(n_heads=4, qkv_bias=True, out_bias=True),
+    ffn=FfnConfig(d_ff=48, activation="relu", gated=False, bias=True),
+    encoder=ModelConfig(
+        d_model=32,
+        n_layers=1,
+        max_seq_len=64,
+        causal=False,
+        layout="post",
+        norm=NormConfig(kind="layer", bias=True),
+        frontend=TokenFrontendConfig(scale_by_sqrt_width=True),
+        position=SinusoidalPositionConfig(),
+        mixer=AttentionConfig(n_heads=4, qkv_bias=True, out_bias=True),
+        ffn=FfnConfig(d_ff=48, activation="relu", gated=False, bias=True),
+        head=NoHeadConfig(),
+        init=LIVELY,
+    ),
+    init=LIVELY,
+)
+WIDER_ENCODER = ModelConfig(
+    vocab_size=97,
+    d_model=32,
+    n_layers=2,
+    max_seq_len=64,
+    mixer=AttentionConfig(n_heads=4, n_kv_heads=2, qk_norm=True),
+    ffn=FfnConfig(d_ff=48),
+    encoder=ModelConfig(
+        vocab_size=50,
+        d_model=40,
+        mixer=AttentionConfig(n_heads=5),
+        n_layers=1,
+        max_seq_len=64,
+        tie_embeddings=False,
+        causal=False,
+        ffn=FfnConfig(d_ff=48),
+        head=NoHeadConfig(),
+        init=LIVELY,
+    ),
+    init=LIVELY,
+)
 
 # A window in the first layer only, and distances that count.
 WINDOWED = replace(
@@ -43,13 +115,40 @@ WINDOWED = replace(
 )
 ALIBI = replace(LLAMA, position=AlibiConfig(), mixer=AttentionConfig(n_heads=4, n_kv_heads=2, window=9))
 
+GPTJ = ModelConfig(
+    vocab_size=97,
+    d_model=32,
+    n_layers=2,
+    max_seq_len=64,
+    layout="parallel",
+    head=LanguageHeadConfig(bias=True),
+    tie_embeddings=False,
+    norm=NormConfig(kind="layer", bias=True),
+    position=RopeConfig(channels=4, interleaved=True),
+    mixer=AttentionConfig(n_heads=4),
+    ffn=FfnConfig(d_ff=48, activation="gelu_tanh", gated=False, bias=True),
+    init=LIVELY,
+)
+FALCON = ModelConfig(
+    vocab_size=97,
+    d_model=32,
+    n_layers=2,
+    max_seq_len=64,
+    layout="parallel_two_norms",
+    norm=NormConfig(kind="layer", bias=True),
+    mixer=AttentionConfig(n_heads=4, n_kv_heads=2),
+    ffn=FfnConfig(d_ff=48, activation="gelu", gated=False),
+    init=LIVELY,
+)
+
 
 @st.composite
 def llama_configs(draw: st.DrawFn) -> ModelConfig:
-    """LLaMA and Qwen3 models of any shape that is small."""
+    """LLaMA, Qwen2 and Qwen3 models of any shape that is small."""
     n_kv_heads, groups, head_dim = (draw(st.sampled_from(sizes)) for sizes in ((1, 2), (1, 2, 3), (4, 8, 10)))
     n_heads = n_kv_heads * groups
-    bias, qk_norm = draw(st.booleans()), draw(st.booleans())
+    qk_norm, qkv_bias = draw(st.booleans()), draw(st.booleans())
+    out_bias = qkv_bias and (qk_norm or draw(st.booleans()))
     scaling = draw(
         st.sampled_from([None, LinearScaling(factor=2.5), Llama3Scaling(factor=4.0, original_max_seq_len=8)])
     )
@@ -65,14 +164,14 @@ def llama_configs(draw: st.DrawFn) -> ModelConfig:
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
-            qkv_bias=bias,
-            out_bias=bias,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
             qk_norm=qk_norm,
         ),
         ffn=FfnConfig(
             d_ff=draw(st.integers(3, 40)),
             activation=draw(st.sampled_from(["silu", "gelu", "gelu_tanh", "relu"])),
-            bias=not qk_norm and draw(st.booleans()),
+            bias=not qk_norm and qkv_bias == out_bias and draw(st.booleans()),
         ),
         init=LIVELY,
     )
@@ -101,5 +200,38 @@ def gpt2_configs(draw: st.DrawFn) -> ModelConfig:
     )
 
 
+@st.composite
+def parallel_configs(draw: st.DrawFn) -> ModelConfig:
+    """GPT-J and Falcon models of any shape that is small."""
+    gptj = draw(st.booleans())
+    n_kv_heads, groups, head_dim = (draw(st.sampled_from(sizes)) for sizes in ((1, 2, 3), (1, 2), (4, 8, 10)))
+    n_heads, bias = n_kv_heads * groups, draw(st.booleans())
+    rotated = draw(st.sampled_from([None, 2, 4]))
+    return ModelConfig(
+        vocab_size=draw(st.integers(17, 70)),
+        d_model=n_heads * head_dim,
+        n_layers=draw(st.integers(1, 2)),
+        max_seq_len=32,
+        tie_embeddings=draw(st.booleans()),
+        head=LanguageHeadConfig(bias=gptj),
+        layout="parallel" if gptj else draw(st.sampled_from(["parallel", "parallel_two_norms"])),
+        norm=NormConfig(kind="layer", bias=True, eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3]))),
+        position=RopeConfig(channels=rotated, interleaved=True) if gptj else RopeConfig(theta=100.0),
+        mixer=AttentionConfig(
+            n_heads=n_heads,
+            n_kv_heads=None if gptj else n_kv_heads,
+            qkv_bias=bias and not gptj,
+            out_bias=bias and not gptj,
+        ),
+        ffn=FfnConfig(
+            d_ff=draw(st.integers(3, 40)),
+            activation=draw(st.sampled_from(["gelu_tanh", "gelu", "relu"])),
+            gated=False,
+            bias=bias or gptj,
+        ),
+        init=LIVELY,
+    )
+
+
 def any_config() -> st.SearchStrategy[ModelConfig]:
-    return st.one_of(llama_configs(), gpt2_configs())
+    return st.one_of(llama_configs(), gpt2_configs(), parallel_configs())

@@ -25,9 +25,12 @@ PRESETS = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
 
 # Published totals, with the vocabulary each was published with.
 PUBLISHED = {
+    "falcon-7b": (65024, 6_921_720_704),
     "gpt2-124m": (50257, 124_439_808),
+    "gptj-6b": (50400, 6_050_882_784),
     "llama-1b": (128256, 1_235_814_400),
     "llama-8b": (128256, 8_030_261_248),
+    "palm-8b": (256000, 8_632_012_800),
 }
 
 
@@ -54,6 +57,8 @@ PUBLISHED = {
         (lambda: NormConfig(eps=0.0), "eps is 0.0"),
         (lambda: NormConfig(kind="rms", bias=True), "norm.bias is true"),
         (lambda: RopeConfig(theta=1.0), "theta is 1.0"),
+        (lambda: RopeConfig(channels=3), "channels is 3"),
+        (lambda: ModelConfig(d_model=32, position=RopeConfig(channels=6)), "channels is 6"),
         (lambda: LinearScaling(factor=0.5), "factor is 0.5"),
         (lambda: Llama3Scaling(low_freq_factor=4.0, high_freq_factor=1.0), "low_freq_factor=4.0"),
         (lambda: InitConfig(std=-1.0), "init.std is -1.0"),

@@ -1,6 +1,7 @@
 """Closed forms against counts: parameters, FLOPs, cache and activation bytes."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.block import Layout
 from model.build import build_model
 from model.config import LayerChange, ModelConfig
 from model.costs import (
@@ -27,7 +29,7 @@ WIDER_SECOND = (LayerChange(every=2, first=1, ffn=FfnConfig(d_ff=29)),)
 
 
 @settings(max_examples=40, deadline=None)
-@given(config=any_config(), layout=st.sampled_from(["pre", "post", "parallel"]), wider=st.booleans())
+@given(config=any_config(), layout=st.sampled_from(get_args(Layout)), wider=st.booleans())
 def test_parameters_are_those_of_the_built_model(config: ModelConfig, layout: str, wider: bool) -> None:
     config = replace(config, layout=layout, pattern=WIDER_SECOND if wider else ())
     model, counts = build_model(config, device="meta"), parameter_counts(config)

@@ -1,6 +1,7 @@
 """Hugging Face's classes are the reference: same logits and gradients, whoever wrote the weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from model.build import build_model
 from model.config import ModelConfig, ModelError
 from model.ffn import FfnConfig
 from model.generate import Sampling, generate
+from model.heads import LanguageHeadConfig
 from model.interop import (
     config_from_hf,
     family_of,
@@ -25,13 +28,13 @@ from model.interop import (
     to_hf,
 )
 from model.mixers.attention import AttentionConfig
-from tests.model.configurations import GPT2, LLAMA, any_config
+from tests.model.configurations import FALCON, GPT2, GPTJ, LLAMA, any_config, parallel_configs
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
-QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2, GPTJ, FALCON], ids=["llama", "gpt2", "gptj", "falcon"])
+QUICK = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def reference(config: ModelConfig) -> transformers.PreTrainedModel:
@@ -87,6 +90,42 @@ def test_an_imported_checkpoint_has_the_references_logits_and_gradients(config: 
     largest = max(float(gradient.abs().max()) for gradient in expected_gradients.values())
     for name, gradient in expected_gradients.items():
         assert (gradient - renamed[name]).abs().max() <= 2e-5 * largest, name
+
+
+@QUICK
+@given(config=any_config(), left=st.booleans(), padding=st.integers(1, 20))
+def test_padding_on_either_side_leaves_the_logits_of_real_tokens_as_the_references(
+    config: ModelConfig, left: bool, padding: int
+) -> None:
+    theirs = reference(config)
+    imported, state = from_hf(theirs.config.to_dict(), theirs.state_dict())
+    ours = build_model(imported)
+    ours.load_state_dict(state)
+    tokens = inputs(config)
+    real = torch.ones_like(tokens)
+    real[0, slice(0, padding) if left else slice(tokens.shape[1] - padding, None)] = 0
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = theirs(tokens, attention_mask=real, position_ids=positions).logits
+        found = ours(tokens, documents_BT=real.int())["logits"]
+    assert_close(expected[real.bool()], found[real.bool()])
+
+
+@pytest.mark.parametrize("multi_query", [True, False])
+@settings(max_examples=4, deadline=None)
+@given(config=parallel_configs().filter(lambda config: config.head != LanguageHeadConfig(bias=True)))
+def test_the_first_falcons_settings_are_understood(multi_query: bool, config: ModelConfig) -> None:
+    kv_heads = 1 if multi_query else None
+    config = replace(config, layout="parallel", mixer=replace(config.mixer, n_kv_heads=kv_heads))
+    old = {"new_decoder_architecture": False, "num_ln_in_parallel_attn": None, "multi_query": multi_query}
+    described = transformers.AutoConfig.for_model(**{**hf_config(config), **old, "num_kv_heads": None})
+    theirs = transformers.AutoModelForCausalLM.from_config(described, dtype=torch.float32).eval()
+    imported, state = from_hf(described.to_dict(), theirs.state_dict())
+    assert imported.mixer.kv_heads == (1 if multi_query else config.mixer.n_heads)
+    ours = build_model(imported)
+    ours.load_state_dict(state)
+    with torch.no_grad():
+        assert_close(theirs(inputs(config)).logits, ours(inputs(config))["logits"])
 
 
 @QUICK

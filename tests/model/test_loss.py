@@ -25,10 +25,15 @@ def small_chunks() -> Iterator[None]:
 
 
 def plain(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, soft_cap: float | None, z_loss: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    soft_cap: float | None,
+    z_loss: float,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(Σ NLL, Σ weighted squared logsumexp) as textbooks write them."""
-    logits = x @ weight.T
+    logits = x @ weight.T if bias is None else x @ weight.T + bias
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     nll = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
@@ -52,11 +57,12 @@ def test_value_and_gradients_are_those_of_the_plain_loss(
     weight = torch.randn(vocab_size, 12, generator=generator, requires_grad=True)
     targets = torch.randint(0, vocab_size, (tokens,), generator=generator)
     targets[torch.rand(tokens, generator=generator) < ignored] = IGNORED
-    nll, z = plain(x, weight, targets, soft_cap, z_loss)
-    expected = torch.autograd.grad(3 * (nll + z), (x, weight))
+    bias = torch.randn(vocab_size, generator=generator, requires_grad=True)
+    nll, z = plain(x, weight, targets, soft_cap, z_loss, bias)
+    expected = torch.autograd.grad(3 * (nll + z), (x, weight, bias))
     with small_chunks():
-        sums = chunked_cross_entropy(x, weight, targets, soft_cap=soft_cap, z_loss=z_loss)
-    found = torch.autograd.grad(3 * sums["loss_sum"], (x, weight))
+        sums = chunked_cross_entropy(x, weight, targets, bias_V=bias, soft_cap=soft_cap, z_loss=z_loss)
+    found = torch.autograd.grad(3 * sums["loss_sum"], (x, weight, bias))
     # Each of `tokens` terms is rounded a few times at 2^-24 of its size, which 12 products of normals keep below 50.
     bound = 50 * tokens * 2**-23
     assert abs(float(sums["loss_sum"] - nll)) <= bound

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.build import build_model, check_kernels
+from model.build import build_model
 from model.errors import ModelError
 from model.kernels import select
+from model.kernels.check import check_kernels
 from model.kernels.select import CAN, KERNELS, KINDS, Selection, kind_of, select_kernel
 from model.masks import Mask
 from model.mixers.attention import Attention
@@ -119,7 +120,7 @@ def test_an_unsound_kernel_is_demoted_with_a_line_that_says_why(
 
 def test_where_nothing_else_is_sound_the_oracle_itself_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("blockwise", "sdpa"):
-        monkeypatch.setitem(KERNELS, name, lambda q, *_: q * torch.nan)
+        monkeypatch.setitem(KERNELS, name, lambda q, k, v, *_: (q + k.mean() + v.mean()) * torch.nan)
     model = build_model(LLAMA)
     assert len(check_kernels(model, device=CPU, dtype=torch.float32, tokens=64)) == 4
     assert selection_of(model).named("cpu", "documents") == "dense"

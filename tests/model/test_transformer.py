@@ -1,17 +1,26 @@
 """A whole model: documents are independent, the future is unseen, every way to run it computes the same."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.block import Layout
 from model.build import build_model
 from model.config import ModelConfig, ModelError
-from tests.model.configurations import ALIBI, GPT2, LLAMA, WINDOWED, any_config
+from model.position import RopeConfig, rotation
+from pipelines.engine.typed import from_plain
+from tests.model.configurations import ALIBI, GPT2, GPTJ, LIVELY, LLAMA, WINDOWED, any_config
 
-FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2, WINDOWED, ALIBI], ids=["llama", "gpt2", "windowed", "alibi"])
+FAMILIES = pytest.mark.parametrize(
+    "config", [LLAMA, GPT2, WINDOWED, ALIBI, GPTJ], ids=["llama", "gpt2", "windowed", "alibi", "gptj"]
+)
+CONF = Path(__file__).parents[2] / "conf" / "model"
 
 
 def tokens_of(config: ModelConfig, rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -147,7 +156,33 @@ def test_the_soft_cap_bounds_logits_and_z_loss_pulls_their_sum_to_one() -> None:
     assert final[1] < final[0] / 2
 
 
-@pytest.mark.parametrize("layout", ["pre", "post", "parallel"])
+@settings(max_examples=8, deadline=None)
+@given(heads=st.sampled_from([1, 2, 4]), d_ff=st.integers(3, 40), seed=st.integers(0, 99))
+def test_palms_preset_is_a_parallel_block_of_one_key_head_and_no_biases(heads: int, d_ff: int, seed: int) -> None:
+    preset = yaml.safe_load((CONF / "palm-8b.yaml").read_text(encoding="utf-8"))
+    palm = from_plain(ModelConfig, {**preset, "vocab_size": 97, "d_model": 32, "n_layers": 2}, "model")
+    small = replace(palm, mixer=replace(palm.mixer, n_heads=heads), ffn=replace(palm.ffn, d_ff=d_ff), init=LIVELY)
+    model = build_model(small, seed=seed)
+    assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
+    assert model.head.weight is model.frontend.tokens.weight
+    row = tokens_of(small, 2, 12, seed)
+    rope = rotation(RopeConfig(), torch.arange(12)[None], 32 // heads)
+    x = model.frontend.tokens.weight[row]
+    for block in model.stack.layers:
+        # Written out from the paper, section 2: y = x + MLP(LayerNorm(x)) + Attention(LayerNorm(x)).
+        normed = torch.nn.functional.layer_norm(x, (32,), block.mixer_norm.weight, eps=1e-5)
+        q = rope((normed @ block.mixer.q.weight.T).view(2, 12, heads, -1))
+        k, v = rope((normed @ block.mixer.k.weight.T)[:, :, None])[:, :, 0], normed @ block.mixer.v.weight.T
+        scores = torch.einsum("bthc,bsc->bhts", q, k) / (32 // heads) ** 0.5
+        scores = scores.masked_fill(torch.ones(12, 12).triu(1).bool(), -torch.inf)
+        attended = torch.einsum("bhts,bsc->bthc", scores.softmax(-1), v).flatten(2)
+        gate, up = normed @ block.ffn.gate.weight.T, normed @ block.ffn.up.weight.T
+        x = x + attended @ block.mixer.out.weight.T + (gate.sigmoid() * gate * up) @ block.ffn.down.weight.T
+    x = torch.nn.functional.layer_norm(x, (32,), model.stack.final_norm.weight, eps=1e-5)
+    assert_close(x @ model.head.weight.T, model(row)["logits"])
+
+
+@pytest.mark.parametrize("layout", get_args(Layout))
 @FAMILIES
 def test_every_layout_learns(config: ModelConfig, layout: str) -> None:
     model = build_model(replace(config, layout=layout, dropout=0.05))

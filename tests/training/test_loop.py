@@ -66,7 +66,7 @@ def test_a_run_that_has_ended_only_returns_its_figures(job: Make) -> None:
 def test_an_unsound_attention_kernel_is_replaced_before_the_first_step_and_the_log_says_so(
     job: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(KERNELS, "blockwise", lambda q, *_: q * torch.nan)
+    monkeypatch.setitem(KERNELS, "blockwise", lambda q, k, v, *_: (q + k.mean() + v.mean()) * torch.nan)
     figures = run_rank(job(steps=3))
     assert math.isfinite(figures["final_loss"])
     assert "attention kernel blockwise for plain masks gives NaN" in capsys.readouterr().out

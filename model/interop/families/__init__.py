@@ -1,6 +1,8 @@
 """The Hugging Face classes our configurations can become: one declarative table each, one file per kin."""
 
+from model.interop.families.falcon import FALCON, FALCON_TWO_NORMS
 from model.interop.families.gpt2 import GPT2
-from model.interop.families.llama import LLAMA, QWEN3
+from model.interop.families.gptj import GPTJ
+from model.interop.families.llama import LLAMA, QWEN2, QWEN3
 
-FAMILIES = (LLAMA, QWEN3, GPT2)
+FAMILIES = (LLAMA, QWEN2, QWEN3, GPT2, GPTJ, FALCON, FALCON_TWO_NORMS)

@@ -4,11 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.errors import ModelError
-from model.interop.tables import Position
-from model.position import LinearScaling, Llama3Scaling, RopeConfig
+from model.frontends import TokenFrontendConfig
+from model.heads import LanguageHeadConfig
+from model.position import LinearScaling, Llama3Scaling, PositionConfig, RopeConfig
 
 OURS = "stack.layers.{layer}"
 """A layer of ours in a key map."""
+
+DECODER = {"causal": True, "encoder": None, "frontend": TokenFrontendConfig(), "head": LanguageHeadConfig()}
+"""What `fixed` says of a plain decoder over tokens."""
 
 ACTIVATION_NAMES = {
     "silu": "silu",
@@ -19,7 +23,7 @@ ACTIVATION_NAMES = {
 }
 
 
-def write_rope(position: Position) -> dict[str, Any]:
+def write_rope(position: PositionConfig) -> dict[str, Any]:
     """Both spellings: `rope_parameters` of transformers 5 and the older `rope_theta` with `rope_scaling`."""
     assert isinstance(position, RopeConfig)
     scaling: dict[str, Any] | None = None
@@ -37,7 +41,7 @@ def write_rope(position: Position) -> dict[str, Any]:
     return {"rope_parameters": parameters, "rope_theta": position.theta, "rope_scaling": scaling}
 
 
-def read_rope(theirs: Mapping[str, Any]) -> Position:
+def read_rope(theirs: Mapping[str, Any]) -> PositionConfig:
     parameters = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     theta = float(parameters.get("rope_theta", theirs.get("rope_theta") or 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))

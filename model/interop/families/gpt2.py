@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al. 2019)."""
 
-from model.interop.families.common import ACTIVATION_NAMES, OURS
+from model.interop.families.common import ACTIVATION_NAMES, DECODER, OURS
 from model.interop.tables import Family, Setting, Weight
 from model.position import LearnedPositionConfig
 
@@ -46,11 +46,13 @@ GPT2 = Family(
         Setting("resid_pdrop", ("dropout",), 0.1),
     ),
     fixed={
+        **DECODER,
         "layout": "pre",
         "pattern": (),
         "norm.kind": "layer",
         "norm.bias": True,
         "position.kind": "learned",
+        "position.offset": 0,
         "mixer.kind": "attention",
         "mixer.qkv_bias": True,
         "mixer.out_bias": True,

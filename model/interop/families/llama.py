@@ -1,6 +1,6 @@
 """LLaMA (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) and the classes that name their tensors as it does."""
 
-from model.interop.families.common import ACTIVATION_NAMES, OURS, read_rope, write_rope
+from model.interop.families.common import ACTIVATION_NAMES, DECODER, OURS, read_rope, write_rope
 from model.interop.tables import Family, Setting, Weight
 
 _LLAMA = "model.layers.{layer}"
@@ -45,10 +45,13 @@ LLAMA = Family(
     weights=LLAMA_WEIGHTS,
     settings=(*LLAMA_SETTINGS, Setting("mlp_bias", ("ffn.bias",), False)),
     fixed={
+        **DECODER,
         "layout": "pre",
         "pattern": (),
         "norm.kind": "rms",
         "position.kind": "rope",
+        "position.channels": None,
+        "position.interleaved": False,
         "mixer.kind": "attention",
         "mixer.qk_norm": False,
         "mixer.window": None,
@@ -59,6 +62,18 @@ LLAMA = Family(
     constants={"pretraining_tp": 1},
     heads_divide_width=True,
     ignored=(r"rotary_emb\.inv_freq$",),
+    write_position=write_rope,
+    read_position=read_rope,
+)
+
+QWEN2 = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    base_prefix="model.",
+    weights=LLAMA_WEIGHTS,
+    settings=tuple(setting for setting in LLAMA_SETTINGS if setting.theirs != "attention_bias"),
+    fixed={**LLAMA.fixed, "mixer.qkv_bias": True, "mixer.out_bias": False, "ffn.bias": False},
+    constants={"use_sliding_window": False},
     write_position=write_rope,
     read_position=read_rope,
 )

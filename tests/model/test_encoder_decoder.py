@@ -1,0 +1,141 @@
+"""Encoders see both ways, decoders see their encoder, padding and packing change nothing, decoding equals forward."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.build import build_model
+from model.config import ModelConfig, ModelError
+from model.costs import forward_flops, kv_cache_bytes, parameter_counts
+from model.heads import NoHeadConfig
+from model.init import parameter_roles
+from tests.model.configurations import BERT, GPT2, LLAMA, VASWANI, WIDER_ENCODER
+
+SEQ2SEQ = pytest.mark.parametrize("config", [VASWANI, WIDER_ENCODER], ids=["vaswani", "wider_encoder"])
+KERNELS = pytest.mark.parametrize("kernel", ["dense", "auto"])
+
+
+def tokens_of(rows: int, tokens: int, seed: int = 0, vocab_size: int = 50) -> torch.Tensor:
+    return torch.randint(0, vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(theirs: torch.Tensor, ours: torch.Tensor) -> None:
+    assert (theirs - ours).abs().max() <= 2e-5 * theirs.abs().max()
+
+
+def test_every_output_of_an_encoder_depends_on_every_token_but_padding() -> None:
+    model = build_model(BERT)
+    row = tokens_of(1, 10)
+    changed = row.clone()
+    changed[0, 8] = (changed[0, 8] + 1) % 97
+    assert all((model(row)["logits"][0] - model(changed)["logits"][0]).abs().amax(-1) > 1e-3)
+    real = torch.ones(1, 10, dtype=torch.int32)
+    real[0, 8:] = 0
+    before, after = (model(x, documents_BT=real)["logits"][:, :8] for x in (row, changed))
+    assert torch.equal(before, after)
+
+
+@KERNELS
+def test_a_padded_row_of_an_encoder_computes_what_it_computes_alone(kernel: str) -> None:
+    model = build_model(BERT, kernel=kernel)
+    row, types = tokens_of(1, 12), torch.tensor([[0] * 5 + [1] * 4 + [0] * 3])
+    documents = torch.tensor([[1] * 9 + [0] * 3], dtype=torch.int32)
+    padded = model(row, documents_BT=documents, token_types_BT=types)["logits"][:, :9]
+    assert_close(model(row[:, :9], token_types_BT=types[:, :9])["logits"], padded)
+    assert (padded - model(row, documents_BT=documents)["logits"][:, :9]).abs().max() > 1e-3
+
+
+@KERNELS
+@SEQ2SEQ
+def test_padding_and_packing_change_no_logit_of_a_decoder_with_an_encoder(config: ModelConfig, kernel: str) -> None:
+    model = build_model(config, kernel=kernel)
+    sources, targets = [tokens_of(1, n, n) for n in (7, 4)], [tokens_of(1, n, n) for n in (3, 6)]
+    alone = [model(t, encoder_tokens_BT=s)["logits"] for s, t in zip(sources, targets, strict=True)]
+    packed = model(
+        torch.cat([*targets, torch.zeros(1, 2, dtype=torch.int64)], dim=1),
+        documents_BT=torch.tensor([[1] * 3 + [2] * 6 + [0] * 2], dtype=torch.int32),
+        encoder_tokens_BT=torch.cat([*sources, torch.zeros(1, 3, dtype=torch.int64)], dim=1),
+        encoder_documents_BT=torch.tensor([[1] * 7 + [2] * 4 + [0] * 3], dtype=torch.int32),
+    )["logits"]
+    assert_close(alone[0], packed[:, :3])
+    assert_close(alone[1], packed[:, 3:9])
+    padded = torch.cat([sources[1], tokens_of(1, 3)], dim=1)
+    mask = torch.tensor([[1] * 4 + [0] * 3], dtype=torch.int32)
+    assert_close(alone[1], model(targets[1], encoder_tokens_BT=padded, encoder_documents_BT=mask)["logits"])
+    assert (alone[1] - model(targets[1], encoder_tokens_BT=padded)["logits"]).abs().max() > 1e-3
+
+
+@SEQ2SEQ
+def test_cached_decoding_reads_the_encoder_once_and_follows_its_rows(config: ModelConfig) -> None:
+    model = build_model(config).eval()
+    sources, targets = tokens_of(3, 7, 1), tokens_of(3, 6, 2)
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 6 + [0]], dtype=torch.int32)
+    whole = model(targets, encoder_tokens_BT=sources, encoder_documents_BT=mask)["logits"]
+    cache = model.new_cache(3, 6)
+    first = model(targets[:, :3], cache=cache, encoder_tokens_BT=sources, encoder_documents_BT=mask)["logits"]
+    assert_close(whole[:, :3], first)
+    rows = [2, 0, 0]
+    cache.reorder(rows)
+    for at in range(3, 6):
+        assert_close(whole[rows, at : at + 1], model(targets[rows, at : at + 1], cache=cache)["logits"])
+
+
+@SEQ2SEQ
+def test_costs_of_a_decoder_with_an_encoder_are_those_counted(config: ModelConfig) -> None:
+    for changed in (config, replace(config, tie_embeddings=False)):
+        model, counts = build_model(changed), parameter_counts(changed)
+        assert counts.total == sum(parameter.numel() for parameter in model.parameters())
+        assert parameter_roles(model).keys() == dict(model.named_parameters()).keys()
+    model = build_model(config, kernel="dense")
+    with FlopCounterMode(display=False) as counted:
+        model(tokens_of(2, 5), encoder_tokens_BT=tokens_of(2, 9))
+    assert counted.get_total_flops() == forward_flops(config, rows=2, seq_len=5, encoder_len=9, masked=False)
+    cache = model.new_cache(2, 64)
+    model(tokens_of(2, 5), cache=cache, encoder_tokens_BT=tokens_of(2, 9))
+    held = [t for state in cache.states for part in vars(state).values() for t in vars(part).values()]
+    expected = kv_cache_bytes(config, rows=2, tokens=64, encoder_tokens=9, dtype_bytes=4)
+    assert sum(tensor.nbytes for tensor in held) == expected
+
+
+@SEQ2SEQ
+def test_a_decoder_with_an_encoder_learns_to_copy_and_starts_the_same_everywhere(config: ModelConfig) -> None:
+    model, again = build_model(config, seed=3), build_model(config, seed=3, dtype=torch.bfloat16)
+    assert all(torch.equal(w.bfloat16(), again.state_dict()[name]) for name, w in model.state_dict().items())
+    assert model.get_parameter("encoder.stack.layers.0.mixer.q.weight").std() > 0.1  # the encoder's own InitConfig
+    source = tokens_of(4, 8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        loss = model(source[:, :-1], encoder_tokens_BT=source, targets_BT=source[:, 1:])["loss_sum"] / 28
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: replace(GPT2, encoder=LLAMA), "head.kind=language"),
+        (lambda: replace(VASWANI, causal=False), "causal is false with an encoder"),
+        (lambda: replace(VASWANI, layout="parallel"), "layout is parallel"),
+        (lambda: replace(VASWANI, d_model=64), "d_model 32 and vocab_size None"),
+        (lambda: build_model(BERT).new_cache(1, 8), "causal is false"),
+        (lambda: build_model(VASWANI)(tokens_of(1, 3)), "give its input too"),
+        (lambda: build_model(GPT2)(tokens_of(1, 3), encoder_tokens_BT=tokens_of(1, 3)), "has no encoder"),
+        (lambda: build_model(GPT2)(tokens_of(1, 3), token_types_BT=tokens_of(1, 3)), "token_types is 0"),
+        (lambda: build_model(replace(BERT, position=replace(BERT.position, offset=-1))), "offset is -1"),
+    ],
+)
+def test_what_cannot_be_is_refused(make: Any, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        make()
+
+
+def test_a_model_without_a_head_gives_its_features() -> None:
+    features = build_model(replace(BERT, head=NoHeadConfig()))(tokens_of(2, 5))["features"]
+    assert features.shape == (2, 5, 32)
