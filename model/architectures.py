@@ -12,7 +12,7 @@ from model.frontends import TokenFrontend
 from model.heads import LanguageHead
 from model.masks import Mask
 from model.mixers.base import MixerInput
-from model.position import LearnedPositionConfig, RopeConfig, document_positions, rotation
+from model.position import LearnedPositionConfig, RopeConfig, Rotation, document_positions, rotation
 from model.stack import Stack
 
 
@@ -67,10 +67,19 @@ class Transformer(nn.Module):
         result: dict[str, torch.Tensor] = self.head(x_BTD, targets_BT, per_token)
         return result
 
-    def new_cache(self, rows: int, max_tokens: int) -> Cache:
-        """An empty cache for `rows` rows of at most `max_tokens` tokens, prompt and continuation together."""
-        device = self.frontend.tokens.weight.device
-        return Cache(self.stack.new_states(rows, rounded_slots(max_tokens)), rows, max_tokens, device)
+    def new_cache(self, rows: int, max_tokens: int, *, static: bool = False) -> Cache:
+        """An empty cache for `rows` rows of at most `max_tokens` tokens, prompt and continuation together; see `Cache`."""
+        device, slots = self.frontend.tokens.weight.device, rounded_slots(max_tokens)
+        angles = self._rotation(torch.arange(slots, device=device)[None])
+        states = self.stack.new_states(rows, slots)
+        return Cache(states, rows, max_tokens, device, angles=angles, static=static)
+
+    def _rotation(self, positions_BT: torch.Tensor) -> Rotation | None:
+        """The angles of those positions, where the model rotates and attends."""
+        position, head_dim = self.config.position, self.config.head_dim
+        if not isinstance(position, RopeConfig) or head_dim is None:
+            return None
+        return rotation(position, positions_BT, head_dim)
 
     def _shared(
         self,
@@ -82,6 +91,9 @@ class Transformer(nn.Module):
         """What all layers share of this pass, and the position of every token."""
         tokens, position = tokens_BT.shape[1], self.config.position
         slots_BT = None if cache is None else cache.claim(tokens)
+        angles = None
+        if cache is not None and slots_BT is not None and positions_BT is None and documents_BT is None:
+            angles = cache.rotation(slots_BT)
         if positions_BT is None:
             if documents_BT is not None:
                 positions_BT = document_positions(documents_BT)
@@ -94,10 +106,10 @@ class Transformer(nn.Module):
                 f"a row has {tokens} tokens, the model {self.config.max_seq_len} learned positions: shorten the rows "
                 "or raise model.max_seq_len."
             )
-        angles = None
-        if isinstance(position, RopeConfig) and self.config.head_dim is not None:
-            angles = rotation(position, positions_BT, self.config.head_dim)
+        if angles is None:
+            angles = self._rotation(positions_BT)
         if cache is None:
             return MixerInput(Mask(documents_BT=documents_BT), angles), positions_BT
-        mask = Mask(slots_BT=slots_BT, keys=cache.slots_for(tokens)) if cache.longest else Mask()
-        return MixerInput(mask, angles, slots_BT, cache.longest if cache.uniform else None), positions_BT
+        fresh = cache.longest == 0 and not cache.static
+        mask = Mask() if fresh else Mask(slots_BT=slots_BT, keys=cache.slots_for(tokens))
+        return MixerInput(mask, angles, slots_BT, cache.common_slot), positions_BT
