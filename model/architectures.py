@@ -1,5 +1,6 @@
 """A whole model: frontend, stack, head."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -40,6 +41,7 @@ class Transformer(nn.Module):
         documents_BT: torch.Tensor | None = None,
         positions_BT: torch.Tensor | None = None,
         cache: Cache | None = None,
+        lengths: Sequence[int] | None = None,
         logits_for: Literal["all", "last"] | torch.Tensor = "all",
         per_token: bool = False,
     ) -> dict[str, torch.Tensor]:
@@ -48,18 +50,19 @@ class Transformer(nn.Module):
         tokens_BT: int64. targets_BT: int64, the token that should follow each, -100 where there is none.
         documents_BT: int32 document number within the row, 0 for padding; attention stays inside a document and
         positions restart with each. positions_BT: int64, to override that.
-        cache: tokens continue what it remembers, and are remembered. logits_for: every token, the last one, or the
-        column given for each row (int64 [B]).
+        cache: tokens continue what it remembers, and are remembered; of row i with `lengths` only the first
+        `lengths[i]`, behind which padding stands. logits_for: every token, the last one, or the column given for each
+        row (int64 [B]).
 
         Without targets {"logits": [B, T or 1, V]}; with targets {"loss_sum": fp32 Σ NLL, "target_count": int64} and
         "z_loss_sum" where the configuration weighs it; with `per_token` instead, and without gradient, {"nll": fp32
         [B, T], "is_top": bool [B, T]}.
         """
-        shared, positions_BT = self._shared(tokens_BT, documents_BT, positions_BT, cache)
+        shared, positions_BT = self._shared(tokens_BT, documents_BT, positions_BT, cache, lengths)
         states = None if cache is None else cache.states
         x_BTD = self.stack(self.frontend(tokens_BT, positions_BT), shared, states)
         if cache is not None:
-            cache.advance(tokens_BT.shape[1])
+            cache.advance([tokens_BT.shape[1]] * tokens_BT.shape[0] if lengths is None else lengths)
         if isinstance(logits_for, torch.Tensor):
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_for][:, None]
         elif logits_for == "last":
@@ -78,6 +81,7 @@ class Transformer(nn.Module):
         documents_BT: torch.Tensor | None,
         positions_BT: torch.Tensor | None,
         cache: Cache | None,
+        lengths: Sequence[int] | None,
     ) -> tuple[MixerInput, torch.Tensor]:
         """What all layers share of this pass, and the position of every token."""
         tokens, position = tokens_BT.shape[1], self.config.position
@@ -100,4 +104,8 @@ class Transformer(nn.Module):
         if cache is None:
             return MixerInput(Mask(documents_BT=documents_BT), angles), positions_BT
         mask = Mask(slots_BT=slots_BT, keys=cache.slots_for(tokens)) if cache.longest else Mask()
-        return MixerInput(mask, angles, slots_BT, cache.longest if cache.uniform else None), positions_BT
+        common_slot = cache.longest if cache.uniform else None
+        lengths_B = None  # none where no row has padding
+        if lengths is not None and min(lengths) < tokens:
+            lengths_B = torch.tensor(lengths, device=tokens_BT.device)
+        return MixerInput(mask, angles, slots_BT, common_slot, lengths_B), positions_BT

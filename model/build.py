@@ -59,11 +59,13 @@ def _assemble(config: ModelConfig, attend: AttentionKernel) -> Transformer:
 
 
 def _block(config: ModelConfig, layer: LayerConfig, attend: AttentionKernel) -> Block:
+    ffn = build_ffn(layer.ffn, config.d_model)
+    one_norm = config.layout == "parallel" or ffn is None
     return Block(
         layout=config.layout,
         mixer_norm=build_norm(config.norm, config.d_model),
         mixer=build_mixer(layer.mixer, config.d_model, config.norm, attend),
-        ffn_norm=None if config.layout == "parallel" else build_norm(config.norm, config.d_model),
-        ffn=build_ffn(layer.ffn, config.d_model),
+        ffn_norm=None if one_norm else build_norm(config.norm, config.d_model),
+        ffn=ffn,
         dropout=config.dropout,
     )

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from model.block import Layout
 from model.errors import ModelError
-from model.ffn import FfnConfig
+from model.ffn import AnyFfnConfig, FfnConfig
 from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
 from model.mixers.build import MixerConfig
@@ -20,7 +20,7 @@ class LayerConfig:
     """What fills the slots of one layer."""
 
     mixer: MixerConfig
-    ffn: FfnConfig
+    ffn: AnyFfnConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class LayerChange:
     every: int = 1
     first: int = 0
     mixer: MixerConfig | None = None
-    ffn: FfnConfig | None = None
+    ffn: AnyFfnConfig | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.first < 0:
@@ -64,8 +64,8 @@ class ModelConfig:
     layout: Layout = "pre"
     norm: NormConfig = field(default_factory=NormConfig)
     position: RopeConfig | LearnedPositionConfig | NoPositionConfig = field(default_factory=RopeConfig)
-    mixer: AttentionConfig = field(default_factory=AttentionConfig)
-    ffn: FfnConfig = field(default_factory=FfnConfig)
+    mixer: MixerConfig = field(default_factory=AttentionConfig)
+    ffn: AnyFfnConfig = field(default_factory=FfnConfig)
     pattern: tuple[LayerChange, ...] = ()
     init: InitConfig = field(default_factory=InitConfig)
     dropout: float = 0.0
@@ -89,13 +89,18 @@ class ModelConfig:
             raise ModelError(f"model.z_loss is {self.z_loss}: a loss needs a weight of 0 or more.")
 
     def _check_rotary(self) -> None:
+        if not self._attentions:
+            raise ModelError(
+                f"model.position.kind is rope, but no layer attends (mixer.kind is {self.mixer.kind}): rotary positions "
+                "turn queries and keys; set model.position.kind=none, or learned."
+            )
         channels = sorted({mixer.channels(self.d_model) for mixer in self._attentions})
         if len(channels) > 1:
             raise ModelError(
                 f"model.pattern gives attention layers {' and '.join(map(str, channels))} channels a head: all layers "
                 "share one set of rotary angles; set mixer.head_dim to the same everywhere."
             )
-        if channels and channels[0] % 2:
+        if channels[0] % 2:
             raise ModelError(
                 f"model.d_model {self.d_model} over {self._attentions[0].n_heads} heads leaves {channels[0]} channels "
                 "a head: rotary positions rotate pairs, so make it even."

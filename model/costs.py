@@ -6,6 +6,7 @@ FLOPs count matrix multiplications, a multiply and an add each; norms, activatio
 from typing import NamedTuple
 
 from model.config import LayerConfig, ModelConfig
+from model.ffn import NoFfnConfig
 from model.loss import chunk_tokens
 from model.position import LearnedPositionConfig
 from model.slots import SlotCosts
@@ -29,7 +30,7 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     table = config.require_vocab_size() * config.d_model
     positions = config.max_seq_len * config.d_model if isinstance(config.position, LearnedPositionConfig) else 0
     norm = config.norm.parameters(config.d_model)
-    norms = (0 if config.layout == "post" else norm) + _norms_per_layer(config) * config.n_layers * norm
+    norms = (0 if config.layout == "post" else norm) + sum(_norms(config, layer) for layer in config.layers) * norm
     head = 0 if config.tie_embeddings else table
     others = table + positions + norms + head
     slots = _slots(config)
@@ -71,8 +72,9 @@ def attended_pairs(seq_len: int, mean_document_tokens: float | None = None, wind
 
 def kv_cache_bytes(config: ModelConfig, *, rows: int, tokens: int, dtype_bytes: int) -> int:
     """What `rows` rows of `tokens` tokens leave in all layers: keys and values, or a mixer's state."""
-    elements = sum(slot.state_per_token * min(tokens, slot.window or tokens) + slot.state for slot in _slots(config))
-    return rows * elements * dtype_bytes
+    slots = _slots(config)
+    elements = sum(slot.state_per_token * min(tokens, slot.window or tokens) + slot.state for slot in slots)
+    return rows * (elements * dtype_bytes + sum(slot.state_bytes for slot in slots))
 
 
 def activation_bytes(
@@ -99,12 +101,13 @@ def _slots(config: ModelConfig) -> list[SlotCosts]:
     return [costs for layer in config.layers for costs in (layer.mixer.costs(width, norm), layer.ffn.costs(width))]
 
 
-def _norms_per_layer(config: ModelConfig) -> int:
-    return 1 if config.layout == "parallel" else 2
+def _norms(config: ModelConfig, layer: LayerConfig) -> int:
+    """Norms of one block."""
+    return 1 if config.layout == "parallel" or isinstance(layer.ffn, NoFfnConfig) else 2
 
 
 def _block_activations(config: ModelConfig, layer: LayerConfig, dtype_bytes: int) -> int:
     """Bytes of one token kept by one block: norm inputs and outputs, and what its slots keep."""
     slots = (layer.mixer.costs(config.d_model, config.norm), layer.ffn.costs(config.d_model))
-    elements = 2 * _norms_per_layer(config) * config.d_model + sum(slot.kept_elements for slot in slots)
+    elements = 2 * _norms(config, layer) * config.d_model + sum(slot.kept_elements for slot in slots)
     return dtype_bytes * elements + sum(slot.kept_bytes for slot in slots)

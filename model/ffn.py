@@ -43,6 +43,20 @@ class FfnConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoFfnConfig:
+    """Nothing behind the mixer: the block has one branch and one norm (Mamba)."""
+
+    kind: Literal["none"] = "none"
+
+    def costs(self, d_model: int) -> SlotCosts:
+        """Nothing."""
+        return SlotCosts(parameters=0, matrices=0)
+
+
+AnyFfnConfig = FfnConfig | NoFfnConfig
+
+
 class FeedForward(nn.Module):
     """x_BTD -> y_BTD, each token by itself."""
 
@@ -59,6 +73,6 @@ class FeedForward(nn.Module):
         return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
 
 
-def build_ffn(config: FfnConfig, d_model: int) -> nn.Module:
-    """The network that fills the block's ffn slot: x_BTD -> y_BTD."""
-    return FeedForward(config, d_model)
+def build_ffn(config: AnyFfnConfig, d_model: int) -> nn.Module | None:
+    """The network that fills the block's ffn slot, x_BTD -> y_BTD; none where the slot stays empty."""
+    return None if isinstance(config, NoFfnConfig) else FeedForward(config, d_model)

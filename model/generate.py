@@ -122,14 +122,14 @@ def _budget(model: Transformer, prompt: Sequence[int], row: int, sampling: Sampl
 def _read_prompts(model: Transformer, prompts: Sequence[Sequence[int]], cache: Cache) -> torch.Tensor:
     """Fill the cache with all prompts in one pass; the logits [B, V] after the last token of each.
 
-    Short prompts are padded behind their end, where causality hides the padding from every real token; their padding's
-    slots are given back, to be overwritten by what is generated.
+    Short prompts are padded behind their end, where causality hides the padding from every real token; it is not
+    remembered, and its slots are overwritten by what is generated.
     """
     lengths = [len(prompt) for prompt in prompts]
     padded = [list(prompt) + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
     last_B = torch.tensor(lengths, device=cache.device) - 1
-    logits_BV = model(torch.tensor(padded, device=cache.device), cache=cache, logits_for=last_B)["logits"][:, 0]
-    cache.rewind(lengths)
+    tokens_BT = torch.tensor(padded, device=cache.device)
+    logits_BV: torch.Tensor = model(tokens_BT, cache=cache, lengths=lengths, logits_for=last_B)["logits"][:, 0]
     return logits_BV
 
 

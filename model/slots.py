@@ -19,6 +19,7 @@ class SlotCosts:
     kept_elements: activations of one token held for the backward pass, in the model's precision.
     kept_bytes: bytes of one token held for the backward pass whatever the precision (fp32 statistics).
     state_per_token, state: elements remembered while decoding, for each token and once for each row.
+    state_bytes: bytes remembered once for each row whatever the precision (fp32 sums).
     """
 
     parameters: int
@@ -31,3 +32,4 @@ class SlotCosts:
     kept_bytes: int = 0
     state_per_token: int = 0
     state: int = 0
+    state_bytes: int = 0

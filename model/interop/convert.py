@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from model.errors import ModelError
 from model.interop.families import FAMILIES
 from model.interop.native import revived
-from model.interop.tables import Family, Weight, dotted
+from model.interop.tables import ABSENT, Family, Weight, dotted
 
 State = dict[str, torch.Tensor]
 
@@ -37,7 +37,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     theirs: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for setting in family.settings:
         value = dotted(config, setting.written or setting.ours[0])
-        theirs[setting.theirs] = value if setting.names is None else setting.names[value]
+        theirs[setting.theirs] = value if setting.names is None else setting.names.get(value, value)
     ids = {"bos_token_id": None, "eos_token_id": None}
     return {**theirs, **family.write_position(config.position), **family.constants, **family.only_written, **ids}
 
@@ -54,15 +54,17 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
     fields = {path: value for path, value in family.fixed.items() if path != "position.kind"}
     for setting in family.settings:
         value = theirs.get(setting.theirs, setting.default)
-        if setting.names is not None:
+        if setting.names is not None and isinstance(value, str):
             value = _our_word(setting.theirs, value, setting.names)
         fields |= dict.fromkeys(setting.ours, value)
-    if fields["ffn.d_ff"] is None:  # GPT-2's default
+    if fields.get("ffn.d_ff", 0) is None:  # GPT-2's default
         fields["ffn.d_ff"] = 4 * fields["d_model"]
-    if fields.get("mixer.head_dim") == fields["d_model"] // fields["mixer.n_heads"]:
+    if "mixer.head_dim" in fields and fields["mixer.head_dim"] == fields["d_model"] // fields["mixer.n_heads"]:
         fields["mixer.head_dim"] = None
-    if fields.get("mixer.n_kv_heads") == fields["mixer.n_heads"]:
+    if "mixer.n_kv_heads" in fields and fields["mixer.n_kv_heads"] == fields["mixer.n_heads"]:
         fields["mixer.n_kv_heads"] = None
+    if "mixer.dt_rank" in fields and fields["mixer.dt_rank"] == -(-fields["d_model"] // 16):
+        fields["mixer.dt_rank"] = None
     return typing.cast(ModelConfig, revived(ModelConfig, _nested(fields) | {"position": family.read_position(theirs)}))
 
 
@@ -139,7 +141,8 @@ def _differences(config: ModelConfig, family: Family) -> list[str]:
         values = {path: dotted(config, path) for path in setting.ours}
         if len(set(values.values())) > 1:
             wrong.append(f"{' and '.join(values)} equal")
-    if family.heads_divide_width and config.d_model % config.mixer.n_heads:
+    heads = dotted(config, "mixer.n_heads")
+    if family.heads_divide_width and heads is not ABSENT and config.d_model % heads:
         wrong.append("d_model a multiple of mixer.n_heads")
     return wrong
 
@@ -152,7 +155,7 @@ def _family_named(model_type: Any) -> Family:
     raise ModelError(f"config.json has model_type {model_type!r}: checkpoints of {known} can be imported.")
 
 
-def _our_word(key: str, theirs: str, names: Mapping[str, str]) -> str:
+def _our_word(key: str, theirs: str, names: Mapping[Any, str]) -> Any:
     aliases = {name: ours for ours, name in names.items()} | {"gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
     if theirs not in aliases:
         raise ModelError(f"config.json has {key}={theirs!r}: known here are {', '.join(sorted(aliases))}.")

@@ -7,6 +7,9 @@ from typing import Any
 from model.config import ModelConfig
 from model.position import LearnedPositionConfig, NoPositionConfig, RopeConfig
 
+ABSENT = object()
+"""Equal to no value of a field."""
+
 Position = RopeConfig | LearnedPositionConfig | NoPositionConfig
 
 
@@ -27,14 +30,15 @@ class Weight:
 class Setting:
     """One key of their config.json and the dotted fields of ModelConfig that it sets.
 
-    default: what their class takes where the key is missing. names: their word for each of ours, for enumerations.
+    default: what their class takes where the key is missing. names: their word for each of ours, for enumerations;
+        a value without one is the same in both.
     written: the field whose value is exported instead, where ours may be null and theirs may not.
     """
 
     theirs: str
     ours: tuple[str, ...]
     default: Any = None
-    names: Mapping[str, str] | None = None
+    names: Mapping[Any, str] | None = None
     written: str | None = None
 
 
@@ -66,8 +70,8 @@ class Family:
 
 
 def dotted(config: ModelConfig, path: str) -> Any:
-    """The value of a field such as `mixer.n_heads`."""
+    """The value of a field such as `mixer.n_heads`; ABSENT where the configuration's parts have no such field."""
     value: Any = config
     for name in path.split("."):
-        value = getattr(value, name)
+        value = getattr(value, name, ABSENT)
     return value

@@ -16,16 +16,30 @@ class MixerInput:
 
     mask: who sees whom. rotation: the angles of rotary positions, where the model has them.
     slots_BT: in cached decoding, where each token is remembered. common_slot: the first, if all rows have the same.
+    lengths_B: in cached decoding of rows of unequal length, how many tokens of each are real. What stands behind them
+        is padding, which a state that cannot give it back must not take in.
     """
 
     mask: Mask
     rotation: Rotation | None = None
     slots_BT: torch.Tensor | None = None
     common_slot: int | None = None
+    lengths_B: torch.Tensor | None = None
+
+    def padding(self, tokens: int) -> torch.Tensor | None:
+        """bool [B, T, 1], true behind the end of a row that is shorter than others; none if all are as long."""
+        if self.lengths_B is None:
+            return None
+        return (torch.arange(tokens, device=self.lengths_B.device) >= self.lengths_B[:, None])[..., None]
 
 
 class MixerState:
-    """What one mixer remembers of one batch between decoding steps; its kind decides what that is."""
+    """What one mixer remembers of one batch between decoding steps; its kind decides what that is.
+
+    rewindable: it can forget its last tokens again, because each token has a place of its own.
+    """
+
+    rewindable = True
 
     @abstractmethod
     def reorder(self, rows_B: torch.Tensor) -> None:

@@ -1,13 +1,17 @@
 """Small models of both built families, and a strategy that draws many more."""
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
-from model.config import ModelConfig
-from model.ffn import FfnConfig
+from model.config import LayerChange, ModelConfig
+from model.ffn import FfnConfig, NoFfnConfig
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
+from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
+from model.mixers.mamba import MambaConfig
 from model.norm import NormConfig
-from model.position import LearnedPositionConfig, LinearScaling, Llama3Scaling, RopeConfig
+from model.position import LearnedPositionConfig, LinearScaling, Llama3Scaling, NoPositionConfig, RopeConfig
 
 # Wide enough a start that attention is far from uniform and a wrong mask or position shows in the logits.
 LIVELY = InitConfig(std=0.2)
@@ -32,6 +36,25 @@ GPT2 = ModelConfig(
     ffn=FfnConfig(d_ff=48, activation="gelu_tanh", gated=False, bias=True),
     init=LIVELY,
 )
+MAMBA = ModelConfig(
+    vocab_size=97,
+    d_model=32,
+    n_layers=2,
+    max_seq_len=64,
+    position=NoPositionConfig(),
+    mixer=MambaConfig(d_state=8),
+    ffn=NoFfnConfig(),
+    init=LIVELY,
+)
+LINEAR = replace(GPT2, mixer=LinearAttentionConfig(n_heads=4, qkv_bias=True, out_bias=True))
+PERFORMER = replace(GPT2, mixer=LinearAttentionConfig(n_heads=4, features=FavorConfig(n_features=40)))
+HYBRID = replace(
+    MAMBA,
+    n_layers=3,
+    position=RopeConfig(),
+    pattern=(LayerChange(every=2, first=1, mixer=LLAMA.mixer, ffn=LLAMA.ffn),),
+)
+RECURRENT = {"mamba": MAMBA, "linear": LINEAR, "performer": PERFORMER, "hybrid": HYBRID}
 
 
 @st.composite
@@ -89,6 +112,35 @@ def gpt2_configs(draw: st.DrawFn) -> ModelConfig:
         ),
         init=LIVELY,
     )
+
+
+@st.composite
+def mamba_configs(draw: st.DrawFn) -> ModelConfig:
+    """Mamba models of any shape that is small."""
+    return ModelConfig(
+        vocab_size=draw(st.integers(17, 70)),
+        d_model=draw(st.integers(3, 20)),
+        n_layers=draw(st.integers(1, 2)),
+        max_seq_len=32,
+        tie_embeddings=draw(st.booleans()),
+        norm=NormConfig(eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3]))),
+        position=NoPositionConfig(),
+        mixer=MambaConfig(
+            expand=draw(st.integers(1, 3)),
+            d_state=draw(st.integers(1, 9)),
+            d_conv=draw(st.integers(2, 5)),
+            dt_rank=draw(st.sampled_from([None, 1, 3])),
+            bias=draw(st.booleans()),
+            conv_bias=draw(st.booleans()),
+        ),
+        ffn=NoFfnConfig(),
+        init=LIVELY,
+    )
+
+
+def recurrent_config() -> st.SearchStrategy[ModelConfig]:
+    """Models with a state of constant size, alone or among attention layers."""
+    return st.one_of(mamba_configs(), st.sampled_from([LINEAR, PERFORMER, HYBRID]))
 
 
 def any_config() -> st.SearchStrategy[ModelConfig]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from model.build import build_model
@@ -25,12 +26,12 @@ from model.interop import (
     to_hf,
 )
 from model.mixers.attention import AttentionConfig
-from tests.model.configurations import GPT2, LLAMA, any_config
+from tests.model.configurations import GPT2, LLAMA, MAMBA, any_config, mamba_configs
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2, MAMBA], ids=["llama", "gpt2", "mamba"])
 QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -66,7 +67,7 @@ def assert_close(theirs: torch.Tensor, ours: torch.Tensor) -> None:
 
 
 @QUICK
-@given(config=any_config())
+@given(config=st.one_of(any_config(), mamba_configs()))
 def test_an_imported_checkpoint_has_the_references_logits_and_gradients(config: ModelConfig) -> None:
     theirs = reference(config)
     imported, state = from_hf(theirs.config.to_dict(), theirs.state_dict())
@@ -90,7 +91,7 @@ def test_an_imported_checkpoint_has_the_references_logits_and_gradients(config: 
 
 
 @QUICK
-@given(config=any_config())
+@given(config=st.one_of(any_config(), mamba_configs()))
 def test_import_and_export_give_the_same_tensors_bit_for_bit(config: ModelConfig) -> None:
     theirs = reference(config)
     state = theirs.state_dict()
@@ -104,7 +105,7 @@ def test_import_and_export_give_the_same_tensors_bit_for_bit(config: ModelConfig
 
 
 @QUICK
-@given(config=any_config())
+@given(config=st.one_of(any_config(), mamba_configs()))
 def test_a_configuration_comes_back_from_theirs(config: ModelConfig) -> None:
     again = config_from_hf(json.loads(json.dumps(hf_config(config))))
     assert hf_config(again) == hf_config(config)
