@@ -144,10 +144,10 @@ def initial_value(
 def _orthogonal(shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """[rows, columns]: each row's length and direction are a Gaussian vector's (Choromanski et al. 2020, section 2.4)."""
     rows, columns = shape
-    blocks = [
-        torch.linalg.qr(torch.empty(columns, columns, dtype=torch.float64).normal_(generator=generator)).Q.T
-        for _ in range(-(-rows // columns))
-    ]
+    blocks = []
+    for _ in range(-(-rows // columns)):
+        q, r = torch.linalg.qr(torch.empty(columns, columns, dtype=torch.float64).normal_(generator=generator))
+        blocks.append((q * r.diagonal().sign()).T)  # without the signs no direction is as likely as its opposite
     lengths = torch.empty(rows, columns, dtype=torch.float64).normal_(generator=generator).norm(dim=1, keepdim=True)
     return (torch.cat(blocks)[:rows] * lengths).float()
 

@@ -36,7 +36,9 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     family = family_of(config)
     theirs: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for setting in family.settings:
-        value = dotted(config, setting.written or setting.ours[0])
+        value = dotted(config, setting.ours[0])
+        if setting.written is not None:
+            value = setting.written(config) if callable(setting.written) else dotted(config, setting.written)
         theirs[setting.theirs] = value if setting.names is None else setting.names.get(value, value)
     ids = {"bos_token_id": None, "eos_token_id": None}
     return {**theirs, **family.write_position(config.position), **family.constants, **family.only_written, **ids}

@@ -32,14 +32,14 @@ class Setting:
 
     default: what their class takes where the key is missing. names: their word for each of ours, for enumerations;
         a value without one is the same in both.
-    written: the field whose value is exported instead, where ours may be null and theirs may not.
+    written: the field whose value is exported instead, or what computes it, where ours may be null and theirs may not.
     """
 
     theirs: str
     ours: tuple[str, ...]
     default: Any = None
     names: Mapping[Any, str] | None = None
-    written: str | None = None
+    written: str | Callable[[ModelConfig], Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

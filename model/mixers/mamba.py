@@ -133,7 +133,7 @@ class Mamba(Mixer):
         if documents_BT is not None:  # a document shorter than the convolution ends behind zeros, not another's end
             longer_BTF = longer_BTF * (documents_BT == documents_BT[:, -1:])[..., None]
         if shared.lengths_B is None:
-            state.past_BTF = longer_BTF[:, x_BTF.shape[1] :]
+            state.past_BTF = longer_BTF[:, x_BTF.shape[1] :].clone()  # a view would hold the whole prompt
         else:
             places_BT = shared.lengths_B[:, None] + torch.arange(past, device=x_BTF.device)
             state.past_BTF = longer_BTF.gather(1, places_BT[..., None].expand(-1, -1, x_BTF.shape[2]))

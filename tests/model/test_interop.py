@@ -1,6 +1,7 @@
 """Hugging Face's classes are the reference: same logits and gradients, whoever wrote the weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,20 @@ def test_an_imported_checkpoint_has_the_references_logits_and_gradients(config: 
     largest = max(float(gradient.abs().max()) for gradient in expected_gradients.values())
     for name, gradient in expected_gradients.items():
         assert (gradient - renamed[name]).abs().max() <= 2e-5 * largest, name
+
+
+@QUICK
+@given(config=mamba_configs())
+def test_padding_in_front_of_a_scan_is_a_document_of_its_own(config: ModelConfig) -> None:
+    config = replace(config, mixer=replace(config.mixer, bias=False))  # their convolution sees the padding's bias
+    theirs = reference(config)
+    imported, state = from_hf(theirs.config.to_dict(), theirs.state_dict())
+    ours = build_model(imported)
+    ours.load_state_dict(state)
+    tokens, mask = inputs(config), torch.ones(2, 24, dtype=torch.int32)
+    mask[1, :9] = 0
+    expected = theirs(tokens, attention_mask=mask).logits * mask[..., None]
+    assert_close(expected, ours(tokens, documents_BT=mask)["logits"] * mask[..., None])
 
 
 @QUICK

@@ -1,10 +1,18 @@
 """Mamba (Gu & Dao 2023, https://arxiv.org/abs/2312.00752)."""
 
+from model.config import ModelConfig
 from model.interop.families.common import OURS
 from model.interop.tables import Family, Setting, Weight
+from model.mixers.mamba import MambaConfig
 from model.position import NoPositionConfig
 
 _MAMBA = "backbone.layers.{layer}"
+
+
+def _rank(config: ModelConfig) -> int:
+    assert isinstance(config.mixer, MambaConfig)
+    return config.mixer.rank(config.d_model)
+
 
 MAMBA = Family(
     model_type="mamba",
@@ -41,7 +49,7 @@ MAMBA = Family(
         Setting("conv_kernel", ("mixer.d_conv",), 4),
         Setting("use_bias", ("mixer.bias",), False),
         Setting("use_conv_bias", ("mixer.conv_bias",), True),
-        Setting("time_step_rank", ("mixer.dt_rank",), "auto", {None: "auto"}),
+        Setting("time_step_rank", ("mixer.dt_rank",), "auto", {None: "auto"}, written=_rank),
         Setting("layer_norm_epsilon", ("norm.eps",), 1e-5),
     ),
     fixed={
