@@ -1,5 +1,6 @@
 """A whole model: frontend, stack, head; and for some an encoder before them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -73,6 +74,7 @@ class Transformer(nn.Module):
         positions_BT: torch.Tensor | None = None,
         prefix_B: torch.Tensor | None = None,
         cache: Cache | None = None,
+        lengths: Sequence[int] | None = None,
         logits_for: Literal["all", "last"] | torch.Tensor = "all",
         per_token: bool = False,
         **inputs: torch.Tensor,
@@ -83,8 +85,9 @@ class Transformer(nn.Module):
         documents_BT: int32 document number within the row, 0 for padding; attention stays inside a document and
         positions restart with each. Hugging Face's attention_mask is such numbers. positions_BT: int64, to override that.
         prefix_B: int64, how many first tokens of each row see each other both ways (prefix-LM, Raffel et al. 2020).
-        cache: tokens continue what it remembers, and are remembered. logits_for: every token, the last one, or the
-        column given for each row (int64 [B]).
+        cache: tokens continue what it remembers, and are remembered; of row i with `lengths` only the first
+        `lengths[i]`, behind which padding stands. logits_for: every token, the last one, or the column given for each
+        row (int64 [B]).
         inputs: further ones by name: of the frontend (token_types_BT), of the head (its other targets), and
         `encoder_NAME` for the encoder's NAME (encoder_tokens_BT, encoder_documents_BT), which a cache makes needless
         after the first pass.
@@ -108,6 +111,8 @@ class Transformer(nn.Module):
         if cache is not None and (cache.longest or cache.static):
             mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(x_BTD.shape[1]))
         shared = self._shared(mask, x_BTD.shape[1], positions_BT, slots_BT, cache)
+        if lengths is not None and min(lengths) < x_BTD.shape[1]:
+            shared = replace(shared, lengths_B=torch.tensor(lengths, device=x_BTD.device))
         if self._is_random and self.training and tokens_BT is not None and cache is None:
             shared = replace(shared, row_keys_B=row_keys(tokens_BT))
         if self.encoder is not None:
@@ -116,7 +121,7 @@ class Transformer(nn.Module):
             raise ModelError(f"{', '.join(encoder_inputs)} was given, but the model has no encoder: leave it out.")
         x_BTD, records = self.stack(x_BTD, shared, None if cache is None else cache.states)
         if cache is not None:
-            cache.advance(x_BTD.shape[1])
+            cache.advance([x_BTD.shape[1]] * x_BTD.shape[0] if lengths is None else lengths)
         if isinstance(logits_for, torch.Tensor):
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_for][:, None]
         elif logits_for == "last":
@@ -177,9 +182,10 @@ class Transformer(nn.Module):
     ) -> MixerInput:
         """What all layers share of this pass."""
         config, position = self.config, self.config.position
-        angles = (
-            self._rotation(positions_BT) if cache is None or positions_BT is not slots_BT else cache.rotation(slots_BT)
-        )
+        if cache is not None and slots_BT is not None and positions_BT is slots_BT:
+            angles = cache.rotation(slots_BT)
+        else:
+            angles = self._rotation(positions_BT)
         if isinstance(position, AlibiConfig):
             device = next(self.stack.parameters()).device
             mask = replace(mask, bias_HL=alibi_bias(config.attention_heads, mask.keys or tokens, device))

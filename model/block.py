@@ -20,6 +20,7 @@ class Block(nn.Module):
 
     cross: in a decoder that has an encoder, a step of the same form between the two (not in the parallel layouts).
     Returns x_BTD and what the ffn slot records of the pass.
+    Without an ffn its branch and norm are left out of each (Mamba: x + mixer(norm x)).
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class Block(nn.Module):
         mixer_norm: nn.Module,
         mixer: Mixer,
         ffn_norm: nn.Module | None,
-        ffn: nn.Module,
+        ffn: nn.Module | None,
         cross_norm: nn.Module | None = None,
         cross: Mixer | None = None,
         dropout: float = 0.0,
@@ -50,18 +51,24 @@ class Block(nn.Module):
         state, cross_state = (state.mixer, state.cross) if isinstance(state, BlockState) else (state, None)
         if self.layout == "parallel" or self.layout == "parallel_two_norms":
             normed_BTD = self.mixer_norm(x_BTD)
+            mixed_BTD = self.mixer(normed_BTD, shared, state)
+            if self.ffn is None:
+                return x_BTD + self.dropout(mixed_BTD), {}
             y_BTD, record = self.ffn(normed_BTD if self.ffn_norm is None else self.ffn_norm(x_BTD), shared)
-            return x_BTD + self.dropout(self.mixer(normed_BTD, shared, state) + y_BTD), record
-        assert self.ffn_norm is not None
+            return x_BTD + self.dropout(mixed_BTD + y_BTD), record
         if self.layout == "pre":
             x_BTD = x_BTD + self.dropout(self.mixer(self.mixer_norm(x_BTD), shared, state))
             if self.cross is not None and self.cross_norm is not None:
                 x_BTD = x_BTD + self.dropout(self.cross(self.cross_norm(x_BTD), shared, cross_state))
+            if self.ffn is None or self.ffn_norm is None:
+                return x_BTD, {}
             y_BTD, record = self.ffn(self.ffn_norm(x_BTD), shared)
             return x_BTD + self.dropout(y_BTD), record
         x_BTD = self.mixer_norm(x_BTD + self.dropout(self.mixer(x_BTD, shared, state)))
         if self.cross is not None and self.cross_norm is not None:
             x_BTD = self.cross_norm(x_BTD + self.dropout(self.cross(x_BTD, shared, cross_state)))
+        if self.ffn is None or self.ffn_norm is None:
+            return x_BTD, {}
         y_BTD, record = self.ffn(x_BTD, shared)
         return self.ffn_norm(x_BTD + self.dropout(y_BTD)), record
 

@@ -111,14 +111,16 @@ def _head(config: ModelConfig, vocab_size: int) -> Head:
 
 def _block(config: ModelConfig, number: int, attend: AttentionKernel) -> Block:
     layer = config.layers[number]
+    ffn = build_ffn(layer.ffn, config.d_model, number)
+    one_norm = config.layout == "parallel" or ffn is None
     return Block(
         layout=config.layout,
         mixer_norm=build_norm(config.norm, config.d_model),
         mixer=build_mixer(layer.mixer, config.d_model, config.norm, attend),
-        ffn_norm=None if config.layout == "parallel" else build_norm(config.norm, config.d_model),
+        ffn_norm=None if one_norm else build_norm(config.norm, config.d_model),
         cross_norm=None if layer.cross is None else build_norm(config.norm, config.d_model),
         cross=_cross(config, layer, attend),
-        ffn=build_ffn(layer.ffn, config.d_model, number),
+        ffn=ffn,
         dropout=config.dropout,
     )
 

@@ -75,12 +75,21 @@ class Cache:
             return self.angles.between(self.common_slot, self.common_slot + slots_BT.shape[1])
         return self.angles.at(slots_BT)
 
-    def advance(self, tokens: int) -> None:
-        """Count `tokens` new tokens in every row."""
-        self.lengths = [length + tokens for length in self.lengths]
+    def advance(self, lengths: Sequence[int]) -> None:
+        """Count `lengths[i]` new tokens in row i."""
+        self.lengths = [length + new for length, new in zip(self.lengths, lengths, strict=True)]
 
     def rewind(self, lengths: Sequence[int]) -> None:
-        """Forget all but the first `lengths[i]` tokens of row i: padding after a short prompt, or a rejected draft."""
+        """Forget all but the first `lengths[i]` tokens of row i, such as a rejected draft.
+
+        Raises ModelError where a layer's state has no place for each token and cannot go back (state space mixers,
+        linear attention).
+        """
+        if list(lengths) != self.lengths and not all(state.rewindable for state in self.states):
+            raise ModelError(
+                f"a cache of {self.lengths} tokens cannot be rewound to {list(lengths)}: a recurrent layer keeps one state "
+                "and none of its past; read the shorter rows into a new cache, or give `lengths` when reading padded rows."
+            )
         self.lengths = list(lengths)
 
     def reorder(self, rows: Sequence[int]) -> None:

@@ -139,6 +139,11 @@ class ModelConfig:
             )
 
     def _check_rotary(self) -> None:
+        if not self._attentions:
+            raise ModelError(
+                f"model.position.kind is rope, but no layer attends (mixer.kind is {self.mixer.kind}): rotary positions "
+                "turn queries and keys; set model.position.kind=none, or learned."
+            )
         channels = sorted({mixer.channels(self.d_model) for mixer in self._attentions})
         if len(channels) > 1:
             raise ModelError(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from model.config import LayerConfig, ModelConfig
+from model.ffn import NoFfnConfig
 from model.heads import LanguageHeadConfig
 from model.loss import chunk_tokens
 from model.position import position_parameters
@@ -32,7 +33,7 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     embedding = config.frontend.parameters(vocab_size, width, config.norm)
     embedding += position_parameters(config.position, config.max_seq_len, width, config.attention_heads)
     norm = config.norm.parameters(width)
-    norms = (0 if config.layout == "post" else norm) + _norms_per_layer(config) * config.n_layers * norm
+    norms = (0 if config.layout == "post" else norm) + sum(_norms(config, layer) for layer in config.layers) * norm
     head = config.head.costs(vocab_size, width, config.norm).parameters
     others = embedding + norms + head - len(config.tied_weights) * vocab_size * width
     slots = _slots(config)
@@ -102,7 +103,7 @@ def kv_cache_bytes(config: ModelConfig, *, rows: int, tokens: int, dtype_bytes: 
     slots = _slots(config)
     elements = sum(slot.state_per_token * tokens + slot.state for slot in slots)
     elements += sum(slot.state_per_memory_token * encoder_tokens for slot in slots)
-    return rows * elements * dtype_bytes
+    return rows * (elements * dtype_bytes + sum(slot.state_bytes for slot in slots))
 
 
 def activation_bytes(
@@ -147,13 +148,15 @@ def _encoder(encoder: ModelConfig, vocab_size: int) -> ModelConfig:
     return replace(encoder, vocab_size=encoder.vocab_size or vocab_size)
 
 
-def _norms_per_layer(config: ModelConfig) -> int:
-    return 1 if config.layout == "parallel" else 2 if config.encoder is None else 3
+def _norms(config: ModelConfig, layer: LayerConfig) -> int:
+    """Norms of one block."""
+    ffn_norms = 0 if config.layout == "parallel" or isinstance(layer.ffn, NoFfnConfig) else 1
+    return 1 + ffn_norms + (0 if layer.cross is None else 1)
 
 
 def _block_activations(config: ModelConfig, layer: LayerConfig, dtype_bytes: int) -> int:
     """Bytes of one token kept by one block: norm inputs and outputs, and what its slots keep."""
     slots = _layer_slots(config, layer)
-    elements = 2 * _norms_per_layer(config) * config.d_model
+    elements = 2 * _norms(config, layer) * config.d_model
     elements += sum(slot.kept_elements + slot.memory_kept_elements for slot in slots)
     return dtype_bytes * elements + sum(slot.kept_bytes for slot in slots)

@@ -46,6 +46,17 @@ class FfnConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoFfnConfig:
+    """Nothing behind the mixer: the block has one branch and one norm (Mamba)."""
+
+    kind: Literal["none"] = "none"
+
+    def costs(self, d_model: int) -> SlotCosts:
+        """Nothing."""
+        return SlotCosts(parameters=0, matrices=0)
+
+
 class FeedForward(Joins):
     """x_BTD -> y_BTD, each token by itself; it has nothing to record."""
 

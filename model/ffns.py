@@ -2,16 +2,18 @@
 
 from torch import nn
 
-from model.ffn import FeedForward, FfnConfig
+from model.ffn import FeedForward, FfnConfig, NoFfnConfig
 from model.moe.config import MoeConfig
 from model.moe.layer import MixtureOfExperts
 
-AnyFfnConfig = FfnConfig | MoeConfig
+AnyFfnConfig = FfnConfig | MoeConfig | NoFfnConfig
 """Each arm has a `kind` of its own and `costs(d_model)`."""
 
 
-def build_ffn(config: AnyFfnConfig, d_model: int, layer: int) -> nn.Module:
-    """What fills the ffn slot of layer number `layer`: (x_BTD, shared) -> (y_BTD, Record)."""
+def build_ffn(config: AnyFfnConfig, d_model: int, layer: int) -> nn.Module | None:
+    """What fills the ffn slot of layer number `layer`, (x_BTD, shared) -> (y_BTD, Record); none where it stays empty."""
+    if isinstance(config, NoFfnConfig):
+        return None
     if isinstance(config, MoeConfig):
         return MixtureOfExperts(config, d_model, layer)
     return FeedForward(config, d_model)

@@ -97,7 +97,7 @@ def read_prompts(
     """(a cache that holds every prompt, with room for `budgets[i]` more tokens; the logits [B, V] that follow each).
 
     Equal prompts are read once, and so is what all begin with. Short prompts are padded behind their end, where
-    causality hides the padding from every real token; their padding's slots are given back, to be overwritten by what is
+    causality hides the padding from every real token; it is not remembered, and its slots are overwritten by what is
     generated.
     """
     room = max(len(prompt) + new for prompt, new in zip(prompts, budgets, strict=True))
@@ -115,8 +115,8 @@ def read_prompts(
         [*prompt[shared:], *[0] * (max(lengths) - length)] for prompt, length in zip(distinct, lengths, strict=True)
     ]
     last_B = torch.tensor(lengths, device=cache.device) - 1
-    logits_BV = model(torch.tensor(padded, device=cache.device), cache=cache, logits_for=last_B)["logits"][:, 0]
-    cache.rewind([len(prompt) for prompt in distinct])
+    tokens_BT = torch.tensor(padded, device=cache.device)
+    logits_BV = model(tokens_BT, cache=cache, lengths=lengths, logits_for=last_B)["logits"][:, 0]
     if len(distinct) < len(prompts):
         places = {prompt: place for place, prompt in enumerate(distinct)}
         rows = [places[tuple(prompt)] for prompt in prompts]

@@ -6,6 +6,7 @@ device or initialising only the parameters of one rank changes no other value.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -15,12 +16,17 @@ from torch import nn
 
 from model.errors import ModelError
 
-Role = Literal["matrix", "embedding", "head", "router", "expert", "norm", "bias", "adapter"]
-Draw = Literal["weight", "residual", "embedding", "head", "zeros", "ones"]
+Role = Literal["matrix", "embedding", "head", "router", "expert", "norm", "bias", "adapter", "recurrence", "features"]
+"""`recurrence`: rates and passages of a state space mixer. `features`: random ones, which are never trained."""
 
-# Roles that are not pulled towards zero by weight decay: a scale of one or an offset is not a weight to be kept small,
-# and a rare token's embedding would shrink between its sightings.
-NO_WEIGHT_DECAY: frozenset[Role] = frozenset({"norm", "bias", "embedding"})
+Draw = Literal["weight", "residual", "embedding", "head", "zeros", "ones", "fan_in", "time_step", "decay", "orthogonal"]
+"""`InitConfig` decides about the first four. fan_in: uniform within ±1/sqrt(fan_in). time_step: the offset that makes
+softplus give steps between 0.001 and 0.1, evenly on a logarithmic scale. decay: ln(1), ln(2) … along the last axis.
+orthogonal: Gaussian rows, orthogonal among each block of as many as they have columns."""
+
+# Roles that are not pulled towards zero by weight decay: a scale of one, an offset or the logarithm of a rate is not a
+# weight to be kept small, and a rare token's embedding would shrink between its sightings.
+NO_WEIGHT_DECAY: frozenset[Role] = frozenset({"norm", "bias", "embedding", "recurrence", "features"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +122,34 @@ def initial_value(
     """The fp32 CPU starting value of one parameter: a pure function of its arguments."""
     if draw == "ones":
         return torch.ones(shape)
+    if draw == "decay":
+        return torch.arange(1.0, shape[-1] + 1).log().repeat(*shape[:-1], 1)
     std = _std(shape=shape, draw=draw, config=config, n_layers=n_layers)
     if std == 0.0:
         return torch.zeros(shape)
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     # Always drawn on the CPU in fp32: a model started on another device or in another precision is the same model.
     generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(key[:8], "big", signed=True))
+    if draw == "fan_in":
+        bound = math.prod(shape[1:]) ** -0.5
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    if draw == "time_step":
+        step = torch.empty(shape).uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
+        return step + torch.log(-torch.expm1(-step))
+    if draw == "orthogonal":
+        return _orthogonal(shape, generator)
     return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def _orthogonal(shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """[rows, columns]: each row's length and direction are a Gaussian vector's (Choromanski et al. 2020, section 2.4)."""
+    rows, columns = shape
+    blocks = []
+    for _ in range(-(-rows // columns)):
+        q, r = torch.linalg.qr(torch.empty(columns, columns, dtype=torch.float64).normal_(generator=generator))
+        blocks.append((q * r.diagonal().sign()).T)  # without the signs no direction is as likely as its opposite
+    lengths = torch.empty(rows, columns, dtype=torch.float64).normal_(generator=generator).norm(dim=1, keepdim=True)
+    return (torch.cat(blocks)[:rows] * lengths).float()
 
 
 def _std(*, shape: torch.Size | tuple[int, ...], draw: Draw, config: InitConfig, n_layers: int) -> float:

@@ -290,9 +290,13 @@ def distance_buckets(distance_L: torch.Tensor, config: RelativePositionConfig, *
     return found_L if causal else found_L + buckets * (distance_L > 0)
 
 
+def document_starts(documents_BT: torch.Tensor) -> torch.Tensor:
+    """bool: true for the first token of every document and of every run of padding."""
+    return documents_BT != nn.functional.pad(documents_BT[:, :-1], (1, 0), value=-1)
+
+
 def document_positions(documents_BT: torch.Tensor) -> torch.Tensor:
     """int64 position of each token within its document, where a document is a run of equal numbers in a row."""
     index_BT = torch.arange(documents_BT.shape[1], device=documents_BT.device).expand(documents_BT.shape)
-    previous_BT = nn.functional.pad(documents_BT[:, :-1], (1, 0), value=-1)
-    start_BT = torch.where(documents_BT != previous_BT, index_BT, 0).cummax(dim=1).values
+    start_BT = torch.where(document_starts(documents_BT), index_BT, 0).cummax(dim=1).values
     return index_BT - start_BT

@@ -28,6 +28,7 @@ class SlotCosts:
     state_per_token, state: elements remembered while decoding, for each token and once for each row.
     memory_matrices, memory_kept_elements, state_per_memory_token: as above, for each token of an encoder's output.
     memory_pair_flops: forward FLOPs of one pair of a token and a token of the encoder's output.
+    state_bytes: bytes remembered once for each row whatever the precision (fp32 sums).
     """
 
     parameters: int
@@ -45,3 +46,4 @@ class SlotCosts:
     state_per_token: int = 0
     state_per_memory_token: int = 0
     state: int = 0
+    state_bytes: int = 0

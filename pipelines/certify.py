@@ -24,6 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from model.ffn import FfnConfig
+from model.mixers.attention import AttentionConfig
+from model.mixers.linear_attention import LinearAttentionConfig
 from pipelines.engine import runner
 from pipelines.engine.step import Step
 from pipelines.engine.store import open_store
@@ -73,13 +76,16 @@ def certify_resume(overrides: Sequence[str]) -> int:
 
 def scaled_down(settings: Settings) -> list[str]:
     """Overrides that keep the configuration's kind and make twelve steps of it take seconds."""
-    mixer = settings.model.mixer
-    grouped = mixer.n_kv_heads is not None and mixer.n_kv_heads < mixer.n_heads
+    model = settings.model
     rows = 4 * max(2, settings.compute.ranks)
     tokens = rows * settings.shards.seq_len
-    small = ["model.d_model=128", "model.mixer.n_heads=4", "model.mixer.head_dim=null", "model.ffn.d_ff=256"]
-    if grouped:
+    small = ["model.d_model=128"]
+    if isinstance(model.mixer, AttentionConfig | LinearAttentionConfig):
+        small += ["model.mixer.n_heads=4", "model.mixer.head_dim=null"]
+    if isinstance(model.mixer, AttentionConfig) and model.mixer.kv_heads < model.mixer.n_heads:
         small.append("model.mixer.n_kv_heads=2")
+    if isinstance(model.ffn, FfnConfig):
+        small.append("model.ffn.d_ff=256")
     return [
         f"pretrain.global_batch_tokens={tokens}",
         f"pretrain.total_tokens={tokens * STEPS}",
@@ -87,8 +93,8 @@ def scaled_down(settings: Settings) -> list[str]:
         "pretrain.compile=off",
         "pretrain.checkpoint.every_steps=3",
         "tracking.mode=off",
-        f"model.n_layers={min(2, settings.model.n_layers)}",
-        *(small if settings.model.d_model > 128 else []),
+        f"model.n_layers={min(2, model.n_layers)}",
+        *(small if model.d_model > 128 and not model.pattern else []),  # a pattern's parts have widths of their own
     ]
 
 

@@ -37,9 +37,11 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     family, config = family_of(config), as_exceptions(config)
     theirs: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for setting in family.settings:
-        value = dotted(config, setting.written or setting.ours[0])
+        value = dotted(config, setting.ours[0])
+        if setting.written is not None:
+            value = setting.written(config) if callable(setting.written) else dotted(config, setting.written)
         value = value + setting.added if setting.added else value
-        theirs[setting.theirs] = value if setting.names is None else setting.names[value]
+        theirs[setting.theirs] = value if setting.names is None else setting.names.get(value, value)
         if setting.also is not None:
             theirs[setting.also] = theirs[setting.theirs]
     if family.layers is not None:
@@ -64,17 +66,19 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
     fields = {path: value for path, value in family.fixed.items() if not (tangled and path.startswith("position."))}
     for setting in family.settings:
         value = theirs.get(setting.theirs, theirs.get(setting.also or setting.theirs, setting.default))
-        if setting.names is not None:
+        if setting.names is not None and (isinstance(value, str) or value in setting.names.values()):
             value = _our_word(setting.theirs, value, setting.names)
         value = value - setting.added if setting.added else value
         fields |= dict.fromkeys(setting.ours, value)
-    if fields["ffn.d_ff"] is None:  # GPT-2's default
+    if fields.get("ffn.d_ff", 0) is None:  # GPT-2's default
         fields["ffn.d_ff"] = 4 * fields["d_model"]
     for stack in ("", "encoder."):
         width, heads = fields.get(f"{stack}d_model", 0), fields.get(f"{stack}mixer.n_heads", 1)
         if fields.get(f"{stack}mixer.head_dim") == width // heads:
             fields[f"{stack}mixer.head_dim"] = None
-    if fields.get("mixer.n_kv_heads") == fields["mixer.n_heads"]:
+    if "mixer.dt_rank" in fields and fields["mixer.dt_rank"] == -(-fields["d_model"] // 16):
+        fields["mixer.dt_rank"] = None
+    if "mixer.n_heads" in fields and fields.get("mixer.n_kv_heads") == fields["mixer.n_heads"]:
         fields["mixer.n_kv_heads"] = None
     if family.layers is not None:
         fields["pattern"] = family.layers.read(theirs, fields)
@@ -211,7 +215,8 @@ def _differences(config: ModelConfig, family: Family) -> list[str]:
     wrong += [f"{path} set" for path in family.required if not dotted(config, path)]
     if family.layers is not None and not wrong:
         wrong += family.layers.faults(config)
-    if family.heads_divide_width and config.d_model % config.mixer.n_heads:
+    heads = dotted(config, "mixer.n_heads")
+    if family.heads_divide_width and heads is not None and config.d_model % heads:
         wrong.append("d_model a multiple of mixer.n_heads")
     return wrong
 
@@ -232,7 +237,7 @@ def _family_for(theirs: Mapping[str, Any]) -> Family:
     raise ModelError(f"config.json has model_type {model_type!r}: checkpoints of {known} can be imported.")
 
 
-def _our_word(key: str, theirs: str, names: Mapping[str, str]) -> str:
+def _our_word(key: str, theirs: str, names: Mapping[Any, str]) -> Any:
     aliases = {name: ours for ours, name in names.items()} | {"gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
     if theirs not in aliases:
         raise ModelError(f"config.json has {key}={theirs!r}: known here are {', '.join(sorted(aliases))}.")

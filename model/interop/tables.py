@@ -45,8 +45,9 @@ class Weight:
 class Setting:
     """One key of their config.json and the dotted fields of ModelConfig that it sets.
 
-    default: what their class takes where the key is missing. names: their word for each of ours, for enumerations.
-    written: the field whose value is exported instead, where ours may be null and theirs may not.
+    default: what their class takes where the key is missing. names: their word for each of ours, for enumerations;
+        a value without one is the same in both.
+    written: the field whose value is exported instead, or what computes it, where ours may be null and theirs may not.
     also: another spelling of the key, written beside it and read where it is missing.
     added: theirs counts so many more (RoBERTa's positions count unused rows of the table).
     """
@@ -54,8 +55,8 @@ class Setting:
     theirs: str
     ours: tuple[str, ...]
     default: Any = None
-    names: Mapping[str, Any] | None = None
-    written: str | None = None
+    names: Mapping[Any, Any] | None = None
+    written: str | Callable[[ModelConfig], Any] | None = None
     also: str | None = None
     added: int = 0
 

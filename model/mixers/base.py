@@ -21,6 +21,8 @@ class MixerInput:
     memory_BSD: an encoder's output, which cross-attention looks at; null once a cache remembers its keys and values.
     memory_mask: which of it each token sees.
     row_keys_B: int64 hash of each row in training, for layers whose noise is a function of the row.
+    lengths_B: in cached decoding of rows of unequal length, how many tokens of each are real. What stands behind them
+        is padding, which a state that cannot give it back must not take in.
     """
 
     mask: Mask
@@ -31,14 +33,26 @@ class MixerInput:
     memory_mask: Mask | None = None
     windowed: Mapping[int, Mask] = field(default_factory=dict)
     row_keys_B: torch.Tensor | None = None
+    lengths_B: torch.Tensor | None = None
 
     def mask_within(self, window: int | None) -> Mask:
         """The mask of a layer with this window."""
         return self.mask if window is None else self.windowed[window]
 
+    def padding(self, tokens: int) -> torch.Tensor | None:
+        """bool [B, T, 1], true behind the end of a row that is shorter than others; none if all are as long."""
+        if self.lengths_B is None:
+            return None
+        return (torch.arange(tokens, device=self.lengths_B.device) >= self.lengths_B[:, None])[..., None]
+
 
 class MixerState:
-    """What one mixer remembers of one batch between decoding steps; its kind decides what that is."""
+    """What one mixer remembers of one batch between decoding steps; its kind decides what that is.
+
+    rewindable: it can forget its last tokens again, because each token has a place of its own.
+    """
+
+    rewindable = True
 
     @abstractmethod
     def reorder(self, rows_B: torch.Tensor) -> None:

@@ -98,7 +98,7 @@ def _starting_model(job: Mapping[str, Any], settings: TrainSettings) -> Transfor
         model = build_model(config, device="meta")
         model.load_state_dict({name: x.float() for name, x in state.items()}, assign=True)
         model.tie_weights()
-        return model.requires_grad_(True)
+        return model
     if not job.get("model"):
         raise TrainingError("A training run needs `model`, a configuration, or `init`, a folder of weights; set one.")
     return build_model(from_plain(ModelConfig, job["model"], "model"), seed=settings.seed)

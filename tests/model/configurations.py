@@ -5,11 +5,13 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from model.config import LayerChange, ModelConfig
-from model.ffn import FfnConfig
+from model.ffn import FfnConfig, NoFfnConfig
 from model.frontends import TokenFrontendConfig
 from model.heads import LanguageHeadConfig, NoHeadConfig
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
+from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
+from model.mixers.mamba import MambaConfig
 from model.moe.config import BalanceConfig, MoeConfig, RouterConfig
 from model.norm import NormConfig
 from model.position import (
@@ -17,6 +19,7 @@ from model.position import (
     LearnedPositionConfig,
     LinearScaling,
     Llama3Scaling,
+    NoPositionConfig,
     RopeConfig,
     SinusoidalPositionConfig,
 )
@@ -153,6 +156,25 @@ MIXTRAL = ModelConfig(
     ffn=MoeConfig(n_experts=4, top_k=2, d_ff=24, balance=BalanceConfig(loss=0.0)),
     init=LIVELY,
 )
+MAMBA = ModelConfig(
+    vocab_size=97,
+    d_model=32,
+    n_layers=2,
+    max_seq_len=64,
+    position=NoPositionConfig(),
+    mixer=MambaConfig(d_state=8),
+    ffn=NoFfnConfig(),
+    init=LIVELY,
+)
+LINEAR = replace(GPT2, mixer=LinearAttentionConfig(n_heads=4, qkv_bias=True, out_bias=True))
+PERFORMER = replace(GPT2, mixer=LinearAttentionConfig(n_heads=4, features=FavorConfig(n_features=40)))
+HYBRID = replace(
+    MAMBA,
+    n_layers=3,
+    position=RopeConfig(),
+    pattern=(LayerChange(every=2, first=1, mixer=LLAMA.mixer, ffn=LLAMA.ffn),),
+)
+RECURRENT = {"mamba": MAMBA, "linear": LINEAR, "performer": PERFORMER, "hybrid": HYBRID}
 
 
 @st.composite
@@ -249,6 +271,30 @@ def parallel_configs(draw: st.DrawFn) -> ModelConfig:
 
 
 @st.composite
+def mamba_configs(draw: st.DrawFn) -> ModelConfig:
+    """Mamba models of any shape that is small."""
+    return ModelConfig(
+        vocab_size=draw(st.integers(17, 70)),
+        d_model=draw(st.integers(3, 20)),
+        n_layers=draw(st.integers(1, 2)),
+        max_seq_len=32,
+        tie_embeddings=draw(st.booleans()),
+        norm=NormConfig(eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3]))),
+        position=NoPositionConfig(),
+        mixer=MambaConfig(
+            expand=draw(st.integers(1, 3)),
+            d_state=draw(st.integers(1, 9)),
+            d_conv=draw(st.integers(2, 5)),
+            dt_rank=draw(st.sampled_from([None, 1, 3])),
+            bias=draw(st.booleans()),
+            conv_bias=draw(st.booleans()),
+        ),
+        ffn=NoFfnConfig(),
+        init=LIVELY,
+    )
+
+
+@st.composite
 def moe_configs(draw: st.DrawFn) -> ModelConfig:
     """Mixtral and Qwen3-MoE models of any shape that is small, the latter with dense layers among the others."""
     n_kv_heads, groups, head_dim = (draw(st.sampled_from(sizes)) for sizes in ((1, 2), (1, 2), (4, 8)))
@@ -279,6 +325,11 @@ def moe_configs(draw: st.DrawFn) -> ModelConfig:
         pattern=(LayerChange(every=2, first=1, ffn=experts),) if every_second else (),
         init=LIVELY,
     )
+
+
+def recurrent_config() -> st.SearchStrategy[ModelConfig]:
+    """Models with a state of constant size, alone or among attention layers."""
+    return st.one_of(mamba_configs(), st.sampled_from([LINEAR, PERFORMER, HYBRID]))
 
 
 def any_config() -> st.SearchStrategy[ModelConfig]:

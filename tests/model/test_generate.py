@@ -14,13 +14,25 @@ from model.build import build_model
 from model.config import ModelConfig, ModelError
 from model.generate import Sampling, choose, generate, unpadded
 from model.joined import joined_projections
-from tests.model.configurations import ALIBI, FALCON, GPT2, GPTJ, LLAMA, MIXTRAL, WINDOWED, any_config
+from tests.model.configurations import (
+    ALIBI,
+    FALCON,
+    GPT2,
+    GPTJ,
+    LLAMA,
+    MIXTRAL,
+    RECURRENT,
+    WINDOWED,
+    any_config,
+    recurrent_config,
+)
 
 FAMILIES = pytest.mark.parametrize(
     "config",
     [LLAMA, GPT2, WINDOWED, ALIBI, GPTJ, FALCON, MIXTRAL],
     ids=["llama", "gpt2", "windowed", "alibi", "gptj", "falcon", "mixtral"],
 )
+EVERY = pytest.mark.parametrize("config", [LLAMA, GPT2, *RECURRENT.values()], ids=["llama", "gpt2", *RECURRENT.keys()])
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 PROMPTS = [[5, 3, 9], [7], [1, 2, 3, 4, 5, 6, 7, 8], [90, 4]]
 
@@ -34,7 +46,7 @@ def greedy_by_whole_passes(model: torch.nn.Module, prompt: list[int], new_tokens
 
 @settings(max_examples=20, deadline=None)
 @given(
-    config=any_config(),
+    config=st.one_of(any_config(), recurrent_config()),
     steps=st.lists(st.integers(1, 6), min_size=1, max_size=5),
     rows=st.integers(1, 3),
     seed=st.integers(0, 50),
@@ -133,6 +145,22 @@ def test_a_padded_batch_gives_its_prompts(left: bool) -> None:
     assert unpadded(torch.tensor([[8, 8, 8], [1, 2, 3]]), mask) == [[8], [1, 2, 3]]
 
 
+@EVERY
+def test_rows_of_unequal_length_are_read_together_and_reordered(config: ModelConfig) -> None:
+    model = build_model(config)
+    tokens = torch.randint(0, 97, (3, 10), generator=torch.Generator().manual_seed(1))
+    cache = model.new_cache(3, 30)
+    for lengths in ([4, 10, 1], [7, 2, 10]):  # the second time behind what is there
+        model(tokens[:, : max(lengths)], cache=cache, lengths=lengths)
+    cache.reorder([2, 0, 0])
+    assert cache.lengths == [11, 11, 11]
+    found = model(torch.tensor([[11], [12], [13]]), cache=cache)["logits"][:, 0]
+    for row, (source, first, second, token) in enumerate([(2, 1, 10, 11), (0, 4, 7, 12), (0, 4, 7, 13)]):
+        whole = torch.cat([tokens[source, :first], tokens[source, :second], torch.tensor([token])])
+        expected = model(whole[None])["logits"][0, -1]
+        assert (found[row] - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
 def test_a_cache_that_is_full_says_so() -> None:
     model = build_model(LLAMA)
     cache = model.new_cache(1, 8)
@@ -141,7 +169,7 @@ def test_a_cache_that_is_full_says_so() -> None:
         model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
 
 
-@FAMILIES
+@EVERY
 def test_a_ragged_batch_continues_each_prompt_as_it_would_alone(config: ModelConfig) -> None:
     model = build_model(config)
     together = generate(model, PROMPTS, GREEDY)

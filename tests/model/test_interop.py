@@ -28,15 +28,26 @@ from model.interop import (
     to_hf,
 )
 from model.mixers.attention import AttentionConfig
-from tests.model.configurations import FALCON, GPT2, GPTJ, LLAMA, MISTRAL, MIXTRAL, any_config, parallel_configs
+from tests.model.configurations import (
+    FALCON,
+    GPT2,
+    GPTJ,
+    LLAMA,
+    MAMBA,
+    MISTRAL,
+    MIXTRAL,
+    any_config,
+    mamba_configs,
+    parallel_configs,
+)
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 FAMILIES = pytest.mark.parametrize(
     "config",
-    [LLAMA, MISTRAL, GPT2, GPTJ, FALCON, MIXTRAL],
-    ids=["llama", "mistral", "gpt2", "gptj", "falcon", "mixtral"],
+    [LLAMA, MISTRAL, GPT2, GPTJ, FALCON, MIXTRAL, MAMBA],
+    ids=["llama", "mistral", "gpt2", "gptj", "falcon", "mixtral", "mamba"],
 )
 QUICK = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -75,7 +86,7 @@ def assert_close(theirs: torch.Tensor, ours: torch.Tensor) -> None:
 
 
 @QUICK
-@given(config=any_config())
+@given(config=st.one_of(any_config(), mamba_configs()))
 def test_an_imported_checkpoint_has_the_references_logits_and_gradients(config: ModelConfig) -> None:
     theirs = reference(config)
     imported, state = from_hf(theirs.config.to_dict(), theirs.state_dict())
@@ -135,7 +146,21 @@ def test_the_first_falcons_settings_are_understood(multi_query: bool, config: Mo
 
 
 @QUICK
-@given(config=any_config())
+@given(config=mamba_configs())
+def test_padding_in_front_of_a_scan_is_a_document_of_its_own(config: ModelConfig) -> None:
+    config = replace(config, mixer=replace(config.mixer, bias=False))  # their convolution sees the padding's bias
+    theirs = reference(config)
+    imported, state = from_hf(theirs.config.to_dict(), theirs.state_dict())
+    ours = build_model(imported)
+    ours.load_state_dict(state)
+    tokens, mask = inputs(config), torch.ones(2, 24, dtype=torch.int32)
+    mask[1, :9] = 0
+    expected = theirs(tokens, attention_mask=mask).logits * mask[..., None]
+    assert_close(expected, ours(tokens, documents_BT=mask)["logits"] * mask[..., None])
+
+
+@QUICK
+@given(config=st.one_of(any_config(), mamba_configs()))
 def test_import_and_export_give_the_same_tensors_bit_for_bit(config: ModelConfig) -> None:
     theirs = reference(config)
     state = theirs.state_dict()
@@ -149,7 +174,7 @@ def test_import_and_export_give_the_same_tensors_bit_for_bit(config: ModelConfig
 
 
 @QUICK
-@given(config=any_config())
+@given(config=st.one_of(any_config(), mamba_configs()))
 def test_a_configuration_comes_back_from_theirs(config: ModelConfig) -> None:
     again = config_from_hf(json.loads(json.dumps(hf_config(config))))
     assert hf_config(again) == hf_config(config)

@@ -5,6 +5,7 @@ from model.interop.families.falcon import FALCON, FALCON_TWO_NORMS
 from model.interop.families.gpt2 import GPT2
 from model.interop.families.gptj import GPTJ
 from model.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from model.interop.families.mamba import MAMBA
 from model.interop.families.mixtral import MIXTRAL, QWEN3_MOE
 from model.interop.families.seq2seq import BART, MARIAN
 from model.interop.families.t5 import T5_KIN
@@ -24,4 +25,5 @@ FAMILIES = (
     *T5_KIN,
     BART,
     MARIAN,
+    MAMBA,
 )

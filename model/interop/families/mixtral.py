@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config import LayerChange, ModelConfig
-from model.ffn import FfnConfig
+from model.ffn import FfnConfig, NoFfnConfig
 from model.interop.families.common import OURS, read_rope, write_rope
 from model.interop.families.llama import LLAMA_SETTINGS, LLAMA_WEIGHTS, QWEN3
-from model.interop.tables import Family, LayerTable, Setting, Weight
+from model.interop.tables import Family, LayerTable, Setting, Weight, dotted
+from model.moe.config import MoeConfig
 
 _THEIRS = "model.layers.{layer}"
 _EXPERTS = f"{OURS}.ffn.experts"
@@ -91,15 +92,17 @@ MIXTRAL = Family(
 
 def _faults(config: ModelConfig) -> list[str]:
     """Qwen3-MoE's layers have the experts, or one dense network that they share the shape of."""
+    assert isinstance(config.ffn, MoeConfig)
     dense = {layer.ffn for layer in config.layers if layer.ffn != config.ffn}
-    wanted = {FfnConfig(d_ff=ffn.d_ff, activation=config.ffn.activation) for ffn in dense}
+    activation = config.ffn.activation
+    wanted = {FfnConfig(d_ff=ffn.d_ff, activation=activation) for ffn in dense if not isinstance(ffn, NoFfnConfig)}
     wrong = [] if len(dense) <= 1 and dense == wanted else ["layers without experts dense, gated, unbiased and alike"]
     return [*wrong, *({"one mixer"} if any(layer.mixer != config.mixer for layer in config.layers) else ())]
 
 
 def _write_layers(config: ModelConfig) -> dict[str, Any]:
     dense = [number for number, layer in enumerate(config.layers) if layer.ffn != config.ffn]
-    d_ff = config.layers[dense[0]].ffn.d_ff if dense else config.ffn.d_ff
+    d_ff = dotted(config, "ffn.d_ff") if not dense else getattr(config.layers[dense[0]].ffn, "d_ff", None)
     return {"mlp_only_layers": dense, "decoder_sparse_step": 1, "intermediate_size": d_ff}
 
 
