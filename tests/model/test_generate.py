@@ -112,12 +112,12 @@ def test_a_static_caches_steps_have_one_shape_and_the_same_tokens() -> None:
     def note(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         x_BTD, shared = inputs[0], inputs[1]
         if x_BTD.shape[1] == 1:
-            seen.add((x_BTD.shape, shared.mask.hidden.shape, shared.rotation.cos_BT1C.shape, shared.common_slot))
+            seen.add((x_BTD.shape, shared.mask.keys, shared.rotation.cos_BT1C.shape, shared.common_slot))
 
     hook = model.stack.register_forward_pre_hook(note)
     texts = generate(model, PROMPTS, replace(GREEDY, max_new_tokens=50), static=True)
     hook.remove()
-    assert seen == {((4, 1, 32), (4, 1, 64), (4, 1, 1, 8), None)}
+    assert seen == {((4, 1, 32), 64, (4, 1, 1, 8), None)}
     assert texts == generate(model, PROMPTS, replace(GREEDY, max_new_tokens=50))
 
 
