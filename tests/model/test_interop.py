@@ -90,7 +90,7 @@ def assert_close(theirs: torch.Tensor, ours: torch.Tensor) -> None:
 def test_an_imported_checkpoint_has_the_references_logits_and_gradients(config: ModelConfig) -> None:
     theirs = reference(config)
     imported, state = from_hf(theirs.config.to_dict(), theirs.state_dict())
-    ours = build_model(imported)
+    ours = build_model(imported).eval()  # in training a router's auxiliary loss would join the gradient
     ours.load_state_dict(state)
     tokens = inputs(config)
     found, expected = ours(tokens, targets_BT=tokens.roll(-1, 1)), theirs(tokens).logits
