@@ -15,6 +15,7 @@ from model.mixers.base import MixerInput
 from model.position import (
     AlibiConfig,
     LearnedPositionConfig,
+    RelativeBias,
     RopeConfig,
     alibi_bias,
     document_positions,
@@ -31,7 +32,13 @@ class Transformer(nn.Module):
     configuration spells."""
 
     def __init__(
-        self, config: ModelConfig, frontend: nn.Module, stack: Stack, head: Head, encoder: "Transformer | None" = None
+        self,
+        config: ModelConfig,
+        frontend: nn.Module,
+        stack: Stack,
+        head: Head,
+        encoder: "Transformer | None" = None,
+        distances: RelativeBias | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -39,6 +46,7 @@ class Transformer(nn.Module):
         self.stack = stack
         self.head = head
         self.encoder = encoder
+        self.distances = distances
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -101,7 +109,7 @@ class Transformer(nn.Module):
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_for][:, None]
         elif logits_for == "last":
             x_BTD = x_BTD[:, -1:]
-        result: dict[str, torch.Tensor] = self.head(x_BTD, per_token, **targets)
+        result: dict[str, torch.Tensor] = self.head(x_BTD, documents_BT, per_token, **targets)
         return result
 
     def new_cache(self, rows: int, max_tokens: int) -> Cache:
@@ -151,6 +159,8 @@ class Transformer(nn.Module):
         if isinstance(position, AlibiConfig):
             device = next(self.stack.parameters()).device
             mask = replace(mask, bias_HL=alibi_bias(config.attention_heads, mask.keys or tokens, device))
+        if self.distances is not None:
+            mask = replace(mask, bias_HL=self.distances(mask.keys or tokens))
         return MixerInput(
             mask,
             angles,

@@ -7,6 +7,14 @@ from torch import nn
 
 from model.architectures import Transformer
 from model.block import Block
+from model.classifiers import (
+    ClassifierHead,
+    ClassifierHeadConfig,
+    SpanHead,
+    SpanHeadConfig,
+    TokenClassifierHead,
+    TokenClassifierHeadConfig,
+)
 from model.config import LayerConfig, ModelConfig
 from model.ffn import build_ffn
 from model.frontends import Embedding, TokenFrontend
@@ -17,7 +25,7 @@ from model.kernels.select import Kind, select_kernel
 from model.mixers.attention import CrossAttention
 from model.mixers.build import build_mixer
 from model.norm import build_norm
-from model.position import AlibiConfig, build_positions
+from model.position import AlibiConfig, RelativeBias, RelativePositionConfig, build_positions
 from model.stack import Stack
 
 log = logging.getLogger("athanor.model")
@@ -53,7 +61,7 @@ def build_model(
 def _needs(config: ModelConfig) -> set[Kind]:
     """Kinds of mask that this model cannot do without."""
     needs: set[Kind] = {"window"} if config.windows else set()
-    return needs | ({"biased"} if isinstance(config.position, AlibiConfig) else set())
+    return needs | ({"biased"} if isinstance(config.position, AlibiConfig | RelativePositionConfig) else set())
 
 
 def _assemble(config: ModelConfig, vocab_size: int, attend: AttentionKernel) -> Transformer:
@@ -65,7 +73,10 @@ def _assemble(config: ModelConfig, vocab_size: int, attend: AttentionKernel) -> 
         [_block(config, layer, attend) for layer in config.layers],
         nn.Identity() if config.layout == "post" else build_norm(config.norm, config.d_model),
     )
-    return Transformer(config, frontend, stack, _head(config, vocab_size), encoder)
+    distances: RelativeBias | None = None
+    if isinstance(config.position, RelativePositionConfig):
+        distances = RelativeBias(config.position, config.attention_heads, causal=config.causal)
+    return Transformer(config, frontend, stack, _head(config, vocab_size), encoder, distances)
 
 
 def _frontend(config: ModelConfig, vocab_size: int) -> TokenFrontend:
@@ -82,16 +93,20 @@ def _frontend(config: ModelConfig, vocab_size: int) -> TokenFrontend:
 
 def _head(config: ModelConfig, vocab_size: int) -> Head:
     chosen, width = config.head, config.d_model
-    if not isinstance(chosen, LanguageHeadConfig):
-        return NoHead()
-    return LanguageHead(
-        nn.Parameter(torch.empty(vocab_size, width)),
-        soft_cap=config.logit_soft_cap,
-        z_loss=config.z_loss,
-        bias=chosen.bias,
-        transform=None if chosen.transform is None else Transform(width, chosen.transform, config.norm),
-        scale=width**-0.5 if chosen.scale_input else 1.0,
-    )
+    if isinstance(chosen, LanguageHeadConfig):
+        return LanguageHead(
+            nn.Parameter(torch.empty(vocab_size, width)),
+            soft_cap=config.logit_soft_cap,
+            z_loss=config.z_loss,
+            bias=chosen.bias,
+            transform=None if chosen.transform is None else Transform(width, chosen.transform, config.norm),
+            scale=width**-0.5 if chosen.scale_input else 1.0,
+        )
+    if isinstance(chosen, ClassifierHeadConfig):
+        return ClassifierHead(chosen, width, config.dropout)
+    if isinstance(chosen, TokenClassifierHeadConfig):
+        return TokenClassifierHead(chosen, width, config.dropout)
+    return SpanHead(width) if isinstance(chosen, SpanHeadConfig) else NoHead()
 
 
 def _block(config: ModelConfig, layer: LayerConfig, attend: AttentionKernel) -> Block:

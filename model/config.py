@@ -6,17 +6,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from model.block import Layout
+from model.classifiers import ClassifierHeadConfig, SpanHeadConfig, TokenClassifierHeadConfig
 from model.errors import ModelError
 from model.ffn import FfnConfig
 from model.frontends import FrontendConfig, TokenFrontendConfig
-from model.heads import HeadConfig, LanguageHeadConfig, NoHeadConfig
+from model.heads import LanguageHeadConfig, NoHeadConfig
 from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
 from model.mixers.build import MixerConfig
 from model.norm import NormConfig
-from model.position import AlibiConfig, PositionConfig, RopeConfig
+from model.position import AlibiConfig, PositionConfig, RelativePositionConfig, RopeConfig
 
 __all__ = ["LayerChange", "LayerConfig", "ModelConfig", "ModelError", "Role", "parameter_roles"]
+
+HeadConfig = LanguageHeadConfig | ClassifierHeadConfig | TokenClassifierHeadConfig | SpanHeadConfig | NoHeadConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +99,11 @@ class ModelConfig:
             self._check_rotary()
         if self.encoder is not None:
             self._check_encoder(self.encoder)
-        if isinstance(self.position, AlibiConfig) and len({mixer.n_heads for mixer in self._attentions}) > 1:
+        by_head = isinstance(self.position, AlibiConfig | RelativePositionConfig)
+        if by_head and len({mixer.n_heads for mixer in self._attentions}) > 1:
             raise ModelError(
-                "model.pattern gives attention layers different n_heads: with ALiBi all layers share one slope for "
-                "each head; give them the same n_heads or choose other positions."
+                "model.pattern gives attention layers different n_heads: all layers share one ALiBi slope or one table "
+                "of distances for each head; give them the same n_heads or choose other positions."
             )
         if not 0 <= self.dropout < 1:
             raise ModelError(f"model.dropout is {self.dropout}: it is a probability below 1; use 0 for none.")

@@ -45,12 +45,9 @@ class NoHeadConfig:
         return SlotCosts(parameters=0, matrices=0)
 
 
-HeadConfig = LanguageHeadConfig | NoHeadConfig
-"""What a configuration chooses from, told apart by `kind`; each arm has `costs(vocab_size, d_model, norm)`."""
-
-
 class Head(Declared):
-    """forward(x_BTD, per_token=False, **targets) -> named tensors: outputs without targets, sums for a loss with them.
+    """forward(x_BTD, documents_BT, per_token, **targets) -> named tensors: outputs without targets, sums for a loss with
+    them. Its configuration has a `kind` of its own and `costs(vocab_size, d_model, norm)`.
 
     takes: the names of the targets, which `Transformer.forward` hands on.
     """
@@ -87,7 +84,11 @@ class LanguageHead(Head):
         self.z_loss = z_loss
 
     def forward(
-        self, x_BTD: torch.Tensor, per_token: bool = False, targets_BT: torch.Tensor | None = None
+        self,
+        x_BTD: torch.Tensor,
+        documents_BT: torch.Tensor | None = None,
+        per_token: bool = False,
+        targets_BT: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """{"logits"}; with targets the sums of `chunked_cross_entropy`, or per token {"nll", "is_top"} of [B, T]."""
         if self.transform is not None:
@@ -131,5 +132,7 @@ class Transform(nn.Module):
 class NoHead(Head):
     """{"features": x_BTD}."""
 
-    def forward(self, x_BTD: torch.Tensor, per_token: bool = False) -> dict[str, torch.Tensor]:
+    def forward(
+        self, x_BTD: torch.Tensor, documents_BT: torch.Tensor | None = None, per_token: bool = False
+    ) -> dict[str, torch.Tensor]:
         return {"features": x_BTD}

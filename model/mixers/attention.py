@@ -18,6 +18,7 @@ class AttentionConfig:
     """n_kv_heads: null gives every query head its own; 1 is multi-query. head_dim: null is d_model / n_heads.
 
     qkv_bias and out_bias add offsets; qk_norm normalises queries and keys per head before rotation (Qwen3).
+    scaled: scores are divided by the square root of a head's channels; T5 leaves that to the start of its weights.
     window: how many tokens back a query sees, itself included, and as many ahead in a stack that is not causal; null
     is all (Mistral, https://arxiv.org/abs/2310.06825; another window in every k-th layer by `pattern`).
     """
@@ -30,6 +31,7 @@ class AttentionConfig:
     out_bias: bool = False
     qk_norm: bool = False
     window: int | None = None
+    scaled: bool = True
 
     def __post_init__(self) -> None:
         if self.n_heads < 1:
@@ -139,7 +141,7 @@ class Attention(Mixer):
         self.heads = config.n_heads
         self.kv_heads = config.kv_heads
         self.head_dim = config.channels(d_model)
-        self.scale = self.head_dim**-0.5
+        self.scale = self.head_dim**-0.5 if config.scaled else 1.0
         self.window = config.window
         self.kernel = kernel
         self.q = Linear(d_model, self.heads * self.head_dim, bias=config.qkv_bias)
