@@ -8,6 +8,7 @@ import torch
 from model.errors import ModelError
 from model.init import Linear
 from model.kernels.attention import AttentionKernel
+from model.masks import Mask
 from model.mixers.base import Mixer, MixerInput, MixerState
 from model.norm import NormConfig, build_norm
 from model.slots import SlotCosts
@@ -152,6 +153,10 @@ class Attention(Mixer):
         self.k_norm = build_norm(norm, self.head_dim) if config.qk_norm else None
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
+        return self.out(self.attended(x_BTD, shared, state).flatten(2))
+
+    def attended(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None) -> torch.Tensor:
+        """out_BTHC: what every head gathers, before the output projection."""
         rows, tokens, _ = x_BTD.shape
         q_BTHC = self.q(x_BTD).view(rows, tokens, self.heads, self.head_dim)
         k_BTKC = self.k(x_BTD).view(rows, tokens, self.kv_heads, self.head_dim)
@@ -165,8 +170,11 @@ class Attention(Mixer):
             state.append(k_BTKC, v_BTKC, shared)
             if shared.mask.slots_BT is not None:  # else nothing came before, and what was just computed is all there is
                 k_BTKC, v_BTKC = state.first(shared.mask.keys)
-        out_BTHC = self.kernel(q_BTHC, k_BTKC, v_BTKC, shared.mask_within(self.window), self.scale)
-        return self.out(out_BTHC.reshape(rows, tokens, self.heads * self.head_dim))
+        return self.kernel(q_BTHC, k_BTKC, v_BTKC, self.mask(shared), self.scale)
+
+    def mask(self, shared: MixerInput) -> Mask:
+        """Who sees whom in this layer."""
+        return shared.mask_within(self.window)
 
     def new_state(self, rows: int, max_tokens: int) -> MixerState:
         shape = (rows, self.kv_heads, max_tokens, self.head_dim)

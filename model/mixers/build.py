@@ -3,12 +3,15 @@
 from model.kernels.attention import AttentionKernel
 from model.mixers.attention import Attention, AttentionConfig
 from model.mixers.base import Mixer
+from model.mixers.longformer import LongformerAttention, LongformerConfig
 from model.norm import NormConfig
 
-MixerConfig = AttentionConfig
-"""A union once there are more; each arm has a `kind` of its own, `check(d_model)` and `costs(d_model, norm)`."""
+MixerConfig = AttentionConfig | LongformerConfig
+"""Told apart by `kind`; each arm has a `kind` of its own, `check(d_model)` and `costs(d_model, norm)`."""
 
 
 def build_mixer(config: MixerConfig, d_model: int, norm: NormConfig, attend: AttentionKernel) -> Mixer:
     """The mixer of `config` for a stack of width `d_model`; `attend` is the kernel of those that attend."""
+    if isinstance(config, LongformerConfig):
+        return LongformerAttention(config, d_model, norm, attend)
     return Attention(config, d_model, norm, attend)

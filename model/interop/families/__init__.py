@@ -6,6 +6,21 @@ from model.interop.families.gpt2 import GPT2
 from model.interop.families.gptj import GPTJ
 from model.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from model.interop.families.seq2seq import BART, MARIAN
+from model.interop.families.sparse import LONGFORMER
 from model.interop.families.t5 import T5_KIN
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPTJ, FALCON, FALCON_TWO_NORMS, *BERT_KIN, *T5_KIN, BART, MARIAN)
+FAMILIES = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GPT2,
+    GPTJ,
+    FALCON,
+    FALCON_TWO_NORMS,
+    *BERT_KIN,
+    LONGFORMER,
+    *T5_KIN,
+    BART,
+    MARIAN,
+)
