@@ -73,6 +73,7 @@ class Transformer(nn.Module):
         documents_BT: torch.Tensor | None = None,
         positions_BT: torch.Tensor | None = None,
         prefix_B: torch.Tensor | None = None,
+        globals_BT: torch.Tensor | None = None,
         cache: Cache | None = None,
         lengths: Sequence[int] | None = None,
         logits_for: Literal["all", "last"] | torch.Tensor = "all",
@@ -85,6 +86,7 @@ class Transformer(nn.Module):
         documents_BT: int32 document number within the row, 0 for padding; attention stays inside a document and
         positions restart with each. Hugging Face's attention_mask is such numbers. positions_BT: int64, to override that.
         prefix_B: int64, how many first tokens of each row see each other both ways (prefix-LM, Raffel et al. 2020).
+        globals_BT: bool, tokens that see and are seen by all within their document, whatever the windows (Longformer).
         cache: tokens continue what it remembers, and are remembered; of row i with `lengths` only the first
         `lengths[i]`, behind which padding stands. logits_for: every token, the last one, or the column given for each
         row (int64 [B]).
@@ -107,7 +109,12 @@ class Transformer(nn.Module):
         slots_BT = None if cache is None or tokens_BT is None else cache.claim(tokens_BT.shape[1])
         positions_BT = self._positions(tokens_BT, documents_BT, positions_BT, slots_BT)
         x_BTD = self.frontend(positions_BT, **own)
-        mask = Mask(causal=self.config.causal, documents_BT=documents_BT if cache is None else None, prefix_B=prefix_B)
+        mask = Mask(
+            causal=self.config.causal,
+            documents_BT=documents_BT if cache is None else None,
+            prefix_B=prefix_B,
+            globals_BT=globals_BT,
+        )
         if cache is not None and (cache.longest or cache.static):
             mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(x_BTD.shape[1]))
         shared = self._shared(mask, x_BTD.shape[1], positions_BT, slots_BT, cache)

@@ -61,7 +61,7 @@ def build_model(
 def _needs(config: ModelConfig) -> set[Kind]:
     """Kinds of mask that this model cannot do without."""
     needs: set[Kind] = {"window"} if config.windows else set()
-    return needs | ({"biased"} if isinstance(config.position, AlibiConfig) else set())
+    return needs | ({"biased"} if isinstance(config.position, AlibiConfig | RelativePositionConfig) else set())
 
 
 def _assemble(config: ModelConfig, vocab_size: int, attend: AttentionKernel) -> Transformer:

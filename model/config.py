@@ -15,6 +15,7 @@ from model.heads import LanguageHeadConfig, NoHeadConfig
 from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
 from model.mixers.build import MixerConfig
+from model.mixers.longformer import LongformerConfig
 from model.norm import NormConfig
 from model.position import AlibiConfig, PositionConfig, RelativePositionConfig, RopeConfig
 
@@ -98,6 +99,12 @@ class ModelConfig:
             layer.mixer.check(self.d_model)
         if isinstance(self.position, RopeConfig):
             self._check_rotary()
+        for layer in self.layers:
+            if self.causal and isinstance(layer.mixer, LongformerConfig):
+                raise ModelError(
+                    f"model.causal is true with mixer.kind={layer.mixer.kind}, whose global tokens see what comes later: "
+                    "set causal=false, or take mixer.kind=attention with a window."
+                )
         if self.encoder is not None:
             self._check_encoder(self.encoder)
         by_head = isinstance(self.position, AlibiConfig | RelativePositionConfig)
@@ -196,7 +203,8 @@ class ModelConfig:
     @cached_property
     def windows(self) -> tuple[int, ...]:
         """Every window that some layer has."""
-        return tuple(sorted({mixer.window for mixer in self._attentions if mixer.window is not None}))
+        windows = {getattr(layer.mixer, "window", None) for layer in self.layers}
+        return tuple(sorted(window for window in windows if window is not None))
 
     @property
     def head_dim(self) -> int | None:

@@ -10,6 +10,7 @@ AXES: dict[str, str] = {
     "S": "tokens that are attended to: keys and values, or cache slots",
     "Q": "blocks of queries; with experts, copies of tokens, one for each choice, sorted by expert",
     "J": "blocks of keys; with experts, those that one token chose, best first",
+    "A": "tokens of a row that see all of it (global tokens)",
     "P": "blocks of queries paired with the blocks of keys they gather; in linear attention, features of a query or key",
     "L": "distances from a query to a key, from farthest behind to farthest ahead",
     "N": "tokens of all rows, flattened (B times T, or a chunk of it)",

@@ -11,7 +11,7 @@ from model.kernels.attention import AttentionKernel, dense_attention
 from model.kernels.select import KERNELS, Selection, kind_of
 from model.masks import Mask
 from model.mixers.attention import Attention
-from model.position import AlibiConfig
+from model.position import AlibiConfig, RelativePositionConfig
 
 log = logging.getLogger("athanor.model")
 
@@ -66,7 +66,7 @@ def _shapes(model: nn.Module) -> dict[HeadShape, Selection]:
                     kv_heads=attention.kv_heads,
                     channels=attention.head_dim,
                     window=attention.window,
-                    biased=isinstance(config.position, AlibiConfig),
+                    biased=isinstance(config.position, AlibiConfig | RelativePositionConfig),
                     causal=config.causal,
                 )
                 shapes[shape] = attention.kernel

@@ -12,6 +12,7 @@ from model.errors import ModelError
 from model.init import Linear
 from model.joined import Joins
 from model.kernels.attention import AttentionKernel
+from model.masks import Mask
 from model.mixers.base import Mixer, MixerInput, MixerState
 from model.norm import NormConfig, build_norm
 from model.slots import SlotCosts
@@ -156,6 +157,10 @@ class Attention(Mixer, Joins):
         self.k_norm = build_norm(norm, self.head_dim) if config.qk_norm else None
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
+        return self.out(self.attended(x_BTD, shared, state).flatten(2))
+
+    def attended(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None) -> torch.Tensor:
+        """out_BTHC: what every head gathers, before the output projection."""
         rows, tokens, _ = x_BTD.shape
         q_BTHC, k_BTKC, v_BTKC = self._project(x_BTD, shared)
         if state is not None:
@@ -163,8 +168,11 @@ class Attention(Mixer, Joins):
             state.append(k_BTKC, v_BTKC, shared)
             if shared.mask.slots_BT is not None:  # else nothing came before, and what was just computed is all there is
                 k_BTKC, v_BTKC = state.first(shared.mask.keys)
-        out_BTHC = self.kernel(q_BTHC, k_BTKC, v_BTKC, shared.mask_within(self.window), self.scale)
-        return self.out(out_BTHC.reshape(rows, tokens, self.heads * self.head_dim))
+        return self.kernel(q_BTHC, k_BTKC, v_BTKC, self.mask(shared), self.scale)
+
+    def mask(self, shared: MixerInput) -> Mask:
+        """Who sees whom in this layer."""
+        return shared.mask_within(self.window)
 
     def _project(self, x_BTD: torch.Tensor, shared: MixerInput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q_BTHC, k_BTKC and v_BTKC, normalised and rotated where the model does that."""

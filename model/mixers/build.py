@@ -4,11 +4,12 @@ from model.kernels.attention import AttentionKernel
 from model.mixers.attention import Attention, AttentionConfig
 from model.mixers.base import Mixer
 from model.mixers.linear_attention import LinearAttention, LinearAttentionConfig
+from model.mixers.longformer import LongformerAttention, LongformerConfig
 from model.mixers.mamba import Mamba, MambaConfig
 from model.norm import NormConfig
 
-MixerConfig = AttentionConfig | LinearAttentionConfig | MambaConfig
-"""Each arm has a `kind` of its own, `check(d_model)` and `costs(d_model, norm)`."""
+MixerConfig = AttentionConfig | LongformerConfig | LinearAttentionConfig | MambaConfig
+"""Told apart by `kind`; each arm has a `kind` of its own, `check(d_model)` and `costs(d_model, norm)`."""
 
 
 def build_mixer(config: MixerConfig, d_model: int, norm: NormConfig, attend: AttentionKernel) -> Mixer:
@@ -17,4 +18,6 @@ def build_mixer(config: MixerConfig, d_model: int, norm: NormConfig, attend: Att
         return Mamba(config, d_model)
     if isinstance(config, LinearAttentionConfig):
         return LinearAttention(config, d_model)
+    if isinstance(config, LongformerConfig):
+        return LongformerAttention(config, d_model, norm, attend)
     return Attention(config, d_model, norm, attend)

@@ -76,8 +76,9 @@ def test_attended_pairs_are_those_of_the_mask(length: int, documents: int) -> No
     cpu = torch.device("cpu")
     assert attended_pairs(tokens) == int(dense(Mask(), tokens, tokens, cpu).sum())
     for window in range(1, tokens + 2):
-        counted = int(dense(Mask(window=window), tokens, tokens, cpu).sum())
-        assert attended_pairs(tokens, None, window) == pytest.approx(counted)
+        for causal in (True, False):
+            counted = int(dense(Mask(causal=causal, window=window), tokens, tokens, cpu).sum())
+            assert attended_pairs(tokens, None, window, causal) == pytest.approx(counted)
     assert attended_pairs(tokens, length) == int(dense(Mask(documents_BT=numbers), tokens, tokens, cpu).sum())
 
 

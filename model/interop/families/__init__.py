@@ -8,6 +8,7 @@ from model.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from model.interop.families.mamba import MAMBA
 from model.interop.families.mixtral import MIXTRAL, QWEN3_MOE
 from model.interop.families.seq2seq import BART, MARIAN
+from model.interop.families.sparse import LONGFORMER
 from model.interop.families.t5 import T5_KIN
 
 FAMILIES = (
@@ -22,6 +23,7 @@ FAMILIES = (
     FALCON,
     FALCON_TWO_NORMS,
     *BERT_KIN,
+    LONGFORMER,
     *T5_KIN,
     BART,
     MARIAN,

@@ -43,7 +43,7 @@ def _with_num_labels(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"num_labels": len(theirs["id2label"]), **theirs} if theirs.get("id2label") else theirs
 
 
-def _bert_weights(base: str) -> tuple[Weight, ...]:
+def bert_weights(base: str) -> tuple[Weight, ...]:
     layer = f"{base}.encoder.layer.{{layer}}"
     return (
         Weight(f"{base}.embeddings.word_embeddings.weight", ("frontend.tokens.weight",)),
@@ -81,7 +81,7 @@ BERT = Family(
     architecture="BertForMaskedLM",
     base_prefix="bert.",
     weights=(
-        *_bert_weights("bert"),
+        *bert_weights("bert"),
         *pairs(
             {
                 "cls.predictions.transform.dense": "head.transform.dense",
@@ -128,7 +128,7 @@ ROBERTA = dataclasses.replace(
     architecture="RobertaForMaskedLM",
     base_prefix="roberta.",
     weights=(
-        *_bert_weights("roberta"),
+        *bert_weights("roberta"),
         *pairs({"lm_head.dense": "head.transform.dense", "lm_head.layer_norm": "head.transform.norm"}),
         Weight("lm_head.decoder.weight", ("head.weight",)),
         Weight("lm_head.bias", ("head.bias",)),
@@ -248,7 +248,7 @@ BERT_KIN = (
     *_with_heads(
         _ROBERTA_BODY,
         "Roberta",
-        _bert_weights("roberta"),
+        bert_weights("roberta"),
         {**_ENCODER, "position.offset": 2},
         {"classifier.dense": "head.hidden", "classifier.out_proj": "head.out"},
     ),
@@ -256,7 +256,7 @@ BERT_KIN = (
     *_with_heads(
         _BERT_BODY,
         "Bert",
-        _bert_weights("bert"),
+        bert_weights("bert"),
         {**_ENCODER, "position.offset": 0},
         {"bert.pooler.dense": "head.hidden", "classifier": "head.out"},
     ),
