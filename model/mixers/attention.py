@@ -161,7 +161,6 @@ class Attention(Mixer, Joins):
 
     def attended(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None) -> torch.Tensor:
         """out_BTHC: what every head gathers, before the output projection."""
-        rows, tokens, _ = x_BTD.shape
         q_BTHC, k_BTKC, v_BTKC = self._project(x_BTD, shared)
         if state is not None:
             assert isinstance(state, KeyValueState)

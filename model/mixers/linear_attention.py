@@ -14,6 +14,7 @@ from torch import nn
 from model.errors import ModelError
 from model.init import Declared, Linear, Parameter, declare
 from model.kernels.linear_attention import (
+    CHUNK,
     bidirectional_linear_attention,
     causal_linear_attention,
     recurrent_linear_attention,
@@ -102,9 +103,15 @@ class LinearAttentionConfig:
         matrices = 4 * d_model * heads
         biases = (3 * heads if self.qkv_bias else 0) + (d_model if self.out_bias else 0)
         random = features * channels if isinstance(self.features, FavorConfig) else 0
+        # Of each head in fp32: what features are made from, they and their layouts by chunk, values and sums with their
+        # denominators, scores within the chunk, and its share of the state.
+        kept = (channels + 6 * features) if random else (2 * channels + 4 * features)
+        kept += 3 * (channels + 1) + CHUNK + features * (channels + 1) // CHUNK + 1
         return SlotCosts(
             parameters=matrices + biases + random,
             matrices=matrices,
+            kept_elements=heads,
+            kept_bytes=4 * self.n_heads * kept,
             token_flops=self.n_heads * (4 * features * (channels + 1) + 4 * random),
             state_bytes=4 * self.n_heads * features * (channels + 1),
         )

@@ -55,8 +55,8 @@ class MambaConfig:
             parameters=matrices + vectors + biases,
             matrices=matrices,
             token_flops=width * (2 * self.d_conv + 6 * state + 4),
-            kept_elements=6 * width + rank + 2 * state,
-            kept_bytes=4 * width + 4 * width * state // CHUNK,
+            kept_elements=7 * width + rank + 2 * state,
+            kept_bytes=8 * width + 4 * width * state // CHUNK,
             state=width * (self.d_conv - 1),
             state_bytes=4 * width * state,
         )

@@ -15,11 +15,13 @@ from model.ffn import FfnConfig
 from model.generate import Sampling
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
+from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
+from model.mixers.mamba import MambaConfig
 from model.norm import NormConfig
 from model.peft import LoraConfig
 from model.position import LinearScaling, Llama3Scaling, RopeConfig
 from pipelines.engine.typed import from_plain, to_plain
-from tests.model.configurations import ALIBI, GPT2, LLAMA
+from tests.model.configurations import ALIBI, GPT2, LINEAR, LLAMA, PERFORMER, RECURRENT
 
 PRESETS = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
 
@@ -28,6 +30,7 @@ PUBLISHED = {
     "falcon-7b": (65024, 6_921_720_704),
     "gpt2-124m": (50257, 124_439_808),
     "gptj-6b": (50400, 6_050_882_784),
+    "mamba-130m": (50280, 129_135_360),
     "llama-1b": (128256, 1_235_814_400),
     "llama-8b": (128256, 8_030_261_248),
     "mistral-7b": (32000, 7_241_732_096),
@@ -56,6 +59,12 @@ PUBLISHED = {
             lambda: replace(ALIBI, pattern=(LayerChange(every=2, mixer=AttentionConfig(n_heads=2)),)),
             "different n_heads",
         ),
+        (lambda: ModelConfig(mixer=MambaConfig()), "position.kind is rope"),
+        (lambda: MambaConfig(d_state=0), "d_state is 0"),
+        (lambda: LinearAttentionConfig(n_heads=0), "n_heads is 0"),
+        (lambda: FavorConfig(n_features=0), "n_features is 0"),
+        (lambda: replace(LINEAR, d_model=30), "d_model is 30"),
+        (lambda: replace(PERFORMER, d_model=516), "129 channels"),
         (lambda: FfnConfig(d_ff=0), "d_ff is 0"),
         (lambda: NormConfig(eps=0.0), "eps is 0.0"),
         (lambda: NormConfig(kind="rms", bias=True), "norm.bias is true"),
@@ -84,7 +93,7 @@ def test_an_error_survives_the_way_between_processes() -> None:
     assert (type(error), str(error), error.exit_code) == (ModelError, "d_model is 0: at least 1.", 2)
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("config", [LLAMA, GPT2, *RECURRENT.values()], ids=["llama", "gpt2", *RECURRENT.keys()])
 def test_a_configuration_survives_being_written_as_plain_values(config: ModelConfig) -> None:
     assert from_plain(ModelConfig, yaml.safe_load(yaml.safe_dump(to_plain(config))), "model") == config
 

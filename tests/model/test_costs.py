@@ -20,19 +20,35 @@ from model.costs import (
     parameter_counts,
     train_flops_per_token,
 )
-from model.ffn import FfnConfig
+from model.ffn import FfnConfig, NoFfnConfig
 from model.kernels.attention import Mask, dense
+from model.kernels.linear_attention import CHUNK
 from model.mixers.attention import KeyValueState
+from model.mixers.linear_attention import LinearAttentionConfig
+from model.mixers.mamba import MambaConfig
 from model.moe.layer import MixtureOfExperts
-from tests.model.configurations import GPT2, LLAMA, MIXTRAL, WINDOWED, any_config
+from tests.model.configurations import (
+    GPT2,
+    HYBRID,
+    LINEAR,
+    LLAMA,
+    MAMBA,
+    MIXTRAL,
+    PERFORMER,
+    WINDOWED,
+    any_config,
+    recurrent_config,
+)
 
 WIDER_SECOND = (LayerChange(every=2, first=1, ffn=FfnConfig(d_ff=29)),)
 
 
 @settings(max_examples=40, deadline=None)
-@given(config=any_config(), layout=st.sampled_from(get_args(Layout)), wider=st.booleans())
+@given(
+    config=st.one_of(any_config(), recurrent_config()), layout=st.sampled_from(get_args(Layout)), wider=st.booleans()
+)
 def test_parameters_are_those_of_the_built_model(config: ModelConfig, layout: str, wider: bool) -> None:
-    config = replace(config, layout=layout, pattern=(*config.pattern, *WIDER_SECOND) if wider else config.pattern)
+    config = replace(config, layout=layout, pattern=(*config.pattern, *(WIDER_SECOND if wider else ())))
     model, counts = build_model(config, device="meta"), parameter_counts(config)
     idle = 0
     for block in model.stack.layers:
@@ -59,6 +75,30 @@ def test_flops_are_those_torch_counts_forward_and_backward(
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
     assert backward.get_total_flops() == 2 * expected
+
+
+def test_of_a_scan_torch_counts_the_projections_and_of_linear_attention_each_chunks_products_too() -> None:
+    tokens, batch = 2 * CHUNK, torch.zeros(3, 2 * CHUNK, dtype=torch.int64)
+    for config in (MAMBA, HYBRID, LINEAR, PERFORMER):
+        config = replace(config, max_seq_len=tokens)
+        with FlopCounterMode(display=False) as forward:
+            build_model(config, kernel="dense")(batch)
+        beside = 0
+        for layer in config.layers:
+            if isinstance(layer.mixer, MambaConfig):
+                beside -= layer.mixer.costs(32, config.norm).token_flops
+            elif isinstance(layer.mixer, LinearAttentionConfig):
+                beside += 4 * 2 * CHUNK * (layer.mixer.n_features(32) + 8 + 1)
+        expected = forward_flops(config, rows=3, seq_len=tokens, masked=False) + 3 * tokens * beside
+        assert forward.get_total_flops() == expected
+
+
+def test_a_recurrence_costs_what_its_definition_multiplies_and_adds() -> None:
+    mixer = LinearAttentionConfig(n_heads=2)
+    token, norm = mixer.costs(8, LLAMA.norm).token_flops, LLAMA.norm
+    assert token == 2 * 2 * 2 * 4 * 5  # heads, update and reading, multiply and add, features, channels and a one
+    mamba = MambaConfig(d_state=3, d_conv=4).costs(8, norm)
+    assert mamba.token_flops == 16 * (2 * 4 + 3 * (1 + 1 + 2 + 2) + 1 + 2 + 1)
 
 
 def test_the_training_step_as_it_runs_costs_three_forward_passes() -> None:
@@ -96,6 +136,15 @@ def test_cache_bytes_are_those_of_the_cache(config: ModelConfig) -> None:
     assert kv_cache_bytes(config, rows=3, tokens=64, dtype_bytes=4) == held
 
 
+@pytest.mark.parametrize("config", [MAMBA, LINEAR, PERFORMER, HYBRID], ids=["mamba", "linear", "performer", "hybrid"])
+def test_a_states_bytes_are_those_of_the_cache_at_any_length(config: ModelConfig) -> None:
+    model = build_model(config, dtype=torch.bfloat16)
+    for tokens in (64, 640):
+        tensors = [tensor for state in model.new_cache(3, tokens).states for tensor in vars(state).values()]
+        held = sum(tensor.nbytes for tensor in tensors)
+        assert kv_cache_bytes(config, rows=3, tokens=tokens, dtype_bytes=2) == held
+
+
 def kept_bytes(config: ModelConfig, dtype: torch.dtype, *, recompute: bool) -> int:
     """Bytes of all storages that the forward pass saves for the backward pass, parameters aside."""
     model = build_model(config, dtype=dtype)
@@ -115,18 +164,24 @@ def kept_bytes(config: ModelConfig, dtype: torch.dtype, *, recompute: bool) -> i
 
 
 FAMILIES = pytest.mark.parametrize("family", [LLAMA, GPT2, MIXTRAL], ids=["llama", "gpt2", "mixtral"])
+EVERY = pytest.mark.parametrize(
+    "family",
+    [LLAMA, GPT2, MIXTRAL, MAMBA, LINEAR, PERFORMER, HYBRID],
+    ids=["llama", "gpt2", "mixtral", "mamba", "linear", "performer", "hybrid"],
+)
 PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-ROWS, TOKENS = 4, 64
+ROWS, TOKENS = 4, 128
 
 
 @PRECISIONS
-@FAMILIES
+@EVERY
 def test_activation_bytes_are_those_the_backward_pass_is_left(family: ModelConfig, dtype: torch.dtype) -> None:
-    config = replace(family, d_model=64, n_layers=4)
+    config = replace(family, d_model=64, n_layers=4, max_seq_len=TOKENS)
     logits_not_kept = ROWS * TOKENS * 97 * (8 + 2 * dtype.itemsize)
     expected = activation_bytes(config, ROWS, TOKENS, dtype.itemsize) - logits_not_kept
     if config.norm.kind == "rms":  # PyTorch's composite on CPUs, as the docstring says
-        elements = ROWS * TOKENS * (2 * config.n_layers + 1) * 64
+        norms = sum(1 if isinstance(layer.ffn, NoFfnConfig) else 2 for layer in config.layers)
+        elements = ROWS * TOKENS * (norms + 1) * 64
         expected += elements * (4 if dtype == torch.float32 else 8 - dtype.itemsize)
     assert kept_bytes(config, dtype, recompute=False) == pytest.approx(expected, rel=0.04)
 
@@ -134,7 +189,7 @@ def test_activation_bytes_are_those_the_backward_pass_is_left(family: ModelConfi
 @PRECISIONS
 @FAMILIES
 def test_with_recomputation_a_layer_more_keeps_its_input_more(family: ModelConfig, dtype: torch.dtype) -> None:
-    shallow, deep = (replace(family, d_model=64, n_layers=layers) for layers in (2, 5))
+    shallow, deep = (replace(family, d_model=64, n_layers=layers, max_seq_len=TOKENS) for layers in (2, 5))
     formula = [activation_bytes(c, ROWS, TOKENS, dtype.itemsize, recompute=True) for c in (shallow, deep)]
     found = [kept_bytes(c, dtype, recompute=True) for c in (shallow, deep)]
     assert found[1] - found[0] == formula[1] - formula[0] == 3 * ROWS * TOKENS * 64 * dtype.itemsize
