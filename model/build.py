@@ -20,11 +20,12 @@ from model.ffn import build_ffn
 from model.frontends import Embedding, TokenFrontend
 from model.heads import Head, LanguageHead, LanguageHeadConfig, NoHead, Transform
 from model.init import initialize
-from model.kernels.attention import AttentionKernel, select_kernel
+from model.kernels.attention import AttentionKernel
+from model.kernels.select import Kind, select_kernel
 from model.mixers.attention import CrossAttention
 from model.mixers.build import build_mixer
 from model.norm import build_norm
-from model.position import RelativeBias, RelativePositionConfig, build_positions
+from model.position import AlibiConfig, RelativeBias, RelativePositionConfig, build_positions
 from model.stack import Stack
 
 log = logging.getLogger("athanor.model")
@@ -40,9 +41,9 @@ def build_model(
 ) -> Transformer:
     """The model of `config` with its starting weights, a function of `seed` alone; on the meta device, without any.
 
-    kernel: `auto`, or one of `kernels.attention.KERNELS`. Raises ModelError for a configuration that cannot be built.
+    kernel: `auto`, or one of `kernels.select.KERNELS`. Raises ModelError for a configuration that cannot be built.
     """
-    kernel_name, attend = select_kernel(kernel, torch.device(device))
+    attend = select_kernel(kernel, _needs(config))
     with torch.device("meta"):
         model = _assemble(config, config.require_vocab_size(), attend).to(dtype)
     if torch.device(device).type != "meta":
@@ -53,8 +54,19 @@ def build_model(
             initialize(
                 model, config=config.encoder.init, n_layers=config.encoder.n_layers, seed=seed, within="encoder."
             )
-    log.info("attention kernel: %s", kernel_name)
+    log.info("attention kernels on %s: %s", torch.device(device).type, attend.described(torch.device(device).type))
     return model
+
+
+def _needs(config: ModelConfig) -> set[Kind]:
+    """Kinds of mask that this model cannot do without."""
+    needs: set[Kind] = {"window"} if config.windows else set()
+    if isinstance(config.position, AlibiConfig | RelativePositionConfig):
+        needs.add("biased")
+    if config.encoder is not None:
+        needs |= _needs(config.encoder)
+        needs.add("cross")
+    return needs
 
 
 def _assemble(config: ModelConfig, vocab_size: int, attend: AttentionKernel) -> Transformer:

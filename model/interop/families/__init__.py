@@ -4,8 +4,12 @@ from model.interop.families.bert import BERT_KIN
 from model.interop.families.falcon import FALCON, FALCON_TWO_NORMS
 from model.interop.families.gpt2 import GPT2
 from model.interop.families.gptj import GPTJ
-from model.interop.families.llama import LLAMA, QWEN2, QWEN3
+from model.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from model.interop.families.seq2seq import BART, MARIAN
 from model.interop.families.t5 import T5_KIN
 
-FAMILIES = (LLAMA, QWEN2, QWEN3, GPT2, GPTJ, FALCON, FALCON_TWO_NORMS, *BERT_KIN, *T5_KIN, BART, MARIAN)
+FAMILIES = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPTJ, FALCON, FALCON_TWO_NORMS),
+    *BERT_KIN,
+    *(*T5_KIN, BART, MARIAN),
+)
