@@ -60,8 +60,9 @@ def beam_generate(
     beam: BeamConfig,
     *,
     stop_ids: Collection[int] = (),
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> list[list[Hypothesis]]:
-    """For every prompt its best continuations, `beams` at most, the best first.
+    """For every prompt its best continuations, `beams` at most, the best first; `sources` as `generate` takes them.
 
     Of `sampling` count the lengths and whatever depends on the text so far; nothing is drawn.
     """
@@ -72,7 +73,7 @@ def beam_generate(
     model.eval()
     try:
         with joined_projections(model):
-            cache, logits_BV = read_prompts(model, prompts, budgets)
+            cache, logits_BV = read_prompts(model, prompts, budgets, sources=sources)
             return search(
                 lambda last_B: model(last_B[:, None], cache=cache)["logits"][:, 0],
                 cache,

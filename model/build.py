@@ -61,7 +61,12 @@ def build_model(
 def _needs(config: ModelConfig) -> set[Kind]:
     """Kinds of mask that this model cannot do without."""
     needs: set[Kind] = {"window"} if config.windows else set()
-    return needs | ({"biased"} if isinstance(config.position, AlibiConfig | RelativePositionConfig) else set())
+    if isinstance(config.position, AlibiConfig | RelativePositionConfig):
+        needs.add("biased")
+    if config.encoder is not None:
+        needs |= _needs(config.encoder)
+        needs.add("cross")
+    return needs
 
 
 def _assemble(config: ModelConfig, vocab_size: int, attend: AttentionKernel) -> Transformer:

@@ -27,6 +27,7 @@ def generate(
     stop: Callable[[list[int]], bool] | None = None,
     on_token: Callable[[int, int], None] | None = None,
     static: bool = False,
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """The continuation of every prompt, without the prompt and without the stop id that ended it.
 
@@ -34,6 +35,8 @@ def generate(
     the row's new tokens so far, returns true (then its last token stays). `on_token(row, token)` is called for every
     token that stays, in order. The same prompt several times is read once and continued by different draws.
     static: every step has the same shapes (see `Cache`), for compiled models and CUDA graphs.
+    sources: what the encoder of an encoder-decoder reads for each prompt; the prompt is then the token that its decoder
+    starts from, `decoder_start_token_id` in the words of transformers.
     Raises ModelError for an empty prompt or one that fills the model's context.
     """
     if not prompts:
@@ -45,7 +48,7 @@ def generate(
     model.eval()
     try:
         with joined_projections(model):
-            cache, logits_BV = read_prompts(model, prompts, budgets, static=static)
+            cache, logits_BV = read_prompts(model, prompts, budgets, static=static, sources=sources)
             rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
             for step in range(max(budgets)):
                 if sampling.reads_text:
@@ -92,17 +95,24 @@ def budget(model: Transformer, prompt: Sequence[int], row: int, max_new_tokens: 
 
 
 def read_prompts(
-    model: Transformer, prompts: Sequence[Sequence[int]], budgets: Sequence[int], *, static: bool = False
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    budgets: Sequence[int],
+    *,
+    static: bool = False,
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Cache, torch.Tensor]:
     """(a cache that holds every prompt, with room for `budgets[i]` more tokens; the logits [B, V] that follow each).
 
     Equal prompts are read once, and so is what all begin with. Short prompts are padded behind their end, where
     causality hides the padding from every real token; it is not remembered, and its slots are overwritten by what is
-    generated.
+    generated. sources: what the encoder reads for each prompt.
     """
     room = max(len(prompt) + new for prompt, new in zip(prompts, budgets, strict=True))
-    distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
-    shared = min(_common_prefix(distinct), min(map(len, distinct)) - 1)
+    pairs = [(tuple(prompt), tuple(sources[row]) if sources else ()) for row, prompt in enumerate(prompts)]
+    distinct_pairs = list(dict.fromkeys(pairs))
+    distinct = [prompt for prompt, _ in distinct_pairs]
+    shared = 0 if sources else min(_common_prefix(distinct), min(map(len, distinct)) - 1)
     if shared * (len(distinct) - 1) < SHARED_TOKENS:
         cache = model.new_cache(len(distinct), room, static=static)
         shared = 0
@@ -116,13 +126,25 @@ def read_prompts(
     ]
     last_B = torch.tensor(lengths, device=cache.device) - 1
     tokens_BT = torch.tensor(padded, device=cache.device)
-    logits_BV = model(tokens_BT, cache=cache, lengths=lengths, logits_for=last_B)["logits"][:, 0]
+    read = {} if sources is None else _encoder_inputs([source for _, source in distinct_pairs], cache.device)
+    logits_BV = model(tokens_BT, cache=cache, lengths=lengths, logits_for=last_B, **read)["logits"][:, 0]
     if len(distinct) < len(prompts):
-        places = {prompt: place for place, prompt in enumerate(distinct)}
-        rows = [places[tuple(prompt)] for prompt in prompts]
+        places = {pair: place for place, pair in enumerate(distinct_pairs)}
+        rows = [places[pair] for pair in pairs]
         cache.reorder(rows)
         logits_BV = logits_BV[rows]
     return cache, logits_BV
+
+
+def _encoder_inputs(sources: Sequence[Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    """What the encoder reads, padded to one length."""
+    longest = max(map(len, sources))
+    tokens = [[*source, *[0] * (longest - len(source))] for source in sources]
+    real = [[1] * len(source) + [0] * (longest - len(source)) for source in sources]
+    return {
+        "encoder_tokens_BT": torch.tensor(tokens, device=device),
+        "encoder_documents_BT": torch.tensor(real, dtype=torch.int32, device=device),
+    }
 
 
 def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:

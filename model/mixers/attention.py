@@ -227,7 +227,7 @@ class CrossAttention(Attention):
         return self.out(out_BTHC.reshape(rows, tokens, self.heads * self.head_dim))
 
     def joinable(self) -> Sequence[nn.Module]:
-        return ()  # its keys and values are made of something else, and once
+        return ()  # the queries read another input than keys and values
 
     def _remembered(self, shared: MixerInput, state: MixerState | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the encoder's output, or those that the state holds of it."""

@@ -12,20 +12,7 @@ from model.interop.families.sparse import LONGFORMER
 from model.interop.families.t5 import T5_KIN
 
 FAMILIES = (
-    LLAMA,
-    MISTRAL,
-    QWEN2,
-    QWEN3,
-    MIXTRAL,
-    QWEN3_MOE,
-    GPT2,
-    GPTJ,
-    FALCON,
-    FALCON_TWO_NORMS,
-    *BERT_KIN,
-    LONGFORMER,
-    *T5_KIN,
-    BART,
-    MARIAN,
-    MAMBA,
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, GPT2, GPTJ, FALCON, FALCON_TWO_NORMS, MAMBA),
+    *(*BERT_KIN, LONGFORMER),
+    *(*T5_KIN, BART, MARIAN),
 )
