@@ -164,7 +164,10 @@ class RayJobs:
         ended = self.status(job)
         sys.stdout.write(self.log(job)[printed:])
         sys.stdout.flush()
-        say(f"{job}: {ended.state.lower()}, exit code {ended.exit_code}" + _advice(ended))
+        said = _advice(ended)
+        if ended.exit_code and "ModuleNotFoundError: No module named" in self.log(job):
+            said += "\n  The head's `python` lacks a package: give python=/path/to/python of one that has Athanor's."
+        say(f"{job}: {ended.state.lower()}, exit code {ended.exit_code}{said}")
         return ended.exit_code or 0
 
     def stop(self, job: str) -> str:

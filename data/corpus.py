@@ -102,6 +102,10 @@ def build_corpus(settings: CorpusSettings, out_dir: Path, map_shards: MapShards,
         label="read",
         scratch=True,
     )
+    if not any(result["documents_read"] for result in read.values()):
+        places = [place for result in read.values() for place in result["malformed"]]
+        found = f": {places[0]}" if places else " (an empty file has none)"
+        raise DataError(f"The corpus is empty: no document was found in its files{found}. Name files with text.")
     work = str(scratch / "work")
     map_shards(
         select, {"all": SelectTask(work=work, names=tuple(names), settings=settings)}, label="select", scratch=True
@@ -245,8 +249,7 @@ def _check_split(verdicts: NDArray[np.uint8]) -> None:
     if verdicts.size == 0:
         raise DataError(
             "The corpus is empty: its files hold no document that passes the filters. Name files with text in "
-            "corpus.paths, "
-            "or loosen corpus.filters."
+            "corpus.paths, or loosen corpus.filters."
         )
     if train == 0 or held_out == 0:
         raise DataError(_nothing_left(verdicts.size, train, held_out))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipelines import verbs
-from pipelines.teach import settings_help
+from pipelines.teach import cluster_help, settings_help
 
 DESCRIPTION = """\
 Athanor: raw text to a trained, fine-tuned, evaluated and exported transformer.
@@ -31,12 +31,13 @@ verbs (athanor VERB --help tells more)
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
-    """One verb: `options` adds its arguments, `function` does it and returns the exit code."""
+    """One verb: `options` adds its arguments, `function` does it and returns the exit code, `teaches` writes the end of
+    its --help."""
 
     help: str
     function: Callable[[argparse.Namespace], int]
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
-    teaches_settings: bool = False
+    teaches: Callable[[], str] | None = None
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
@@ -99,13 +100,13 @@ def _job_options(parser: argparse.ArgumentParser) -> None:
 
 VERBS: dict[str, Verb] = {
     "run": Verb(
-        help="make what is missing; again = instant", function=verbs.run, options=_run_options, teaches_settings=True
+        help="make what is missing; again = instant", function=verbs.run, options=_run_options, teaches=settings_help
     ),
     "plan": Verb(
         help="show steps, what is cached, tokens, FLOPs, memory per rank, disk; run nothing",
         function=verbs.plan,
         options=_json_option,
-        teaches_settings=True,
+        teaches=settings_help,
     ),
     "why": Verb(help="name the setting or input that makes a step run again", function=verbs.why, options=_why_options),
     "status": Verb(
@@ -121,6 +122,7 @@ VERBS: dict[str, Verb] = {
         help="send a command to a cluster: submit cluster=ray address=URL -- run …",
         function=verbs.submit,
         options=_submit_options,
+        teaches=cluster_help,
     ),
     "logs": Verb(help="follow a submitted job's log", function=verbs.logs, options=_job_options),
     "stop": Verb(help="stop a submitted job", function=verbs.stop, options=_job_options),
@@ -135,14 +137,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(DESCRIPTION + "".join(f"  {name:<{width}}{verb.help}\n" for name, verb in VERBS.items()))
         sys.exit(0)
     name = arguments[0]
-    if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        _leave(
-            f"{name!r} is no verb; {hint}The verbs are {', '.join(VERBS)}; `athanor --help` tells what each does.", 2
-        )
+    _check_verb(name)
     try:
-        sys.exit(VERBS[name].function(_parse(name, arguments[1:])))
+        options = _parse(name, arguments[1:])
+        if name == "submit" and options.command:
+            _check_verb(options.command[0])
+            verbs.check_sent(options.command[0], _parse(options.command[0], options.command[1:]))
+        sys.exit(VERBS[name].function(options))
     except KeyboardInterrupt:
         _leave("interrupted; what is finished is kept, and the same command again continues from there.", 130)
     except BrokenPipeError:
@@ -153,6 +154,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         _leave(str(error), error.exit_code)  # type: ignore[attr-defined]
 
 
+def _check_verb(name: str) -> None:
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        _leave(
+            f"{name!r} is no verb.{hint} The verbs are {', '.join(VERBS)}; `athanor --help` tells what each does.", 2
+        )
+
+
 def _parse(name: str, arguments: list[str]) -> argparse.Namespace:
     """Options of one verb; words after a lone `--` are `command`, the remaining words `overrides`."""
     verb = VERBS[name]
@@ -161,7 +171,7 @@ def _parse(name: str, arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"athanor {name}",
         description=verb.help,
-        epilog=settings_help() if verb.teaches_settings and wants_help else None,
+        epilog=verb.teaches() if verb.teaches and wants_help else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.options(parser)

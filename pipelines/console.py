@@ -86,7 +86,7 @@ def print_json(value: Any) -> None:
 _FIGURES: tuple[tuple[str, str], ...] = (
     ("bits_per_byte", "{:.3f} bits/byte"),
     ("max_logit_error", "logits agree to {:.1e}"),
-    ("final_loss", "loss {:.3f}"),
+    ("loss", "loss {:.3f}"),
     ("pairs", "{:,} pairs"),
     ("rows", "{:,} rows"),
     ("vocab_size", "{:,} pieces"),

@@ -58,4 +58,7 @@ def found(settings: Settings, step: Step) -> Path | None:
     store = open_store(settings.store)
     digest = next(report.digest for report in runner.plan([step], store=store) if report.name == step.name)
     artifact = store.find(step.name, digest)
-    return None if artifact is None else artifact.path
+    if artifact is None:
+        return None
+    store.verify(artifact, step.self_checking)
+    return artifact.path

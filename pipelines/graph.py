@@ -39,7 +39,7 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
     }
     words = add("tokenizer", tokenizer.run, s.tokenizer, corpora)
     rows = {
-        name: add(name, shards.run, s.shards, {"corpus": step, "tokenizer": words})
+        name: add(name, shards.run, s.shards, {"corpus": step, "tokenizer": words}, self_checking=("*.tar",))
         for name, step in (("shards" + name.removeprefix("corpus"), step) for name, step in corpora.items())
     }
     training = {"volatile": VOLATILE, "resumes": True, "cpus": s.compute.cpus, "gpus": s.compute.gpus}
@@ -52,6 +52,7 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
             s.finetune.rows(s.shards.seq_len),
             {**(corpora if s.finetune.data.kind == "functions" else {}), "tokenizer": words},
             files={"conversations": paths(instruction_files(s.finetune.data))},
+            self_checking=("*.tar",),
         )
         pair = {"pretrain": models["pretrain"], "instructions": chats, "tokenizer": words}
         models["finetune"] = add("finetune", finetune.run, s.finetuning(), pair, **training)

@@ -79,6 +79,9 @@ def data(settings: Settings, tokens: int, reports: Sequence[StepReport]) -> dict
         there = round(text_bytes / TEXT_BYTES_PER_TOKEN)
         shards = -(-text_bytes // settings.shards.shard_text_bytes)
         basis = f"guessed at {TEXT_BYTES_PER_TOKEN} bytes a token"
+        if not text_bytes:
+            named = [path for source in settings.corpora().values() for path in source.paths]
+            basis = f"no text at {', '.join(named)}" if named else "set corpus.paths=[DIR or globs]"
     return {"tokens": there, "shards": shards, "epochs": tokens / there if there else None, "basis": basis}
 
 
@@ -133,7 +136,7 @@ def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
 
 def _data_words(amount: dict[str, Any]) -> str:
     if not amount["tokens"]:
-        return "no corpus yet: set corpus.paths=[DIR or globs]"
+        return f"no corpus yet: {amount['basis']}"
     there = f"{count(amount['tokens'])} tokens in {amount['shards']} shards ({amount['basis']})"
     return f"{there}: {amount['epochs']:.2f} epochs"
 

@@ -34,6 +34,7 @@ from pipelines.stages.pretrain import PretrainSettings
 from pipelines.stages.report import ReportSettings
 from pipelines.training.settings import (
     AdamWSettings,
+    BatchPlan,
     MuonSettings,
     ScheduleSettings,
     TrackingSettings,
@@ -112,6 +113,11 @@ class Settings:
             order=self.order,
             compute=self.compute,
         )
+
+    def check_batches(self) -> None:
+        """Refuse at once a batch that pretraining would refuse after hours of corpus work. Raises TrainingError."""
+        train, seq_len, ranks = self.pretraining().train, self.shards.seq_len, self.compute.ranks
+        BatchPlan.derive(train, seq_len=seq_len, world_size=ranks, largest_rows=1)
 
     def _everywhere(self) -> dict[str, Any]:
         """Execution settings that every training step shares."""
@@ -226,8 +232,8 @@ def _check_option(group: str, option: str) -> None:
     known = options(group)
     if option not in known:
         near = difflib.get_close_matches(option, known, n=1)
-        hint = f"did you mean {group}={near[0]}? " if near else ""
-        raise SettingsError(f"{group}={option}: no such {group}; {hint}There are {', '.join(known)}.")
+        hint = f" Did you mean {group}={near[0]}?" if near else ""
+        raise SettingsError(f"{group}={option}: no such {group}.{hint} There are {', '.join(known)}.")
 
 
 def _one_line(error: Exception) -> str:

@@ -28,6 +28,14 @@ def settings_help() -> str:
     return "\n".join(lines)
 
 
+def cluster_help() -> str:
+    """The settings of each kind of cluster, as conf/cluster says them."""
+    files = (CONF_DIR / "cluster" / f"{name}.yaml" for name in options("cluster"))
+    told = [file.read_text(encoding="utf-8").strip().replace("\nkind: ", "\ncluster=") for file in files]
+    asks = "A Ray cluster that asks for a token (RAY_AUTH_MODE=token) takes RAY_AUTH_TOKEN_PATH from this shell."
+    return "\n\n".join(["clusters: cluster=KIND KEY=VALUE …, then -- and the command", *told, asks])
+
+
 def first_comment(experiment: str) -> str:
     """What an experiment's file says of itself in its first line of prose."""
     for line in (CONF_DIR / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8").splitlines():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,19 +30,31 @@ def run(arguments: argparse.Namespace) -> int:
         return sweep(arguments.overrides, arguments.until)
     settings = compose(arguments.overrides)
     steps = build(settings)
-    reports = execute(settings, [named(steps, arguments.until)] if arguments.until else list(steps.values()))
+    targets = [named(steps, arguments.until)] if arguments.until else list(steps.values())
+    if any(target.name == "pretrain" or "pretrain" in target.inputs for target in targets):
+        settings.check_batches()
+    reports = execute(settings, targets)
     out = console.console()
     out.print()
     out.print(console.summary(reports))
     out.print()
-    out.print(_next_words(arguments.overrides, reports), markup=False)
+    prompt = (*settings.evaluate.samples.prompts, "Once ")[0].partition("\n")[0]
+    out.print(_next_words(arguments.overrides, reports, prompt), markup=False)
     return 0
 
+
+ENDINGS = {
+    "end": "the model",
+    "stop": "a stop text",
+    "length": "--max-tokens",
+    "context": "the model's context",
+}
+"""What ended a completion, as a person who typed the command calls it."""
 
 SHORT_ENOUGH = 70  # characters of overrides that are worth repeating in a suggestion
 
 
-def _next_words(overrides: Sequence[str], reports: Sequence[StepReport]) -> str:
+def _next_words(overrides: Sequence[str], reports: Sequence[StepReport], prompt: str) -> str:
     paths = {report.name: console.shown_path(report.path) for report in reports}
     same = " ".join(overrides)
     if len(same) > SHORT_ENOUGH:
@@ -50,7 +63,7 @@ def _next_words(overrides: Sequence[str], reports: Sequence[StepReport]) -> str:
     if "report" in paths:
         lines.append(f"open     {paths['report']}/report.html")
     if "pretrain" in paths:
-        lines.append(f"try      athanor generate {same} --prompt 'def '")
+        lines.append(f"try      athanor generate {same} --prompt {shlex.quote(prompt)}")
         lines.append(f"look     athanor trace {same} --step 1")
     if "export" in paths:
         lines.append(f"load     transformers.AutoModelForCausalLM.from_pretrained('{paths['export']}/model')")
@@ -119,10 +132,13 @@ def generate(arguments: argparse.Namespace) -> int:
         stop=tuple(arguments.stop),
     )
     for prompt in arguments.prompt:
+        generator.room(prompt, chat=arguments.chat)  # a prompt that is too long is refused before it is repeated
         sys.stdout.write("" if arguments.chat else prompt)
         done = generator.generate(prompt, settings, chat=arguments.chat, on_text=_write_now)
         sys.stdout.write("\n")
-        sys.stderr.write(f"[{done.tokens} tokens, {done.tokens_per_second:.0f} tokens/s, ended by {done.finish}]\n")
+        sys.stderr.write(
+            f"[{done.tokens} tokens, {done.tokens_per_second:.0f} tokens/s, ended by {ENDINGS[done.finish]}]\n"
+        )
     return 0
 
 
@@ -224,6 +240,17 @@ def submit(arguments: argparse.Namespace) -> int:
         )
     settings = cluster_settings(arguments.overrides)
     return send(settings, arguments.command, dry_run=arguments.dry_run, follow=not arguments.no_follow)
+
+
+def check_sent(verb: str, arguments: argparse.Namespace) -> None:
+    """Refuse a misspelled experiment or setting here instead of on the cluster. What is only there (files, GPUs) is not
+    looked at. Raises SettingsError."""
+    if verb in ("run", "train", "plan", "certify") and not getattr(arguments, "multirun", False):
+        settings = compose(arguments.overrides)
+        if verb != "plan":
+            for name, source in settings.corpora().items():
+                if source.kind == "files" and not source.paths:
+                    raise SettingsError(f"{name}.paths is empty: nothing to read; set {name}.paths=[DIR or globs].")
 
 
 def logs(arguments: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_a_misspelled_experiment_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "did you mean experiment=demo?" in complaint(capsys, "run", "experiment=dmeo")
+    assert "Did you mean experiment=demo?" in complaint(capsys, "run", "experiment=dmeo")
 
 
 def test_a_misspelled_setting_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,8 +35,8 @@ def test_a_misspelled_setting_is_answered_with_the_nearest(capsys: pytest.Captur
 
 
 def test_a_misspelled_verb_or_group_option_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "did you mean 'plan'?" in complaint(capsys, "plann")
-    assert "did you mean model=demo?" in complaint(capsys, "plan", "experiment=demo", "model=dem")
+    assert "Did you mean 'plan'?" in complaint(capsys, "plann")
+    assert "Did you mean model=demo?" in complaint(capsys, "plan", "experiment=demo", "model=dem")
 
 
 def test_a_word_that_is_no_override_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,6 +169,47 @@ def test_a_store_that_cannot_be_written(capsys: pytest.CaptureFixture[str], corp
     (tmp_path / "taken").write_text("a file, where the store should be")
     said = complaint(capsys, "run", *tiny(corpus_dir, tmp_path / "taken", LOCAL))
     assert str(tmp_path / "taken") in said and "another store" in said
+
+
+def test_what_is_submitted_is_looked_at_first(capsys: pytest.CaptureFixture[str]) -> None:
+    sent = ("submit", "cluster=slurm", "store=/shared/runs", "--dry-run", "--")
+    assert "Did you mean 'run'" in complaint(capsys, *sent, "runn", "experiment=demo")
+    assert "Did you mean experiment=demo" in complaint(capsys, *sent, "run", "experiment=demoo")
+    assert "corpus.paths is empty" in complaint(capsys, *sent, "run", "experiment=text")
+
+
+def test_a_damaged_manifest_is_named(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
+    overrides = tiny(corpus_dir, tmp_path, LOCAL)
+    succeed("run", *overrides, "--until", "corpus")
+    [manifest] = tmp_path.glob("corpus/*/manifest.json")
+    for damage in ("garbage", "{}"):
+        manifest.write_text(damage)
+        assert f"{manifest} is damaged. Delete" in complaint(capsys, "status", *overrides)
+        assert f"{manifest} is damaged. Delete" in complaint(capsys, "why", "corpus", *overrides)
+
+
+def test_a_damaged_input_is_found_before_it_is_used(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
+) -> None:
+    overrides = tiny(corpus_dir, tmp_path, LOCAL)
+    succeed("run", *overrides, "--until", "corpus")
+    damaged = min(tmp_path.glob("corpus/*/train/*.parquet"))
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-200] + bytes([whole[-200] ^ 1]) + whole[-199:])
+    assert f"{damaged} is not what was published" in complaint(capsys, "run", *overrides, "--until", "tokenizer")
+    damaged.write_bytes(whole)
+    succeed("run", *overrides, "--until", "tokenizer")
+
+
+def test_a_jsonl_without_the_text_field_says_what_it_has(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"foo": 1}\n')
+    said = complaint(capsys, "run", *tiny(tmp_path / "a.jsonl", tmp_path / "store", LOCAL), "--until", "corpus")
+    assert "field 'text' is missing (here: foo; reader.text_field names it)" in said
+
+
+def test_a_store_whose_folder_cannot_be_made(capsys: pytest.CaptureFixture[str], corpus_dir: Path) -> None:
+    said = complaint(capsys, "run", *tiny(corpus_dir, Path("/proc/none"), LOCAL), "--until", "corpus")
+    assert "cannot be written" in said
 
 
 def test_submit_without_a_cluster_or_a_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,6 +102,13 @@ class Store(ABC):
     def check(self, artifact: Artifact) -> None:
         """Raise EngineError if a published artifact is visibly damaged (files missing or cut short)."""
 
+    def verify(self, artifact: Artifact, self_checking: tuple[str, ...]) -> None:
+        """Raise EngineError if a file of an artifact is not what was published, before another step builds on it.
+
+        Files that match `self_checking` are looked at by size only. What is remote is verified when it is fetched.
+        """
+        self.check(artifact)
+
     @abstractmethod
     def all_manifests(self, step: str) -> list[dict[str, Any]]:
         """Manifests of every published artifact of a step."""
@@ -160,6 +167,7 @@ def _explain(error: BaseException, store: Store) -> str | None:
             )
         path = str(getattr(cause, "filename", None) or "")
         refused = number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+        refused |= number == errno.ENOENT and not Path(store.url).exists()  # a folder that cannot be made, as in /proc
         if refused and path.startswith(store.url) and isinstance(cause, OSError):
             return (
                 f"store={store.url}: {path} cannot be written ({cause.strerror}). Give this user the right to write "

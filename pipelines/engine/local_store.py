@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from pipelines.engine import lease as leases
 from pipelines.engine import manifest as manifests
 from pipelines.engine.base_store import Store
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import fsync, read_json, tree, write_json
+from pipelines.engine.files import FileHashes, fsync, read_json, tree, write_json
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.lease import Lease
 from pipelines.engine.records import FileRecords
@@ -33,7 +34,7 @@ class LocalStore(Store):
 
     def find(self, step: str, digest: str) -> Artifact | None:
         folder = self._folder(step, digest)
-        manifest = read_json(folder / manifests.NAME)
+        manifest = _manifest(folder)
         if manifest is None:
             return None
         if manifest["digest"] != digest:
@@ -52,8 +53,23 @@ class LocalStore(Store):
                     f"{file} {state}: the artifact is damaged. Delete {artifact.url} to have it made again."
                 )
 
+    def verify(self, artifact: Artifact, self_checking: tuple[str, ...]) -> None:
+        self.check(artifact)
+        entries = {
+            path: entry["sha256"]
+            for path, entry in artifact.manifest["files"].items()
+            if not any(fnmatch.fnmatchcase(path, pattern) for pattern in self_checking)
+        }
+        found = FileHashes(self.file_hashes).of([Path(artifact.url, path) for path in entries])
+        for (path, expected), sha256 in zip(entries.items(), found, strict=True):
+            if sha256 != expected:
+                raise EngineError(
+                    f"{Path(artifact.url, path)} is not what was published (its sha256 is {sha256} and was {expected}): "
+                    f"the artifact is damaged. Delete {artifact.url} to have it made again."
+                )
+
     def all_manifests(self, step: str) -> list[dict[str, Any]]:
-        found = (read_json(path) for path in sorted((self.root / step).glob(f"*/{manifests.NAME}")))
+        found = (_manifest(path.parent) for path in sorted((self.root / step).glob(f"*/{manifests.NAME}")))
         return [manifest for manifest in found if manifest is not None]
 
     def open_work(self, lease: Lease, step: str, digest: str, *, resumes: bool) -> Work:
@@ -123,3 +139,16 @@ class LocalStore(Store):
 
     def _attempts(self, step: str, digest: str) -> dict[int, Path]:
         return attempts_in(self._attempt(step, digest, 0).parent)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a published artifact; EngineError for one that is not what `publish` writes."""
+    try:
+        manifest = read_json(folder / manifests.NAME)
+    except ValueError:
+        manifest = {}
+    if manifest is None:
+        return None
+    if not isinstance(manifest, dict) or not {"digest", "files"} <= manifest.keys():
+        raise EngineError(f"{folder / manifests.NAME} is damaged. Delete {folder} to have it made again.")
+    return manifest

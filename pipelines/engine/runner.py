@@ -225,6 +225,9 @@ class _Run:
             is_cancelled=self._cancelled.is_set,
         )
         inputs = {name: self._artifacts[source.digest] for name, source in node.inputs.items()}
+        for name, source in node.inputs.items():
+            if source.digest not in self._made:
+                self._store.verify(inputs[name], source.step.self_checking)
         metrics = run_stage(context, node.step.run, node.step.settings, inputs)
         context.still_holds()
         check_sources(node, self._hashes)

@@ -106,6 +106,8 @@ class Step:
     """Sets of files from outside the graph. They enter by content and by name relative to the set's common folder."""
     volatile: tuple[str, ...] = ()
     """Glob patterns (relative to out_dir) of files that may differ between equal runs: logs, timings."""
+    self_checking: tuple[str, ...] = ()
+    """Glob patterns of files whose readers check every byte they use: not hashed again before another step uses them."""
     resumes: bool = False
     """True: the stage finds in out_dir whatever a killed attempt left. False: it finds finished shards only."""
     cpus: float = 1

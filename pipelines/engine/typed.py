@@ -67,7 +67,8 @@ def _dataclass(cls: type, mapping: Any, where: str) -> Any:
     if missing:
         listed = ", ".join(f"{where}.{name}" for name in missing)
         raise EngineError(f"{where}: {listed} has no value and no default; set it.")
-    values = {key: _value(known_types[key], item, f"{where}.{key}") for key, item in mapping.items()}
+    # In the order of the fields, so that of values that follow from one another the one a person sets is named first.
+    values = {key: _value(hint, mapping[key], f"{where}.{key}") for key, hint in known_types.items() if key in mapping}
     try:
         return cls(**values)
     except ValueError as error:

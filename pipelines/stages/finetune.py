@@ -67,6 +67,11 @@ def run(settings: FinetuneRun, inputs: Mapping[str, Artifact], out_dir: Path, ct
         "run_id": rows.digest[:8] + inputs["pretrain"].digest[:8],
         "out_dir": str(out_dir),
     }
+    tokens = job["train"]["total_tokens"]
+    if tokens < settings.train.total_tokens:
+        ctx.say(
+            f"{tokens:,} of {settings.train.total_tokens:,} tokens: more would be over finetune.epochs = {settings.epochs:g}"
+        )
     return train(job, settings.compute, out_dir, ctx)
 
 

@@ -57,8 +57,8 @@ class Completion:
     text: str
     tokens: int
     seconds: float
-    finish: Literal["end", "stop", "length"]
-    """end: the model said so; stop: a stop text came; length: max_new_tokens or the model's context were used up."""
+    finish: Literal["end", "stop", "length", "context"]
+    """end: the model said so; stop: a stop text came; length, context: max_new_tokens or the context were used up."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -101,12 +101,7 @@ class TextGenerator:
         from model.generate import Sampling, generate
 
         ids = self.prompt_ids(prompt, chat=chat, system=system)
-        room = self.model.config.max_seq_len - len(ids)
-        if room < 1:
-            raise EngineError(
-                f"The prompt has {len(ids)} tokens and the model was made for {self.model.config.max_seq_len}, its "
-                "answer included: shorten the prompt."
-            )
+        room = self._room(ids)
         allowed = min(settings.max_new_tokens, room)
         stream = TextStream(self.tokenizer, settings.stop, on_text)
         sampling = Sampling(
@@ -127,9 +122,25 @@ class TextGenerator:
         )
         stream.close()
         seconds = time.perf_counter() - started
-        finish: Literal["end", "stop", "length"]
-        finish = "stop" if stream.stopped else "length" if len(new_ids) == allowed else "end"
+        finish: Literal["end", "stop", "length", "context"] = "end"
+        if stream.stopped:
+            finish = "stop"
+        elif len(new_ids) == allowed:
+            finish = "length" if allowed == settings.max_new_tokens else "context"
         return Completion(text=stream.text, tokens=len(new_ids), seconds=seconds, finish=finish)
+
+    def room(self, prompt: str, *, chat: bool = False) -> int:
+        """How many tokens may follow a prompt. Raises EngineError for one that leaves no room."""
+        return self._room(self.prompt_ids(prompt, chat=chat))
+
+    def _room(self, ids: Sequence[int]) -> int:
+        room = self.model.config.max_seq_len - len(ids)
+        if room < 1:
+            raise EngineError(
+                f"The prompt has {len(ids)} tokens and the model was made for {self.model.config.max_seq_len}, its "
+                "answer included: shorten the prompt."
+            )
+        return room
 
     def prompt_ids(self, prompt: str, *, chat: bool = False, system: str | None = None) -> list[int]:
         """`<s>` and the prompt's tokens; with `chat` the rendered messages up to where the assistant begins."""

@@ -87,6 +87,19 @@ def tiles(inputs: Mapping[str, Artifact]) -> list[dict[str, str]]:
     return found
 
 
+TRAINING_FIGURES = {
+    "parameters": ("parameters", "{:,}"),
+    "steps": ("steps", "{:,}"),
+    "tokens": ("tokens", "{:,}"),
+    "rows": ("rows", "{:,}"),
+    "loss": ("loss, mean of the last 20 steps", "{:.3f}"),
+    "tokens_per_second": ("tokens per second", "{:,.0f}"),
+    "mfu": ("model FLOPs utilization", "{:.1%}"),
+    "data_wait_share": ("time waiting for data", "{:.2%}"),
+}
+"""What the report says of a training run: the metric, what it is called, how it is written."""
+
+
 def training(name: str, artifact: Artifact) -> dict[str, Any]:
     """Curves and figures of one training run."""
     path = artifact.path / "metrics.jsonl"
@@ -98,13 +111,16 @@ def training(name: str, artifact: Artifact) -> dict[str, Any]:
     lr = charts.Curve(xs=tokens, ys=[row["lr"] for row in rows], style="thin")
     norm = charts.Curve(xs=tokens, ys=[row["grad_norm"] for row in rows], style="thin")
     figures = artifact.metrics
-    kept = ("steps", "tokens", "rows", "loss", "tokens_per_second", "mfu", "data_wait_share", "parameters")
     return {
         "name": name,
         "loss": charts.curves(loss, label=f"{name}: loss over tokens", height=230),
         "lr": charts.curves([lr], label=f"{name}: learning rate over tokens", y_text=lambda y: f"{y:.0e}"),
         "grad_norm": charts.curves([norm], label=f"{name}: gradient norm over tokens"),
-        "figures": {key: figures[key] for key in kept if isinstance(figures.get(key), int | float)},
+        "figures": {
+            words: shape.format(figures[key])
+            for key, (words, shape) in TRAINING_FIGURES.items()
+            if isinstance(figures.get(key), int | float)
+        },
     }
 
 

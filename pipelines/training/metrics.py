@@ -57,16 +57,23 @@ def read_metrics(path: Path) -> list[Row]:
     return rows
 
 
-@dataclass(frozen=True)
+@dataclass
 class Speed:
-    """MFU = tokens/s x FLOPs per token / peak FLOP/s of all ranks' devices; None where a model's FLOPs are unknown."""
+    """MFU = tokens/s x FLOPs per token / peak FLOP/s of all ranks' devices; None where a model's FLOPs are unknown.
+
+    A peak that was measured while the machine was busy can be passed; then what was reached is the peak from there on.
+    """
 
     flops_per_token: float | None
     peak_flops: float
 
     def mfu(self, tokens_per_second: float) -> float | None:
         """Share of the peak that this many tokens/s of all ranks make use of; 0.4 is 40 %."""
-        return None if self.flops_per_token is None else tokens_per_second * self.flops_per_token / self.peak_flops
+        if self.flops_per_token is None:
+            return None
+        reached = tokens_per_second * self.flops_per_token
+        self.peak_flops = max(self.peak_flops, reached)
+        return reached / self.peak_flops
 
 
 def summary(rows: list[Row], *, resumed_at_step: int) -> dict[str, Any]:
