@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -65,6 +66,7 @@ def main() -> None:
         "claim": "a dropless step with experts makes at least 0.80 of the tokens/s of a dense one, active FLOPs equal",
         "machine": machine(),
         "device": arguments.device,
+        "load": os.getloadavg()[0],
         "threads": arguments.threads,
         "experts": f"{arguments.experts}, {TOP_K} for each token, of width {D_FF}; dense {TOP_K * D_FF}",
         "tokens_per_step": tokens,
