@@ -3,7 +3,7 @@
     python benchmarks/moe.py [--threads 2] [--rounds 5] [--experts 8] [--device cpu] [--write]
 
 Two models alike but for their ffn: a dense one of width top_k x F against experts of width F, top_k of them for each
-token. The same training step of both: bf16 autocast over fp32 weights, four micro-batches, clipping and fused AdamW,
+token. The same training step of both: bf16 autocast over fp32 weights, two micro-batches, clipping and fused AdamW,
 which has all the experts to update. They take turns; each figure is the fastest turn's wall time, to which other work
 on the machine has added least, with the median of processor time beside it. What the experts cost beyond the dense
 network is told apart by a step without the optimizer.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from pipelines.training.hardware import keep_freed_memory
 from pipelines.training.optim import build_optimizer
 from pipelines.training.settings import AdamWSettings
 
-MICRO_BATCHES, ROWS, TOKENS, TOP_K, D_FF = 4, 8, 512, 2, 768
+MICRO_BATCHES, ROWS, TOKENS, TOP_K, D_FF = 2, 8, 512, 2, 768
 DENSE = ModelConfig(
     vocab_size=4096,
     d_model=512,
@@ -65,6 +66,7 @@ def main() -> None:
         "claim": "a dropless step with experts makes at least 0.80 of the tokens/s of a dense one, active FLOPs equal",
         "machine": machine(),
         "device": arguments.device,
+        "load": os.getloadavg()[0],
         "threads": arguments.threads,
         "experts": f"{arguments.experts}, {TOP_K} for each token, of width {D_FF}; dense {TOP_K * D_FF}",
         "tokens_per_step": tokens,
