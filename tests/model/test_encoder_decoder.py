@@ -11,8 +11,8 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.build import build_model
-from model.classifiers import ClassifierHeadConfig
-from model.config import ModelConfig, ModelError
+from model.classifiers import ClassifierHeadConfig, SpanHeadConfig, TokenClassifierHeadConfig
+from model.config import HeadConfig, ModelConfig, ModelError
 from model.costs import forward_flops, kv_cache_bytes, parameter_counts
 from model.frontends import TokenFrontendConfig
 from model.generate import Sampling, generate
@@ -106,6 +106,28 @@ def test_costs_of_a_decoder_with_an_encoder_are_those_counted(config: ModelConfi
     held = [t for state in cache.states for part in vars(state).values() for t in vars(part).values()]
     expected = kv_cache_bytes(config, rows=2, tokens=64, encoder_tokens=9, dtype_bytes=4)
     assert sum(tensor.nbytes for tensor in held) == expected
+
+
+HEADS = (
+    BERT.head,
+    NoHeadConfig(),
+    ClassifierHeadConfig(classes=3),
+    ClassifierHeadConfig(classes=3, hidden=None),
+    TokenClassifierHeadConfig(classes=5),
+    SpanHeadConfig(),
+)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.kind)
+def test_costs_of_every_head_are_those_counted(head: HeadConfig) -> None:
+    config = replace(BERT, head=head, position=RelativePositionConfig())
+    model = build_model(config, kernel="dense")
+    assert parameter_counts(config).total == sum(parameter.numel() for parameter in model.parameters())
+    with FlopCounterMode(display=False) as counted:
+        model(tokens_of(2, 7))
+    assert counted.get_total_flops() == forward_flops(config, rows=2, seq_len=7, masked=False)
+    halves = forward_flops(config, rows=2, seq_len=8, mean_document_tokens=4)
+    assert forward_flops(config, rows=2, seq_len=8) - halves == 2 * 2 * 4 * 32 * (64 - 32)  # rows, layers, 4 D, pairs
 
 
 @SEQ2SEQ
