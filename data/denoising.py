@@ -7,14 +7,14 @@ whichever rank reads it, after any restart, and something else each time the run
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from data.errors import DataError
-from data.objectives import IGNORED, EncoderInputs, Examples
+from data.objectives import IGNORED, EncoderInputs, Examples, NextToken
 from data.order import mixed
 from data.packing import PackedRows
 
@@ -98,15 +98,19 @@ class SpanDenoising:
         spans = min(max(round(hidden / self.mean_span), 1), hidden, tokens - hidden)
         return hidden, spans, tokens - hidden
 
+    def widths(self, seq_len: int) -> tuple[int, int]:
+        """Tokens of a row that the encoder and the decoder read."""
+        hidden, spans, left = self.lengths(seq_len)
+        return left + spans + 1, hidden + spans + 1
+
     def __call__(self, rows: PackedRows, global_rows: Ints) -> Examples:
         texts = _texts(rows)
-        hidden, spans, left = self.lengths(rows.tokens_RW.shape[1] - 1)
         sources, targets = [], []
         for text, global_row in zip(texts, global_rows, strict=True):
             source, target = self.split(text, _key(self.seed, int(global_row)))
             sources.append(source)
             targets.append(target)
-        return _seq2seq(sources, targets, self.start_id, left + spans + 1, hidden + spans + 1)
+        return _seq2seq(sources, targets, self.start_id, *self.widths(rows.tokens_RW.shape[1] - 1))
 
     def split(self, text: Ints, key: np.uint64) -> tuple[Ints, Ints]:
         """(what the encoder reads, what the decoder is to say) of one text."""
@@ -146,11 +150,15 @@ class TextInfilling:
         if self.mean_span <= 0:
             raise DataError(f"text_infilling.mean_span={self.mean_span}: a mean length is above 0.")
 
+    def widths(self, seq_len: int) -> tuple[int, int]:
+        """Tokens of a row that the encoder and the decoder read."""
+        return seq_len, seq_len
+
     def __call__(self, rows: PackedRows, global_rows: Ints) -> Examples:
-        texts, width = _texts(rows), rows.tokens_RW.shape[1] - 1
+        texts = _texts(rows)
         pairs = zip(texts, global_rows, strict=True)
         sources = [self.infilled(text, _key(self.seed, int(global_row))) for text, global_row in pairs]
-        return _seq2seq(sources, texts, self.start_id, width, width)
+        return _seq2seq(sources, texts, self.start_id, *self.widths(rows.tokens_RW.shape[1] - 1))
 
     def infilled(self, text: Ints, key: np.uint64) -> Ints:
         """What the encoder reads of one text; never longer than the text."""
@@ -175,6 +183,16 @@ class TextInfilling:
         source = np.concatenate([*pieces, text[at:]])
         places = np.sort((draws_3N[2][:empty] * len(source)).astype(np.int64))
         return np.insert(source, places, self.mask_id)
+
+
+AnyObjective = NextToken | MaskedToken | SpanDenoising | TextInfilling
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """Which objective a run has."""
+
+    objective: AnyObjective = field(default_factory=NextToken)
 
 
 def _seq2seq(sources: list[Ints], targets: list[Ints], start_id: int, source_len: int, target_len: int) -> Examples:
