@@ -13,7 +13,9 @@ from model.frontends import Embedding, TokenFrontend
 from model.heads import LanguageHead
 from model.init import initialize
 from model.kernels.attention import AttentionKernel, select_kernel
+from model.kernels.selective_scan import FUSED
 from model.mixers.build import build_mixer
+from model.mixers.mamba import MambaConfig
 from model.norm import build_norm
 from model.position import LearnedPositionConfig, LearnedPositions
 from model.stack import Stack
@@ -41,6 +43,8 @@ def build_model(
         model.tie_weights()
         initialize(model, config=config.init, n_layers=config.n_layers, seed=seed)
     log.info("attention kernel: %s", kernel_name)
+    if any(isinstance(layer.mixer, MambaConfig) for layer in config.layers):
+        log.info("selective scan: %s", "mamba-ssm" if FUSED is not None else "chunked, mamba-ssm is not installed")
     return model
 
 
