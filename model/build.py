@@ -22,8 +22,10 @@ from model.heads import Head, LanguageHead, LanguageHeadConfig, NoHead, Transfor
 from model.init import initialize
 from model.kernels.attention import AttentionKernel
 from model.kernels.select import Kind, select_kernel
+from model.kernels.selective_scan import FUSED
 from model.mixers.attention import CrossAttention
 from model.mixers.build import build_mixer
+from model.mixers.mamba import MambaConfig
 from model.norm import build_norm
 from model.position import AlibiConfig, RelativeBias, RelativePositionConfig, build_positions
 from model.stack import Stack
@@ -55,6 +57,8 @@ def build_model(
                 model, config=config.encoder.init, n_layers=config.encoder.n_layers, seed=seed, within="encoder."
             )
     log.info("attention kernels on %s: %s", torch.device(device).type, attend.described(torch.device(device).type))
+    if any(isinstance(layer.mixer, MambaConfig) for layer in config.layers):
+        log.info("selective scan: %s", "mamba-ssm" if FUSED is not None else "chunked, mamba-ssm is not installed")
     return model
 
 

@@ -25,35 +25,33 @@ def causal_linear_attention(
 
     documents_BT: a state that is given belongs to the first of them. itself: whether a token sees itself.
     """
-    rows, tokens, heads, _ = q_BTHP.shape
-    q_BYUHP, k_BYUHP, v_BYUHC = (_chunks(t) for t in (q_BTHP, k_BTHP, v_BTHC))
+    tokens = q_BTHP.shape[1]
+    q_BHYUP, k_BHYUP, v_BHYUC = (_chunks(t) for t in (q_BTHP, k_BTHP, v_BTHC))
     visible_UU = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q_BTHP.device).tril(0 if itself else -1)
-    visible_BYUU = visible_UU[None, None]
-    ending_BYU1 = entering_BYU1 = goes_on_BY = None
-    if documents_BT is not None:
-        padded = -(-tokens // CHUNK) * CHUNK - tokens
+    if documents_BT is None:
+        scores_BHYUU = (q_BHYUP @ k_BHYUP.mT) * visible_UU
+        leaving_BHYUP, asking_BHYUP, goes_on_BY = k_BHYUP, q_BHYUP, None
+    else:
+        padded = -tokens % CHUNK
         number_BYU = torch.cat((documents_BT, documents_BT[:, -1:].expand(-1, padded)), 1).unflatten(1, (-1, CHUNK))
         last_BY = number_BYU[:, :, -1]
         entering_BY = torch.cat((number_BYU[:, :1, 0], last_BY[:, :-1]), dim=1)
-        visible_BYUU = visible_BYUU & (number_BYU[..., :, None] == number_BYU[..., None, :])
-        ending_BYU1 = (number_BYU == last_BY[..., None])[..., None, None]
-        entering_BYU1 = (number_BYU == entering_BY[..., None])[..., None, None]
+        visible_BYUU = visible_UU & (number_BYU[..., :, None] == number_BYU[..., None, :])
+        scores_BHYUU = (q_BHYUP @ k_BHYUP.mT) * visible_BYUU[:, None]
+        leaving_BHYUP = k_BHYUP * (number_BYU == last_BY[..., None])[:, None, :, :, None]
+        asking_BHYUP = q_BHYUP * (number_BYU == entering_BY[..., None])[:, None, :, :, None]
         goes_on_BY = last_BY == entering_BY
-    scores_BYHUU = torch.einsum("byuhp,bywhp->byhuw", q_BYUHP, k_BYUHP) * visible_BYUU[:, :, None]
-    out_BYUHC = torch.einsum("byhuw,bywhc->byuhc", scores_BYHUU, v_BYUHC)
-    left_BYUHP = k_BYUHP if ending_BYU1 is None else k_BYUHP * ending_BYU1
-    added_BYHPC = torch.einsum("byuhp,byuhc->byhpc", left_BYUHP, v_BYUHC)
+    added_BHYPC = leaving_BHYUP.mT @ v_BHYUC
     if state_BHPC is None:
-        state_BHPC = torch.zeros_like(added_BYHPC[:, 0])
+        state_BHPC = torch.zeros_like(added_BHYPC[:, :, 0])
     entering = []
-    for chunk in range(added_BYHPC.shape[1]):
+    for chunk in range(added_BHYPC.shape[2]):
         entering.append(state_BHPC)
         if goes_on_BY is not None:
             state_BHPC = state_BHPC * goes_on_BY[:, chunk, None, None, None]
-        state_BHPC = state_BHPC + added_BYHPC[:, chunk]
-    asking_BYUHP = q_BYUHP if entering_BYU1 is None else q_BYUHP * entering_BYU1
-    out_BYUHC = out_BYUHC + torch.einsum("byuhp,byhpc->byuhc", asking_BYUHP, torch.stack(entering, dim=1))
-    return out_BYUHC.reshape(rows, -1, heads, v_BTHC.shape[-1])[:, :tokens], state_BHPC
+        state_BHPC = state_BHPC + added_BHYPC[:, :, chunk]
+    out_BHYUC = scores_BHYUU @ v_BHYUC + asking_BHYUP @ torch.stack(entering, dim=2)
+    return out_BHYUC.flatten(2, 3).transpose(1, 2)[:, :tokens], state_BHPC
 
 
 def bidirectional_linear_attention(
@@ -88,6 +86,6 @@ def recurrent_linear_attention(
 
 
 def _chunks(x_BTHC: torch.Tensor) -> torch.Tensor:
-    """x_BYUHC, with zeros behind the end."""
-    padded = -x_BTHC.shape[1] % CHUNK
-    return torch.nn.functional.pad(x_BTHC, (0, 0, 0, 0, 0, padded)).unflatten(1, (-1, CHUNK))
+    """x_BHYUC, with zeros behind the end."""
+    padded_BHTC = torch.nn.functional.pad(x_BTHC.transpose(1, 2), (0, 0, 0, -x_BTHC.shape[1] % CHUNK))
+    return padded_BHTC.contiguous().unflatten(2, (-1, CHUNK))

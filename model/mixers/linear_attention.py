@@ -105,8 +105,8 @@ class LinearAttentionConfig:
         random = features * channels if isinstance(self.features, FavorConfig) else 0
         # Of each head in fp32: what features are made from, they and their layouts by chunk, values and sums with their
         # denominators, scores within the chunk, and its share of the state.
-        kept = (channels + 6 * features) if random else (2 * channels + 4 * features)
-        kept += 3 * (channels + 1) + CHUNK + features * (channels + 1) // CHUNK + 1
+        kept = (channels + 4 * features) if random else (4 * channels + channels // 2 + 2 * features)
+        kept += 2 * (channels + 1) + CHUNK + features * (channels + 1) // CHUNK + 1
         return SlotCosts(
             parameters=matrices + biases + random,
             matrices=matrices,
@@ -189,7 +189,8 @@ class EluFeatures(nn.Module):
     """elu + 1 of queries and of keys."""
 
     def forward(self, q_BTHC: torch.Tensor, k_BTHC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return nn.functional.elu(q_BTHC) + 1, nn.functional.elu(k_BTHC) + 1
+        # elu's own backward has strides that torch.compile does not foresee.
+        return _elu_plus_one(q_BTHC), _elu_plus_one(k_BTHC)
 
 
 class FavorFeatures(Declared):
@@ -214,3 +215,7 @@ class FavorFeatures(Declared):
         q_BTHP = nn.functional.linear(q_BTHC, w_PC) + shift_P  # |q|² / 2 goes out with the maximum
         k_BTHP = nn.functional.linear(k_BTHC, w_PC) - shift_P - k_BTHC.square().sum(-1, keepdim=True) / 2
         return (q_BTHP - q_BTHP.detach().amax(-1, keepdim=True)).exp(), k_BTHP.exp()
+
+
+def _elu_plus_one(x_BTHC: torch.Tensor) -> torch.Tensor:
+    return torch.where(x_BTHC > 0, x_BTHC + 1, x_BTHC.clamp(max=0).exp())

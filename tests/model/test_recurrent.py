@@ -331,6 +331,21 @@ def test_a_scan_in_a_bidirectional_stack_is_refused() -> None:
 
 
 @ALL
+def test_torch_compile_takes_every_block_as_one_graph(config: ModelConfig) -> None:
+    tokens = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+    documents = packed(2, 40, torch.Generator().manual_seed(0))
+    plain, compiled = build_model(config), build_model(config)
+    for block in compiled.stack.layers:
+        block.compile(dynamic=False, backend="aot_eager", fullgraph=True)
+    for model in (plain, compiled):
+        losses(model, tokens, documents).backward()
+    for one, other in zip(compiled.parameters(), plain.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        if one.grad is not None and other.grad is not None:
+            assert (one.grad - other.grad).abs().max() <= 1e-5 * other.grad.abs().max().clamp(min=1e-3)
+
+
+@ALL
 def test_half_precision_stays_near_full_precision(config: ModelConfig) -> None:
     model = build_model(config)
     tokens = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(0))
