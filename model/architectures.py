@@ -1,6 +1,6 @@
 """A whole model: frontend, stack, head."""
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -11,9 +11,19 @@ from model.errors import ModelError
 from model.frontends import TokenFrontend
 from model.heads import LanguageHead
 from model.masks import Mask
+from model.mixers.attention import KeyValueState
 from model.mixers.base import MixerInput
 from model.position import LearnedPositionConfig, RopeConfig, Rotation, document_positions, rotation
 from model.stack import Stack
+
+
+class Prefixes(Protocol):
+    """Learned keys and values before those of every layer (`model.peft.prefix`)."""
+
+    tokens: int
+
+    def __call__(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of every layer the keys and the values, [K, S, C]."""
 
 
 class Transformer(nn.Module):
@@ -25,6 +35,7 @@ class Transformer(nn.Module):
         self.frontend = frontend
         self.stack = stack
         self.head = head
+        self.prefix: Prefixes | None = None
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -55,6 +66,10 @@ class Transformer(nn.Module):
         "z_loss_sum" where the configuration weighs it; with `per_token` instead, and without gradient, {"nll": fp32
         [B, T], "is_top": bool [B, T]}.
         """
+        if self.prefix is not None and cache is None:
+            raise ModelError(
+                "a model with a prefix computes through a cache: pass cache=model.new_cache(rows, tokens)."
+            )
         shared, positions_BT = self._shared(tokens_BT, documents_BT, positions_BT, cache)
         states = None if cache is None else cache.states
         x_BTD = self.stack(self.frontend(tokens_BT, positions_BT), shared, states)
@@ -69,10 +84,15 @@ class Transformer(nn.Module):
 
     def new_cache(self, rows: int, max_tokens: int, *, static: bool = False) -> Cache:
         """An empty cache for `rows` rows of at most `max_tokens` tokens, prompt and continuation together; see `Cache`."""
-        device, slots = self.frontend.tokens.weight.device, rounded_slots(max_tokens)
+        offset = 0 if self.prefix is None else self.prefix.tokens
+        device, slots = self.frontend.tokens.weight.device, rounded_slots(max_tokens + offset)
         angles = self._rotation(torch.arange(slots, device=device)[None])
         states = self.stack.new_states(rows, slots)
-        return Cache(states, rows, max_tokens, device, angles=angles, static=static)
+        if self.prefix is not None:
+            for state, (k_KSC, v_KSC) in zip(states, self.prefix(), strict=True):
+                assert isinstance(state, KeyValueState)
+                state.begin(k_KSC, v_KSC)
+        return Cache(states, rows, max_tokens, device, angles=angles, static=static, offset=offset)
 
     def _rotation(self, positions_BT: torch.Tensor) -> Rotation | None:
         """The angles of those positions, where the model rotates and attends."""
@@ -110,6 +130,6 @@ class Transformer(nn.Module):
             angles = self._rotation(positions_BT)
         if cache is None:
             return MixerInput(Mask(documents_BT=documents_BT), angles), positions_BT
-        fresh = cache.longest == 0 and not cache.static
+        fresh = cache.longest + cache.offset == 0 and not cache.static
         mask = Mask() if fresh else Mask(slots_BT=slots_BT, keys=cache.slots_for(tokens))
         return MixerInput(mask, angles, slots_BT, cache.common_slot), positions_BT
