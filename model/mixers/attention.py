@@ -160,4 +160,4 @@ class Attention(Mixer, Joins):
 
     def new_state(self, rows: int, max_tokens: int) -> KeyValueState:
         shape = (rows, self.kv_heads, max_tokens, self.head_dim)
-        return KeyValueState(self.k.weight.new_zeros(shape), self.k.weight.new_zeros(shape))
+        return KeyValueState(self.k.like.new_zeros(shape), self.k.like.new_zeros(shape))
