@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from model.errors import ModelError
 from model.heads import Head
 from model.loss import IGNORED
 from model.masks import Mask
+from model.mixers.attention import KeyValueState
 from model.mixers.base import MixerInput
 from model.moe.config import MoeConfig
 from model.moe.noise import row_keys
@@ -32,6 +33,15 @@ from model.stack import Stack
 
 ENCODER = "encoder_"
 """What the names of an encoder's inputs begin with: `encoder_tokens_BT` is its `tokens_BT`."""
+
+
+class Prefixes(Protocol):
+    """Learned keys and values before those of every layer (`model.peft.prefix`)."""
+
+    tokens: int
+
+    def __call__(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of every layer the keys and the values, [K, S, C]."""
 
 
 class Transformer(nn.Module):
@@ -57,6 +67,7 @@ class Transformer(nn.Module):
         self._is_random = any(
             isinstance(layer.ffn, MoeConfig) and layer.ffn.router.is_random for layer in config.layers
         )
+        self.prefix: Prefixes | None = None
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -99,6 +110,10 @@ class Transformer(nn.Module):
         (`moe.receipts`) where layers have experts; with `per_token` instead, and without gradient, {"nll": fp32 [B, T],
         "is_top": bool [B, T]}.
         """
+        if self.prefix is not None and cache is None:
+            raise ModelError(
+                "a model with a prefix computes through a cache: pass cache=model.new_cache(rows, tokens)."
+            )
         targets = {name: tensor for name, tensor in inputs.items() if name in self.head.takes}
         encoder_inputs = {name: tensor for name, tensor in inputs.items() if name.startswith(ENCODER)}
         own = {name: x for name, x in inputs.items() if name not in targets and name not in encoder_inputs}
@@ -115,7 +130,7 @@ class Transformer(nn.Module):
             prefix_B=prefix_B,
             globals_BT=globals_BT,
         )
-        if cache is not None and (cache.longest or cache.static):
+        if cache is not None and (cache.longest or cache.static or cache.offset):
             mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(x_BTD.shape[1]))
         shared = self._shared(mask, x_BTD.shape[1], positions_BT, slots_BT, cache)
         if lengths is not None and min(lengths) < x_BTD.shape[1]:
@@ -146,9 +161,15 @@ class Transformer(nn.Module):
             raise ModelError(
                 "model.causal is false: an encoder sees what comes later, so it cannot continue from a cache."
             )
-        device, slots = next(self.stack.parameters()).device, rounded_slots(max_tokens)
+        offset = 0 if self.prefix is None else self.prefix.tokens
+        device, slots = next(self.stack.parameters()).device, rounded_slots(max_tokens + offset)
         angles = self._rotation(torch.arange(slots, device=device)[None])
-        return Cache(self.stack.new_states(rows, slots), rows, max_tokens, device, angles=angles, static=static)
+        states = self.stack.new_states(rows, slots)
+        if self.prefix is not None:
+            for state, (k_KSC, v_KSC) in zip(states, self.prefix(), strict=True):
+                assert isinstance(state, KeyValueState)
+                state.begin(k_KSC, v_KSC)
+        return Cache(states, rows, max_tokens, device, angles=angles, static=static, offset=offset)
 
     def _rotation(self, positions_BT: torch.Tensor | None) -> Rotation | None:
         """The angles of those positions, where the model rotates and attends."""

@@ -24,6 +24,7 @@ class Cache:
         token goes to the slot of that number.
     angles: of rotary positions, for every slot, made once. static: every step looks at all slots and addresses them by a
         tensor, so that its shapes never change, for compiled steps and CUDA graphs; else it looks at those in use.
+    offset: slots before the first token of every row, which hold a learned prefix.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Cache:
         *,
         angles: Rotation | None = None,
         static: bool = False,
+        offset: int = 0,
     ) -> None:
         self.states = states
         self.max_tokens = max_tokens
@@ -43,6 +45,7 @@ class Cache:
         self.device = device
         self.angles = angles
         self.static = static
+        self.offset = offset
 
     @property
     def longest(self) -> int:
@@ -51,7 +54,7 @@ class Cache:
     @property
     def common_slot(self) -> int | None:
         """Where the next token of every row goes, if they all hold equally many and shapes may tell."""
-        return None if self.static or min(self.lengths) != max(self.lengths) else self.lengths[0]
+        return None if self.static or min(self.lengths) != max(self.lengths) else self.lengths[0] + self.offset
 
     def claim(self, tokens: int) -> torch.Tensor:
         """Slots_BT for `tokens` further tokens of every row. Raises ModelError when they do not fit."""
@@ -61,11 +64,11 @@ class Cache:
                 "larger with new_cache(max_tokens=...)."
             )
         lengths_B = torch.tensor(self.lengths, device=self.device)
-        return lengths_B[:, None] + torch.arange(tokens, device=self.device)
+        return lengths_B[:, None] + torch.arange(self.offset, self.offset + tokens, device=self.device)
 
     def slots_for(self, tokens: int) -> int:
         """How many slots `tokens` further tokens of every row look at, unused ones among them."""
-        return rounded_slots(self.max_tokens if self.static else self.longest + tokens)
+        return rounded_slots(self.offset + (self.max_tokens if self.static else self.longest + tokens))
 
     def rotation(self, slots_BT: torch.Tensor) -> Rotation | None:
         """The angles of those slots."""

@@ -85,7 +85,7 @@ def budget(model: Transformer, prompt: Sequence[int], row: int, max_new_tokens: 
     """How many tokens may follow a prompt. Raises ModelError for an empty one, or one that leaves no room."""
     if not prompt:
         raise ModelError(f"prompt {row} has no tokens: a model continues something; start it with the <s> token.")
-    room = model.config.max_seq_len - len(prompt)
+    room = model.config.max_seq_len - len(prompt) - (0 if model.prefix is None else model.prefix.tokens)
     if room < 1:
         raise ModelError(
             f"prompt {row} has {len(prompt)} tokens: the model's max_seq_len is {model.config.max_seq_len}, which must "

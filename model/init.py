@@ -90,6 +90,11 @@ class Linear(Declared):
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x_BTI, self.weight, self.bias)
 
+    @property
+    def like(self) -> torch.Tensor:
+        """A tensor of the precision and on the device of what the map computes."""
+        return self.weight
+
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}{', bias' if self.bias is not None else ''}"
 

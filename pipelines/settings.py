@@ -110,6 +110,7 @@ class Settings:
             train=replace(self.finetune.train, **self._everywhere()),
             epochs=self.finetune.epochs,
             lora=self.finetune.lora,
+            freeze=self.finetune.freeze,
             order=self.order,
             compute=self.compute,
         )

@@ -89,6 +89,7 @@ KNOWN = {
     "model.position.scaling": LinearScaling(factor=4.0),
     "finetune.data.tasks": ("write",),
     "finetune.lora": LoraConfig(),
+    "finetune.freeze": ("frontend.*",),
     "evaluate.compressors": ("gzip",),
     "evaluate.tasks": ("held_out_rolling",),
 }

@@ -1,4 +1,4 @@
-"""LoRA adapters in the folder format of the peft package."""
+"""Adapters in the folder format of the peft package: LoRA, prompt tuning, prefix tuning."""
 
 import json
 from collections.abc import Mapping
@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from model.config import ModelConfig
+from model.errors import ModelError
 from model.interop.convert import State, family_of, spelled_weights
-from model.peft import LORA_A, LORA_B, LoraConfig, adapted_layers
+from model.interop.tables import dotted
+from model.peft.lora import LORA_A, LORA_B, LoraConfig, adapted_layers
 
 
 def save_adapter(state: Mapping[str, torch.Tensor], model: ModelConfig, config: LoraConfig, folder: Path) -> None:
@@ -45,6 +47,33 @@ def save_adapter(state: Mapping[str, torch.Tensor], model: ModelConfig, config: 
         "target_modules": sorted(ranks),
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.rank},
         "alpha_pattern": {name: config.scale * rank for name, rank in ranks.items() if rank != config.rank},
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+
+def save_virtual_tokens(state: Mapping[str, torch.Tensor], model: ModelConfig, folder: Path) -> None:
+    """Write a learned prompt or prefix, whichever the state dict has, as the `peft` package loads it.
+
+    Raises ModelError where there is neither.
+    """
+    kinds = {"frontend.tokens.prompt": "PROMPT_TUNING", "prefix.weight": "PREFIX_TUNING"}
+    name = next((name for name in kinds if name in state), None)
+    if name is None:
+        raise ModelError(
+            f"the state dict has none of {', '.join(kinds)}: attach a prompt or a prefix before saving it."
+        )
+    learned = state[name].detach().float().contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"prompt_embeddings": learned}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    described = {
+        "peft_type": kinds[name],
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": learned.shape[0],
+        "num_layers": model.n_layers,
+        "num_attention_heads": dotted(model, "mixer.n_heads"),
+        "token_dim": model.d_model,
+        "num_transformer_submodules": 1,
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")

@@ -120,6 +120,11 @@ class KeyValueState(MixerState):
                 rows_B1 = torch.arange(new_BTKC.shape[0], device=new_BTKC.device)[:, None]
                 state_BKSC[rows_B1, :, shared.slots_BT] = new_BTKC.to(state_BKSC.dtype)
 
+    def begin(self, k_KSC: torch.Tensor, v_KSC: torch.Tensor) -> None:
+        """Fill the first slots of every row with the same keys and values."""
+        self.k_BKSC[:, :, : k_KSC.shape[1]] = k_KSC
+        self.v_BKSC[:, :, : v_KSC.shape[1]] = v_KSC
+
     def first(self, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k_BSKC and v_BSKC of the first slots."""
         return self.k_BKSC[:, :, :slots].transpose(1, 2), self.v_BKSC[:, :, :slots].transpose(1, 2)
@@ -201,7 +206,7 @@ class Attention(Mixer, Joins):
 
     def new_state(self, rows: int, max_tokens: int) -> MixerState:
         shape = (rows, self.kv_heads, max_tokens, self.head_dim)
-        return KeyValueState(self.k.weight.new_zeros(shape), self.k.weight.new_zeros(shape))
+        return KeyValueState(self.k.like.new_zeros(shape), self.k.like.new_zeros(shape))
 
 
 class MemoryState(MixerState):

@@ -31,10 +31,16 @@ class FinetuneSettings:
     train: TrainSettings
     lora: LoraConfig | None = None
     """null trains every weight."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters that stay as they are, such as `frontend.*`; not together with `lora`, which freezes all."""
 
     def __post_init__(self) -> None:
         if self.epochs <= 0:
             raise ValueError(f"finetune.epochs = {self.epochs}: go through the conversations at least in part, e.g. 1.")
+        if self.lora is not None and self.freeze:
+            raise ValueError(
+                f"finetune.freeze = {self.freeze}: lora freezes every weight already; drop one of the two."
+            )
 
     def rows(self, seq_len: int) -> ConversationRows:
         """What the instructions step is told."""
@@ -48,6 +54,7 @@ class FinetuneRun:
     train: TrainSettings
     epochs: float
     lora: LoraConfig | None
+    freeze: tuple[str, ...]
     order: OrderSettings
     compute: ComputeSettings = field(metadata={"execution": True})
 
@@ -61,6 +68,7 @@ def run(settings: FinetuneRun, inputs: Mapping[str, Artifact], out_dir: Path, ct
         "model": None,
         "init": str(inputs["pretrain"].path / "model"),
         "lora": to_plain(settings.lora) if settings.lora else None,
+        "freeze": list(settings.freeze),
         "order": to_plain(settings.order),
         "shards": {"conversations": str(rows.path / "rows")},
         "digests": {name: artifact.digest for name, artifact in inputs.items()},

@@ -1,8 +1,8 @@
 """One rank of a training run, from a plain dict: the same under Ray, under torchrun and alone.
 
 {"train": {…}, "out_dir": "…", "shards": {"corpus": "…"}, "order": {…}, "mixture": {…},
- "model": {…} | null, "init": "folder of weights" | null, "lora": {…} | null,
- "objective": {"kind": …} | null, "digests": {"shards": "…", "tokenizer": "…"}, "run_id": "…", "label": "pretrain"}
+  "model": {…} | null, "init": "folder of weights" | null, "lora": {…} | null, "freeze": [patterns],
+  "objective": {"kind": …} | null, "digests": {"shards": "…", "tokenizer": "…"}, "run_id": "…", "label": "pretrain"}
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from model.build import build_model
 from model.config import ModelConfig
 from model.costs import FLOP_FORMULA, activation_bytes, forward_flops, train_flops_per_token
 from model.interop import load_pretrained, save_adapter, save_pretrained
-from model.peft import LoraConfig, attach_lora, merged
+from model.peft import LoraConfig, attach_lora, freeze, merged
 from pipelines.engine.typed import from_plain, to_plain
 from pipelines.training.errors import TrainingError
 from pipelines.training.hardware import keep_freed_memory
@@ -65,6 +65,8 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
     lora = from_plain(LoraConfig, job["lora"], "lora") if job.get("lora") else None
     if lora is not None:
         attach_lora(model, lora, seed=settings.seed)
+    if job.get("freeze"):
+        freeze(model, job["freeze"])
 
     def save_model(state: dict[str, torch.Tensor], folder: Path) -> None:
         if lora is not None:
@@ -78,6 +80,7 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
         "settings": _digest(to_plain(settings.identity())),
         **({"lora": _digest(job["lora"])} if lora is not None else {}),
         **({"objective": _digest(to_plain(objective))} if job.get("objective") else {}),
+        **({"freeze": _digest(job["freeze"])} if job.get("freeze") else {}),
     }
     label = job.get("label") or "train"
     run = Run(

@@ -18,7 +18,7 @@ from model.mixers.attention import AttentionConfig
 from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
 from model.mixers.mamba import MambaConfig
 from model.norm import NormConfig
-from model.peft import LoraConfig
+from model.peft import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig
 from model.position import LinearScaling, Llama3Scaling, RopeConfig
 from pipelines.engine.typed import from_plain, to_plain
 from tests.model.configurations import ALIBI, GPT2, LINEAR, LLAMA, PERFORMER, RECURRENT
@@ -81,6 +81,9 @@ PUBLISHED = {
         (lambda: Llama3Scaling(low_freq_factor=4.0, high_freq_factor=1.0), "low_freq_factor=4.0"),
         (lambda: InitConfig(std=-1.0), "init.std is -1.0"),
         (lambda: LoraConfig(rank=0), "lora.rank is 0"),
+        (lambda: BottleneckConfig(width=0), "bottleneck.width is 0"),
+        (lambda: PromptConfig(tokens=0), "prompt.tokens is 0"),
+        (lambda: PrefixConfig(tokens=0), "prefix.tokens is 0"),
         (lambda: Sampling(temperature=-1.0), "temperature is -1.0"),
         (lambda: Sampling(top_p=0.0), "top_p is 0.0"),
         (lambda: build_model(ModelConfig()), "vocab_size is null"),

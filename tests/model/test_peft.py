@@ -4,15 +4,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from model.architectures import Transformer
 from model.build import build_model
 from model.config import ModelConfig, ModelError, parameter_roles
 from model.ffn import FfnConfig
-from model.interop import save_adapter, save_pretrained
+from model.generate import Sampling, generate
+from model.interop import save_adapter, save_pretrained, save_virtual_tokens
 from model.mixers.attention import AttentionConfig
 from model.norm import NormConfig
-from model.peft import LoraConfig, attach_lora, merged
+from model.peft import (
+    BottleneckConfig,
+    LoraConfig,
+    PrefixConfig,
+    PromptConfig,
+    attach_bottlenecks,
+    attach_lora,
+    attach_prefix,
+    attach_prompt,
+    freeze,
+    merged,
+    trained_state,
+    with_prompt,
+)
 from model.position import LearnedPositionConfig
+from tests.model.configurations import any_config
 
 LLAMA = ModelConfig(
     vocab_size=96, d_model=32, n_layers=2, max_seq_len=32, mixer=AttentionConfig(n_heads=4, n_kv_heads=2)
@@ -84,3 +102,131 @@ def test_a_target_that_matches_nothing_is_refused() -> None:
 def test_targets_choose_layers() -> None:
     names = attach_lora(build_model(LLAMA), LoraConfig(targets=("*.mixer.q", "*.mixer.v")))
     assert names == [f"stack.layers.{layer}.mixer.{part}" for layer in (0, 1) for part in ("q", "v")]
+
+
+def attach(model: Transformer, kind: str, *, seed: int = 0) -> list[str]:
+    if kind == "lora":
+        return attach_lora(model, LORA, seed=seed)
+    if kind == "prompt":
+        return attach_prompt(model, PromptConfig(tokens=3), seed=seed)
+    if kind == "prefix":
+        return attach_prefix(model, PrefixConfig(tokens=3), seed=seed)
+    return attach_bottlenecks(model, BottleneckConfig(width=4, placement=kind), seed=seed)  # type: ignore[arg-type]
+
+
+def loss_of(model: Transformer, kind: str, row: torch.Tensor) -> torch.Tensor:
+    if kind == "prefix":
+        cache = model.new_cache(*row.shape)
+        return model(row, targets_BT=row.roll(-1, 1), cache=cache)["loss_sum"] / row.numel()
+    if kind == "prompt":
+        virtual = torch.tensor([with_prompt([], 3)] * row.shape[0])
+        targets = torch.cat([torch.full_like(virtual, -100), row.roll(-1, 1)], dim=1)
+        return model(torch.cat([virtual, row], dim=1), targets_BT=targets)["loss_sum"] / row.numel()
+    return model(row, targets_BT=row.roll(-1, 1))["loss_sum"] / row.numel()
+
+
+@pytest.mark.parametrize("kind", ["lora", "houlsby", "pfeiffer", "prompt", "prefix"])
+@settings(max_examples=4, deadline=None)
+@given(config=any_config(), seed=st.integers(0, 20))
+def test_any_family_learns_by_what_is_attached_alone(kind: str, config: ModelConfig, seed: int) -> None:
+    model = build_model(config, seed=seed)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attach(model, kind, seed=seed)
+    roles = parameter_roles(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert (
+        trained == {name for name, role in roles.items() if role == "adapter"} == trained_state(model).keys() != set()
+    )
+    row = torch.randint(0, config.require_vocab_size(), (2, 8), generator=torch.Generator().manual_seed(seed))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
+    losses = []
+    for _ in range(12):
+        loss = loss_of(model, kind, row)
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert min(losses[1:]) < losses[0]
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in before.items())
+    again = build_model(config, seed=seed)
+    attach(again, kind, seed=seed + 1)
+    again.load_state_dict(trained_state(model), strict=False)
+    assert torch.equal(loss_of(again, kind, row), loss_of(model, kind, row))
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_bottlenecks_start_as_the_identity_and_stand_behind_their_sublayers(
+    config: ModelConfig, placement: str
+) -> None:
+    plain, adapted = build_model(config), build_model(config)
+    names = attach(adapted, placement)
+    assert len(names) == (4 if placement == "houlsby" else 2)
+    assert torch.equal(plain(tokens())["logits"], adapted(tokens())["logits"])
+    with torch.no_grad():
+        adapted.get_submodule("stack.layers.0.ffn.adapter").up.bias += 1.0
+    found: dict[str, torch.Tensor] = {}
+    for name, model in (("plain", plain), ("adapted", adapted)):
+        model.stack.layers[0].register_forward_hook(lambda m, i, out, name=name: found.update({name: out}))
+        model(tokens())
+    assert torch.allclose(found["adapted"], found["plain"] + 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["houlsby", "prompt", "prefix", "lora"])
+def test_an_adapted_model_generates_what_its_whole_pass_says(kind: str) -> None:
+    model = build_model(LLAMA, seed=1)
+    attach(model, kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
+    start = with_prompt([], 3) if kind == "prompt" else []
+    prompts = [[*start, 5, 3, 9], [*start, 7]]
+    found = generate(model, prompts, Sampling(max_new_tokens=6, temperature=0))
+    for prompt, text in zip(prompts, found, strict=True):
+        whole = list(prompt)
+        for _ in range(6):
+            cache = model.new_cache(1, len(whole)) if kind == "prefix" else None
+            whole.append(int(model(torch.tensor([whole]), cache=cache)["logits"][0, -1].argmax()))
+        assert text == whole[len(prompt) :]
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_the_peft_package_reads_learned_prompts_and_prefixes(config: ModelConfig, kind: str, tmp_path: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    adapted = build_model(config, seed=1)
+    attach(adapted, kind)
+    save_pretrained(build_model(config, seed=1).state_dict(), config, tmp_path / "model")
+    save_virtual_tokens(adapted.state_dict(), config, tmp_path / "adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    with torch.no_grad():
+        expected = theirs(tokens(), attention_mask=torch.ones_like(tokens())).logits
+        if kind == "prefix":
+            found = adapted(tokens(), cache=adapted.new_cache(2, 12))["logits"]
+        else:
+            found = adapted(torch.tensor([with_prompt(row, 3) for row in tokens().tolist()]))["logits"]
+    assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_freezing_by_pattern_keeps_what_matches_and_trains_the_rest() -> None:
+    model = build_model(LLAMA)
+    frozen = freeze(model, ("frontend.*", "stack.layers.0.*"))
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == set(frozen)
+    assert not model.head.weight.requires_grad  # tied
+    assert model.stack.layers[1].mixer.q.weight.requires_grad
+
+
+@pytest.mark.parametrize(("patterns", "said"), [(("*.query",), "matches no parameter"), (("*",), "nothing to train")])
+def test_freezing_nothing_or_everything_is_refused(patterns: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        freeze(build_model(LLAMA), patterns)
+
+
+def test_a_model_with_a_prefix_says_how_it_wants_to_be_called() -> None:
+    model = build_model(LLAMA)
+    attach(model, "prefix")
+    with pytest.raises(ModelError, match="new_cache"):
+        model(tokens())

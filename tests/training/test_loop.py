@@ -88,6 +88,18 @@ def test_a_run_begins_from_given_weights_and_keeps_the_precision_it_is_told(job:
     assert row["loss"] == pytest.approx((out["loss_sum"] / out["target_count"]).item(), rel=256 * 2.0**-24)
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_frozen_parameters_stay_as_they_were_and_the_rest_learns(job: Make, stage: int) -> None:
+    base = job(out="base", steps=2, lr=1e-2)
+    run_rank(base)
+    folder = Path(base["out_dir"]) / "model"
+    tuned = job(out="tuned", steps=2, lr=1e-2, zero={"stage": stage})
+    run_rank({**tuned, "model": None, "init": str(folder), "freeze": ["*.mixer.*", "stack.layers.0.*"]})
+    before, after = (load_file(Path(run["out_dir"]) / "model/model.safetensors") for run in (base, tuned))
+    for name, weight in before.items():
+        assert torch.equal(weight, after[name]) == ("self_attn" in name or ".layers.0." in name), name
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_lora_trains_adapters_alone_and_writes_them_merged_and_apart(job: Make, stage: int) -> None:
     base = job(out="base", steps=10, lr=1e-2)
