@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from model.mixers.attention import AttentionConfig
 from pipelines.engine import runner
 from pipelines.engine.step import Step
 from pipelines.engine.store import open_store
@@ -74,12 +75,12 @@ def certify_resume(overrides: Sequence[str]) -> int:
 def scaled_down(settings: Settings) -> list[str]:
     """Overrides that keep the configuration's kind and make twelve steps of it take seconds."""
     mixer = settings.model.mixer
-    grouped = mixer.n_kv_heads is not None and mixer.n_kv_heads < mixer.n_heads
     rows = 4 * max(2, settings.compute.ranks)
     tokens = rows * settings.shards.seq_len
-    small = ["model.d_model=128", "model.mixer.n_heads=4", "model.mixer.head_dim=null", "model.ffn.d_ff=256"]
-    if grouped:
-        small.append("model.mixer.n_kv_heads=2")
+    small = ["model.d_model=128", "model.mixer.n_heads=4", "model.ffn.d_ff=256"]
+    if isinstance(mixer, AttentionConfig):
+        grouped = mixer.n_kv_heads is not None and mixer.n_kv_heads < mixer.n_heads
+        small += ["model.mixer.head_dim=null", *(["model.mixer.n_kv_heads=2"] if grouped else [])]
     return [
         f"pretrain.global_batch_tokens={tokens}",
         f"pretrain.total_tokens={tokens * STEPS}",

@@ -3,10 +3,11 @@
 from model.kernels.attention import AttentionKernel
 from model.mixers.attention import Attention, AttentionConfig
 from model.mixers.base import Mixer
+from model.mixers.bigbird import BigBirdAttention, BigBirdConfig
 from model.mixers.longformer import LongformerAttention, LongformerConfig
 from model.norm import NormConfig
 
-MixerConfig = AttentionConfig | LongformerConfig
+MixerConfig = AttentionConfig | LongformerConfig | BigBirdConfig
 """Told apart by `kind`; each arm has a `kind` of its own, `check(d_model)` and `costs(d_model, norm)`."""
 
 
@@ -14,4 +15,6 @@ def build_mixer(config: MixerConfig, d_model: int, norm: NormConfig, attend: Att
     """The mixer of `config` for a stack of width `d_model`; `attend` is the kernel of those that attend."""
     if isinstance(config, LongformerConfig):
         return LongformerAttention(config, d_model, norm, attend)
+    if isinstance(config, BigBirdConfig):
+        return BigBirdAttention(config, d_model, norm, attend)
     return Attention(config, d_model, norm, attend)

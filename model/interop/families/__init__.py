@@ -6,7 +6,7 @@ from model.interop.families.gpt2 import GPT2
 from model.interop.families.gptj import GPTJ
 from model.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from model.interop.families.seq2seq import BART, MARIAN
-from model.interop.families.sparse import LONGFORMER
+from model.interop.families.sparse import BIGBIRD, LONGFORMER
 from model.interop.families.t5 import T5_KIN
 
 FAMILIES = (
@@ -20,6 +20,7 @@ FAMILIES = (
     FALCON_TWO_NORMS,
     *BERT_KIN,
     LONGFORMER,
+    BIGBIRD,
     *T5_KIN,
     BART,
     MARIAN,
