@@ -61,6 +61,7 @@ class BigBirdAttention(Attention):
         self.config = config
         self.seed = 0
 
+    @torch.compiler.disable  # it draws, and it remembers
     def mask(self, shared: MixerInput, tokens: int) -> Mask:
         config, mask = self.config, shared.mask
         if tokens <= (5 + 2 * config.random_blocks) * config.block:

@@ -15,6 +15,8 @@ from model.ffn import FfnConfig
 from model.generate import Sampling
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
+from model.mixers.bigbird import BigBirdConfig
+from model.mixers.longformer import LongformerConfig
 from model.norm import NormConfig
 from model.peft import LoraConfig
 from model.position import LinearScaling, Llama3Scaling, RopeConfig
@@ -54,6 +56,8 @@ PUBLISHED = {
             lambda: replace(ALIBI, pattern=(LayerChange(every=2, mixer=AttentionConfig(n_heads=2)),)),
             "different n_heads",
         ),
+        (lambda: LongformerConfig(window=1), "window is 1"),
+        (lambda: BigBirdConfig(block=0), "block is 0"),
         (lambda: FfnConfig(d_ff=0), "d_ff is 0"),
         (lambda: NormConfig(eps=0.0), "eps is 0.0"),
         (lambda: NormConfig(kind="rms", bias=True), "norm.bias is true"),

@@ -18,7 +18,7 @@ from model.mixers.base import MixerInput
 from model.mixers.bigbird import BigBirdAttention, BigBirdConfig
 from model.mixers.longformer import LongformerConfig
 from model.position import LearnedPositionConfig
-from tests.model.configurations import BERT
+from tests.model.configurations import ALIBI, BERT, MISTRAL
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -185,7 +185,33 @@ def test_a_window_that_differs_between_layers_is_refused() -> None:
         config_from_hf(described)
 
 
-def test_longformers_time_and_what_it_holds_do_not_depend_on_global_tokens_being_there() -> None:
+@pytest.mark.parametrize(
+    "config", [LONGFORMER, BIGBIRD, MISTRAL, ALIBI], ids=["longformer", "bigbird", "mistral", "alibi"]
+)
+def test_a_few_steps_lower_the_loss_and_recomputation_changes_no_gradient(config: ModelConfig) -> None:
+    model = build_model(config)
+    tokens = torch.randint(2, 97, (2, 60), generator=torch.Generator().manual_seed(0))
+    inputs = {"tokens_BT": tokens, "targets_BT": tokens, "documents_BT": torch.ones(2, 60, dtype=torch.int32)}
+    if config is LONGFORMER:
+        inputs["globals_BT"] = torch.arange(60).expand(2, 60) == 0
+    found = []
+    for model.stack.recompute in (False, True):
+        model.zero_grad()
+        model(**inputs)["loss_sum"].backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(plain, again) for plain, again in zip(*found, strict=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = model(**inputs)["loss_sum"] / tokens.numel()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_every_parameter_of_longformer_has_a_gradient_without_global_tokens_and_it_is_no_decoder() -> None:
     model = build_model(LONGFORMER)
     ours, _ = batch(LONGFORMER)
     model(**ours, targets_BT=ours["tokens_BT"])["loss_sum"].backward()
