@@ -17,6 +17,7 @@ from model.position import (
     LearnedPositionConfig,
     RelativeBias,
     RopeConfig,
+    Rotation,
     alibi_bias,
     document_positions,
     rotation,
@@ -102,7 +103,7 @@ class Transformer(nn.Module):
             prefix_B=prefix_B,
             globals_BT=globals_BT,
         )
-        if cache is not None and cache.longest:
+        if cache is not None and (cache.longest or cache.static):
             mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(x_BTD.shape[1]))
         shared = self._shared(mask, x_BTD.shape[1], positions_BT, slots_BT, cache)
         if self.encoder is not None:
@@ -119,14 +120,23 @@ class Transformer(nn.Module):
         result: dict[str, torch.Tensor] = self.head(x_BTD, documents_BT, per_token, **targets)
         return result
 
-    def new_cache(self, rows: int, max_tokens: int) -> Cache:
-        """An empty cache for `rows` rows of at most `max_tokens` tokens, prompt and continuation together."""
+    def new_cache(self, rows: int, max_tokens: int, *, static: bool = False) -> Cache:
+        """An empty cache for `rows` rows of at most `max_tokens` tokens, prompt and continuation together; see `Cache`."""
         if not self.config.causal:
             raise ModelError(
                 "model.causal is false: an encoder sees what comes later, so it cannot continue from a cache."
             )
-        device = next(self.stack.parameters()).device
-        return Cache(self.stack.new_states(rows, rounded_slots(max_tokens)), rows, max_tokens, device)
+        device, slots = next(self.stack.parameters()).device, rounded_slots(max_tokens)
+        angles = self._rotation(torch.arange(slots, device=device)[None])
+        states = self.stack.new_states(rows, slots)
+        return Cache(states, rows, max_tokens, device, angles=angles, static=static)
+
+    def _rotation(self, positions_BT: torch.Tensor) -> Rotation | None:
+        """The angles of those positions, where the model rotates and attends."""
+        position, head_dim = self.config.position, self.config.head_dim
+        if not isinstance(position, RopeConfig) or head_dim is None:
+            return None
+        return rotation(position, positions_BT, head_dim)
 
     def _positions(
         self,
@@ -161,8 +171,10 @@ class Transformer(nn.Module):
         """What all layers share of this pass."""
         config, position = self.config, self.config.position
         angles = None
-        if isinstance(position, RopeConfig) and config.head_dim is not None and positions_BT is not None:
-            angles = rotation(position, positions_BT, config.head_dim)
+        if cache is not None and slots_BT is not None and positions_BT is slots_BT:
+            angles = cache.rotation(slots_BT)
+        elif positions_BT is not None:
+            angles = self._rotation(positions_BT)
         if isinstance(position, AlibiConfig):
             device = next(self.stack.parameters()).device
             mask = replace(mask, bias_HL=alibi_bias(config.attention_heads, mask.keys or tokens, device))
@@ -172,7 +184,7 @@ class Transformer(nn.Module):
             mask,
             angles,
             slots_BT,
-            cache.longest if cache is not None and cache.uniform else None,
+            None if cache is None else cache.common_slot,
             windowed={window: replace(mask, window=window) for window in config.windows},
         )
 

@@ -62,7 +62,12 @@ def build_model(
 def _needs(config: ModelConfig) -> set[Kind]:
     """Kinds of mask that this model cannot do without."""
     needs: set[Kind] = {"window"} if config.windows else set()
-    return needs | ({"biased"} if isinstance(config.position, AlibiConfig | RelativePositionConfig) else set())
+    if isinstance(config.position, AlibiConfig | RelativePositionConfig):
+        needs.add("biased")
+    if config.encoder is not None:
+        needs |= _needs(config.encoder)
+        needs.add("cross")
+    return needs
 
 
 def _assemble(config: ModelConfig, vocab_size: int, attend: AttentionKernel) -> Transformer:
@@ -104,6 +109,7 @@ def _head(config: ModelConfig, vocab_size: int) -> Head:
             bias=chosen.bias,
             transform=None if chosen.transform is None else Transform(width, chosen.transform, config.norm),
             scale=width**-0.5 if chosen.scale_input else 1.0,
+            smoothing=chosen.label_smoothing,
         )
     if isinstance(chosen, ClassifierHeadConfig):
         return ClassifierHead(chosen, width, config.dropout)

@@ -67,7 +67,7 @@ def forward_flops(
     for slot in _slots(config):
         pairs = float(seq_len * seq_len)
         if masked:
-            pairs = attended_pairs(seq_len, mean_document_tokens, slot.window, config.causal)
+            pairs = attended_pairs(seq_len, mean_document_tokens, slot.window, causal=config.causal)
         flops += (2 * slot.matrices + slot.token_flops) * seq_len + slot.pair_flops * pairs
         flops += 2 * slot.memory_matrices * memory_len + slot.memory_pair_flops * seq_len * memory_len * share
     if config.encoder is not None:
@@ -83,13 +83,13 @@ def train_flops_per_token(config: ModelConfig, seq_len: int, mean_document_token
 
 
 def attended_pairs(
-    seq_len: int, mean_document_tokens: float | None = None, window: int | None = None, causal: bool = True
+    seq_len: int, mean_document_tokens: float | None = None, window: int | None = None, *, causal: bool = True
 ) -> float:
-    """Query-key pairs of one row, with documents of equal length if a length is given.
+    """Query-key pairs of one row that the mask lets through, with documents of equal length if a length is given.
 
-    window: a query sees itself and the `window - 1` tokens before it, and if not causal as many after it.
+    window: a query sees itself and the `window - 1` tokens before it, and as many after it where it sees those.
     """
-    if not causal:  # what is seen ahead mirrors what is seen behind, and the token itself is in both
+    if not causal:  # what is ahead of one token is behind another; only itself a token sees once
         return 2 * attended_pairs(seq_len, mean_document_tokens, window) - seq_len
     document = seq_len if mean_document_tokens is None else min(mean_document_tokens, seq_len)
     if window is None or window >= document:

@@ -1,6 +1,6 @@
 """The position-wise feed-forward network, plain or gated (Shazeer 2020)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from model.errors import ModelError
 from model.init import Linear
+from model.joined import Joins
 from model.slots import SlotCosts
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
@@ -44,7 +45,7 @@ class FfnConfig:
         )
 
 
-class FeedForward(nn.Module):
+class FeedForward(Joins):
     """x_BTD -> y_BTD, each token by itself."""
 
     def __init__(self, config: FfnConfig, d_model: int) -> None:
@@ -57,7 +58,14 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         if self.gate is None:
             return self.down(self.activation(self.up(x_BTD)))
-        return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
+        if self.joined is not None:
+            gate_BTF, up_BTF = nn.functional.linear(x_BTD, *self.joined).chunk(2, dim=-1)
+        else:
+            gate_BTF, up_BTF = self.gate(x_BTD), self.up(x_BTD)
+        return self.down(self.activation(gate_BTF) * up_BTF)
+
+    def joinable(self) -> Sequence[nn.Module]:
+        return () if self.gate is None else (self.gate, self.up)
 
 
 def build_ffn(config: FfnConfig, d_model: int) -> nn.Module:

@@ -157,6 +157,14 @@ class Rotation:
             swapped_BTHC = torch.cat((high_BTHC, low_BTHC), dim=-1)
         return (x_BTHC * self.cos_BT1C + swapped_BTHC * self.sin_BT1C).to(x_BTHC.dtype)
 
+    def between(self, first: int, end: int) -> "Rotation":
+        """Of angles of positions 0, 1, 2 …, those of some, without a copy."""
+        return Rotation(self.cos_BT1C[:, first:end], self.sin_BT1C[:, first:end], self.interleaved)
+
+    def at(self, positions_BT: torch.Tensor) -> "Rotation":
+        """Of angles of positions 0, 1, 2 …, those of these."""
+        return Rotation(self.cos_BT1C[0][positions_BT], self.sin_BT1C[0][positions_BT], self.interleaved)
+
 
 def rotation(config: RopeConfig, positions_BT: torch.Tensor, head_dim: int) -> Rotation:
     """cos and sin for integer positions of any range; nothing is tabulated, so no buffer can be cast to bf16."""
@@ -256,7 +264,7 @@ def alibi_slopes(heads: int) -> list[float]:
 class RelativeBias(Declared):
     """A table of [buckets, H]: what is added to a head's scores, by how far away the key is."""
 
-    declared = declare(weight=Parameter("embedding", "embedding"))
+    declared = declare(weight=Parameter("embedding", "zeros"))
 
     def __init__(self, config: RelativePositionConfig, heads: int, *, causal: bool) -> None:
         super().__init__()

@@ -10,10 +10,12 @@ import transformers
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from model.beam import BeamConfig, beam_generate
 from model.build import build_model
 from model.config import ModelConfig
 from model.ffn import FfnConfig
 from model.frontends import TokenFrontendConfig
+from model.generate import Sampling, generate, unpadded
 from model.heads import LanguageHeadConfig, NoHeadConfig
 from model.interop import config_from_hf, family_of, from_hf, hf_config, load_pretrained, save_pretrained, to_hf
 from model.mixers.attention import AttentionConfig
@@ -169,5 +171,43 @@ def test_import_and_export_of_an_encoder_decoder_are_exact(kind: str, tmp_path_f
             assert all(
                 n.endswith(("embed_tokens.weight", "lm_head.weight", "embed_positions.weight")) for n in left_out
             )
+
+    check()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_decoder_continues_as_transformers_does(kind: str, beams: int, tmp_path_factory: Any) -> None:
+    @settings(max_examples=3, deadline=None, phases=[Phase.generate])
+    @given(config=seq2seq(kind))
+    def check(config: ModelConfig) -> None:
+        assert config.encoder is not None
+        # Their cache has as many layers as the encoder, and fails where the decoder has more.
+        config = replace(config, n_layers=min(config.n_layers, config.encoder.n_layers))
+        state, theirs = exported(config, tmp_path_factory.mktemp("export"))
+        ours = build_model(config).eval()
+        ours.load_state_dict(state)
+        start, stop = theirs.config.decoder_start_token_id, theirs.config.eos_token_id
+        assert start == hf_config(config)["decoder_start_token_id"]
+        inputs = batch(config)
+        expected = theirs.generate(
+            inputs["encoder_tokens_BT"],
+            attention_mask=inputs["encoder_documents_BT"].long(),
+            max_new_tokens=12,
+            num_beams=beams,
+            do_sample=False,
+        )
+        sources = unpadded(inputs["encoder_tokens_BT"], inputs["encoder_documents_BT"])
+        sampling = Sampling(max_new_tokens=12, temperature=0.0)
+        if beams == 1:
+            found = generate(ours, [[start], [start]], sampling, stop_ids=[stop], sources=sources)
+        else:
+            beam = BeamConfig(beams=beams)
+            best = beam_generate(ours, [[start], [start]], sampling, beam, stop_ids=[stop], sources=sources)
+            found = [texts[0].tokens for texts in best]
+        for row, text in zip(expected.tolist(), found, strict=True):
+            new = row[1:]
+            assert row[0] == start
+            assert text == (new[: new.index(stop)] if stop in new else new)
 
     check()

@@ -10,18 +10,8 @@ from model.interop.families.sparse import BIGBIRD, LONGFORMER
 from model.interop.families.t5 import T5_KIN
 
 FAMILIES = (
-    LLAMA,
-    MISTRAL,
-    QWEN2,
-    QWEN3,
-    GPT2,
-    GPTJ,
-    FALCON,
-    FALCON_TWO_NORMS,
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPTJ, FALCON, FALCON_TWO_NORMS),
     *BERT_KIN,
-    LONGFORMER,
-    BIGBIRD,
-    *T5_KIN,
-    BART,
-    MARIAN,
+    *(LONGFORMER, BIGBIRD),
+    *(*T5_KIN, BART, MARIAN),
 )
