@@ -24,6 +24,7 @@ from model.kernels.attention import AttentionKernel
 from model.kernels.select import Kind, select_kernel
 from model.kernels.selective_scan import FUSED
 from model.mixers.attention import CrossAttention
+from model.mixers.bigbird import BigBirdAttention
 from model.mixers.build import build_mixer
 from model.mixers.mamba import MambaConfig
 from model.norm import build_norm
@@ -82,6 +83,8 @@ def _assemble(config: ModelConfig, vocab_size: int, attend: AttentionKernel) -> 
         [_block(config, number, attend) for number in range(config.n_layers)],
         nn.Identity() if config.layout == "post" else build_norm(config.norm, config.d_model),
     )
+    for number, mixer in enumerate(module for module in stack.modules() if isinstance(module, BigBirdAttention)):
+        mixer.seed = number  # each layer draws blocks of its own
     distances: RelativeBias | None = None
     if isinstance(config.position, RelativePositionConfig):
         distances = RelativeBias(config.position, config.attention_heads, causal=config.causal)

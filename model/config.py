@@ -14,6 +14,7 @@ from model.frontends import FrontendConfig, TokenFrontendConfig
 from model.heads import LanguageHeadConfig, NoHeadConfig
 from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
+from model.mixers.bigbird import BigBirdConfig
 from model.mixers.build import MixerConfig
 from model.mixers.longformer import LongformerConfig
 from model.norm import NormConfig
@@ -100,9 +101,9 @@ class ModelConfig:
         if isinstance(self.position, RopeConfig):
             self._check_rotary()
         for layer in self.layers:
-            if self.causal and isinstance(layer.mixer, LongformerConfig):
+            if self.causal and isinstance(layer.mixer, LongformerConfig | BigBirdConfig):
                 raise ModelError(
-                    f"model.causal is true with mixer.kind={layer.mixer.kind}, whose global tokens see what comes later: "
+                    f"model.causal is true with mixer.kind={layer.mixer.kind}, whose global tokens see what is ahead: "
                     "set causal=false, or take mixer.kind=attention with a window."
                 )
         if self.encoder is not None:

@@ -18,7 +18,8 @@ class Mask:
     key_documents_BS: the same of the keys, where they are other tokens than the queries (cross-attention).
     prefix_B: int64, how many first tokens of each row every token sees, whatever direction and window say.
     globals_BT: bool, tokens that see and are seen by all whatever the window and the layout say.
-    layout_HQJ: bool [H or 1, query blocks, key blocks], which blocks of `block` tokens see each other (block-sparse).
+    layout_HQJ: [H or 1, query blocks, key blocks], which blocks of `block` tokens see each other (block-sparse): bool,
+        or how many times each key of the block counts.
     bias_HL: added to the scores by distance: entry [h, key - query + (L - 1) / 2]; L is odd and at least 2S - 1.
         Gradients flow into it.
     slots_BT: for cached decoding, the cache slot of every query, its place among the keys.
@@ -78,7 +79,7 @@ class Mask:
         if self.window is not None:
             seen = seen & (distance.abs() < self.window)
         if self.layout_HQJ is not None:
-            seen = seen & self.layout_HQJ[head % self.layout_HQJ.shape[0], place // self.block, key // self.block]
+            seen = seen & (self._met(head, place, key) > 0)
         if self.globals_BT is not None:
             seen = seen | self.globals_BT[row, query] | self.globals_BT[row, key]
         if self.causal:
@@ -94,12 +95,22 @@ class Mask:
                 seen = seen & (self.documents_BT[row, query] == key_documents_BS[row, key])
         return seen
 
-    def bias(self, query: torch.Tensor, key: torch.Tensor, row: torch.Tensor) -> torch.Tensor | None:
-        """The bias of these pairs for every head, [H, *their shape], if there is one."""
-        if self.bias_HL is None:
-            return None
+    def bias(
+        self, row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What is added to the scores of these pairs, if anything; a key that counts n times has log n more."""
         place = query if self.slots_BT is None else self.slots_BT[row, query]
-        return self.bias_HL[:, key - place + (self.bias_HL.shape[1] - 1) // 2]
+        bias: torch.Tensor | None = None
+        if self.bias_HL is not None:
+            bias = self.bias_HL[head, key - place + (self.bias_HL.shape[1] - 1) // 2]
+        if self.layout_HQJ is not None and self.layout_HQJ.dtype != torch.bool:
+            times = self._met(head, place, key).clamp(min=1).log()
+            bias = times if bias is None else bias + times
+        return bias
+
+    def _met(self, head: torch.Tensor, place: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        assert self.layout_HQJ is not None
+        return self.layout_HQJ[head % self.layout_HQJ.shape[0], place // self.block, key // self.block]
 
 
 def dense(mask: Mask, queries: int, keys: int, device: torch.device) -> torch.Tensor:
@@ -116,9 +127,10 @@ def dense_bias(mask: Mask, queries: int, keys: int, device: torch.device) -> tor
     """The bias of every pair, [B or 1, H, T, S]."""
 
     def lower() -> torch.Tensor | None:
-        row, _, query, key = _pairs(mask, queries, keys, device)
-        bias_HB1TS = mask.bias(query, key, row)
-        return None if bias_HB1TS is None else bias_HB1TS.squeeze(2).transpose(0, 1)
+        row, head, query, key = _pairs(mask, queries, keys, device)
+        if mask.bias_HL is not None:
+            head = torch.arange(len(mask.bias_HL), device=device)[:, None, None]
+        return mask.bias(row, head, query, key)
 
     # A learned bias is lowered by every layer: sharing would hand a recomputed layer a graph that is not its own.
     learned = mask.bias_HL is not None and mask.bias_HL.requires_grad

@@ -27,6 +27,7 @@ from typing import Any
 from model.ffn import FfnConfig
 from model.mixers.attention import AttentionConfig
 from model.mixers.linear_attention import LinearAttentionConfig
+from model.mixers.mamba import MambaConfig
 from pipelines.engine import runner
 from pipelines.engine.step import Step
 from pipelines.engine.store import open_store
@@ -80,8 +81,10 @@ def scaled_down(settings: Settings) -> list[str]:
     rows = 4 * max(2, settings.compute.ranks)
     tokens = rows * settings.shards.seq_len
     small = ["model.d_model=128"]
+    if not isinstance(model.mixer, MambaConfig):
+        small.append("model.mixer.n_heads=4")
     if isinstance(model.mixer, AttentionConfig | LinearAttentionConfig):
-        small += ["model.mixer.n_heads=4", "model.mixer.head_dim=null"]
+        small.append("model.mixer.head_dim=null")
     if isinstance(model.mixer, AttentionConfig) and model.mixer.kv_heads < model.mixer.n_heads:
         small.append("model.mixer.n_kv_heads=2")
     if isinstance(model.ffn, FfnConfig):

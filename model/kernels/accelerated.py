@@ -154,14 +154,16 @@ def flex_attention(
 
 
 def _score_mod(mask: Mask) -> Callable[..., torch.Tensor] | None:
-    if mask.bias_HL is None:
+    counted = mask.layout_HQJ is not None and mask.layout_HQJ.dtype != torch.bool
+    if mask.bias_HL is None and not counted:
         return None
-    bias_HL, middle = mask.bias_HL, (mask.bias_HL.shape[1] - 1) // 2
 
     def add_bias(
         score: torch.Tensor, row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
-        return score + bias_HL[head, key - query + middle]
+        bias = mask.bias(row, head, query, key)
+        assert bias is not None
+        return score + bias
 
     return add_bias
 

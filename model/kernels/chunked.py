@@ -57,7 +57,7 @@ def chunked_attention(
 
 def plan_chunks(mask: Mask, tokens: int, device: torch.device) -> Plan:
     """Which blocks meet, and who sees whom in them: linear in `tokens` but for one bit a pair of blocks."""
-    meets_BHQJ = meeting_blocks(mask, tokens, device)
+    meets_BHQJ, times = _repeated(meeting_blocks(mask, tokens, device), mask)
     entries_PM = meets_BHQJ.sum(-1).nonzero()  # row, head, query block of those that see anything
     counts_P = meets_BHQJ.sum(-1)[tuple(entries_PM.T)]
     # Few distinct counts: rounded up to two binary digits after the leading one, no more than there are.
@@ -70,7 +70,7 @@ def plan_chunks(mask: Mask, tokens: int, device: torch.device) -> Plan:
         for part_PM in chosen_PM.split(most):
             row_P, head_P, block_P = part_PM.unbind(1)
             met_PJ, key_blocks_PJ = meets_BHQJ[row_P, head_P, block_P].int().sort(dim=-1, descending=True, stable=True)
-            met_PJ, key_blocks_PJ = met_PJ[:, :size].bool(), key_blocks_PJ[:, :size]
+            met_PJ, key_blocks_PJ = met_PJ[:, :size].bool(), key_blocks_PJ[:, :size] // times
             visible_PTS = _visible(mask, tokens, row_P, head_P, block_P, key_blocks_PJ, met_PJ)
             full_P = visible_PTS.flatten(1).all(1)
             for whole in (True, False):
@@ -91,7 +91,7 @@ def meeting_blocks(mask: Mask, tokens: int, device: torch.device) -> torch.Tenso
         nearest_QJ = ((query_Q1 - key_J).abs() - 1) * size + 1  # tokens between the nearest two of these blocks
         meets_BHQJ = meets_BHQJ & (nearest_QJ < mask.window)
     if mask.layout_HQJ is not None:
-        meets_BHQJ = meets_BHQJ & mask.layout_HQJ[None, :, :count, :count]
+        meets_BHQJ = meets_BHQJ & (mask.layout_HQJ[None, :, :count, :count] > 0)
     if mask.globals_BT is not None:
         any_BQ = _blocks(mask.globals_BT, size).any(-1)
         meets_BHQJ = meets_BHQJ | any_BQ[:, None, :, None] | any_BQ[:, None, None, :]
@@ -108,6 +108,17 @@ def meeting_blocks(mask: Mask, tokens: int, device: torch.device) -> torch.Tenso
         real_BQ = _blocks(mask.documents_BT != 0, size).any(-1)
         meets_BHQJ = meets_BHQJ & (overlap_BQJ & real_BQ[:, :, None] & real_BQ[:, None])[:, None]
     return meets_BHQJ
+
+
+def _repeated(meets_BHQJ: torch.Tensor, mask: Mask) -> tuple[torch.Tensor, int]:
+    """Every block of keys as many times as the most any counts, true as often as it counts here; and that number."""
+    if mask.layout_HQJ is None or mask.layout_HQJ.dtype == torch.bool:
+        return meets_BHQJ, 1
+    count = meets_BHQJ.shape[-1]
+    counts_HQJ = mask.layout_HQJ[:, :count, :count].clamp(min=1)
+    times = int(counts_HQJ.max())
+    counted_HQJM = counts_HQJ[..., None] > torch.arange(times, device=counts_HQJ.device)
+    return (meets_BHQJ[..., None] & counted_HQJM).flatten(3), times
 
 
 def _blocks(x_BT: torch.Tensor, size: int) -> torch.Tensor:

@@ -175,10 +175,10 @@ class Attention(Mixer, Joins):
             state.append(k_BTKC, v_BTKC, shared)
             if shared.mask.slots_BT is not None:  # else nothing came before, and what was just computed is all there is
                 k_BTKC, v_BTKC = state.first(shared.mask.keys)
-        return self.kernel(q_BTHC, k_BTKC, v_BTKC, self.mask(shared), self.scale)
+        return self.kernel(q_BTHC, k_BTKC, v_BTKC, self.mask(shared, x_BTD.shape[1]), self.scale)
 
-    def mask(self, shared: MixerInput) -> Mask:
-        """Who sees whom in this layer."""
+    def mask(self, shared: MixerInput, tokens: int) -> Mask:
+        """Who sees whom in this layer, in rows of so many tokens."""
         return shared.mask_within(self.window)
 
     def _project(self, x_BTD: torch.Tensor, shared: MixerInput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -48,7 +48,8 @@ def masks(draw: st.DrawFn, rows: int, tokens: int, heads: int) -> Mask:
     if draw(st.booleans()):
         count = -(-tokens // block)
         layout = torch.rand(draw(st.sampled_from([1, heads])), count, count, generator=generator) < 0.5
-        mask = replace(mask, layout_HQJ=layout)
+        counts = torch.randint(0, 4, layout.shape, generator=generator)
+        mask = replace(mask, layout_HQJ=layout * counts if draw(st.booleans()) else layout)
     if draw(st.booleans()):
         bias = torch.randn(heads, 2 * tokens - 1 + 2 * draw(st.integers(0, 2)), generator=generator)
         mask = replace(mask, bias_HL=bias.double().requires_grad_())
@@ -107,6 +108,7 @@ def long_masks() -> dict[str, Mask]:
         "global tokens": replace(both, window=33, globals_BT=some, documents_BT=documents),
         "prefix": Mask(prefix_B=torch.tensor([0, 40, 300]), block=16),
         "blocks": replace(both, layout_HQJ=torch.rand(4, 19, 19, generator=generator) < 0.3),
+        "blocks that count": replace(both, layout_HQJ=torch.randint(0, 3, (4, 19, 19), generator=generator)),
         "blocks and bias": replace(both, layout_HQJ=torch.rand(1, 19, 19, generator=generator) < 0.3, bias_HL=bias),
     }
 

@@ -15,7 +15,9 @@ from model.ffn import FfnConfig
 from model.generate import Sampling
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
+from model.mixers.bigbird import BigBirdConfig
 from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
+from model.mixers.longformer import LongformerConfig
 from model.mixers.mamba import MambaConfig
 from model.norm import NormConfig
 from model.peft import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig
@@ -71,6 +73,8 @@ PUBLISHED = {
         (lambda: FavorConfig(n_features=0), "n_features is 0"),
         (lambda: replace(LINEAR, d_model=30), "d_model is 30"),
         (lambda: replace(PERFORMER, d_model=516), "129 channels"),
+        (lambda: LongformerConfig(window=1), "window is 1"),
+        (lambda: BigBirdConfig(block=0), "block is 0"),
         (lambda: FfnConfig(d_ff=0), "d_ff is 0"),
         (lambda: NormConfig(eps=0.0), "eps is 0.0"),
         (lambda: NormConfig(kind="rms", bias=True), "norm.bias is true"),

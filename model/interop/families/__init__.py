@@ -8,11 +8,11 @@ from model.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from model.interop.families.mamba import MAMBA
 from model.interop.families.mixtral import MIXTRAL, QWEN3_MOE
 from model.interop.families.seq2seq import BART, MARIAN
-from model.interop.families.sparse import LONGFORMER
+from model.interop.families.sparse import BIGBIRD, LONGFORMER
 from model.interop.families.t5 import T5_KIN
 
 FAMILIES = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, GPT2, GPTJ, FALCON, FALCON_TWO_NORMS, MAMBA),
-    *(*BERT_KIN, LONGFORMER),
+    *(*BERT_KIN, LONGFORMER, BIGBIRD),
     *(*T5_KIN, BART, MARIAN),
 )

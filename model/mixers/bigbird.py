@@ -1,0 +1,94 @@
+"""BigBird's attention: blocks around the diagonal, blocks drawn at random, the first and the last block (Zaheer et al.
+2020, https://arxiv.org/abs/2007.14062)."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from model.errors import ModelError
+from model.kernels.attention import AttentionKernel
+from model.masks import Mask
+from model.mixers.attention import Attention, AttentionConfig
+from model.mixers.base import MixerInput
+from model.norm import NormConfig
+from model.slots import SlotCosts
+
+
+@dataclass(frozen=True, kw_only=True)
+class BigBirdConfig:
+    """block: tokens of a block. random_blocks: how many blocks each block of queries sees by chance.
+
+    drawn_in_eval: false is Hugging Face's class, which draws only in training: in evaluation every block drawn is the
+    first one again, so that its tokens count 1 + random_blocks times. Rows of at most 5 + 2 * random_blocks blocks
+    are attended to whole, as there.
+    """
+
+    kind: Literal["bigbird"] = "bigbird"
+    n_heads: int = 8
+    qkv_bias: bool = True
+    block: int = 64
+    random_blocks: int = 3
+    drawn_in_eval: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.random_blocks < 0:
+            raise ModelError(
+                f"mixer.block is {self.block} and mixer.random_blocks {self.random_blocks}: a block has tokens, and "
+                "what is drawn is counted; use 64 and 3."
+            )
+        self.attention  # noqa: B018 - refuses what no attention can be
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """The same as ordinary attention."""
+        return AttentionConfig(n_heads=self.n_heads, qkv_bias=self.qkv_bias, out_bias=True)
+
+    def check(self, d_model: int) -> None:
+        self.attention.check(d_model)
+
+    def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
+        """Those of attention with a window of as many tokens as a query sees blocks of: three around it, two ends."""
+        return replace(self.attention.costs(d_model, norm), window=(5 + self.random_blocks) * self.block // 2)
+
+
+class BigBirdAttention(Attention):
+    """Attention under a layout of blocks; seed: which blocks this layer draws, set by whoever numbers the layers."""
+
+    def __init__(self, config: BigBirdConfig, d_model: int, norm: NormConfig, kernel: AttentionKernel) -> None:
+        super().__init__(config.attention, d_model, norm, kernel)
+        self.config = config
+        self.seed = 0
+
+    @torch.compiler.disable  # it draws, and it remembers
+    def mask(self, shared: MixerInput, tokens: int) -> Mask:
+        config, mask = self.config, shared.mask
+        if tokens <= (5 + 2 * config.random_blocks) * config.block:
+            return mask
+        seed = self.seed if self.training or config.drawn_in_eval else None
+        blocks = -(-tokens // config.block)
+
+        def lower() -> Mask:
+            layout_HQJ = layout(self.heads, blocks, config.random_blocks, seed)
+            return replace(mask, layout_HQJ=layout_HQJ.to(self.q.weight.device), block=config.block)
+
+        sparse: Mask = mask.lowered((config, self.heads, tokens, seed), lower)
+        return sparse
+
+
+@lru_cache(maxsize=64)
+def layout(heads: int, blocks: int, random_blocks: int, seed: int | None) -> torch.Tensor:
+    """layout_HQJ as `Mask` has it, a function of its arguments alone; without a seed every block drawn is the first."""
+    place_J = torch.arange(blocks)
+    fixed_QJ = (place_J[:, None] - place_J).abs() <= 1
+    fixed_QJ[[0, -1]] = fixed_QJ[:, [0, -1]] = True
+    if seed is None:
+        counts_1QJ = fixed_QJ.int()[None]
+        counts_1QJ[:, 1:-1, 0] += random_blocks
+        return counts_1QJ
+    generator = torch.Generator().manual_seed(seed)
+    lots_HQJ = torch.rand(heads, blocks, blocks, generator=generator).masked_fill(fixed_QJ, -1.0)
+    drawn_HQJ = torch.zeros(lots_HQJ.shape, dtype=torch.bool)
+    drawn_HQJ.scatter_(2, lots_HQJ.topk(min(random_blocks, blocks), dim=2).indices, True)
+    return fixed_QJ | (drawn_HQJ & (lots_HQJ >= 0))
