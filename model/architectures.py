@@ -9,7 +9,7 @@ from torch import nn
 from model.cache import Cache, rounded_slots
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.heads import Head
+from model.interfaces import Frontend, Head
 from model.masks import Mask
 from model.mixers.base import MixerInput
 from model.position import (
@@ -31,7 +31,7 @@ class Transformer(nn.Module):
     configuration spells."""
 
     def __init__(
-        self, config: ModelConfig, frontend: nn.Module, stack: Stack, head: Head, encoder: "Transformer | None" = None
+        self, config: ModelConfig, frontend: Frontend, stack: Stack, head: Head, encoder: "Transformer | None" = None
     ) -> None:
         super().__init__()
         self.config = config
@@ -68,7 +68,8 @@ class Transformer(nn.Module):
         prefix_B: int64, how many first tokens of each row see each other both ways (prefix-LM, Raffel et al. 2020).
         cache: tokens continue what it remembers, and are remembered. logits_for: every token, the last one, or the
         column given for each row (int64 [B]).
-        inputs: further ones by name: of the frontend (token_types_BT), of the head (its other targets), and
+        inputs: further ones by name: of the frontend (token_types_BT; pixels_BAYX, floats, in place of tokens), of the
+        head (its other targets, such as classes_B), and
         `encoder_NAME` for the encoder's NAME (encoder_tokens_BT, encoder_documents_BT), which a cache makes needless
         after the first pass.
 
@@ -85,7 +86,11 @@ class Transformer(nn.Module):
             own["tokens_BT"] = tokens_BT
         slots_BT = None if cache is None or tokens_BT is None else cache.claim(tokens_BT.shape[1])
         positions_BT = self._positions(tokens_BT, documents_BT, positions_BT, slots_BT)
+        if documents_BT is None:
+            documents_BT = self.frontend.documents(own)
         x_BTD = self.frontend(positions_BT, **own)
+        if positions_BT is None:
+            positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
         mask = Mask(causal=self.config.causal, documents_BT=documents_BT if cache is None else None, prefix_B=prefix_B)
         if cache is not None and cache.longest:
             mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(x_BTD.shape[1]))

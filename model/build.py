@@ -10,11 +10,14 @@ from model.block import Block
 from model.config import LayerConfig, ModelConfig
 from model.ffn import build_ffn
 from model.frontends import Embedding, TokenFrontend
-from model.heads import Head, LanguageHead, LanguageHeadConfig, NoHead, Transform
+from model.heads import LanguageHead, LanguageHeadConfig, NoHead, Transform
 from model.init import initialize
+from model.interfaces import Frontend, Head
 from model.kernels.attention import AttentionKernel, select_kernel
 from model.mixers.attention import CrossAttention
 from model.mixers.build import build_mixer
+from model.modalities.class_head import ClassHead, ClassHeadConfig
+from model.modalities.patches import PatchFrontend, PatchFrontendConfig
 from model.norm import build_norm
 from model.position import build_positions
 from model.stack import Stack
@@ -61,20 +64,26 @@ def _assemble(config: ModelConfig, vocab_size: int, attend: AttentionKernel) -> 
     return Transformer(config, frontend, stack, _head(config, vocab_size), encoder)
 
 
-def _frontend(config: ModelConfig, vocab_size: int) -> TokenFrontend:
+def _frontend(config: ModelConfig, vocab_size: int) -> Frontend:
     chosen, width = config.frontend, config.d_model
+    positions = build_positions(config.position, config.n_positions, width)
+    norm = build_norm(config.norm, width) if chosen.norm else None
+    if isinstance(chosen, PatchFrontendConfig):
+        return PatchFrontend(chosen, width, positions, norm, config.dropout)
     return TokenFrontend(
         Embedding(vocab_size, width),
-        build_positions(config.position, config.max_seq_len, width),
+        positions,
         config.dropout,
         scale=width**0.5 if chosen.scale_by_sqrt_width else 1.0,
         types=Embedding(chosen.token_types, width) if chosen.token_types else None,
-        norm=build_norm(config.norm, width) if chosen.norm else None,
+        norm=norm,
     )
 
 
 def _head(config: ModelConfig, vocab_size: int) -> Head:
     chosen, width = config.head, config.d_model
+    if isinstance(chosen, ClassHeadConfig):
+        return ClassHead(chosen, width)
     if not isinstance(chosen, LanguageHeadConfig):
         return NoHead()
     return LanguageHead(

@@ -124,7 +124,7 @@ class ModelConfig:
             )
         if not all(isinstance(layer.mixer, AttentionConfig) for layer in self.layers):
             raise ModelError("model.encoder needs attention layers: cross-attention takes its shape from the mixer.")
-        if encoder.tie_embeddings and (
+        if (encoder.tie_embeddings and encoder.frontend.uses_vocabulary) and (
             encoder.d_model != self.d_model or encoder.vocab_size not in (None, self.vocab_size)
         ):
             raise ModelError(
@@ -168,9 +168,10 @@ class ModelConfig:
     @property
     def tied_weights(self) -> dict[str, str]:
         """Names of the parameters that are another one under a second name, each with that one's."""
-        table = "frontend.tokens.weight"
-        tied = {"head.weight": table} if self.tie_embeddings and isinstance(self.head, LanguageHeadConfig) else {}
-        if self.encoder is not None and self.encoder.tie_embeddings:
+        table, tied = "frontend.tokens.weight", {}
+        if self.tie_embeddings and self.frontend.uses_vocabulary and isinstance(self.head, LanguageHeadConfig):
+            tied["head.weight"] = table
+        if self.encoder is not None and self.encoder.tie_embeddings and self.encoder.frontend.uses_vocabulary:
             tied[f"encoder.{table}"] = table
         return tied
 
@@ -194,13 +195,20 @@ class ModelConfig:
         return self._attentions[0].channels(self.d_model) if self._attentions else None
 
     @property
+    def n_positions(self) -> int:
+        """How many positions a row can have: as many as the frontend makes, where it always makes the same."""
+        return self.frontend.tokens or self.max_seq_len
+
+    @property
     def rotated_channels(self) -> int | None:
         """Channels of a head that rotary positions rotate."""
         chosen = self.position.channels if isinstance(self.position, RopeConfig) else None
         return self.head_dim if chosen is None else chosen
 
     def require_vocab_size(self) -> int:
-        """The vocabulary size, or ModelError while no tokenizer has set it."""
+        """The vocabulary size, or ModelError while no tokenizer has set it; 0 for a model of images that needs none."""
+        if not self.frontend.uses_vocabulary and not self.head.uses_vocabulary:
+            return 0
         if self.vocab_size is None:
             raise ModelError(
                 "model.vocab_size is null: a model needs its tokenizer's vocabulary size before it can be built or "

@@ -30,7 +30,7 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Closed-form counts, an encoder's included; ModelError while the vocabulary size is unknown."""
     vocab_size, width = config.require_vocab_size(), config.d_model
     embedding = config.frontend.parameters(vocab_size, width, config.norm)
-    embedding += position_parameters(config.position, config.max_seq_len, width)
+    embedding += position_parameters(config.position, config.n_positions, width)
     norm = config.norm.parameters(width)
     norms = (0 if config.layout == "post" else norm) + _norms_per_layer(config) * config.n_layers * norm
     head = config.head.costs(vocab_size, width, config.norm).parameters
@@ -61,7 +61,8 @@ def forward_flops(
     query-key pairs the mask lets through; false counts all of them, as PaLM's MFU and FlopCounterMode do.
     """
     vocab_size, memory_len = config.require_vocab_size(), seq_len if encoder_len is None else encoder_len
-    flops = 2.0 * config.head.costs(vocab_size, config.d_model, config.norm).matrices * seq_len
+    head = config.head.costs(vocab_size, config.d_model, config.norm)
+    flops = 2.0 * (head.matrices * seq_len + head.row_matrices) + config.frontend.flops(seq_len, config.d_model)
     share = 1.0 if mean_document_tokens is None or not masked else min(1.0, mean_document_tokens / seq_len)
     for slot in _slots(config):
         pairs = float(seq_len * seq_len) * share

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from model.ffn import ACTIVATIONS, Activation
-from model.init import Declared, Linear, Parameter, declare
+from model.init import Linear, Parameter, declare
+from model.interfaces import Head
 from model.loss import capped, chunked_cross_entropy, token_scores
+from model.modalities.class_head import ClassHeadConfig
 from model.norm import NormConfig, build_norm
 from model.slots import SlotCosts
 
@@ -25,6 +27,7 @@ class LanguageHeadConfig:
     bias: bool = False
     transform: Activation | None = None
     scale_input: bool = False
+    uses_vocabulary: ClassVar[bool] = True
 
     def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
         """The vocabulary matrix, which a tied head shares with the embeddings, and the dense layer before it."""
@@ -39,23 +42,16 @@ class NoHeadConfig:
     """The last x_BTD itself: what an encoder hands to its decoder, or features for another use."""
 
     kind: Literal["none"] = "none"
+    uses_vocabulary: ClassVar[bool] = False
 
     def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
         """Nothing."""
         return SlotCosts(parameters=0, matrices=0)
 
 
-HeadConfig = LanguageHeadConfig | NoHeadConfig
-"""What a configuration chooses from, told apart by `kind`; each arm has `costs(vocab_size, d_model, norm)`."""
-
-
-class Head(Declared):
-    """forward(x_BTD, per_token=False, **targets) -> named tensors: outputs without targets, sums for a loss with them.
-
-    takes: the names of the targets, which `Transformer.forward` hands on.
-    """
-
-    takes: ClassVar[frozenset[str]] = frozenset()
+HeadConfig = LanguageHeadConfig | NoHeadConfig | ClassHeadConfig
+"""What a configuration chooses from, told apart by `kind`; each arm has `costs(vocab_size, d_model, norm)` and
+`uses_vocabulary`."""
 
 
 class LanguageHead(Head):

@@ -6,6 +6,7 @@ device or initialising only the parameters of one rank changes no other value.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +17,8 @@ from torch import nn
 from model.errors import ModelError
 
 Role = Literal["matrix", "embedding", "head", "router", "expert", "norm", "bias", "adapter"]
-Draw = Literal["weight", "residual", "embedding", "head", "zeros", "ones"]
+Draw = Literal["weight", "residual", "embedding", "head", "zeros", "ones", "conv"]
+"""`InitConfig` decides about the first four. conv: Gaussian of variance 2 / fan_in (He et al. 2015)."""
 
 # Roles that are not pulled towards zero by weight decay: a scale of one or an offset is not a weight to be kept small,
 # and a rare token's embedding would shrink between its sightings.
@@ -128,6 +130,8 @@ def initial_value(
 def _std(*, shape: torch.Size | tuple[int, ...], draw: Draw, config: InitConfig, n_layers: int) -> float:
     if draw == "zeros":
         return 0.0
+    if draw == "conv":
+        return float((2 / math.prod(shape[1:])) ** 0.5)
     if draw == "embedding" or draw == "head":
         chosen = config.embedding_std if draw == "embedding" else config.head_std
         fallback = 0.02 if config.std is None else config.std

@@ -22,4 +22,7 @@ AXES: dict[str, str] = {
     "V": "vocabulary entries",
     "R": "rank of a low-rank adapter",
     "I": "inputs of a linear map",
+    "A": "planes of an image (its colours)",
+    "Y": "rows of pixels or patches",
+    "X": "columns of pixels or patches",
 }

@@ -75,7 +75,8 @@ def to_hf(state: Mapping[str, torch.Tensor], config: ModelConfig) -> State:
         parts = [state[name] for name in weight.ours if name in state]
         if len(parts) == len(weight.ours):
             joined = _joined(parts, weight, config)
-            theirs[weight.theirs] = (joined.T if weight.transposed else joined).contiguous()
+            stored = joined.T if weight.transposed else joined
+            theirs[weight.theirs] = stored[(None,) * weight.lead].contiguous()
     return theirs
 
 
@@ -94,7 +95,8 @@ def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]
     state: State = {}
     for weight in spelled_weights(family, config):
         if weight.theirs in expected:
-            stored = theirs[weight.theirs].T if weight.transposed else theirs[weight.theirs]
+            stored = theirs[weight.theirs][(0,) * weight.lead]
+            stored = stored.T if weight.transposed else stored
             parts = _parted(stored, [own[name].shape[0] for name in weight.ours], weight, config)
             state |= {name: part.contiguous() for name, part in zip(weight.ours, parts, strict=True)}
     return config, state | {name: state[source] for name, source in config.tied_weights.items()}

@@ -16,12 +16,14 @@ class Weight:
     transposed: theirs is stored [in, out].
     groups: the field of ModelConfig that tells into how many equal groups theirs is cut, each of which holds its share
         of every one of ours (Falcon's key/value heads, each after the queries that use it).
+    lead: theirs has this many axes of length 1 before those of ours.
     """
 
     theirs: str
     ours: tuple[str, ...]
     transposed: bool = False
     groups: str | None = None
+    lead: int = 0
 
 
 @dataclass(frozen=True)

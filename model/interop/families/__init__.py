@@ -4,5 +4,6 @@ from model.interop.families.falcon import FALCON, FALCON_TWO_NORMS
 from model.interop.families.gpt2 import GPT2
 from model.interop.families.gptj import GPTJ
 from model.interop.families.llama import LLAMA, QWEN2, QWEN3
+from model.interop.families.vit import VIT, VIT_MODEL
 
-FAMILIES = (LLAMA, QWEN2, QWEN3, GPT2, GPTJ, FALCON, FALCON_TWO_NORMS)
+FAMILIES = (LLAMA, QWEN2, QWEN3, GPT2, GPTJ, FALCON, FALCON_TWO_NORMS, VIT, VIT_MODEL)
