@@ -68,8 +68,8 @@ class Transformer(nn.Module):
         prefix_B: int64, how many first tokens of each row see each other both ways (prefix-LM, Raffel et al. 2020).
         cache: tokens continue what it remembers, and are remembered. logits_for: every token, the last one, or the
         column given for each row (int64 [B]).
-        inputs: further ones by name: of the frontend (token_types_BT; pixels_BAYX, floats, in place of tokens), of the
-        head (its other targets, such as classes_B), and
+        inputs: further ones by name: of the frontend (token_types_BT; in place of tokens pixels_BAYX or samples_BW, floats,
+        the latter with sample_lengths_B), of the head (its other targets, such as classes_B or labels_BU), and
         `encoder_NAME` for the encoder's NAME (encoder_tokens_BT, encoder_documents_BT), which a cache makes needless
         after the first pass.
 
@@ -106,6 +106,8 @@ class Transformer(nn.Module):
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_for][:, None]
         elif logits_for == "last":
             x_BTD = x_BTD[:, -1:]
+        seen = {"tokens_BT": tokens_BT, "documents_BT": documents_BT}
+        targets |= {name: tensor for name, tensor in seen.items() if name in self.head.sees and tensor is not None}
         result: dict[str, torch.Tensor] = self.head(x_BTD, per_token, **targets)
         return result
 

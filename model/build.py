@@ -17,7 +17,9 @@ from model.kernels.attention import AttentionKernel, select_kernel
 from model.mixers.attention import CrossAttention
 from model.mixers.build import build_mixer
 from model.modalities.class_head import ClassHead, ClassHeadConfig
+from model.modalities.ctc_head import CtcHead, CtcHeadConfig
 from model.modalities.patches import PatchFrontend, PatchFrontendConfig
+from model.modalities.waveform import WaveformFrontend, WaveformFrontendConfig
 from model.norm import build_norm
 from model.position import build_positions
 from model.stack import Stack
@@ -70,6 +72,8 @@ def _frontend(config: ModelConfig, vocab_size: int) -> Frontend:
     norm = build_norm(config.norm, width) if chosen.norm else None
     if isinstance(chosen, PatchFrontendConfig):
         return PatchFrontend(chosen, width, positions, norm, config.dropout)
+    if isinstance(chosen, WaveformFrontendConfig):
+        return WaveformFrontend(chosen, width, config.norm.eps, norm, config.dropout)
     return TokenFrontend(
         Embedding(vocab_size, width),
         positions,
@@ -84,6 +88,8 @@ def _head(config: ModelConfig, vocab_size: int) -> Head:
     chosen, width = config.head, config.d_model
     if isinstance(chosen, ClassHeadConfig):
         return ClassHead(chosen, width)
+    if isinstance(chosen, CtcHeadConfig):
+        return CtcHead(chosen, vocab_size, width)
     if not isinstance(chosen, LanguageHeadConfig):
         return NoHead()
     return LanguageHead(

@@ -11,6 +11,7 @@ from model.init import Linear, Parameter, declare
 from model.interfaces import Head
 from model.loss import capped, chunked_cross_entropy, token_scores
 from model.modalities.class_head import ClassHeadConfig
+from model.modalities.ctc_head import CtcHeadConfig
 from model.norm import NormConfig, build_norm
 from model.slots import SlotCosts
 
@@ -49,7 +50,7 @@ class NoHeadConfig:
         return SlotCosts(parameters=0, matrices=0)
 
 
-HeadConfig = LanguageHeadConfig | NoHeadConfig | ClassHeadConfig
+HeadConfig = LanguageHeadConfig | NoHeadConfig | ClassHeadConfig | CtcHeadConfig
 """What a configuration chooses from, told apart by `kind`; each arm has `costs(vocab_size, d_model, norm)` and
 `uses_vocabulary`."""
 

@@ -14,6 +14,7 @@ from model.errors import ModelError
 from model.interop.families import FAMILIES
 from model.interop.native import revived
 from model.interop.tables import Family, Weight, dotted
+from model.interop.weight_norm import folded, unfolded
 
 State = dict[str, torch.Tensor]
 
@@ -68,8 +69,13 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
 
 def to_hf(state: Mapping[str, torch.Tensor], config: ModelConfig) -> State:
     """Our state dict under their names and in their layout, in its own precision; tied weights are stored once."""
+    family = family_of(config)
+    return unfolded(_renamed(state, family, config), family.weight_norms)
+
+
+def _renamed(state: Mapping[str, torch.Tensor], family: Family, config: ModelConfig) -> State:
     theirs: State = {}
-    for weight in spelled_weights(family_of(config), config):
+    for weight in spelled_weights(family, config):
         if weight.ours[0] in config.tied_weights:
             continue
         parts = [state[name] for name in weight.ours if name in state]
@@ -88,8 +94,8 @@ def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]
     config = config_from_hf(theirs_config)
     family = _family_for(theirs_config)
     own = build_model(config, device="meta").state_dict()
-    expected = to_hf(own, config)
-    theirs = _cleaned(family, theirs, expected)
+    expected = _renamed(own, family, config)
+    theirs = _cleaned(family, folded(theirs), expected)
     theirs = _without_tied(family, config, theirs)
     check_tensors({name: tensor.shape for name, tensor in theirs.items()}, {n: t.shape for n, t in expected.items()})
     state: State = {}
@@ -174,7 +180,7 @@ def _family_for(theirs: Mapping[str, Any]) -> Family:
     raise ModelError(f"config.json has model_type {model_type!r}: checkpoints of {known} can be imported.")
 
 
-def _our_word(key: str, theirs: str, names: Mapping[str, str]) -> str:
+def _our_word(key: str, theirs: Any, names: Mapping[Any, Any]) -> Any:
     aliases = {name: ours for ours, name in names.items()} | {"gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
     if theirs not in aliases:
         raise ModelError(f"config.json has {key}={theirs!r}: known here are {', '.join(sorted(aliases))}.")

@@ -35,7 +35,10 @@ def revived(annotation: Any, value: Any) -> Any:
         classes = [member for member in typing.get_args(annotation) if dataclasses.is_dataclass(member)]
         if not classes or not isinstance(value, Mapping):
             return value
-        annotation = next(member for member in classes if value["kind"] == getattr(member, "kind", None))
+        if len(classes) > 1:
+            annotation = next(member for member in classes if value["kind"] == getattr(member, "kind", None))
+        else:
+            annotation = classes[0]
     if typing.get_origin(annotation) is tuple and isinstance(value, list | tuple):
         return tuple(revived(typing.get_args(annotation)[0], item) for item in value)
     if not dataclasses.is_dataclass(annotation) or not isinstance(value, Mapping):

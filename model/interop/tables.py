@@ -37,7 +37,7 @@ class Setting:
     theirs: str
     ours: tuple[str, ...]
     default: Any = None
-    names: Mapping[str, Any] | None = None
+    names: Mapping[Any, Any] | None = None
     written: str | None = None
 
 
@@ -51,6 +51,8 @@ class Family:
     constants: keys of theirs with one supported value: written on export, refused on import when different.
     only_written: keys of theirs that matter to their training only: written on export, not read.
     heads_divide_width: their class refuses a width that is no multiple of the number of heads, whatever head_dim is.
+    weight_norms: names of weights that theirs stores as length and direction, each with the axis that has a length for
+        every entry.
     ignored: regular expressions of stored buffers that carry no weights.
     write_position, read_position: the positional keys, which are too tangled for `settings`.
     modernised: rewrites the keys of older config.json files into those that `settings` and `constants` know.
@@ -65,6 +67,7 @@ class Family:
     constants: Mapping[str, Any] = field(default_factory=dict)
     only_written: Mapping[str, Any] = field(default_factory=dict)
     heads_divide_width: bool = False
+    weight_norms: Mapping[str, int] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     write_position: Callable[[PositionConfig], dict[str, Any]]
     read_position: Callable[[Mapping[str, Any]], PositionConfig]
