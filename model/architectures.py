@@ -68,8 +68,8 @@ class Transformer(nn.Module):
         prefix_B: int64, how many first tokens of each row see each other both ways (prefix-LM, Raffel et al. 2020).
         cache: tokens continue what it remembers, and are remembered. logits_for: every token, the last one, or the
         column given for each row (int64 [B]).
-        inputs: further ones by name: of the frontend (token_types_BT; in place of tokens pixels_BAYX or samples_BW, floats,
-        the latter with sample_lengths_B), of the head (its other targets, such as classes_B or labels_BU), and
+        inputs: further ones by name: of the frontend (token_types_BT; floats in place of tokens: pixels_BAYX, mels_BAW,
+        or samples_BW with sample_lengths_B), of the head (its other targets, such as classes_B or labels_BU), and
         `encoder_NAME` for the encoder's NAME (encoder_tokens_BT, encoder_documents_BT), which a cache makes needless
         after the first pass.
 
@@ -183,6 +183,8 @@ class Transformer(nn.Module):
         own = {name.removeprefix(ENCODER): tensor for name, tensor in encoder_inputs.items()}
         memory_BSD = self.encoder(**own)["features"]
         memory_documents_BS = own.get("documents_BT")
+        if memory_documents_BS is None:
+            memory_documents_BS = self.encoder.frontend.documents(own)
         if cache is not None:
             cache.memory_documents_BS = memory_documents_BS
         queries_BT = None if cache is not None or memory_documents_BS is None else documents_BT

@@ -18,6 +18,7 @@ from model.mixers.attention import CrossAttention
 from model.mixers.build import build_mixer
 from model.modalities.class_head import ClassHead, ClassHeadConfig
 from model.modalities.ctc_head import CtcHead, CtcHeadConfig
+from model.modalities.mel import MelFrontend, MelFrontendConfig
 from model.modalities.patches import PatchFrontend, PatchFrontendConfig
 from model.modalities.waveform import WaveformFrontend, WaveformFrontendConfig
 from model.norm import build_norm
@@ -72,6 +73,8 @@ def _frontend(config: ModelConfig, vocab_size: int) -> Frontend:
     norm = build_norm(config.norm, width) if chosen.norm else None
     if isinstance(chosen, PatchFrontendConfig):
         return PatchFrontend(chosen, width, positions, norm, config.dropout)
+    if isinstance(chosen, MelFrontendConfig):
+        return MelFrontend(chosen, width, positions, norm, config.dropout)
     if isinstance(chosen, WaveformFrontendConfig):
         return WaveformFrontend(chosen, width, config.norm.eps, norm, config.dropout)
     return TokenFrontend(

@@ -9,6 +9,7 @@ from torch import nn
 from model.errors import ModelError
 from model.init import Declared, Parameter, declare
 from model.interfaces import Frontend
+from model.modalities.mel import MelFrontendConfig
 from model.modalities.patches import PatchFrontendConfig
 from model.modalities.waveform import WaveformFrontendConfig
 from model.norm import NormConfig
@@ -44,7 +45,7 @@ class TokenFrontendConfig:
         return 0
 
 
-FrontendConfig = TokenFrontendConfig | PatchFrontendConfig | WaveformFrontendConfig
+FrontendConfig = TokenFrontendConfig | PatchFrontendConfig | WaveformFrontendConfig | MelFrontendConfig
 """What a configuration chooses from, told apart by `kind`. Each arm has `parameters(vocab_size, d_model, norm)`,
 `flops(tokens, d_model)`, `uses_vocabulary`, and `tokens`: how many tokens every row has, null where rows differ."""
 

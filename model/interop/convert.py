@@ -12,6 +12,7 @@ from model.build import build_model
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.interop.families import FAMILIES
+from model.interop.families.common import GRANTED
 from model.interop.native import revived
 from model.interop.tables import Family, Weight, dotted
 from model.interop.weight_norm import folded, unfolded
@@ -70,7 +71,9 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
 def to_hf(state: Mapping[str, torch.Tensor], config: ModelConfig) -> State:
     """Our state dict under their names and in their layout, in its own precision; tied weights are stored once."""
     family = family_of(config)
-    return unfolded(_renamed(state, family, config), family.weight_norms)
+    theirs = unfolded(_renamed(state, family, config), family.weight_norms)
+    like = next(iter(state.values()))
+    return theirs | {name: make(config).to(like.device, like.dtype) for name, make in family.computed.items()}
 
 
 def _renamed(state: Mapping[str, torch.Tensor], family: Family, config: ModelConfig) -> State:
@@ -95,7 +98,7 @@ def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]
     family = _family_for(theirs_config)
     own = build_model(config, device="meta").state_dict()
     expected = _renamed(own, family, config)
-    theirs = _cleaned(family, folded(theirs), expected)
+    theirs = _without_computed(family, config, _cleaned(family, folded(theirs), expected))
     theirs = _without_tied(family, config, theirs)
     check_tensors({name: tensor.shape for name, tensor in theirs.items()}, {n: t.shape for n, t in expected.items()})
     state: State = {}
@@ -156,7 +159,8 @@ def _parted(stored: torch.Tensor, sizes: list[int], weight: Weight, config: Mode
 
 
 def _differences(config: ModelConfig, family: Family) -> list[str]:
-    wrong = [f"{path}={value!r}" for path, value in family.fixed.items() if dotted(config, path) != value]
+    fixed = {**GRANTED, **family.fixed}
+    wrong = [f"{path}={value!r}" for path, value in fixed.items() if dotted(config, path) != value]
     for setting in family.settings:
         values = {path: dotted(config, path) for path in setting.ours}
         if len(set(values.values())) > 1:
@@ -207,6 +211,19 @@ def _cleaned(
     if not any(name.startswith(family.base_prefix) for name in kept):
         kept = {name if name in expected else family.base_prefix + name: tensor for name, tensor in kept.items()}
     return kept
+
+
+def _without_computed(
+    family: Family, config: ModelConfig, theirs: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """Without tensors that the configuration alone decides. Raises ModelError where one has been changed."""
+    for name, make in family.computed.items():
+        if name in theirs and not torch.allclose(theirs[name].float(), make(config), atol=1e-2):
+            raise ModelError(
+                f"the checkpoint's {name} is not what its config.json implies: it was trained further, and this package "
+                "computes it; use the original tensor."
+            )
+    return {name: tensor for name, tensor in theirs.items() if name not in family.computed}
 
 
 def _without_tied(

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from model.config import ModelConfig
 from model.position import PositionConfig
 
@@ -51,6 +53,8 @@ class Family:
     constants: keys of theirs with one supported value: written on export, refused on import when different.
     only_written: keys of theirs that matter to their training only: written on export, not read.
     heads_divide_width: their class refuses a width that is no multiple of the number of heads, whatever head_dim is.
+    computed: stored tensors that carry no weights but what the configuration says: written on export, on import
+        compared and left.
     weight_norms: names of weights that theirs stores as length and direction, each with the axis that has a length for
         every entry.
     ignored: regular expressions of stored buffers that carry no weights.
@@ -67,6 +71,7 @@ class Family:
     constants: Mapping[str, Any] = field(default_factory=dict)
     only_written: Mapping[str, Any] = field(default_factory=dict)
     heads_divide_width: bool = False
+    computed: Mapping[str, Callable[[ModelConfig], torch.Tensor]] = field(default_factory=dict)
     weight_norms: Mapping[str, int] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     write_position: Callable[[PositionConfig], dict[str, Any]]

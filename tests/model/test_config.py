@@ -31,6 +31,7 @@ PUBLISHED = {
     "llama-1b": (128256, 1_235_814_400),
     "llama-8b": (128256, 8_030_261_248),
     "vit-base": (None, 86_567_656),
+    "whisper-small": (51865, 241_734_912 - 1500 * 768),  # less the encoder's table of sinusoids
     "wav2vec2-base": (32, 94_396_320 - 128),  # less the 128 lengths of the positional convolution's weight norm
     "palm-8b": (256000, 8_632_012_800),
 }

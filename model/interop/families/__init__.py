@@ -6,5 +6,19 @@ from model.interop.families.gptj import GPTJ
 from model.interop.families.llama import LLAMA, QWEN2, QWEN3
 from model.interop.families.vit import VIT, VIT_MODEL
 from model.interop.families.wav2vec2 import WAV2VEC2, WAV2VEC2_STABLE
+from model.interop.families.whisper import WHISPER
 
-FAMILIES = (LLAMA, QWEN2, QWEN3, GPT2, GPTJ, FALCON, FALCON_TWO_NORMS, VIT, VIT_MODEL, WAV2VEC2, WAV2VEC2_STABLE)
+FAMILIES = (
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    GPT2,
+    GPTJ,
+    FALCON,
+    FALCON_TWO_NORMS,
+    VIT,
+    VIT_MODEL,
+    WAV2VEC2,
+    WAV2VEC2_STABLE,
+    WHISPER,
+)

@@ -14,6 +14,9 @@ OURS = "stack.layers.{layer}"
 DECODER = {"causal": True, "encoder": None, "frontend": TokenFrontendConfig(), "head": LanguageHeadConfig()}
 """What `fixed` says of a plain decoder over tokens."""
 
+GRANTED = {"mixer.k_bias": None, "encoder.mixer.k_bias": None}
+"""What `fixed` says of every class whose table does not say otherwise."""
+
 ACTIVATION_NAMES = {
     "silu": "silu",
     "gelu": "gelu",
