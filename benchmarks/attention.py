@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from hardware import machine, write_result
 
-from model.kernels.attention import KERNELS
+from model.kernels.select import KERNELS
 from model.masks import Mask
 
 SHAPES = ((16, 256, 4), (16, 512, 4), (8, 512, 8), (4, 1024, 8))  # rows, tokens, heads of 64 channels

@@ -9,13 +9,16 @@ from torch import nn
 from model.cache import Cache, rounded_slots
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.interfaces import Frontend, Head
+from model.heads import Head
 from model.masks import Mask
 from model.mixers.base import MixerInput
+from model.modalities.base import Frontend
 from model.position import (
     AlibiConfig,
     LearnedPositionConfig,
+    RelativeBias,
     RopeConfig,
+    Rotation,
     alibi_bias,
     document_positions,
     rotation,
@@ -26,12 +29,23 @@ ENCODER = "encoder_"
 """What the names of an encoder's inputs begin with: `encoder_tokens_BT` is its `tokens_BT`."""
 
 
+TOWER = "tower_"
+"""The same of a second tower's inputs: `tower_pixels_BAYX`."""
+
+
 class Transformer(nn.Module):
     """A decoder (GPT-2, LLaMA), an encoder (BERT), or a decoder with an encoder (Vaswani et al. 2017, T5): whatever the
     configuration spells."""
 
     def __init__(
-        self, config: ModelConfig, frontend: Frontend, stack: Stack, head: Head, encoder: "Transformer | None" = None
+        self,
+        config: ModelConfig,
+        frontend: Frontend,
+        stack: Stack,
+        head: Head,
+        encoder: "Transformer | None" = None,
+        distances: RelativeBias | None = None,
+        tower: "Transformer | None" = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -39,6 +53,8 @@ class Transformer(nn.Module):
         self.stack = stack
         self.head = head
         self.encoder = encoder
+        self.tower = tower
+        self.distances = distances
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -71,7 +87,7 @@ class Transformer(nn.Module):
         inputs: further ones by name: of the frontend (token_types_BT; floats in place of tokens: pixels_BAYX, mels_BAW,
         or samples_BW with sample_lengths_B), of the head (its other targets, such as classes_B or labels_BU), and
         `encoder_NAME` for the encoder's NAME (encoder_tokens_BT, encoder_documents_BT), which a cache makes needless
-        after the first pass.
+        after the first pass; `tower_NAME` for the other tower's.
 
         Without targets {"logits": [B, T or 1, V]} or what else the head gives; with targets {"loss_sum": fp32 Σ NLL,
         "target_count": int64} and "z_loss_sum" where the configuration weighs it; with `per_token` instead, and without
@@ -79,7 +95,9 @@ class Transformer(nn.Module):
         """
         targets = {name: tensor for name, tensor in inputs.items() if name in self.head.takes}
         encoder_inputs = {name: tensor for name, tensor in inputs.items() if name.startswith(ENCODER)}
-        own = {name: x for name, x in inputs.items() if name not in targets and name not in encoder_inputs}
+        tower_inputs = {name: tensor for name, tensor in inputs.items() if name.startswith(TOWER)}
+        elsewhere = targets.keys() | encoder_inputs.keys() | tower_inputs.keys()
+        own = {name: tensor for name, tensor in inputs.items() if name not in elsewhere}
         if targets_BT is not None:
             targets["targets_BT"] = targets_BT
         if tokens_BT is not None:
@@ -92,7 +110,7 @@ class Transformer(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
         mask = Mask(causal=self.config.causal, documents_BT=documents_BT if cache is None else None, prefix_B=prefix_B)
-        if cache is not None and cache.longest:
+        if cache is not None and (cache.longest or cache.static):
             mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(x_BTD.shape[1]))
         shared = self._shared(mask, x_BTD.shape[1], positions_BT, slots_BT, cache)
         if self.encoder is not None:
@@ -106,19 +124,33 @@ class Transformer(nn.Module):
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_for][:, None]
         elif logits_for == "last":
             x_BTD = x_BTD[:, -1:]
-        seen = {"tokens_BT": tokens_BT, "documents_BT": documents_BT}
-        targets |= {name: tensor for name, tensor in seen.items() if name in self.head.sees and tensor is not None}
-        result: dict[str, torch.Tensor] = self.head(x_BTD, per_token, **targets)
+        if self.tower is not None and tower_inputs:
+            other = self.tower(**{name.removeprefix(TOWER): tensor for name, tensor in tower_inputs.items()})
+            targets["other_ND"] = other["features"]
+        elif tower_inputs:
+            raise ModelError(f"{', '.join(tower_inputs)} was given, but the model has no tower: leave it out.")
+        if tokens_BT is not None and self.head.reads_tokens:
+            targets["tokens_BT"] = tokens_BT
+        result: dict[str, torch.Tensor] = self.head(x_BTD, documents_BT, per_token, **targets)
         return result
 
-    def new_cache(self, rows: int, max_tokens: int) -> Cache:
-        """An empty cache for `rows` rows of at most `max_tokens` tokens, prompt and continuation together."""
+    def new_cache(self, rows: int, max_tokens: int, *, static: bool = False) -> Cache:
+        """An empty cache for `rows` rows of at most `max_tokens` tokens, prompt and continuation together; see `Cache`."""
         if not self.config.causal:
             raise ModelError(
                 "model.causal is false: an encoder sees what comes later, so it cannot continue from a cache."
             )
-        device = next(self.stack.parameters()).device
-        return Cache(self.stack.new_states(rows, rounded_slots(max_tokens)), rows, max_tokens, device)
+        device, slots = next(self.stack.parameters()).device, rounded_slots(max_tokens)
+        angles = self._rotation(torch.arange(slots, device=device)[None])
+        states = self.stack.new_states(rows, slots)
+        return Cache(states, rows, max_tokens, device, angles=angles, static=static)
+
+    def _rotation(self, positions_BT: torch.Tensor) -> Rotation | None:
+        """The angles of those positions, where the model rotates and attends."""
+        position, head_dim = self.config.position, self.config.head_dim
+        if not isinstance(position, RopeConfig) or head_dim is None:
+            return None
+        return rotation(position, positions_BT, head_dim)
 
     def _positions(
         self,
@@ -153,16 +185,20 @@ class Transformer(nn.Module):
         """What all layers share of this pass."""
         config, position = self.config, self.config.position
         angles = None
-        if isinstance(position, RopeConfig) and config.head_dim is not None and positions_BT is not None:
-            angles = rotation(position, positions_BT, config.head_dim)
+        if cache is not None and slots_BT is not None and positions_BT is slots_BT:
+            angles = cache.rotation(slots_BT)
+        elif positions_BT is not None:
+            angles = self._rotation(positions_BT)
         if isinstance(position, AlibiConfig):
             device = next(self.stack.parameters()).device
             mask = replace(mask, bias_HL=alibi_bias(config.attention_heads, mask.keys or tokens, device))
+        if self.distances is not None:
+            mask = replace(mask, bias_HL=self.distances(mask.keys or tokens))
         return MixerInput(
             mask,
             angles,
             slots_BT,
-            cache.longest if cache is not None and cache.uniform else None,
+            None if cache is None else cache.common_slot,
             windowed={window: replace(mask, window=window) for window in config.windows},
         )
 

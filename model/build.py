@@ -7,22 +7,31 @@ from torch import nn
 
 from model.architectures import Transformer
 from model.block import Block
+from model.classifiers import (
+    ClassifierHead,
+    ClassifierHeadConfig,
+    SpanHead,
+    SpanHeadConfig,
+    TokenClassifierHead,
+    TokenClassifierHeadConfig,
+)
 from model.config import LayerConfig, ModelConfig
 from model.ffn import build_ffn
 from model.frontends import Embedding, TokenFrontend
-from model.heads import LanguageHead, LanguageHeadConfig, NoHead, Transform
+from model.heads import Head, LanguageHead, LanguageHeadConfig, NoHead, Transform
 from model.init import initialize
-from model.interfaces import Frontend, Head
-from model.kernels.attention import AttentionKernel, select_kernel
+from model.kernels.attention import AttentionKernel
+from model.kernels.select import Kind, select_kernel
 from model.mixers.attention import CrossAttention
 from model.mixers.build import build_mixer
-from model.modalities.class_head import ClassHead, ClassHeadConfig
+from model.modalities.base import Frontend
 from model.modalities.ctc_head import CtcHead, CtcHeadConfig
+from model.modalities.embedding_head import EmbeddingHead, EmbeddingHeadConfig
 from model.modalities.mel import MelFrontend, MelFrontendConfig
 from model.modalities.patches import PatchFrontend, PatchFrontendConfig
 from model.modalities.waveform import WaveformFrontend, WaveformFrontendConfig
 from model.norm import build_norm
-from model.position import build_positions
+from model.position import AlibiConfig, RelativeBias, RelativePositionConfig, build_positions
 from model.stack import Stack
 
 log = logging.getLogger("athanor.model")
@@ -38,33 +47,49 @@ def build_model(
 ) -> Transformer:
     """The model of `config` with its starting weights, a function of `seed` alone; on the meta device, without any.
 
-    kernel: `auto`, or one of `kernels.attention.KERNELS`. Raises ModelError for a configuration that cannot be built.
+    kernel: `auto`, or one of `kernels.select.KERNELS`. Raises ModelError for a configuration that cannot be built.
     """
-    kernel_name, attend = select_kernel(kernel, torch.device(device))
+    attend = select_kernel(kernel, _needs(config))
     with torch.device("meta"):
         model = _assemble(config, config.require_vocab_size(), attend).to(dtype)
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         model.tie_weights()
         initialize(model, config=config.init, n_layers=config.n_layers, seed=seed)
-        if config.encoder is not None:
-            initialize(
-                model, config=config.encoder.init, n_layers=config.encoder.n_layers, seed=seed, within="encoder."
-            )
-    log.info("attention kernel: %s", kernel_name)
+        for name, inner in (("encoder.", config.encoder), ("tower.", config.tower)):
+            if inner is not None:
+                initialize(model, config=inner.init, n_layers=inner.n_layers, seed=seed, within=name)
+    log.info("attention kernels on %s: %s", torch.device(device).type, attend.described(torch.device(device).type))
     return model
+
+
+def _needs(config: ModelConfig) -> set[Kind]:
+    """Kinds of mask that this model cannot do without."""
+    needs: set[Kind] = {"window"} if config.windows else set()
+    if isinstance(config.position, AlibiConfig | RelativePositionConfig):
+        needs.add("biased")
+    if config.encoder is not None:
+        needs |= _needs(config.encoder)
+        needs.add("cross")
+    if config.tower is not None:
+        needs |= _needs(config.tower)
+    return needs
 
 
 def _assemble(config: ModelConfig, vocab_size: int, attend: AttentionKernel) -> Transformer:
     """vocab_size: the decoder's, which an encoder without one of its own shares."""
     encoder = None if config.encoder is None else _assemble(config.encoder, vocab_size, attend)
+    tower = None if config.tower is None else _assemble(config.tower, config.tower.require_vocab_size(), attend)
     vocab_size = config.vocab_size or vocab_size
     frontend = _frontend(config, vocab_size)
     stack = Stack(
         [_block(config, layer, attend) for layer in config.layers],
         nn.Identity() if config.layout == "post" else build_norm(config.norm, config.d_model),
     )
-    return Transformer(config, frontend, stack, _head(config, vocab_size), encoder)
+    distances: RelativeBias | None = None
+    if isinstance(config.position, RelativePositionConfig):
+        distances = RelativeBias(config.position, config.attention_heads, causal=config.causal)
+    return Transformer(config, frontend, stack, _head(config, vocab_size), encoder, distances, tower)
 
 
 def _frontend(config: ModelConfig, vocab_size: int) -> Frontend:
@@ -89,20 +114,24 @@ def _frontend(config: ModelConfig, vocab_size: int) -> Frontend:
 
 def _head(config: ModelConfig, vocab_size: int) -> Head:
     chosen, width = config.head, config.d_model
-    if isinstance(chosen, ClassHeadConfig):
-        return ClassHead(chosen, width)
+    if isinstance(chosen, LanguageHeadConfig):
+        return LanguageHead(
+            nn.Parameter(torch.empty(vocab_size, width)),
+            soft_cap=config.logit_soft_cap,
+            z_loss=config.z_loss,
+            bias=chosen.bias,
+            transform=None if chosen.transform is None else Transform(width, chosen.transform, config.norm),
+            scale=width**-0.5 if chosen.scale_input else 1.0,
+        )
+    if isinstance(chosen, ClassifierHeadConfig):
+        return ClassifierHead(chosen, width, config.dropout)
+    if isinstance(chosen, TokenClassifierHeadConfig):
+        return TokenClassifierHead(chosen, width, config.dropout)
     if isinstance(chosen, CtcHeadConfig):
         return CtcHead(chosen, vocab_size, width)
-    if not isinstance(chosen, LanguageHeadConfig):
-        return NoHead()
-    return LanguageHead(
-        nn.Parameter(torch.empty(vocab_size, width)),
-        soft_cap=config.logit_soft_cap,
-        z_loss=config.z_loss,
-        bias=chosen.bias,
-        transform=None if chosen.transform is None else Transform(width, chosen.transform, config.norm),
-        scale=width**-0.5 if chosen.scale_input else 1.0,
-    )
+    if isinstance(chosen, EmbeddingHeadConfig):
+        return EmbeddingHead(chosen, width)
+    return SpanHead(width) if isinstance(chosen, SpanHeadConfig) else NoHead()
 
 
 def _block(config: ModelConfig, layer: LayerConfig, attend: AttentionKernel) -> Block:

@@ -6,6 +6,7 @@ import torch
 
 from model.errors import ModelError
 from model.mixers.base import MixerState
+from model.position import Rotation
 
 SLOT_QUANTUM = 64
 
@@ -21,23 +22,36 @@ class Cache:
     memory_documents_BS: of an encoder's output, whose keys and values the states hold: 0 for padding.
     lengths: tokens remembered of each row, as plain numbers so that decoding never waits for the device; a row's next
         token goes to the slot of that number.
+    angles: of rotary positions, for every slot, made once. static: every step looks at all slots and addresses them by a
+        tensor, so that its shapes never change, for compiled steps and CUDA graphs; else it looks at those in use.
     """
 
-    def __init__(self, states: list[MixerState], rows: int, max_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        states: list[MixerState],
+        rows: int,
+        max_tokens: int,
+        device: torch.device,
+        *,
+        angles: Rotation | None = None,
+        static: bool = False,
+    ) -> None:
         self.states = states
         self.max_tokens = max_tokens
         self.lengths = [0] * rows
         self.memory_documents_BS: torch.Tensor | None = None
         self.device = device
+        self.angles = angles
+        self.static = static
 
     @property
     def longest(self) -> int:
         return max(self.lengths)
 
     @property
-    def uniform(self) -> bool:
-        """All rows hold equally many tokens."""
-        return min(self.lengths) == max(self.lengths)
+    def common_slot(self) -> int | None:
+        """Where the next token of every row goes, if they all hold equally many and shapes may tell."""
+        return None if self.static or min(self.lengths) != max(self.lengths) else self.lengths[0]
 
     def claim(self, tokens: int) -> torch.Tensor:
         """Slots_BT for `tokens` further tokens of every row. Raises ModelError when they do not fit."""
@@ -51,7 +65,15 @@ class Cache:
 
     def slots_for(self, tokens: int) -> int:
         """How many slots `tokens` further tokens of every row look at, unused ones among them."""
-        return rounded_slots(self.longest + tokens)
+        return rounded_slots(self.max_tokens if self.static else self.longest + tokens)
+
+    def rotation(self, slots_BT: torch.Tensor) -> Rotation | None:
+        """The angles of those slots."""
+        if self.angles is None:
+            return None
+        if self.common_slot is not None:
+            return self.angles.between(self.common_slot, self.common_slot + slots_BT.shape[1])
+        return self.angles.at(slots_BT)
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` new tokens in every row."""

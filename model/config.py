@@ -6,17 +6,30 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from model.block import Layout
+from model.classifiers import ClassifierHeadConfig, SpanHeadConfig, TokenClassifierHeadConfig
 from model.errors import ModelError
 from model.ffn import FfnConfig
 from model.frontends import FrontendConfig, TokenFrontendConfig
-from model.heads import HeadConfig, LanguageHeadConfig, NoHeadConfig
+from model.heads import LanguageHeadConfig, NoHeadConfig
 from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
 from model.mixers.build import MixerConfig
+from model.modalities.ctc_head import CtcHeadConfig
+from model.modalities.embedding_head import EmbeddingHeadConfig
 from model.norm import NormConfig
-from model.position import AlibiConfig, PositionConfig, RopeConfig
+from model.position import AlibiConfig, PositionConfig, RelativePositionConfig, RopeConfig
 
 __all__ = ["LayerChange", "LayerConfig", "ModelConfig", "ModelError", "Role", "parameter_roles"]
+
+HeadConfig = (
+    LanguageHeadConfig
+    | ClassifierHeadConfig
+    | TokenClassifierHeadConfig
+    | SpanHeadConfig
+    | CtcHeadConfig
+    | EmbeddingHeadConfig
+    | NoHeadConfig
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +72,8 @@ class ModelConfig:
     causal: a token sees itself and what stands before it; false is an encoder, where all see all.
     encoder: what runs before this decoder and is looked at by its cross-attention, which has the mixer's shape. It has
         head `none`; its vocabulary is this one's where it is null.
+    tower: a second model beside this one, which reads something else; both have head `embedding`, and this one's rows
+        are compared with its (CLIP: text with images).
     max_seq_len: the longest row the model is meant for; learned positions end there.
     layout: where the norms stand in a block (see `Block`). dropout: on embeddings and on each branch of a block.
     mixer, ffn: what fills the slots of every layer; pattern: layers that have something else there, later ones win.
@@ -80,6 +95,7 @@ class ModelConfig:
     pattern: tuple[LayerChange, ...] = ()
     head: HeadConfig = field(default_factory=LanguageHeadConfig)
     encoder: ModelConfig | None = None
+    tower: ModelConfig | None = None
     init: InitConfig = field(default_factory=InitConfig)
     dropout: float = 0.0
     logit_soft_cap: float | None = None
@@ -96,10 +112,12 @@ class ModelConfig:
             self._check_rotary()
         if self.encoder is not None:
             self._check_encoder(self.encoder)
-        if isinstance(self.position, AlibiConfig) and len({mixer.n_heads for mixer in self._attentions}) > 1:
+        self._check_tower(self.tower)
+        by_head = isinstance(self.position, AlibiConfig | RelativePositionConfig)
+        if by_head and len({mixer.n_heads for mixer in self._attentions}) > 1:
             raise ModelError(
-                "model.pattern gives attention layers different n_heads: with ALiBi all layers share one slope for "
-                "each head; give them the same n_heads or choose other positions."
+                "model.pattern gives attention layers different n_heads: all layers share one ALiBi slope or one table "
+                "of distances for each head; give them the same n_heads or choose other positions."
             )
         if not 0 <= self.dropout < 1:
             raise ModelError(f"model.dropout is {self.dropout}: it is a probability below 1; use 0 for none.")
@@ -131,6 +149,22 @@ class ModelConfig:
                 f"model.encoder has tie_embeddings=true, d_model {encoder.d_model} and vocab_size {encoder.vocab_size}: "
                 f"its table is the decoder's, which has {self.d_model} and {self.vocab_size}; make them equal or set "
                 "encoder.tie_embeddings=false."
+            )
+
+    def _check_tower(self, tower: ModelConfig | None) -> None:
+        own = self.head if isinstance(self.head, EmbeddingHeadConfig) else None
+        if (tower is not None) != (own is not None and own.contrast):
+            raise ModelError(
+                f"model.tower is {'null' if tower is None else 'set'} with head {self.head}: a tower is there to be "
+                "compared with; give this model head.kind=embedding with contrast=true and a tower, or neither."
+            )
+        if tower is None or own is None:
+            return
+        other = tower.head if isinstance(tower.head, EmbeddingHeadConfig) else None
+        if other is None or other.contrast or other.width != own.width:
+            raise ModelError(
+                f"model.tower has head {tower.head}: its vectors are compared with this model's, so it needs "
+                f"head.kind=embedding, width={own.width} and contrast=false."
             )
 
     def _check_rotary(self) -> None:
@@ -207,7 +241,7 @@ class ModelConfig:
 
     def require_vocab_size(self) -> int:
         """The vocabulary size, or ModelError while no tokenizer has set it; 0 for a model of images that needs none."""
-        if not self.frontend.uses_vocabulary and not self.head.uses_vocabulary:
+        if not self.frontend.uses_vocabulary and not isinstance(self.head, LanguageHeadConfig | CtcHeadConfig):
             return 0
         if self.vocab_size is None:
             raise ModelError(

@@ -1,6 +1,6 @@
 """The position-wise feed-forward network, plain or gated (Shazeer 2020)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,14 +9,16 @@ from torch import nn
 
 from model.errors import ModelError
 from model.init import Linear
+from model.joined import Joins
 from model.slots import SlotCosts
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared", "quick_gelu"]
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda x_BTF: nn.functional.gelu(x_BTF, approximate="tanh"),
     "relu": nn.functional.relu,
+    "quick_gelu": lambda x_BTF: x_BTF * torch.sigmoid(1.702 * x_BTF),  # CLIP's approximation
     "relu_squared": lambda x_BTF: nn.functional.relu(x_BTF).square(),
 }
 
@@ -44,7 +46,7 @@ class FfnConfig:
         )
 
 
-class FeedForward(nn.Module):
+class FeedForward(Joins):
     """x_BTD -> y_BTD, each token by itself."""
 
     def __init__(self, config: FfnConfig, d_model: int) -> None:
@@ -57,7 +59,14 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         if self.gate is None:
             return self.down(self.activation(self.up(x_BTD)))
-        return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
+        if self.joined is not None:
+            gate_BTF, up_BTF = nn.functional.linear(x_BTD, *self.joined).chunk(2, dim=-1)
+        else:
+            gate_BTF, up_BTF = self.gate(x_BTD), self.up(x_BTD)
+        return self.down(self.activation(gate_BTF) * up_BTF)
+
+    def joinable(self) -> Sequence[nn.Module]:
+        return () if self.gate is None else (self.gate, self.up)
 
 
 def build_ffn(config: FfnConfig, d_model: int) -> nn.Module:

@@ -8,7 +8,7 @@ from torch import nn
 
 from model.errors import ModelError
 from model.init import Declared, Parameter, declare
-from model.interfaces import Frontend
+from model.modalities.base import Frontend
 from model.modalities.mel import MelFrontendConfig
 from model.modalities.patches import PatchFrontendConfig
 from model.modalities.waveform import WaveformFrontendConfig

@@ -1,40 +1,20 @@
-"""Continuing prompts token by token, many at once, with a key/value cache."""
+"""Continuing prompts token by token, many at once, with a cache."""
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from model.architectures import Transformer
 from model.cache import Cache
 from model.errors import ModelError
+from model.joined import joined_projections
+from model.sampling import Sampling, allowed, choose
 
+__all__ = ["Sampling", "choose", "generate", "read_prompts", "unpadded"]
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are chosen.
-
-    max_new_tokens: at most this many for each prompt. temperature: 0 takes the likeliest token.
-    top_k: choose among the k likeliest; top_p: among the likeliest that together reach this probability (Holtzman et
-    al. 2020). seed: with a prompt's place in the list, decides its draws; what else is in the batch does not.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ModelError(f"max_new_tokens is {self.max_new_tokens}: ask for at least one token.")
-        if self.temperature < 0:
-            raise ModelError(f"temperature is {self.temperature}: use 0 for the likeliest token, or above 0 to sample.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ModelError(f"top_k is {self.top_k}: keep at least one candidate, or null for all.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ModelError(f"top_p is {self.top_p}: it is a probability above 0 and at most 1, or null for all.")
+SHARED_TOKENS = 64
+"""Prompts that begin alike are begun once where that spares at least so many tokens."""
 
 
 @torch.inference_mode()
@@ -46,68 +26,63 @@ def generate(
     stop_ids: Collection[int] = (),
     stop: Callable[[list[int]], bool] | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    static: bool = False,
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """The continuation of every prompt, without the prompt and without the stop id that ended it.
 
     A row ends at `max_new_tokens`, at the model's `max_seq_len`, at a token of `stop_ids`, or when `stop`, called with
     the row's new tokens so far, returns true (then its last token stays). `on_token(row, token)` is called for every
-    token that stays, in order. Raises ModelError for an empty prompt or one that fills the model's context.
+    token that stays, in order. The same prompt several times is read once and continued by different draws.
+    static: every step has the same shapes (see `Cache`), for compiled models and CUDA graphs.
+    sources: what the encoder of an encoder-decoder reads for each prompt; the prompt is then the token that its decoder
+    starts from, `decoder_start_token_id` in the words of transformers.
+    Raises ModelError for an empty prompt or one that fills the model's context.
     """
     if not prompts:
         return []
-    budgets = [_budget(model, prompt, row, sampling) for row, prompt in enumerate(prompts)]
-    lengths = [len(prompt) for prompt in prompts]
+    budgets = [budget(model, prompt, row, sampling.max_new_tokens) for row, prompt in enumerate(prompts)]
     draws_BT = _uniform_draws(sampling, len(prompts))
     texts: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
     try:
-        cache = model.new_cache(len(prompts), max(length + new for length, new in zip(lengths, budgets, strict=True)))
-        logits_BV = _read_prompts(model, prompts, cache)
-        rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
-        for step in range(max(budgets)):
-            next_B = choose(logits_BV, sampling, draws_BT[rows, step].to(logits_BV.device))
-            running = []
-            for place, (row, token) in enumerate(zip(rows, next_B.tolist(), strict=True)):
-                if token in stop_ids:
-                    continue
-                texts[row].append(token)
-                if on_token is not None:
-                    on_token(row, token)
-                if len(texts[row]) < budgets[row] and not (stop is not None and stop(texts[row])):
-                    running.append(place)
-            if not running:
-                break
-            if len(running) < len(rows):  # a finished row costs nothing from here on
-                cache.reorder(running)
-                rows, next_B = [rows[place] for place in running], next_B[running]
-            logits_BV = model(next_B[:, None], cache=cache)["logits"][:, 0]
+        with joined_projections(model):
+            cache, logits_BV = read_prompts(model, prompts, budgets, static=static, sources=sources)
+            rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
+            for step in range(max(budgets)):
+                if sampling.reads_text:
+                    whole = [[*prompts[row], *texts[row]] for row in rows]
+                    logits_BV = allowed(logits_BV, whole, [step] * len(rows), sampling, stop_ids)
+                next_B = choose(logits_BV, sampling, draws_BT[rows, step].to(logits_BV.device))
+                running = []
+                for place, (row, token) in enumerate(zip(rows, next_B.tolist(), strict=True)):
+                    if token in stop_ids:
+                        continue
+                    texts[row].append(token)
+                    if on_token is not None:
+                        on_token(row, token)
+                    if len(texts[row]) < budgets[row] and not (stop is not None and stop(texts[row])):
+                        running.append(place)
+                if not running:
+                    break
+                if len(running) < len(rows) and not static:  # a finished row costs nothing from here on
+                    cache.reorder(running)
+                    rows, next_B = [rows[place] for place in running], next_B[running]
+                logits_BV = model(next_B[:, None], cache=cache)["logits"][:, 0]
     finally:
         model.train(was_training)
     return texts
 
 
-def choose(logits_BV: torch.Tensor, sampling: Sampling, draws_B: torch.Tensor) -> torch.Tensor:
-    """int64 tokens [B]: for each row the one whose share of the kept probability its uniform draw falls in."""
-    if sampling.temperature == 0:
-        return logits_BV.argmax(-1)
-    logits_BV = logits_BV.float() / sampling.temperature
-    vocab_size = logits_BV.shape[-1]
-    candidates_BV: torch.Tensor | None = None
-    if sampling.top_k is not None or sampling.top_p is not None:
-        kept = vocab_size if sampling.top_k is None else min(sampling.top_k, vocab_size)
-        logits_BV, candidates_BV = logits_BV.topk(kept, dim=-1)
-    p_BV = logits_BV.softmax(-1)
-    if sampling.top_p is not None:
-        before_BV = p_BV.cumsum(-1) - p_BV  # the likeliest stays even when it alone exceeds top_p
-        p_BV = p_BV.masked_fill(before_BV >= sampling.top_p, 0.0)
-    cumulative_BV = p_BV.double().cumsum(-1)
-    place_B1 = torch.searchsorted(cumulative_BV, draws_B[:, None] * cumulative_BV[:, -1:], right=True)
-    place_B1 = place_B1.clamp(max=p_BV.shape[-1] - 1)
-    return (place_B1 if candidates_BV is None else candidates_BV.gather(1, place_B1))[:, 0]
+def unpadded(tokens_BT: torch.Tensor, attention_mask_BT: torch.Tensor) -> list[list[int]]:
+    """The prompts of a padded batch, on whichever side it is padded: tokens whose mask is 1, as `generate` takes them."""
+    pairs = zip(tokens_BT, attention_mask_BT, strict=True)
+    return [tokens_T[mask_T.bool()].tolist() for tokens_T, mask_T in pairs]
 
 
-def _budget(model: Transformer, prompt: Sequence[int], row: int, sampling: Sampling) -> int:
+def budget(model: Transformer, prompt: Sequence[int], row: int, max_new_tokens: int) -> int:
+    """How many tokens may follow a prompt. Raises ModelError for an empty one, or one that leaves no room."""
     if not prompt:
         raise ModelError(f"prompt {row} has no tokens: a model continues something; start it with the <s> token.")
     room = model.config.max_seq_len - len(prompt)
@@ -116,21 +91,67 @@ def _budget(model: Transformer, prompt: Sequence[int], row: int, sampling: Sampl
             f"prompt {row} has {len(prompt)} tokens: the model's max_seq_len is {model.config.max_seq_len}, which must "
             "leave room for at least one more; shorten the prompt."
         )
-    return min(room, sampling.max_new_tokens)
+    return min(room, max_new_tokens)
 
 
-def _read_prompts(model: Transformer, prompts: Sequence[Sequence[int]], cache: Cache) -> torch.Tensor:
-    """Fill the cache with all prompts in one pass; the logits [B, V] after the last token of each.
+def read_prompts(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    budgets: Sequence[int],
+    *,
+    static: bool = False,
+    sources: Sequence[Sequence[int]] | None = None,
+) -> tuple[Cache, torch.Tensor]:
+    """(a cache that holds every prompt, with room for `budgets[i]` more tokens; the logits [B, V] that follow each).
 
-    Short prompts are padded behind their end, where causality hides the padding from every real token; their padding's
-    slots are given back, to be overwritten by what is generated.
+    Equal prompts are read once, and so is what all begin with. Short prompts are padded behind their end, where
+    causality hides the padding from every real token; their padding's slots are given back, to be overwritten by what is
+    generated. sources: what the encoder reads for each prompt.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    padded = [list(prompt) + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
+    room = max(len(prompt) + new for prompt, new in zip(prompts, budgets, strict=True))
+    pairs = [(tuple(prompt), tuple(sources[row]) if sources else ()) for row, prompt in enumerate(prompts)]
+    distinct_pairs = list(dict.fromkeys(pairs))
+    distinct = [prompt for prompt, _ in distinct_pairs]
+    shared = 0 if sources else min(_common_prefix(distinct), min(map(len, distinct)) - 1)
+    if shared * (len(distinct) - 1) < SHARED_TOKENS:
+        cache = model.new_cache(len(distinct), room, static=static)
+        shared = 0
+    else:
+        cache = model.new_cache(1, room, static=static)
+        model(torch.tensor([distinct[0][:shared]], device=cache.device), cache=cache, logits_for="last")
+        cache.reorder([0] * len(distinct))
+    lengths = [len(prompt) - shared for prompt in distinct]
+    padded = [
+        [*prompt[shared:], *[0] * (max(lengths) - length)] for prompt, length in zip(distinct, lengths, strict=True)
+    ]
     last_B = torch.tensor(lengths, device=cache.device) - 1
-    logits_BV = model(torch.tensor(padded, device=cache.device), cache=cache, logits_for=last_B)["logits"][:, 0]
-    cache.rewind(lengths)
-    return logits_BV
+    read = {} if sources is None else _encoder_inputs([source for _, source in distinct_pairs], cache.device)
+    logits_BV = model(torch.tensor(padded, device=cache.device), cache=cache, logits_for=last_B, **read)["logits"][:, 0]
+    cache.rewind([len(prompt) for prompt in distinct])
+    if len(distinct) < len(prompts):
+        places = {pair: place for place, pair in enumerate(distinct_pairs)}
+        rows = [places[pair] for pair in pairs]
+        cache.reorder(rows)
+        logits_BV = logits_BV[rows]
+    return cache, logits_BV
+
+
+def _encoder_inputs(sources: Sequence[Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    """What the encoder reads, padded to one length."""
+    longest = max(map(len, sources))
+    tokens = [[*source, *[0] * (longest - len(source))] for source in sources]
+    real = [[1] * len(source) + [0] * (longest - len(source)) for source in sources]
+    return {
+        "encoder_tokens_BT": torch.tensor(tokens, device=device),
+        "encoder_documents_BT": torch.tensor(real, dtype=torch.int32, device=device),
+    }
+
+
+def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all of them begin with."""
+    first, last = min(prompts), max(prompts)  # in lexical order the two that differ earliest
+    pairs = enumerate(zip(first, last, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(first), len(last)))
 
 
 def _uniform_draws(sampling: Sampling, rows: int) -> torch.Tensor:

@@ -7,11 +7,8 @@ import torch
 from torch import nn
 
 from model.ffn import ACTIVATIONS, Activation
-from model.init import Linear, Parameter, declare
-from model.interfaces import Head
+from model.init import Declared, Linear, Parameter, declare
 from model.loss import capped, chunked_cross_entropy, token_scores
-from model.modalities.class_head import ClassHeadConfig
-from model.modalities.ctc_head import CtcHeadConfig
 from model.norm import NormConfig, build_norm
 from model.slots import SlotCosts
 
@@ -28,7 +25,6 @@ class LanguageHeadConfig:
     bias: bool = False
     transform: Activation | None = None
     scale_input: bool = False
-    uses_vocabulary: ClassVar[bool] = True
 
     def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
         """The vocabulary matrix, which a tied head shares with the embeddings, and the dense layer before it."""
@@ -43,16 +39,21 @@ class NoHeadConfig:
     """The last x_BTD itself: what an encoder hands to its decoder, or features for another use."""
 
     kind: Literal["none"] = "none"
-    uses_vocabulary: ClassVar[bool] = False
 
     def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
         """Nothing."""
         return SlotCosts(parameters=0, matrices=0)
 
 
-HeadConfig = LanguageHeadConfig | NoHeadConfig | ClassHeadConfig | CtcHeadConfig
-"""What a configuration chooses from, told apart by `kind`; each arm has `costs(vocab_size, d_model, norm)` and
-`uses_vocabulary`."""
+class Head(Declared):
+    """forward(x_BTD, documents_BT, per_token, **targets) -> named tensors: outputs without targets, sums for a loss with
+    them. Its configuration has a `kind` of its own and `costs(vocab_size, d_model, norm)`.
+
+    takes: the names of the targets, which `Transformer.forward` hands on. reads_tokens: it is given tokens_BT too.
+    """
+
+    takes: ClassVar[frozenset[str]] = frozenset()
+    reads_tokens: ClassVar[bool] = False
 
 
 class LanguageHead(Head):
@@ -84,7 +85,11 @@ class LanguageHead(Head):
         self.z_loss = z_loss
 
     def forward(
-        self, x_BTD: torch.Tensor, per_token: bool = False, targets_BT: torch.Tensor | None = None
+        self,
+        x_BTD: torch.Tensor,
+        documents_BT: torch.Tensor | None = None,
+        per_token: bool = False,
+        targets_BT: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """{"logits"}; with targets the sums of `chunked_cross_entropy`, or per token {"nll", "is_top"} of [B, T]."""
         if self.transform is not None:
@@ -128,5 +133,7 @@ class Transform(nn.Module):
 class NoHead(Head):
     """{"features": x_BTD}."""
 
-    def forward(self, x_BTD: torch.Tensor, per_token: bool = False) -> dict[str, torch.Tensor]:
+    def forward(
+        self, x_BTD: torch.Tensor, documents_BT: torch.Tensor | None = None, per_token: bool = False
+    ) -> dict[str, torch.Tensor]:
         return {"features": x_BTD}

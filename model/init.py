@@ -17,8 +17,9 @@ from torch import nn
 from model.errors import ModelError
 
 Role = Literal["matrix", "embedding", "head", "router", "expert", "norm", "bias", "adapter"]
-Draw = Literal["weight", "residual", "embedding", "head", "zeros", "ones", "conv"]
-"""`InitConfig` decides about the first four. conv: Gaussian of variance 2 / fan_in (He et al. 2015)."""
+Draw = Literal["weight", "residual", "embedding", "head", "zeros", "ones", "conv", "temperature"]
+"""`InitConfig` decides about the first four. conv: Gaussian of variance 2 / fan_in (He et al. 2015).
+temperature: the logarithm of 1 / 0.07, rounded as CLIP's authors have it."""
 
 # Roles that are not pulled towards zero by weight decay: a scale of one or an offset is not a weight to be kept small,
 # and a rare token's embedding would shrink between its sightings.
@@ -118,6 +119,8 @@ def initial_value(
     """The fp32 CPU starting value of one parameter: a pure function of its arguments."""
     if draw == "ones":
         return torch.ones(shape)
+    if draw == "temperature":
+        return torch.full(shape, 2.6592)
     std = _std(shape=shape, draw=draw, config=config, n_layers=n_layers)
     if std == 0.0:
         return torch.zeros(shape)

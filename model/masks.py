@@ -49,6 +49,13 @@ class Mask:
         return self.window is None and self.slots_BT is None and all(part is None for part in parts)
 
     @property
+    def only_key_padding(self) -> bool:
+        """Nothing but padding among the keys of another row decides who sees whom (cross-attention)."""
+        parts = (self.documents_BT, self.prefix_B, self.globals_BT, self.layout_HQJ, self.bias_HL, self.slots_BT)
+        free = not self.causal and self.window is None and all(part is None for part in parts)
+        return free and self.key_documents_BS is not None
+
+    @property
     def sparse(self) -> bool:
         """Parts of it are neither a band around the diagonal nor documents."""
         return self.prefix_B is not None or self.globals_BT is not None or self.layout_HQJ is not None

@@ -109,7 +109,35 @@ class AlibiConfig:
     kind: Literal["alibi"] = "alibi"
 
 
-PositionConfig = RopeConfig | LearnedPositionConfig | SinusoidalPositionConfig | NoPositionConfig | AlibiConfig
+@dataclass(frozen=True, kw_only=True)
+class RelativePositionConfig:
+    """A learned bias on the scores for each head and each bucket of distances, shared by all layers (Raffel et al. 2020,
+    https://arxiv.org/abs/1910.10683, section 2.1).
+
+    buckets: half of them for single distances, half for ranges that grow to max_distance; an encoder has as many for
+    each direction.
+    """
+
+    kind: Literal["relative"] = "relative"
+    buckets: int = 32
+    max_distance: int = 128
+
+    def __post_init__(self) -> None:
+        if self.buckets < 4 or self.buckets % 4 or self.max_distance <= self.buckets // 2:
+            raise ModelError(
+                f"position has buckets={self.buckets}, max_distance={self.max_distance}: take a multiple of 4 and a "
+                "distance above half of it, such as 32 and 128."
+            )
+
+
+PositionConfig = (
+    RopeConfig
+    | LearnedPositionConfig
+    | SinusoidalPositionConfig
+    | NoPositionConfig
+    | AlibiConfig
+    | RelativePositionConfig
+)
 
 
 @dataclass(frozen=True)
@@ -132,6 +160,14 @@ class Rotation:
             low_BTHC, high_BTHC = x_BTHC.chunk(2, dim=-1)
             swapped_BTHC = torch.cat((high_BTHC, low_BTHC), dim=-1)
         return (x_BTHC * self.cos_BT1C + swapped_BTHC * self.sin_BT1C).to(x_BTHC.dtype)
+
+    def between(self, first: int, end: int) -> "Rotation":
+        """Of angles of positions 0, 1, 2 …, those of some, without a copy."""
+        return Rotation(self.cos_BT1C[:, first:end], self.sin_BT1C[:, first:end], self.interleaved)
+
+    def at(self, positions_BT: torch.Tensor) -> "Rotation":
+        """Of angles of positions 0, 1, 2 …, those of these."""
+        return Rotation(self.cos_BT1C[0][positions_BT], self.sin_BT1C[0][positions_BT], self.interleaved)
 
 
 def rotation(config: RopeConfig, positions_BT: torch.Tensor, head_dim: int) -> Rotation:
@@ -220,8 +256,10 @@ def build_positions(config: PositionConfig, max_seq_len: int, d_model: int) -> P
     return SinusoidalPositions(d_model, config.inclusive)
 
 
-def position_parameters(config: PositionConfig, max_seq_len: int, d_model: int) -> int:
-    """How many parameters that has."""
+def position_parameters(config: PositionConfig, max_seq_len: int, d_model: int, heads: int) -> int:
+    """How many parameters the positions have."""
+    if isinstance(config, RelativePositionConfig):
+        return config.buckets * heads
     return (max_seq_len + config.offset) * d_model if isinstance(config, LearnedPositionConfig) else 0
 
 
@@ -238,6 +276,35 @@ def alibi_slopes(heads: int) -> list[float]:
     power = 1 << (heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
     return slopes + [2.0 ** (-4 * (2 * head + 1) / power) for head in range(heads - power)]
+
+
+class RelativeBias(Declared):
+    """A table of [buckets, H]: what is added to a head's scores, by how far away the key is."""
+
+    declared = declare(weight=Parameter("embedding", "embedding"))
+
+    def __init__(self, config: RelativePositionConfig, heads: int, *, causal: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.causal = causal
+        self.weight = nn.Parameter(torch.empty(config.buckets, heads))
+
+    def forward(self, keys: int) -> torch.Tensor:
+        """fp32 bias_HL for `Mask`, for distances of less than `keys` either way."""
+        distance_L = torch.arange(1 - keys, keys, device=self.weight.device)
+        buckets_L = distance_buckets(distance_L, self.config, causal=self.causal)
+        return nn.functional.embedding(buckets_L, self.weight).T.float()
+
+
+def distance_buckets(distance_L: torch.Tensor, config: RelativePositionConfig, *, causal: bool) -> torch.Tensor:
+    """int64 bucket of each distance (key minus query): one each up to half the buckets, then logarithmic ranges."""
+    buckets = config.buckets if causal else config.buckets // 2
+    away_L = (-distance_L).clamp(min=0) if causal else distance_L.abs()
+    single = buckets // 2
+    growth_L = torch.log(away_L.clamp(min=1).float() / single) / math.log(config.max_distance / single)
+    range_L = (single + (growth_L * (buckets - single)).long()).clamp(max=buckets - 1)
+    found_L = torch.where(away_L < single, away_L, range_L)
+    return found_L if causal else found_L + buckets * (distance_L > 0)
 
 
 def document_positions(documents_BT: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ AXES: dict[str, str] = {
     "S": "tokens that are attended to: keys and values, or cache slots",
     "Q": "blocks of queries",
     "J": "blocks of keys",
+    "P": "blocks of queries paired with the blocks of keys they gather (sparse masks)",
     "L": "distances from a query to a key, from farthest behind to farthest ahead",
     "N": "tokens of all rows, flattened (B times T, or a chunk of it)",
     "D": "model width",

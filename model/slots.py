@@ -17,6 +17,7 @@ class SlotCosts:
     row_matrices: weights that one row is multiplied with, whatever its length.
     token_flops: further forward FLOPs of one token that no matrix of weights accounts for.
     pair_flops: forward FLOPs of one query-key pair. window: how far back a query looks; null is all the way.
+    row_flops: further forward FLOPs of a row, however many tokens it has.
     kept_elements: activations of one token held for the backward pass, in the model's precision.
     kept_bytes: bytes of one token held for the backward pass whatever the precision (fp32 statistics).
     state_per_token, state: elements remembered while decoding, for each token and once for each row.
@@ -30,6 +31,7 @@ class SlotCosts:
     row_matrices: int = 0
     token_flops: int = 0
     pair_flops: int = 0
+    row_flops: int = 0
     memory_matrices: int = 0
     memory_pair_flops: int = 0
     window: int | None = None

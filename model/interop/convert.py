@@ -38,9 +38,12 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     theirs: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for setting in family.settings:
         value = dotted(config, setting.written or setting.ours[0])
+        value = value + setting.added if setting.added else value
         theirs[setting.theirs] = value if setting.names is None else setting.names[value]
-    ids = {"bos_token_id": None, "eos_token_id": None}
-    return {**theirs, **family.write_position(config.position), **family.constants, **family.only_written, **ids}
+    if family.write_position is not None:
+        theirs |= family.write_position(config.position)
+    ids = {"bos_token_id": None, "eos_token_id": None, **family.token_ids}
+    return _nested({**theirs, **family.constants, **family.only_written, **ids})
 
 
 def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
@@ -53,19 +56,26 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
                 f"config.json has {key}={theirs[key]!r}: a {family.model_type} checkpoint can be imported with "
                 f"{value!r} only; this variant computes something else."
             )
-    fields = {path: value for path, value in family.fixed.items() if not path.startswith("position.")}
+    tangled = family.read_position is not None
+    fields = {path: value for path, value in family.fixed.items() if not (tangled and path.startswith("position."))}
     for setting in family.settings:
         value = theirs.get(setting.theirs, setting.default)
         if setting.names is not None:
             value = _our_word(setting.theirs, value, setting.names)
+        value = value - setting.added if setting.added else value
         fields |= dict.fromkeys(setting.ours, value)
     if fields["ffn.d_ff"] is None:  # GPT-2's default
         fields["ffn.d_ff"] = 4 * fields["d_model"]
-    if fields.get("mixer.head_dim") == fields["d_model"] // fields["mixer.n_heads"]:
-        fields["mixer.head_dim"] = None
+    for stack in ("", "encoder."):
+        width, heads = fields.get(f"{stack}d_model", 0), fields.get(f"{stack}mixer.n_heads", 1)
+        if fields.get(f"{stack}mixer.head_dim") == width // heads:
+            fields[f"{stack}mixer.head_dim"] = None
     if fields.get("mixer.n_kv_heads") == fields["mixer.n_heads"]:
         fields["mixer.n_kv_heads"] = None
-    return typing.cast(ModelConfig, revived(ModelConfig, _nested(fields) | {"position": family.read_position(theirs)}))
+    nested = _nested(fields)
+    if family.read_position is not None:
+        nested["position"] = family.read_position(theirs)
+    return typing.cast(ModelConfig, revived(ModelConfig, nested))
 
 
 def to_hf(state: Mapping[str, torch.Tensor], config: ModelConfig) -> State:
@@ -106,7 +116,7 @@ def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]
         if weight.theirs in expected:
             stored = theirs[weight.theirs][(0,) * weight.lead]
             stored = stored.T if weight.transposed else stored
-            parts = _parted(stored, [own[name].shape[0] for name in weight.ours], weight, config)
+            parts = _parted(stored, [own[name].shape for name in weight.ours], weight, config)
             state |= {name: part.contiguous() for name, part in zip(weight.ours, parts, strict=True)}
     return config, state | {name: state[source] for name, source in config.tied_weights.items()}
 
@@ -134,7 +144,8 @@ def spelled_weights(family: Family, config: ModelConfig) -> list[Weight]:
     """The table with every layer spelled out, each tensor once."""
     spelled: dict[str, Weight] = {}
     for weight in family.weights:
-        owner = config.encoder if weight.ours[0].startswith("encoder.") else config
+        inner = weight.ours[0].split(".")[0]
+        owner = getattr(config, inner) if inner in ("encoder", "tower") else config
         layers = 0 if owner is None else owner.n_layers if "{layer}" in weight.theirs else 1
         for layer in range(layers):
             ours = tuple(name.format(layer=layer) for name in weight.ours)
@@ -151,29 +162,38 @@ def _joined(parts: list[torch.Tensor], weight: Weight, config: ModelConfig) -> t
     return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
-def _parted(stored: torch.Tensor, sizes: list[int], weight: Weight, config: ModelConfig) -> list[torch.Tensor]:
+def _parted(
+    stored: torch.Tensor, shapes: list[torch.Size], weight: Weight, config: ModelConfig
+) -> list[torch.Tensor]:
     """Ours of theirs, the inverse of `_joined`."""
+    if len(shapes) == 1:
+        return [stored]
     groups = 1 if weight.groups is None else dotted(config, weight.groups)
-    parts = stored.unflatten(0, (groups, -1)).split([size // groups for size in sizes], dim=1)
+    parts = stored.unflatten(0, (groups, -1)).split([shape[0] // groups for shape in shapes], dim=1)
     return [part.flatten(0, 1) for part in parts]
 
 
 def _differences(config: ModelConfig, family: Family) -> list[str]:
-    fixed = {**GRANTED, **family.fixed}
+    said = {path.split(".")[0] for path in family.fixed if path not in GRANTED}  # of a tower, its parts
+    fixed = {path: value for path, value in GRANTED.items() if path not in said} | dict(family.fixed)
     wrong = [f"{path}={value!r}" for path, value in fixed.items() if dotted(config, path) != value]
     for setting in family.settings:
         values = {path: dotted(config, path) for path in setting.ours}
         if len(set(values.values())) > 1:
             wrong.append(f"{' and '.join(values)} equal")
+    wrong += [f"{path} set" for path in family.required if not dotted(config, path)]
+    wrong += family.faults(config)
     if family.heads_divide_width and config.d_model % config.mixer.n_heads:
         wrong.append("d_model a multiple of mixer.n_heads")
     return wrong
 
 
 def _family_for(theirs: Mapping[str, Any]) -> Family:
-    """The table of a config.json's class; of several for one class, the one whose constants it has."""
+    """The table of a config.json's class; of several for one class, the one whose constants it has. A class that has
+    none, but whose model type has, is read as the first of that type."""
     model_type = theirs.get("model_type")
     tables = [family for family in FAMILIES if family.model_type == model_type]
+    tables = [family for family in tables if family.architecture in (theirs.get("architectures") or ())] or tables
     for family in tables:
         modern = family.modernised(theirs)
         if all(modern.get(key, value) == value for key, value in family.constants.items()):
@@ -206,10 +226,17 @@ def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _cleaned(
     family: Family, theirs: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
 ) -> Mapping[str, torch.Tensor]:
-    """Without stored buffers, and with the prefix that checkpoints of the headless class lack."""
+    """Under the names of today, without what is ignored, and with the prefix that checkpoints of the headless class
+    lack."""
     kept = {name: t for name, t in theirs.items() if not any(re.search(rule, name) for rule in family.ignored)}
+    for rule, replacement in family.renamed:
+        kept = {re.sub(rule, replacement, name): tensor for name, tensor in kept.items()}
     if not any(name.startswith(family.base_prefix) for name in kept):
         kept = {name if name in expected else family.base_prefix + name: tensor for name, tensor in kept.items()}
+    for weight in family.weights:
+        if weight.zero_if_missing and weight.theirs in expected and weight.theirs not in kept and kept:
+            dtype = next(iter(kept.values())).dtype
+            kept[weight.theirs] = torch.zeros(expected[weight.theirs].shape, dtype=dtype)
     return kept
 
 
@@ -232,6 +259,8 @@ def _without_tied(
     """Without the copies of a tied weight that some checkpoints store. Raises ModelError where one is no copy."""
     names = {weight.ours[0]: weight.theirs for weight in family.weights}
     copies = {names[name]: names[source] for name, source in config.tied_weights.items() if name in names}
+    copies |= family.copies
+    theirs = {**{source: theirs[copy] for copy, source in copies.items() if copy in theirs}, **theirs}
     for copy, source in copies.items():
         if copy in theirs and source in theirs and not torch.equal(theirs[copy], theirs[source]):
             raise ModelError(

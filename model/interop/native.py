@@ -36,9 +36,8 @@ def revived(annotation: Any, value: Any) -> Any:
         if not classes or not isinstance(value, Mapping):
             return value
         if len(classes) > 1:
-            annotation = next(member for member in classes if value["kind"] == getattr(member, "kind", None))
-        else:
-            annotation = classes[0]
+            classes = [member for member in classes if value["kind"] == getattr(member, "kind", None)]
+        annotation = next(iter(classes))
     if typing.get_origin(annotation) is tuple and isinstance(value, list | tuple):
         return tuple(revived(typing.get_args(annotation)[0], item) for item in value)
     if not dataclasses.is_dataclass(annotation) or not isinstance(value, Mapping):

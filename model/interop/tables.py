@@ -18,7 +18,8 @@ class Weight:
     transposed: theirs is stored [in, out].
     groups: the field of ModelConfig that tells into how many equal groups theirs is cut, each of which holds its share
         of every one of ours (Falcon's key/value heads, each after the queries that use it).
-    lead: theirs has this many axes of length 1 before those of ours.
+    lead: theirs has this many axes of 1 before ours (BART's offset of the logits).
+    zero_if_missing: older checkpoints lack it, and it is zero there.
     """
 
     theirs: str
@@ -26,6 +27,7 @@ class Weight:
     transposed: bool = False
     groups: str | None = None
     lead: int = 0
+    zero_if_missing: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Setting:
 
     default: what their class takes where the key is missing. names: their word for each of ours, for enumerations.
     written: the field whose value is exported instead, where ours may be null and theirs may not.
+    added: theirs counts so many more (RoBERTa's positions count unused rows of the table).
     """
 
     theirs: str
@@ -41,15 +44,17 @@ class Setting:
     default: Any = None
     names: Mapping[Any, Any] | None = None
     written: str | None = None
+    added: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A Hugging Face model class, told as data; a class whose tensors have other names in other settings is several of
-    these, told apart by their constants.
+    these, told apart by their constants; a model type with several heads is one for each, told apart by architecture.
 
     base_prefix: what the tensors' names lose in a checkpoint of the headless class.
     fixed: what ModelConfig's fields must be for this class to compute the same function.
+    required: fields of ModelConfig that may be neither null nor 0.
     constants: keys of theirs with one supported value: written on export, refused on import when different.
     only_written: keys of theirs that matter to their training only: written on export, not read.
     heads_divide_width: their class refuses a width that is no multiple of the number of heads, whatever head_dim is.
@@ -57,8 +62,12 @@ class Family:
         compared and left.
     weight_norms: names of weights that theirs stores as length and direction, each with the axis that has a length for
         every entry.
-    ignored: regular expressions of stored buffers that carry no weights.
-    write_position, read_position: the positional keys, which are too tangled for `settings`.
+    ignored: regular expressions of stored tensors that this class does not use: buffers, and other classes' heads.
+    renamed: (regular expression, replacement) of tensor names in older checkpoints.
+    copies: tensors of theirs that are always another one of theirs under a second name, which not every file stores.
+    token_ids: the special tokens that its published checkpoints have, written unless others are given.
+    write_position, read_position: the positional keys, where they are too tangled for `settings`.
+    faults: what else keeps the class from computing a model.
     modernised: rewrites the keys of older config.json files into those that `settings` and `constants` know.
     """
 
@@ -68,14 +77,19 @@ class Family:
     weights: tuple[Weight, ...]
     settings: tuple[Setting, ...]
     fixed: Mapping[str, Any]
+    required: tuple[str, ...] = ()
     constants: Mapping[str, Any] = field(default_factory=dict)
     only_written: Mapping[str, Any] = field(default_factory=dict)
     heads_divide_width: bool = False
     computed: Mapping[str, Callable[[ModelConfig], torch.Tensor]] = field(default_factory=dict)
     weight_norms: Mapping[str, int] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
-    write_position: Callable[[PositionConfig], dict[str, Any]]
-    read_position: Callable[[Mapping[str, Any]], PositionConfig]
+    renamed: tuple[tuple[str, str], ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
+    token_ids: Mapping[str, int | None] = field(default_factory=dict)
+    write_position: Callable[[PositionConfig], dict[str, Any]] | None = None
+    read_position: Callable[[Mapping[str, Any]], PositionConfig] | None = None
+    faults: Callable[[ModelConfig], list[str]] = lambda _: []
     modernised: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
 
 

@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 import torch
 
-from model.errors import ModelError
-from model.kernels.blockwise import blockwise_attention
 from model.masks import Mask, dense, dense_bias
 
 AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mask, float], torch.Tensor]
@@ -31,10 +29,11 @@ def sdpa_attention(
     q_BTHC: torch.Tensor, k_BSKC: torch.Tensor, v_BSKC: torch.Tensor, mask: Mask, scale: float
 ) -> torch.Tensor:
     """PyTorch's fused kernels; whatever is more than a direction becomes a mask of [B or 1, H or 1, T, S]."""
-    if mask.slots_BT is not None:
-        return cached_attention(q_BTHC, k_BSKC, v_BSKC, mask, scale)
     fused_BHTS: torch.Tensor | None = None
-    if mask.bias_HL is not None or not mask.plain:
+    if mask.only_key_padding:
+        assert mask.key_documents_BS is not None
+        fused_BHTS = (mask.key_documents_BS != 0)[:, None, None]  # no row of it for every query
+    elif mask.bias_HL is not None or not mask.plain:
         sizes = q_BTHC.shape[1], k_BSKC.shape[1], q_BTHC.device
         fused_BHTS, bias_BHTS = dense(mask, *sizes), dense_bias(mask, *sizes)
         if bias_BHTS is not None:
@@ -72,30 +71,3 @@ def cached_attention(
     out_BKMC = scores_BKMS.softmax(-1, dtype=torch.float32).to(v_BSKC.dtype) @ v_BSKC.transpose(1, 2)
     out_BKGTC = out_BKMC.unflatten(2, (-1, tokens))
     return out_BKGTC.permute(0, 3, 1, 2, 4).reshape(rows, tokens, heads, channels)
-
-
-def blockwise_or_fused(
-    q_BTHC: torch.Tensor, k_BSKC: torch.Tensor, v_BSKC: torch.Tensor, mask: Mask, scale: float
-) -> torch.Tensor:
-    """Blockwise where it applies, causal self-attention on the CPU; PyTorch's fused kernels for everything else."""
-    band = mask.window is None and mask.key_documents_BS is None and mask.bias_HL is None and not mask.sparse
-    if mask.causal and band and mask.slots_BT is None and q_BTHC.device.type == "cpu":
-        out_BTHC: torch.Tensor = blockwise_attention(q_BTHC, k_BSKC, v_BSKC, mask.documents_BT, scale)
-        return out_BTHC
-    return sdpa_attention(q_BTHC, k_BSKC, v_BSKC, mask, scale)
-
-
-KERNELS: dict[str, AttentionKernel] = {
-    "dense": dense_attention,
-    "sdpa": sdpa_attention,
-    "blockwise": blockwise_or_fused,
-}
-
-
-def select_kernel(name: str, device: torch.device) -> tuple[str, AttentionKernel]:
-    """The kernel of that name; `auto` takes the fastest one that runs here. Raises ModelError for an unknown name."""
-    fastest = "sdpa" if device.type == "cuda" else "blockwise"
-    chosen = fastest if name == "auto" else name
-    if chosen not in KERNELS:
-        raise ModelError(f"kernel is {name!r}: choose auto, {' or '.join(KERNELS)}.")
-    return chosen, KERNELS[chosen]

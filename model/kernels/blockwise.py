@@ -1,9 +1,10 @@
-"""Causal attention on the CPU, a block of queries at a time, each packed document by itself.
+"""Attention within a band on the CPU, a block of queries at a time, each packed document by itself.
 
-PyTorch's fused CPU kernel gains nothing from causality at the lengths we train on, and its products run far below the
-rate of a plain `bmm`. Here a block of queries meets only the keys up to its own end, in two batched products around one
-softmax. Documents of similar length are gathered into one padded batch: causality hides a document's padding, which
-stands behind it, from every real token. Nothing of size T² is held, for the backward pass either: that computes the
+PyTorch's fused CPU kernel gains nothing from causality or a window at the lengths we train on, and its products run far
+below the rate of a plain `bmm`. Here a block of queries meets only the keys that its band reaches, in two batched
+products around one softmax: time and memory grow with the window, not with the row. Documents of similar length are
+gathered into one padded batch; causality hides a document's padding, which stands behind it, from every real token, and
+where there is no causality a mask does. Nothing of size T² is held, for the backward pass either: that computes the
 weights again.
 
 Both directions are custom operators. What happens inside depends on the documents' lengths, but `torch.compile` sees
@@ -16,22 +17,35 @@ from typing import Any
 
 import torch
 
+from model.kernels.documents import DocumentBatch, document_batches
+from model.masks import Mask
+
 QUERY_BLOCK = 128
 TILE_ELEMENTS = 1 << 19  # scores held at a time: 1 MiB in bf16, so that softmax finds them in cache
 
 
 @torch.library.custom_op("athanor::blockwise_attention", mutates_args=())
 def blockwise_attention(
-    q_BTHC: torch.Tensor, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, documents_BT: torch.Tensor | None, scale: float
+    q_BTHC: torch.Tensor,
+    k_BTKC: torch.Tensor,
+    v_BTKC: torch.Tensor,
+    documents_BT: torch.Tensor | None,
+    bias_HL: torch.Tensor | None,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """out_BTHC of causal attention within documents (each row one document if not given); padding gives 0."""
+    """out_BTHC of attention within documents (each row one document if not given); padding gives 0.
+
+    causal, window, bias_HL: as `Mask` has them.
+    """
     out_BTHC = torch.zeros_like(q_BTHC, memory_format=torch.contiguous_format)
     kv_heads = k_BTKC.shape[2]
-    for batch in _batches(q_BTHC, documents_BT):
+    for batch in document_batches(q_BTHC, documents_BT):
         q_MGTC = batch.take(q_BTHC, kv_heads).mul_(scale)
         k_M1TC, v_M1TC = batch.take(k_BTKC, kv_heads), batch.take(v_BTKC, kv_heads)
         out_MGTC = torch.empty_like(q_MGTC)
-        for tile in _tiles(q_MGTC):
+        for tile in _tiles(q_MGTC, batch, bias_HL, kv_heads, causal, window):
             weights_MTS = tile.weights(tile.queries(q_MGTC), tile.keys(k_M1TC))
             tile.put_queries(weights_MTS @ tile.keys(v_M1TC), out_MGTC)
         batch.put(out_MGTC, out_BTHC)
@@ -45,19 +59,20 @@ def _backward(
     k_BTKC: torch.Tensor,
     v_BTKC: torch.Tensor,
     documents_BT: torch.Tensor | None,
+    bias_HL: torch.Tensor | None,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v; the weights are computed again, tile by tile."""
-    dq_BTHC, dk_BTKC, dv_BTKC = (
-        torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_BTHC, k_BTKC, v_BTKC)
-    )
+    causal: bool,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v and the bias (empty without one); the weights are computed again, tile by tile."""
+    dq_BTHC, dk_BTKC, dv_BTKC, dbias_HL = _empty_gradients(q_BTHC, k_BTKC, v_BTKC, bias_HL, torch.zeros_like)
     kv_heads = k_BTKC.shape[2]
-    for batch in _batches(q_BTHC, documents_BT):
+    for batch in document_batches(q_BTHC, documents_BT):
         q_MGTC = batch.take(q_BTHC, kv_heads).mul_(scale)
         k_M1TC, v_M1TC = batch.take(k_BTKC, kv_heads), batch.take(v_BTKC, kv_heads)
         grad_MGTC = batch.take(grad_BTHC, kv_heads, zero_padding=True)
         dq_MGTC, dk_M1TC, dv_M1TC = torch.empty_like(q_MGTC), torch.zeros_like(k_M1TC), torch.zeros_like(v_M1TC)
-        for tile in _tiles(q_MGTC):
+        for tile in _tiles(q_MGTC, batch, bias_HL, kv_heads, causal, window):
             q_MTC, grad_MTC = tile.queries(q_MGTC), tile.queries(grad_MGTC)
             k_MSC, v_MSC = tile.keys(k_M1TC), tile.keys(v_M1TC)
             weights_MTS = tile.weights(q_MTC, k_MSC)
@@ -66,140 +81,162 @@ def _backward(
             dscores_MTS = torch._softmax_backward_data(dweights_MTS, weights_MTS, -1, weights_MTS.dtype)
             tile.keys(dk_M1TC).baddbmm_(dscores_MTS.transpose(1, 2), q_MTC)
             tile.put_queries(dscores_MTS @ k_MSC, dq_MGTC)
+            if bias_HL is not None:
+                tile.add_bias_gradient(dscores_MTS, dbias_HL)
         batch.put(dq_MGTC.mul_(scale), dq_BTHC)
         batch.put(dk_M1TC, dk_BTKC)
         batch.put(dv_M1TC, dv_BTKC)
-    return dq_BTHC, dk_BTKC, dv_BTKC
+    return dq_BTHC, dk_BTKC, dv_BTKC, dbias_HL
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Documents padded to one length, or all rows as they are.
-
-    places_BT: where in the flattened rows each of their tokens stands; real_BT: false for padding.
-    """
-
-    places_BT: torch.Tensor | None = None
-    real_BT: torch.Tensor | None = None
-
-    def take(self, x_BTHC: torch.Tensor, kv_heads: int, zero_padding: bool = False) -> torch.Tensor:
-        """A copy of these documents' tokens, as x_MGTC: one matrix for each document and key/value head."""
-        if self.places_BT is not None and self.real_BT is not None:
-            x_BTHC = x_BTHC.flatten(0, 1)[self.places_BT]
-            if zero_padding:
-                x_BTHC *= self.real_BT[:, :, None, None]
-        rows, tokens, heads, channels = x_BTHC.shape
-        x_BTKGC = x_BTHC.view(rows, tokens, kv_heads, heads // kv_heads, channels)
-        return x_BTKGC.permute(0, 2, 3, 1, 4).clone(memory_format=torch.contiguous_format).flatten(0, 1)
-
-    def put(self, x_MGTC: torch.Tensor, out_BTHC: torch.Tensor) -> None:
-        """Write these documents' tokens where they belong, without the padding."""
-        _, groups, tokens, channels = x_MGTC.shape
-        x_BTKGC = x_MGTC.view(-1, out_BTHC.shape[2] // groups, groups, tokens, channels).permute(0, 3, 1, 2, 4)
-        if self.places_BT is None or self.real_BT is None:
-            out_BTHC.view(x_BTKGC.shape).copy_(x_BTKGC)
-            return
-        out_BTHC.flatten(0, 1)[self.places_BT[self.real_BT]] = x_BTKGC.flatten(2, 3)[self.real_BT]
-
-
-def _batches(q_BTHC: torch.Tensor, documents_BT: torch.Tensor | None) -> Iterator[_Batch]:
-    """All documents, those of similar length together.
-
-    Lengths and counts are rounded up to few distinct values: oneDNN compiles its products for each shape it meets,
-    which takes longer than a small product itself.
-    """
-    if documents_BT is None:
-        yield _Batch()
-        return
-    rows, tokens = documents_BT.shape
-    starts, lengths = document_runs(documents_BT)
-    if len(lengths) == rows and all(length == tokens for length in lengths):
-        yield _Batch()
-        return
-    classes: dict[int, list[int]] = {}
-    for number, length in enumerate(lengths):
-        classes.setdefault(min(_rounded(max(length, 16), 2 if length > QUERY_BLOCK else 1), tokens), []).append(number)
-    for longest, numbers in sorted(classes.items()):
-        absent = [0] * (_rounded(len(numbers), 3) - len(numbers))
-        first_B1 = torch.tensor([starts[number] for number in numbers] + absent)[:, None]
-        length_B1 = torch.tensor([lengths[number] for number in numbers] + absent)[:, None]
-        step_T = torch.arange(longest)
-        places_BT = (first_B1 + step_T).clamp_(max=rows * tokens - 1)
-        yield _Batch(places_BT, step_T < length_B1)
-
-
-def document_runs(documents_BT: torch.Tensor) -> tuple[list[int], list[int]]:
-    """Where each document starts in the flattened rows, and its length; padding is left out."""
-    first_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-    first_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    starts = first_BT.flatten().nonzero()[:, 0]
-    lengths = starts.diff(append=starts.new_tensor([documents_BT.numel()]))
-    real = documents_BT.flatten()[starts] != 0
-    return starts[real].tolist(), lengths[real].tolist()
-
-
-def _rounded(count: int, digits: int) -> int:
-    """`count` rounded up to a number with `digits` binary digits after the leading one."""
-    step = 1 << max(0, count.bit_length() - 1 - digits)
-    return -(-count // step) * step
+def banded_attention(
+    q_BTHC: torch.Tensor, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, mask: Mask, scale: float
+) -> torch.Tensor:
+    """The operator behind the seam that all kernels share: self-attention, no pattern but the band and documents."""
+    out_BTHC: torch.Tensor = blockwise_attention(
+        q_BTHC, k_BTKC, v_BTKC, mask.documents_BT, mask.bias_HL, scale, mask.causal, mask.window
+    )
+    return out_BTHC
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """A block of queries of some of the matrices, and the keys up to its end."""
+    """A block of queries of some of the matrices, and the keys that its band reaches.
+
+    hidden_TS: 0 or a great negative number, added to the scores of the last keys. absent_M1S: the same for keys that
+    are padding. bias_KGTS: added to the scores. offset: where in bias_HL the first query finds the first key.
+    """
 
     some: slice
-    start: int
-    end: int
+    queries_from: int
+    queries_to: int
+    keys_from: int
+    keys_to: int
+    hidden_TS: torch.Tensor | None
+    absent_M1S: torch.Tensor | None
+    bias_KGTS: torch.Tensor | None
+    offset: int
 
     def queries(self, x_MGTC: torch.Tensor) -> torch.Tensor:
         """x_MTC: the queries of all heads that share the keys, in one matrix."""
-        return x_MGTC[self.some, :, self.start : self.end].flatten(1, 2)
+        return x_MGTC[self.some, :, self.queries_from : self.queries_to].flatten(1, 2)
 
     def put_queries(self, x_MTC: torch.Tensor, out_MGTC: torch.Tensor) -> None:
-        place = out_MGTC[self.some, :, self.start : self.end]
+        place = out_MGTC[self.some, :, self.queries_from : self.queries_to]
         place.copy_(x_MTC.view(place.shape))
 
     def keys(self, x_M1TC: torch.Tensor) -> torch.Tensor:
-        return x_M1TC[self.some, 0, : self.end]
+        return x_M1TC[self.some, 0, self.keys_from : self.keys_to]
 
     def weights(self, q_MTC: torch.Tensor, k_MSC: torch.Tensor) -> torch.Tensor:
         scores_MTS = q_MTC @ k_MSC.transpose(1, 2)
-        block = self.end - self.start
-        future = torch.full((block, block), float("-inf"), dtype=scores_MTS.dtype).triu_(1)
-        scores_MTS.unflatten(1, (-1, block))[..., self.start :].add_(future)
+        scores_MGTS = scores_MTS.unflatten(1, (-1, self.queries_to - self.queries_from))
+        if self.bias_KGTS is not None:
+            scores_MGTS += self.bias_KGTS[self._key_heads(len(scores_MTS), len(self.bias_KGTS))]
+        if self.hidden_TS is not None:
+            scores_MGTS[..., -self.hidden_TS.shape[1] :] += self.hidden_TS
+        if self.absent_M1S is not None:
+            scores_MTS += self.absent_M1S[self.some, :, self.keys_from : self.keys_to]
         return scores_MTS.softmax(-1)
 
+    def add_bias_gradient(self, dscores_MTS: torch.Tensor, dbias_HL: torch.Tensor) -> None:
+        """Sum over matrices, and along the diagonals, on which the distance is the same."""
+        assert self.bias_KGTS is not None
+        kv_heads, groups, queries, keys = self.bias_KGTS.shape
+        sums_KGTS = torch.zeros(self.bias_KGTS.shape, dtype=dbias_HL.dtype)
+        dscores_MGTS = dscores_MTS.unflatten(1, (groups, queries)).to(dbias_HL.dtype)
+        sums_KGTS.index_add_(0, self._key_heads(len(dscores_MTS), kv_heads), dscores_MGTS)
+        # Rows in reverse order, each one place further to the right: with one column of padding too few, a plain view.
+        padded_HTL = torch.nn.functional.pad(sums_KGTS.flatten(0, 1).flip(1), (0, queries))
+        skewed_HTL = padded_HTL.flatten(1)[:, :-queries].unflatten(1, (queries, keys + queries - 1))
+        dbias_HL[:, self.offset - queries + 1 : self.offset + keys] += skewed_HTL.sum(1)
 
-def _tiles(q_MGTC: torch.Tensor) -> Iterator[_Tile]:
+    def _key_heads(self, matrices: int, kv_heads: int) -> torch.Tensor:
+        """Of each matrix, the number of its key/value head."""
+        return torch.arange(self.some.start, self.some.start + matrices) % kv_heads
+
+
+def _tiles(
+    q_MGTC: torch.Tensor,
+    batch: DocumentBatch,
+    bias_HL: torch.Tensor | None,
+    kv_heads: int,
+    causal: bool,
+    window: int | None,
+) -> Iterator[_Tile]:
     matrices, groups, tokens, _ = q_MGTC.shape
+    never = torch.finfo(q_MGTC.dtype).min / 2  # finite: a padding query that sees nothing must not be NaN
+    absent_M1S: torch.Tensor | None = None
+    if batch.real_BT is not None and not causal:
+        hidden_BS = torch.zeros(batch.real_BT.shape, dtype=q_MGTC.dtype).masked_fill_(~batch.real_BT, never)
+        absent_M1S = hidden_BS.repeat_interleave(kv_heads, 0)[:, None]
     for start in range(0, tokens, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, tokens)
-        some = max(1, TILE_ELEMENTS // (groups * (end - start) * end))
-        for first in range(0, matrices, some):
-            yield _Tile(slice(first, first + some), start, end)
+        reach = tokens if window is None else window - 1
+        first = max(0, start - reach) // 64 * 64  # few distinct shapes: oneDNN compiles its products for each
+        last = end if causal else min(tokens, end + reach)
+        hidden_TS = None
+        if window is not None and window < tokens:
+            distance_TS = torch.arange(first, last) - torch.arange(start, end)[:, None]
+            outside_TS = (distance_TS.abs() >= window) | (distance_TS > 0 if causal else False)
+            hidden_TS = torch.zeros(distance_TS.shape, dtype=q_MGTC.dtype).masked_fill_(outside_TS, never)
+        elif causal:
+            hidden_TS = torch.full((end - start, end - start), never, dtype=q_MGTC.dtype).triu_(1)
+        bias_KGTS, offset = None, 0
+        if bias_HL is not None:
+            offset = first - start + (bias_HL.shape[1] - 1) // 2
+            reached_HL = bias_HL[:, offset - (end - start) + 1 : offset + last - first].to(q_MGTC.dtype)
+            bias_KGTS = reached_HL.unfold(1, last - first, 1).flip(1).unflatten(0, (kv_heads, groups))
+        some = max(1, TILE_ELEMENTS // (groups * (end - start) * (last - first)))
+        for at in range(0, matrices, some):
+            chosen = slice(at, at + some)
+            yield _Tile(chosen, start, end, first, last, hidden_TS, absent_M1S, bias_KGTS, offset)
+
+
+def _empty_gradients(
+    q_BTHC: torch.Tensor, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, bias_HL: torch.Tensor | None, like: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq_BTHC, dk_BTKC, dv_BTKC = (like(x, memory_format=torch.contiguous_format) for x in (q_BTHC, k_BTKC, v_BTKC))
+    return dq_BTHC, dk_BTKC, dv_BTKC, q_BTHC.new_empty(0) if bias_HL is None else like(bias_HL)
 
 
 @blockwise_attention.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None, scale: float) -> torch.Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def _(
+    q_BTHC: torch.Tensor,
+    k_BTKC: torch.Tensor,
+    v_BTKC: torch.Tensor,
+    documents_BT: torch.Tensor | None,
+    bias_HL: torch.Tensor | None,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+) -> torch.Tensor:
+    return torch.empty_like(q_BTHC, memory_format=torch.contiguous_format)
 
 
 @_backward.register_fake
 def _(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None, scale: float
+    grad_BTHC: torch.Tensor,
+    q_BTHC: torch.Tensor,
+    k_BTKC: torch.Tensor,
+    v_BTKC: torch.Tensor,
+    documents_BT: torch.Tensor | None,
+    bias_HL: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
 ) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return _empty_gradients(q_BTHC, k_BTKC, v_BTKC, bias_HL, torch.empty_like)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    q_BTHC, k_BTKC, v_BTKC, documents_BT, ctx.scale = inputs
-    ctx.save_for_backward(q_BTHC, k_BTKC, v_BTKC, documents_BT)
+    *tensors, ctx.scale, ctx.causal, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, grad_BTHC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    q_BTHC, k_BTKC, v_BTKC, documents_BT = ctx.saved_tensors
-    return *_backward(grad_BTHC, q_BTHC, k_BTKC, v_BTKC, documents_BT, ctx.scale), None, None
+    *gradients, dbias_HL = _backward(grad_BTHC, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.window)
+    return *gradients, None, dbias_HL if ctx.needs_input_grad[4] else None, None, None, None
 
 
 blockwise_attention.register_autograd(_differentiate, setup_context=_setup)

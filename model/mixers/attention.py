@@ -1,12 +1,16 @@
 """Multi-head attention with shared key/value heads (Vaswani et al. 2017; Shazeer 2019; Ainslie et al. 2023)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
+from torch.nn.functional import linear
 
 from model.errors import ModelError
 from model.init import Linear
+from model.joined import Joins
 from model.kernels.attention import AttentionKernel
 from model.mixers.base import Mixer, MixerInput, MixerState
 from model.norm import NormConfig, build_norm
@@ -19,6 +23,7 @@ class AttentionConfig:
 
     qkv_bias and out_bias add offsets; k_bias: whether keys have one, null is as qkv_bias says (Whisper's have none).
     qk_norm normalises queries and keys per head before rotation (Qwen3).
+    scaled: scores are divided by the square root of a head's channels; T5 leaves that to the start of its weights.
     window: how many tokens back a query sees, itself included, and as many ahead in a stack that is not causal; null
     is all (Mistral, https://arxiv.org/abs/2310.06825; another window in every k-th layer by `pattern`).
     """
@@ -32,6 +37,7 @@ class AttentionConfig:
     out_bias: bool = False
     qk_norm: bool = False
     window: int | None = None
+    scaled: bool = True
 
     def __post_init__(self) -> None:
         if self.n_heads < 1:
@@ -129,7 +135,7 @@ class KeyValueState(MixerState):
         self.v_BKSC = self.v_BKSC[rows_B]
 
 
-class Attention(Mixer):
+class Attention(Mixer, Joins):
     """softmax(q kᵀ / sqrt(C)) v over what the mask lets each token see."""
 
     def __init__(
@@ -146,7 +152,7 @@ class Attention(Mixer):
         self.heads = config.n_heads
         self.kv_heads = config.kv_heads
         self.head_dim = config.channels(d_model)
-        self.scale = self.head_dim**-0.5
+        self.scale = self.head_dim**-0.5 if config.scaled else 1.0
         self.window = config.window
         self.kernel = kernel
         self.q = Linear(d_model, self.heads * self.head_dim, bias=config.qkv_bias)
@@ -158,13 +164,7 @@ class Attention(Mixer):
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
         rows, tokens, _ = x_BTD.shape
-        q_BTHC = self.q(x_BTD).view(rows, tokens, self.heads, self.head_dim)
-        k_BTKC = self.k(x_BTD).view(rows, tokens, self.kv_heads, self.head_dim)
-        v_BTKC = self.v(x_BTD).view(rows, tokens, self.kv_heads, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)
-        if shared.rotation is not None:
-            q_BTHC, k_BTKC = shared.rotation(q_BTHC), shared.rotation(k_BTKC)
+        q_BTHC, k_BTKC, v_BTKC = self._project(x_BTD, shared)
         if state is not None:
             assert isinstance(state, KeyValueState)
             state.append(k_BTKC, v_BTKC, shared)
@@ -172,6 +172,29 @@ class Attention(Mixer):
                 k_BTKC, v_BTKC = state.first(shared.mask.keys)
         out_BTHC = self.kernel(q_BTHC, k_BTKC, v_BTKC, shared.mask_within(self.window), self.scale)
         return self.out(out_BTHC.reshape(rows, tokens, self.heads * self.head_dim))
+
+    def _project(self, x_BTD: torch.Tensor, shared: MixerInput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q_BTHC, k_BTKC and v_BTKC, normalised and rotated where the model does that."""
+        rows, tokens, _ = x_BTD.shape
+        if self.joined is not None:
+            all_BTHC = linear(x_BTD, *self.joined).view(rows, tokens, -1, self.head_dim)
+            if self.q_norm is None and shared.rotation is not None:
+                turned = self.heads + self.kv_heads
+                turned_BTHC = shared.rotation(all_BTHC[:, :, :turned])
+                return turned_BTHC[:, :, : self.heads], turned_BTHC[:, :, self.heads :], all_BTHC[:, :, turned:]
+            q_BTHC, k_BTKC, v_BTKC = all_BTHC.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        else:
+            q_BTHC = self.q(x_BTD).view(rows, tokens, self.heads, self.head_dim)
+            k_BTKC = self.k(x_BTD).view(rows, tokens, self.kv_heads, self.head_dim)
+            v_BTKC = self.v(x_BTD).view(rows, tokens, self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)
+        if shared.rotation is not None:
+            q_BTHC, k_BTKC = shared.rotation(q_BTHC), shared.rotation(k_BTKC)
+        return q_BTHC, k_BTKC, v_BTKC
+
+    def joinable(self) -> Sequence[nn.Module]:
+        return self.q, self.k, self.v
 
     def new_state(self, rows: int, max_tokens: int) -> MixerState:
         shape = (rows, self.kv_heads, max_tokens, self.head_dim)
@@ -202,6 +225,9 @@ class CrossAttention(Attention):
         assert shared.memory_mask is not None
         out_BTHC = self.kernel(q_BTHC, k_BSKC, v_BSKC, shared.memory_mask, self.scale)
         return self.out(out_BTHC.reshape(rows, tokens, self.heads * self.head_dim))
+
+    def joinable(self) -> Sequence[nn.Module]:
+        return ()  # the queries read another input than keys and values
 
     def _remembered(self, shared: MixerInput, state: MixerState | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the encoder's output, or those that the state holds of it."""

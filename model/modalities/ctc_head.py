@@ -1,14 +1,14 @@
 """Labels without alignment: connectionist temporal classification (Graves et al. 2006)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from model.errors import ModelError
+from model.heads import Head
 from model.init import Parameter, declare
-from model.interfaces import Head
 from model.norm import NormConfig
 from model.slots import SlotCosts
 
@@ -19,7 +19,6 @@ class CtcHeadConfig:
 
     kind: Literal["ctc"] = "ctc"
     blank: int = 0
-    uses_vocabulary: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.blank < 0:
@@ -34,7 +33,6 @@ class CtcHead(Head):
     """x_BTD -> logits_BTV of frames; with labels the likelihood of all alignments that spell them."""
 
     takes = frozenset({"labels_BU"})
-    sees = frozenset({"documents_BT"})
     declared = declare(weight=Parameter("head", "head"), bias=Parameter("bias", "zeros"))
 
     def __init__(self, config: CtcHeadConfig, vocab_size: int, d_model: int) -> None:
@@ -50,9 +48,9 @@ class CtcHead(Head):
     def forward(
         self,
         x_BTD: torch.Tensor,
+        documents_BT: torch.Tensor | None = None,
         per_token: bool = False,
         labels_BU: torch.Tensor | None = None,
-        documents_BT: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """labels_BU: int64, -100 behind the end of a row's labels.
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from model.errors import ModelError
 from model.init import Declared, Parameter, declare
-from model.interfaces import Frontend
+from model.modalities.base import Frontend
 from model.norm import NormConfig
 from model.position import Positions
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from model.errors import ModelError
 from model.init import Declared, Linear, Parameter, declare
-from model.interfaces import Frontend
+from model.modalities.base import Frontend
 from model.norm import LayerNorm, NormConfig
 
 CONV_EPS = 1e-5

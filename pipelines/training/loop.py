@@ -17,6 +17,7 @@ from torch import nn
 
 from data.batch import combine_digest, hash_sum
 from data.loader import Loader, StepBatch
+from model.kernels.check import check_kernels
 from model.stack import Stack
 from pipelines.training.checkpoint import Checkpoint, Checkpoints
 from pipelines.training.compile import compile_blocks
@@ -293,13 +294,16 @@ class Trainer:
                 notes.write(line + "\n")
 
     def _prepare(self, model: nn.Module) -> str:
-        """Device, recomputation, compilation; returns what was done about the last."""
+        """Device, recomputation, attention kernels, compilation; returns what was done about the last."""
         # Each rank has random numbers of its own, for dropout.
         torch.manual_seed(self.settings.seed * 1_000_003 + self.ranks.rank)
         model.train()
         model.to(self.ranks.device)
         for stack in (module for module in model.modules() if isinstance(module, Stack)):
             stack.recompute = self.settings.recompute
+        dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
+        for line in check_kernels(model, device=self.ranks.device, dtype=dtype, tokens=self.run.seq_len):
+            self.say(line)
         return compile_blocks(model, self.settings, self.ranks.device)
 
     def _restore(self, saved: Checkpoint | None) -> int:

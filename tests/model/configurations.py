@@ -113,6 +113,7 @@ WINDOWED = replace(
     mixer=AttentionConfig(n_heads=4, n_kv_heads=2, window=5),
     pattern=(LayerChange(first=1, mixer=AttentionConfig(n_heads=4)),),
 )
+MISTRAL = replace(LLAMA, mixer=AttentionConfig(n_heads=4, n_kv_heads=2, window=5))
 ALIBI = replace(LLAMA, position=AlibiConfig(), mixer=AttentionConfig(n_heads=4, n_kv_heads=2, window=9))
 
 GPTJ = ModelConfig(
@@ -144,11 +145,12 @@ FALCON = ModelConfig(
 
 @st.composite
 def llama_configs(draw: st.DrawFn) -> ModelConfig:
-    """LLaMA, Qwen2 and Qwen3 models of any shape that is small."""
+    """LLaMA, Mistral, Qwen2 and Qwen3 models of any shape that is small."""
     n_kv_heads, groups, head_dim = (draw(st.sampled_from(sizes)) for sizes in ((1, 2), (1, 2, 3), (4, 8, 10)))
     n_heads = n_kv_heads * groups
     qk_norm, qkv_bias = draw(st.booleans()), draw(st.booleans())
     out_bias = qkv_bias and (qk_norm or draw(st.booleans()))
+    window = None if qk_norm or qkv_bias else draw(st.none() | st.integers(1, 30))
     scaling = draw(
         st.sampled_from([None, LinearScaling(factor=2.5), Llama3Scaling(factor=4.0, original_max_seq_len=8)])
     )
@@ -167,11 +169,12 @@ def llama_configs(draw: st.DrawFn) -> ModelConfig:
             qkv_bias=qkv_bias,
             out_bias=out_bias,
             qk_norm=qk_norm,
+            window=window,
         ),
         ffn=FfnConfig(
             d_ff=draw(st.integers(3, 40)),
             activation=draw(st.sampled_from(["silu", "gelu", "gelu_tanh", "relu"])),
-            bias=not qk_norm and qkv_bias == out_bias and draw(st.booleans()),
+            bias=window is None and not qk_norm and qkv_bias == out_bias and draw(st.booleans()),
         ),
         init=LIVELY,
     )

@@ -9,12 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.build import build_model
-from model.kernels.attention import KERNELS, AttentionKernel, dense_attention
-from model.kernels.blockwise import QUERY_BLOCK, TILE_ELEMENTS, blockwise_attention
+from model.kernels.accelerated import SEQUENCES_QUANTUM, flex_attention, packed_attention, sequence_starts
+from model.kernels.attention import AttentionKernel, dense_attention
+from model.kernels.blockwise import QUERY_BLOCK, TILE_ELEMENTS
+from model.kernels.chunked import CHUNK_ELEMENTS
+from model.kernels.select import select_kernel
 from model.masks import Mask, dense
 from tests.model.configurations import LLAMA
 
-FAST = sorted(KERNELS.keys() - {"dense"})
+FAST = ["auto", "sdpa", "chunked"]
+KERNELS: dict[str, AttentionKernel] = {name: select_kernel(name) for name in ("dense", *FAST)}
 
 
 def packed(lengths: list[int], tokens: int) -> list[int]:
@@ -39,11 +43,12 @@ def masks(draw: st.DrawFn, rows: int, tokens: int, heads: int) -> Mask:
         mask = replace(mask, prefix_B=torch.randint(0, tokens + 1, (rows,), generator=generator))
     if draw(st.booleans()):
         mask = replace(mask, globals_BT=torch.rand(rows, tokens, generator=generator) < 0.2)
+    block = draw(st.sampled_from([4, 16]))
+    mask = replace(mask, block=block)
     if draw(st.booleans()):
-        block = draw(st.sampled_from([4, 16]))
         count = -(-tokens // block)
         layout = torch.rand(draw(st.sampled_from([1, heads])), count, count, generator=generator) < 0.5
-        mask = replace(mask, layout_HQJ=layout, block=block)
+        mask = replace(mask, layout_HQJ=layout)
     if draw(st.booleans()):
         bias = torch.randn(heads, 2 * tokens - 1 + 2 * draw(st.integers(0, 2)), generator=generator)
         mask = replace(mask, bias_HL=bias.double().requires_grad_())
@@ -83,16 +88,39 @@ def test_a_kernel_agrees_with_the_definition_forward_and_backward(name: str, pro
         assert (theirs - ours).abs().max() <= 40 * 2**-24 * max(1.0, theirs.abs().max())
 
 
+def long_masks() -> dict[str, Mask]:
+    """Masks of three rows of 300 tokens and four heads: several blocks of every kernel."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [packed([300], 300), packed([7, 140, 100, 53], 300), packed([129, 16, 17, 30], 300)]
+    documents = torch.tensor(rows, dtype=torch.int32)
+    both = Mask(causal=False, block=16)
+    some = torch.zeros(3, 300, dtype=torch.bool).index_fill_(1, torch.tensor([0, 150, 299]), True)
+    bias = torch.randn(4, 611, generator=generator).requires_grad_()
+    return {
+        "causal": Mask(),
+        "documents": Mask(documents_BT=documents),
+        "both ways": replace(both, documents_BT=documents),
+        "window": Mask(window=70, documents_BT=documents),
+        "window both ways": replace(both, window=40, documents_BT=documents),
+        "bias": Mask(window=100, bias_HL=bias),
+        "bias both ways": replace(both, bias_HL=bias, documents_BT=documents),
+        "global tokens": replace(both, window=33, globals_BT=some, documents_BT=documents),
+        "prefix": Mask(prefix_B=torch.tensor([0, 40, 300]), block=16),
+        "blocks": replace(both, layout_HQJ=torch.rand(4, 19, 19, generator=generator) < 0.3),
+        "blocks and bias": replace(both, layout_HQJ=torch.rand(1, 19, 19, generator=generator) < 0.3, bias_HL=bias),
+    }
+
+
+@pytest.mark.parametrize("kind", long_masks())
 @pytest.mark.parametrize("name", FAST)
-def test_a_kernel_agrees_with_the_definition_over_several_blocks_of_queries(name: str) -> None:
+def test_a_kernel_agrees_with_the_definition_over_several_blocks_of_tokens(name: str, kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(3, 300, heads, 16, generator=generator) for heads in (4, 2, 2, 4))
-    rows = [packed([300], 300), packed([7, 140, 100, 53], 300), packed([129, 16, 17, 30], 300)]
-    for mask in (Mask(), Mask(documents_BT=torch.tensor(rows, dtype=torch.int32))):
-        expected = output_and_gradients(dense_attention, q, k, v, grad, mask)
-        found = output_and_gradients(KERNELS[name], q, k, v, grad, mask)
-        for theirs, ours in zip(expected, found, strict=True):
-            assert (theirs - ours).abs().max() <= 300 * 2**-24 * max(1.0, theirs.abs().max())
+    mask = long_masks()[kind]
+    expected = output_and_gradients(dense_attention, q, k, v, grad, mask)
+    found = output_and_gradients(KERNELS[name], q, k, v, grad, mask)
+    for theirs, ours in zip(expected, found, strict=True):
+        assert (theirs - ours).abs().max() <= 300 * 2**-24 * max(1.0, theirs.abs().max())
 
 
 def test_in_half_precision_blockwise_attention_errs_no_more_than_the_definition_does() -> None:
@@ -101,7 +129,7 @@ def test_in_half_precision_blockwise_attention_errs_no_more_than_the_definition_
     mask = Mask(documents_BT=torch.tensor([packed([200, 56], 256), packed([90, 90, 60], 256)], dtype=torch.int32))
     exact = output_and_gradients(dense_attention, *(x.float() for x in (q, k, v, grad)), mask)
     theirs = output_and_gradients(dense_attention, q, k, v, grad, mask)
-    ours = output_and_gradients(KERNELS["blockwise"], q, k, v, grad, mask)
+    ours = output_and_gradients(KERNELS["auto"], q, k, v, grad, mask)
     for truth, dense_rounded, rounded in zip(exact, theirs, ours, strict=True):
         assert (rounded - truth).norm() <= 1.5 * (dense_rounded - truth).norm()
 
@@ -178,11 +206,21 @@ def test_padding_gives_zero_and_takes_no_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("tokens", [1024, 4096])
 def test_blockwise_attention_never_holds_the_scores_of_a_whole_row(tokens: int) -> None:
+    assert 0 < largest_allocation(Mask(), tokens) <= 4 * max(TILE_ELEMENTS, QUERY_BLOCK * tokens)
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096])
+def test_sparse_attention_never_holds_the_scores_of_a_whole_row(tokens: int) -> None:
+    mask = Mask(causal=False, window=65, globals_BT=(torch.arange(tokens) == 0)[None])
+    assert 0 < largest_allocation(mask, tokens) <= 8 * CHUNK_ELEMENTS  # the distances of a chunk, as int64
+
+
+def largest_allocation(mask: Mask, tokens: int) -> int:
+    """Bytes of the largest tensor of a forward and backward pass of two fp32 heads."""
     leaves = [torch.randn(1, tokens, 2, 16, requires_grad=True) for _ in range(3)]
     with torch.profiler.profile(profile_memory=True) as profile:
-        blockwise_attention(*leaves, None, 0.25).sum().backward()
-    largest = max(event.self_cpu_memory_usage for event in profile.events())
-    assert 0 < largest <= 4 * max(TILE_ELEMENTS, QUERY_BLOCK * tokens)
+        KERNELS["auto"](*leaves, mask, 0.25).sum().backward()
+    return max(event.self_cpu_memory_usage for event in profile.events())
 
 
 def test_compiled_training_never_compiles_again_for_other_documents() -> None:
@@ -200,3 +238,49 @@ def test_compiled_training_never_compiles_again_for_other_documents() -> None:
         assert abs(loss.item() - eager.item()) <= 1e-5 * eager.item(), step
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts == [1, 1, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", long_masks())
+def test_flex_attention_reads_the_rule_as_the_definition_does(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 300, heads, 16, generator=generator) for heads in (4, 2, 2))
+    with torch.no_grad():  # on the CPU it has no backward pass
+        found, expected = (attend(q, k, v, long_masks()[kind], 0.3) for attend in (flex_attention, dense_attention))
+    assert (found - expected).abs().max() <= 300 * 2**-24 * max(1.0, expected.abs().max())
+
+
+def one_by_one(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    reach: tuple[int, int],
+    scale: float,
+) -> torch.Tensor:
+    """What a varlen kernel is to compute, one sequence at a time."""
+    mask = Mask(causal=reach[1] == 0, window=None if reach[0] < 0 else reach[0] + 1)
+    out = torch.zeros_like(q)
+    for start, end in itertools.pairwise(starts.tolist()):
+        assert 0 <= end - start <= longest
+        if end > start:
+            row = slice(start, end)
+            out[row] = dense_attention(q[None, row], k[None, row], v[None, row], mask, scale)[0]
+    return out
+
+
+@pytest.mark.parametrize("kind", ["causal", "documents", "both ways", "window", "window both ways"])
+def test_packed_documents_reach_a_varlen_kernel_as_sequences(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(3, 300, heads, 16, generator=generator) for heads in (4, 2, 2, 4))
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float) -> torch.Tensor:
+        return packed_attention(q, k, v, mask, scale, one_by_one)
+
+    mask = long_masks()[kind]
+    expected = output_and_gradients(dense_attention, q, k, v, grad, mask)
+    for theirs, ours in zip(expected, output_and_gradients(kernel, q, k, v, grad, mask), strict=True):
+        assert (theirs - ours).abs().max() <= 1e-5 * max(1.0, theirs.abs().max())
+    starts = sequence_starts(mask, 3, 300, torch.device("cpu"))
+    assert len(starts) == 4 if mask.documents_BT is None else len(starts) % SEQUENCES_QUANTUM == 0

@@ -1,7 +1,9 @@
 """Decoding with a cache computes what the whole forward pass does; sampling keeps its promises."""
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +12,15 @@ from hypothesis import strategies as st
 
 from model.build import build_model
 from model.config import ModelConfig, ModelError
-from model.generate import Sampling, choose, generate
-from tests.model.configurations import ALIBI, GPT2, LLAMA, WINDOWED, any_config
+from model.generate import Sampling, choose, generate, unpadded
+from model.joined import joined_projections
+from tests.model.configurations import ALIBI, FALCON, GPT2, GPTJ, LLAMA, WINDOWED, any_config
 
-FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2, WINDOWED, ALIBI], ids=["llama", "gpt2", "windowed", "alibi"])
+FAMILIES = pytest.mark.parametrize(
+    "config",
+    [LLAMA, GPT2, WINDOWED, ALIBI, GPTJ, FALCON],
+    ids=["llama", "gpt2", "windowed", "alibi", "gptj", "falcon"],
+)
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 PROMPTS = [[5, 3, 9], [7], [1, 2, 3, 4, 5, 6, 7, 8], [90, 4]]
 
@@ -31,14 +38,19 @@ def greedy_by_whole_passes(model: torch.nn.Module, prompt: list[int], new_tokens
     steps=st.lists(st.integers(1, 6), min_size=1, max_size=5),
     rows=st.integers(1, 3),
     seed=st.integers(0, 50),
+    static=st.booleans(),
+    joined=st.booleans(),
 )
-def test_cached_logits_are_those_of_the_whole_pass(config: ModelConfig, steps: list[int], rows: int, seed: int) -> None:
+def test_cached_logits_are_those_of_the_whole_pass(
+    config: ModelConfig, steps: list[int], rows: int, seed: int, static: bool, joined: bool
+) -> None:
     assert config.vocab_size is not None
     model = build_model(config, seed=seed)
     tokens = torch.randint(0, config.vocab_size, (rows, sum(steps)), generator=torch.Generator().manual_seed(seed))
     whole = model(tokens)["logits"]
-    cache = model.new_cache(rows, sum(steps))
-    pieces = [model(piece, cache=cache)["logits"] for piece in tokens.split(steps, dim=1)]
+    cache = model.new_cache(rows, sum(steps), static=static)
+    with joined_projections(model) if joined else nullcontext():
+        pieces = [model(piece, cache=cache)["logits"] for piece in tokens.split(steps, dim=1)]
     assert (torch.cat(pieces, dim=1) - whole).abs().max() <= 2e-5 * whole.abs().max()
     assert cache.lengths == [sum(steps)] * rows
 
@@ -55,6 +67,70 @@ def test_a_cache_can_be_rewound_and_its_rows_reordered(config: ModelConfig) -> N
     for row, (source, length, token) in enumerate([(2, 7, 11), (0, 4, 12), (0, 4, 13)]):
         expected = model(torch.cat([tokens[source, :length], torch.tensor([token])])[None])["logits"][0, -1]
         assert (found[row] - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@FAMILIES
+@pytest.mark.parametrize("static", [False, True])
+def test_prompts_that_begin_alike_are_begun_once_and_continue_as_alone(config: ModelConfig, static: bool) -> None:
+    model = build_model(config)
+    start = torch.randint(0, 97, (32,), generator=torch.Generator().manual_seed(3)).tolist()
+    prompts = [start + ending for ending in ([1], [2, 3, 4], [5, 6], [2, 3, 4])]
+    read = []
+    hook = model.frontend.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
+    together = generate(model, prompts, GREEDY, static=static)
+    hook.remove()
+    assert read[:2] == [32, 3 * 3]  # what all share once; of the rest each distinct prompt
+    assert together == [greedy_by_whole_passes(model, prompt, 12) for prompt in prompts]
+
+
+def test_one_prompt_has_many_continuations_and_is_read_once() -> None:
+    model = build_model(LLAMA)
+    read = []
+    model.frontend.register_forward_hook(lambda module, inputs, output: read.append(tuple(inputs[0].shape)))
+    texts = generate(model, [PROMPTS[2]] * 5, Sampling(max_new_tokens=8))
+    assert read[0] == (1, 8)
+    assert read[1] == (5, 1)
+    assert len({tuple(text) for text in texts}) == 5
+
+
+def test_a_static_caches_steps_have_one_shape_and_the_same_tokens() -> None:
+    model = build_model(LLAMA)
+    seen = set()
+
+    def note(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        x_BTD, shared = inputs[0], inputs[1]
+        if x_BTD.shape[1] == 1:
+            seen.add((x_BTD.shape, shared.mask.keys, shared.rotation.cos_BT1C.shape, shared.common_slot))
+
+    hook = model.stack.register_forward_pre_hook(note)
+    texts = generate(model, PROMPTS, replace(GREEDY, max_new_tokens=50), static=True)
+    hook.remove()
+    assert seen == {((4, 1, 32), 64, (4, 1, 1, 8), None)}
+    assert texts == generate(model, PROMPTS, replace(GREEDY, max_new_tokens=50))
+
+
+def test_joined_projections_hold_nothing_twice_and_leave_a_model_that_trains() -> None:
+    model = build_model(LLAMA)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    generate(model, PROMPTS, GREEDY)
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.parameters()}
+    assert sum(held.values()) == sum(tensor.nbytes for tensor in model.parameters())
+    places = [tensor.data_ptr() for tensor in model.parameters()]
+    generate(model, PROMPTS, GREEDY)
+    assert places == [tensor.data_ptr() for tensor in model.parameters()]  # joined once
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    model(torch.tensor(PROMPTS[2])[None], targets_BT=torch.tensor(PROMPTS[2])[None])["loss_sum"].backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter -= 0.5 * parameter.grad
+    assert generate(model, PROMPTS[:1], GREEDY) == [greedy_by_whole_passes(model, PROMPTS[0], 12)]
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_padded_batch_gives_its_prompts(left: bool) -> None:
+    mask = torch.tensor([[0, 0, 1], [1, 1, 1]] if left else [[1, 0, 0], [1, 1, 1]])
+    assert unpadded(torch.tensor([[8, 8, 8], [1, 2, 3]]), mask) == [[8], [1, 2, 3]]
 
 
 def test_a_cache_that_is_full_says_so() -> None:

@@ -28,12 +28,14 @@ from model.interop import (
     to_hf,
 )
 from model.mixers.attention import AttentionConfig
-from tests.model.configurations import FALCON, GPT2, GPTJ, LLAMA, any_config, parallel_configs
+from tests.model.configurations import FALCON, GPT2, GPTJ, LLAMA, MISTRAL, any_config, parallel_configs
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2, GPTJ, FALCON], ids=["llama", "gpt2", "gptj", "falcon"])
+FAMILIES = pytest.mark.parametrize(
+    "config", [LLAMA, MISTRAL, GPT2, GPTJ, FALCON], ids=["llama", "mistral", "gpt2", "gptj", "falcon"]
+)
 QUICK = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -26,6 +26,7 @@ from data.packing import TokenDocument, pack_stream
 from data.shards import ShardSettings, write_manifest, write_shard
 from model.build import build_model
 from model.interop import load_pretrained
+from model.kernels.select import KERNELS
 from pipelines.training.errors import TrainingError
 from pipelines.training.job import run_rank
 from pipelines.training.metrics import read_metrics
@@ -60,6 +61,15 @@ def test_a_run_that_has_ended_only_returns_its_figures(job: Make) -> None:
     assert {p: p.stat().st_mtime_ns for p in Path(this["out_dir"]).rglob("*") if p.is_file()} == files
     with pytest.raises(TrainingError, match=r"finished\.json is of another run: its tokenizer"):
         run_rank({**this, "digests": {"tokenizer": "t1"}})
+
+
+def test_an_unsound_attention_kernel_is_replaced_before_the_first_step_and_the_log_says_so(
+    job: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KERNELS, "blockwise", lambda q, k, v, *_: (q + k.mean() + v.mean()) * torch.nan)
+    figures = run_rank(job(steps=3))
+    assert math.isfinite(figures["final_loss"])
+    assert "attention kernel blockwise for plain masks gives NaN" in capsys.readouterr().out
 
 
 def test_a_run_begins_from_given_weights_and_keeps_the_precision_it_is_told(job: Make, shards: Path) -> None:

@@ -1,24 +1,20 @@
 """The Hugging Face classes our configurations can become: one declarative table each, one file per kin."""
 
+from model.interop.families.bert import BERT_KIN
+from model.interop.families.clip import CLIP, CLIP_LEGACY
 from model.interop.families.falcon import FALCON, FALCON_TWO_NORMS
 from model.interop.families.gpt2 import GPT2
 from model.interop.families.gptj import GPTJ
-from model.interop.families.llama import LLAMA, QWEN2, QWEN3
+from model.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from model.interop.families.seq2seq import BART, MARIAN
+from model.interop.families.t5 import T5_KIN
 from model.interop.families.vit import VIT, VIT_MODEL
 from model.interop.families.wav2vec2 import WAV2VEC2, WAV2VEC2_STABLE
 from model.interop.families.whisper import WHISPER
 
 FAMILIES = (
-    LLAMA,
-    QWEN2,
-    QWEN3,
-    GPT2,
-    GPTJ,
-    FALCON,
-    FALCON_TWO_NORMS,
-    VIT,
-    VIT_MODEL,
-    WAV2VEC2,
-    WAV2VEC2_STABLE,
-    WHISPER,
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPTJ, FALCON, FALCON_TWO_NORMS),
+    *BERT_KIN,
+    *(*T5_KIN, BART, MARIAN),
+    *(VIT, VIT_MODEL, WAV2VEC2, WAV2VEC2_STABLE, WHISPER, CLIP_LEGACY, CLIP),
 )

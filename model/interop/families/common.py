@@ -6,15 +6,22 @@ from typing import Any
 from model.errors import ModelError
 from model.frontends import TokenFrontendConfig
 from model.heads import LanguageHeadConfig
+from model.interop.tables import Weight
 from model.position import LinearScaling, Llama3Scaling, PositionConfig, RopeConfig
 
 OURS = "stack.layers.{layer}"
 """A layer of ours in a key map."""
 
-DECODER = {"causal": True, "encoder": None, "frontend": TokenFrontendConfig(), "head": LanguageHeadConfig()}
+DECODER = {
+    "causal": True,
+    "encoder": None,
+    "frontend": TokenFrontendConfig(),
+    "head": LanguageHeadConfig(),
+    "mixer.scaled": True,
+}
 """What `fixed` says of a plain decoder over tokens."""
 
-GRANTED = {"mixer.k_bias": None, "encoder.mixer.k_bias": None}
+GRANTED = {"tower": None, "mixer.k_bias": None, "mixer.scaled": True, "encoder.mixer.k_bias": None}
 """What `fixed` says of every class whose table does not say otherwise."""
 
 ACTIVATION_NAMES = {
@@ -23,7 +30,15 @@ ACTIVATION_NAMES = {
     "gelu_tanh": "gelu_new",
     "relu": "relu",
     "relu_squared": "relu2",
+    "quick_gelu": "quick_gelu",
 }
+
+
+def pairs(names: Mapping[str, str]) -> tuple[Weight, ...]:
+    """Weight and bias of every layer of theirs, which is ours under the other name."""
+    return tuple(
+        Weight(f"{theirs}.{part}", (f"{ours}.{part}",)) for theirs, ours in names.items() for part in ("weight", "bias")
+    )
 
 
 def write_rope(position: PositionConfig) -> dict[str, Any]:

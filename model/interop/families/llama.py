@@ -95,3 +95,23 @@ QWEN3 = Family(
     write_position=write_rope,
     read_position=read_rope,
 )
+
+MISTRAL = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    base_prefix="model.",
+    weights=LLAMA_WEIGHTS,
+    settings=(
+        *(setting for setting in LLAMA_SETTINGS if setting.theirs != "attention_bias"),
+        Setting("sliding_window", ("mixer.window",), 4096),
+    ),
+    fixed={
+        **{path: value for path, value in LLAMA.fixed.items() if path != "mixer.window"},
+        "mixer.qkv_bias": False,
+        "mixer.out_bias": False,
+        "ffn.bias": False,
+    },
+    write_position=write_rope,
+    read_position=read_rope,
+)
+"""Mistral 7B (Jiang et al. 2023, https://arxiv.org/abs/2310.06825)."""

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.errors import ModelError
-from model.interop.families.common import ACTIVATION_NAMES, OURS
+from model.interop.families.common import ACTIVATION_NAMES, OURS, pairs
 from model.interop.tables import Family, Setting, Weight
-from model.position import LearnedPositionConfig
 
 
 def _modernised(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -28,21 +27,19 @@ def _weights(prefix: str) -> tuple[Weight, ...]:
     return (
         Weight(f"{prefix}embeddings.cls_token", ("frontend.class_token",), lead=2),
         Weight(f"{prefix}embeddings.position_embeddings", ("frontend.positions.weight",), lead=1),
-        *(
-            Weight(f"{theirs}.{part}", (f"{ours}.{part}",))
-            for theirs, ours in (
-                (f"{prefix}embeddings.patch_embeddings.projection", "frontend"),
-                (f"{layer}.layernorm_before", f"{OURS}.mixer_norm"),
-                (f"{layer}.attention.attention.query", f"{OURS}.mixer.q"),
-                (f"{layer}.attention.attention.key", f"{OURS}.mixer.k"),
-                (f"{layer}.attention.attention.value", f"{OURS}.mixer.v"),
-                (f"{layer}.attention.output.dense", f"{OURS}.mixer.out"),
-                (f"{layer}.layernorm_after", f"{OURS}.ffn_norm"),
-                (f"{layer}.intermediate.dense", f"{OURS}.ffn.up"),
-                (f"{layer}.output.dense", f"{OURS}.ffn.down"),
-                (f"{prefix}layernorm", "stack.final_norm"),
-            )
-            for part in ("weight", "bias")
+        *pairs(
+            {
+                f"{prefix}embeddings.patch_embeddings.projection": "frontend",
+                f"{layer}.layernorm_before": f"{OURS}.mixer_norm",
+                f"{layer}.attention.attention.query": f"{OURS}.mixer.q",
+                f"{layer}.attention.attention.key": f"{OURS}.mixer.k",
+                f"{layer}.attention.attention.value": f"{OURS}.mixer.v",
+                f"{layer}.attention.output.dense": f"{OURS}.mixer.out",
+                f"{layer}.layernorm_after": f"{OURS}.ffn_norm",
+                f"{layer}.intermediate.dense": f"{OURS}.ffn.up",
+                f"{layer}.output.dense": f"{OURS}.ffn.down",
+                f"{prefix}layernorm": "stack.final_norm",
+            }
         ),
     )
 
@@ -89,13 +86,11 @@ VIT = Family(
     model_type="vit",
     architecture="ViTForImageClassification",
     base_prefix="vit.",
-    weights=(*_weights("vit."), *(Weight(f"classifier.{part}", (f"head.{part}",)) for part in ("weight", "bias"))),
-    settings=(*_SETTINGS, Setting("num_labels", ("head.n_classes",), 2)),
-    fixed={**_FIXED, "head.kind": "classes"},
+    weights=(*_weights("vit."), *pairs({"classifier": "head.out"})),
+    settings=(*_SETTINGS, Setting("num_labels", ("head.classes",), 2)),
+    fixed={**_FIXED, "head.kind": "classifier", "head.pool": "first", "head.hidden": None},
     constants={"architectures": ["ViTForImageClassification"]},
     only_written={"attention_probs_dropout_prob": 0.0},
-    write_position=lambda _: {},
-    read_position=lambda _: LearnedPositionConfig(),
     modernised=_modernised,
 )
 
@@ -109,8 +104,6 @@ VIT_MODEL = Family(
     constants={"architectures": ["ViTModel"]},
     only_written={"attention_probs_dropout_prob": 0.0},
     ignored=(r"^pooler\.",),
-    write_position=lambda _: {},
-    read_position=lambda _: LearnedPositionConfig(),
     modernised=_modernised,
 )
 """Without its pooler, a dense layer on the class token: our headless model gives the features that it would read."""

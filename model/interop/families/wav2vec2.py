@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from model.interop.families.common import ACTIVATION_NAMES, OURS
+from model.interop.families.common import ACTIVATION_NAMES, OURS, pairs
 from model.interop.tables import Family, Setting, Weight
-from model.position import NoPositionConfig
 
 _LAYER = "wav2vec2.encoder.layers.{layer}"
 _CONV = "wav2vec2.feature_extractor.conv_layers"
@@ -19,34 +18,32 @@ def _modernised(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**theirs, "mask_time_prob": 0.05 if masks else 0.0}
 
 
-def _pairs(*names: tuple[str, str]) -> tuple[Weight, ...]:
-    return tuple(
-        Weight(f"{theirs}.{part}", (f"{ours}.{part}",)) for theirs, ours in names for part in ("weight", "bias")
-    )
-
-
 _WEIGHTS = (
     Weight("wav2vec2.masked_spec_embed", ("frontend.mask_token",)),
-    *_pairs(
-        ("wav2vec2.feature_projection.layer_norm", "frontend.feature_norm"),
-        ("wav2vec2.feature_projection.projection", "frontend.projection"),
-        ("wav2vec2.encoder.pos_conv_embed.conv", "frontend.positional"),
-        (f"{_LAYER}.attention.q_proj", f"{OURS}.mixer.q"),
-        (f"{_LAYER}.attention.k_proj", f"{OURS}.mixer.k"),
-        (f"{_LAYER}.attention.v_proj", f"{OURS}.mixer.v"),
-        (f"{_LAYER}.attention.out_proj", f"{OURS}.mixer.out"),
-        (f"{_LAYER}.layer_norm", f"{OURS}.mixer_norm"),
-        (f"{_LAYER}.feed_forward.intermediate_dense", f"{OURS}.ffn.up"),
-        (f"{_LAYER}.feed_forward.output_dense", f"{OURS}.ffn.down"),
-        (f"{_LAYER}.final_layer_norm", f"{OURS}.ffn_norm"),
-        ("lm_head", "head"),
+    *pairs(
+        {
+            "wav2vec2.feature_projection.layer_norm": "frontend.feature_norm",
+            "wav2vec2.feature_projection.projection": "frontend.projection",
+            "wav2vec2.encoder.pos_conv_embed.conv": "frontend.positional",
+            f"{_LAYER}.attention.q_proj": f"{OURS}.mixer.q",
+            f"{_LAYER}.attention.k_proj": f"{OURS}.mixer.k",
+            f"{_LAYER}.attention.v_proj": f"{OURS}.mixer.v",
+            f"{_LAYER}.attention.out_proj": f"{OURS}.mixer.out",
+            f"{_LAYER}.layer_norm": f"{OURS}.mixer_norm",
+            f"{_LAYER}.feed_forward.intermediate_dense": f"{OURS}.ffn.up",
+            f"{_LAYER}.feed_forward.output_dense": f"{OURS}.ffn.down",
+            f"{_LAYER}.final_layer_norm": f"{OURS}.ffn_norm",
+            "lm_head": "head",
+        }
     ),
     *(
         weight
         for number in range(_MOST_CONVOLUTIONS)
-        for weight in _pairs(
-            (f"{_CONV}.{number}.conv", f"frontend.convolutions.{number}"),
-            (f"{_CONV}.{number}.layer_norm", f"frontend.convolutions.{number}.norm"),
+        for weight in pairs(
+            {
+                f"{_CONV}.{number}.conv": f"frontend.convolutions.{number}",
+                f"{_CONV}.{number}.layer_norm": f"frontend.convolutions.{number}.norm",
+            }
         )
     ),
 )
@@ -55,7 +52,7 @@ WAV2VEC2 = Family(
     model_type="wav2vec2",
     architecture="Wav2Vec2ForCTC",
     base_prefix="wav2vec2.",
-    weights=(*_WEIGHTS, *_pairs(("wav2vec2.encoder.layer_norm", "frontend.norm"))),
+    weights=(*_WEIGHTS, *pairs({"wav2vec2.encoder.layer_norm": "frontend.norm"})),
     weight_norms={"wav2vec2.encoder.pos_conv_embed.conv.weight": 2},
     settings=(
         Setting("vocab_size", ("vocab_size",), 32),
@@ -114,15 +111,13 @@ WAV2VEC2 = Family(
         "mask_feature_prob": 0.0,
         "ctc_loss_reduction": "sum",
     },
-    write_position=lambda _: {},
-    read_position=lambda _: NoPositionConfig(),
     modernised=_modernised,
 )
 """Base models: norms after the sum, one more before the first layer."""
 
 WAV2VEC2_STABLE = dataclasses.replace(
     WAV2VEC2,
-    weights=(*_WEIGHTS, *_pairs(("wav2vec2.encoder.layer_norm", "stack.final_norm"))),
+    weights=(*_WEIGHTS, *pairs({"wav2vec2.encoder.layer_norm": "stack.final_norm"})),
     fixed={**WAV2VEC2.fixed, "layout": "pre", "frontend.norm": False},
     constants={**WAV2VEC2.constants, "do_stable_layer_norm": True},
 )

@@ -5,9 +5,9 @@ import torch
 from model.config import ModelConfig
 from model.frontends import TokenFrontendConfig
 from model.heads import LanguageHeadConfig
-from model.interop.families.common import ACTIVATION_NAMES, OURS
+from model.interop.families.common import ACTIVATION_NAMES, OURS, pairs
 from model.interop.tables import Family, Setting, Weight
-from model.position import LearnedPositionConfig, SinusoidalPositionConfig, SinusoidalPositions
+from model.position import SinusoidalPositionConfig, SinusoidalPositions
 
 _ENCODER, _DECODER = "model.encoder.layers.{layer}", "model.decoder.layers.{layer}"
 
@@ -19,14 +19,8 @@ def _sinusoids(config: ModelConfig) -> torch.Tensor:
     return SinusoidalPositions(config.encoder.d_model, config.encoder.position.inclusive)(positions_BT)[0]
 
 
-def _pairs(*names: tuple[str, str]) -> tuple[Weight, ...]:
-    return tuple(
-        Weight(f"{theirs}.{part}", (f"{ours}.{part}",)) for theirs, ours in names for part in ("weight", "bias")
-    )
-
-
 def _attention(theirs: str, ours: str) -> tuple[Weight, ...]:
-    biased = _pairs(*((f"{theirs}.{name}_proj", f"{ours}.{name}") for name in ("q", "v", "out")))
+    biased = pairs({f"{theirs}.{name}_proj": f"{ours}.{name}" for name in ("q", "v", "out")})
     return (*biased, Weight(f"{theirs}.k_proj.weight", (f"{ours}.k.weight",)))
 
 
@@ -43,20 +37,22 @@ WHISPER = Family(
     weights=(
         Weight("model.decoder.embed_tokens.weight", ("frontend.tokens.weight",)),
         Weight("model.decoder.embed_positions.weight", ("frontend.positions.weight",)),
-        *_pairs(
-            ("model.encoder.conv1", "encoder.frontend.first"),
-            ("model.encoder.conv2", "encoder.frontend.second"),
-            (f"{_ENCODER}.self_attn_layer_norm", f"encoder.{OURS}.mixer_norm"),
-            (f"{_ENCODER}.final_layer_norm", f"encoder.{OURS}.ffn_norm"),
-            (f"{_ENCODER}.fc1", f"encoder.{OURS}.ffn.up"),
-            (f"{_ENCODER}.fc2", f"encoder.{OURS}.ffn.down"),
-            ("model.encoder.layer_norm", "encoder.stack.final_norm"),
-            (f"{_DECODER}.self_attn_layer_norm", f"{OURS}.mixer_norm"),
-            (f"{_DECODER}.encoder_attn_layer_norm", f"{OURS}.cross_norm"),
-            (f"{_DECODER}.final_layer_norm", f"{OURS}.ffn_norm"),
-            (f"{_DECODER}.fc1", f"{OURS}.ffn.up"),
-            (f"{_DECODER}.fc2", f"{OURS}.ffn.down"),
-            ("model.decoder.layer_norm", "stack.final_norm"),
+        *pairs(
+            {
+                "model.encoder.conv1": "encoder.frontend.first",
+                "model.encoder.conv2": "encoder.frontend.second",
+                f"{_ENCODER}.self_attn_layer_norm": f"encoder.{OURS}.mixer_norm",
+                f"{_ENCODER}.final_layer_norm": f"encoder.{OURS}.ffn_norm",
+                f"{_ENCODER}.fc1": f"encoder.{OURS}.ffn.up",
+                f"{_ENCODER}.fc2": f"encoder.{OURS}.ffn.down",
+                "model.encoder.layer_norm": "encoder.stack.final_norm",
+                f"{_DECODER}.self_attn_layer_norm": f"{OURS}.mixer_norm",
+                f"{_DECODER}.encoder_attn_layer_norm": f"{OURS}.cross_norm",
+                f"{_DECODER}.final_layer_norm": f"{OURS}.ffn_norm",
+                f"{_DECODER}.fc1": f"{OURS}.ffn.up",
+                f"{_DECODER}.fc2": f"{OURS}.ffn.down",
+                "model.decoder.layer_norm": "stack.final_norm",
+            }
         ),
         *_attention(f"{_ENCODER}.self_attn", f"encoder.{OURS}.mixer"),
         *_attention(f"{_DECODER}.self_attn", f"{OURS}.mixer"),
@@ -90,6 +86,7 @@ WHISPER = Family(
             mixer__kind="attention",
             mixer__qkv_bias=True,
             mixer__k_bias=False,
+            mixer__scaled=True,
             mixer__out_bias=True,
             mixer__n_kv_heads=None,
             mixer__head_dim=None,
@@ -121,6 +118,4 @@ WHISPER = Family(
         "pad_token_id": None,
         "is_encoder_decoder": True,
     },
-    write_position=lambda _: {},
-    read_position=lambda _: LearnedPositionConfig(),
 )

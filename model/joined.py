@@ -1,0 +1,65 @@
+"""Products that read the same input, taken as one while decoding.
+
+A step of decoding multiplies few rows with every weight, so that starting a product costs as much as the product. Here
+the weights of several maps are laid one after the other in one matrix, of which each becomes a view: nothing is held twice.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from model.init import Linear
+
+
+class Joins(nn.Module):
+    """A module that can take some of its maps together.
+
+    joined: [outputs of all, I] and their offsets while `joined_projections` lasts, else None.
+    """
+
+    joined: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def joinable(self) -> Sequence[nn.Module]:
+        """The maps whose outputs the module wants side by side, in this order."""
+        return ()
+
+
+@contextmanager
+def joined_projections(model: nn.Module) -> Iterator[None]:
+    """Join what can be joined, for as long as weights stay as they are; maps with adapters stay by themselves."""
+    chosen = [module for module in model.modules() if isinstance(module, Joins) and _plain(module.joinable())]
+    try:
+        for module in chosen:
+            maps = [part for part in module.joinable() if isinstance(part, Linear)]
+            weight = _joined([part.weight for part in maps])
+            biases = [part.bias for part in maps if part.bias is not None]
+            module.joined = weight, _joined(biases) if biases else None
+        yield
+    finally:
+        for module in chosen:
+            module.joined = None
+
+
+def _plain(maps: Sequence[nn.Module]) -> bool:
+    """Whether these are maps as the model was built with, all with an offset or none."""
+    return len(maps) > 1 and all(type(part) is Linear for part in maps) and len({p.bias is None for p in maps}) == 1
+
+
+def _joined(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor of all along the first axis, the parameters made views of it unless they are already."""
+    first, count = parameters[0], sum(parameter.shape[0] for parameter in parameters)
+    step, end = first.element_size(), first.data_ptr()
+    storage = first.untyped_storage()
+    for parameter in parameters:
+        if parameter.data_ptr() != end or parameter.untyped_storage().data_ptr() != storage.data_ptr():
+            break
+        end += parameter.numel() * step
+    else:
+        return first.detach().as_strided((count, *first.shape[1:]), first.stride(), first.storage_offset())
+    with torch.inference_mode(False):  # what it makes could not be trained any more
+        whole = torch.cat([parameter.detach() for parameter in parameters])
+        for parameter, part in zip(parameters, whole.split([p.shape[0] for p in parameters]), strict=True):
+            parameter.data = part
+    return whole

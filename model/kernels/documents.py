@@ -1,0 +1,80 @@
+"""Packed documents by themselves: those of similar length gathered into one padded batch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+SHORT = 128  # up to this length, documents share a batch with others within a power of two
+
+
+@dataclass(frozen=True)
+class DocumentBatch:
+    """Documents padded to one length, or all rows as they are.
+
+    places_BT: where in the flattened rows each of their tokens stands; real_BT: false for padding.
+    """
+
+    places_BT: torch.Tensor | None = None
+    real_BT: torch.Tensor | None = None
+
+    def take(self, x_BTHC: torch.Tensor, kv_heads: int, zero_padding: bool = False) -> torch.Tensor:
+        """A copy of these documents' tokens, as x_MGTC: one matrix for each document and key/value head."""
+        if self.places_BT is not None and self.real_BT is not None:
+            x_BTHC = x_BTHC.flatten(0, 1)[self.places_BT]
+            if zero_padding:
+                x_BTHC *= self.real_BT[:, :, None, None]
+        rows, tokens, heads, channels = x_BTHC.shape
+        x_BTKGC = x_BTHC.view(rows, tokens, kv_heads, heads // kv_heads, channels)
+        return x_BTKGC.permute(0, 2, 3, 1, 4).clone(memory_format=torch.contiguous_format).flatten(0, 1)
+
+    def put(self, x_MGTC: torch.Tensor, out_BTHC: torch.Tensor) -> None:
+        """Write these documents' tokens where they belong, without the padding."""
+        _, groups, tokens, channels = x_MGTC.shape
+        x_BTKGC = x_MGTC.view(-1, out_BTHC.shape[2] // groups, groups, tokens, channels).permute(0, 3, 1, 2, 4)
+        if self.places_BT is None or self.real_BT is None:
+            out_BTHC.view(x_BTKGC.shape).copy_(x_BTKGC)
+            return
+        out_BTHC.flatten(0, 1)[self.places_BT[self.real_BT]] = x_BTKGC.flatten(2, 3)[self.real_BT]
+
+
+def document_batches(q_BTHC: torch.Tensor, documents_BT: torch.Tensor | None) -> Iterator[DocumentBatch]:
+    """All documents, those of similar length together.
+
+    Lengths and counts are rounded up to few distinct values: oneDNN compiles its products for each shape it meets,
+    which takes longer than a small product itself.
+    """
+    if documents_BT is None:
+        yield DocumentBatch()
+        return
+    rows, tokens = documents_BT.shape
+    starts, lengths = document_runs(documents_BT)
+    if len(lengths) == rows and all(length == tokens for length in lengths):
+        yield DocumentBatch()
+        return
+    classes: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        classes.setdefault(min(rounded(max(length, 16), 2 if length > SHORT else 1), tokens), []).append(number)
+    for longest, numbers in sorted(classes.items()):
+        absent = [0] * (rounded(len(numbers), 3) - len(numbers))
+        first_B1 = torch.tensor([starts[number] for number in numbers] + absent)[:, None]
+        length_B1 = torch.tensor([lengths[number] for number in numbers] + absent)[:, None]
+        step_T = torch.arange(longest)
+        places_BT = (first_B1 + step_T).clamp_(max=rows * tokens - 1)
+        yield DocumentBatch(places_BT, step_T < length_B1)
+
+
+def document_runs(documents_BT: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Where each document starts in the flattened rows, and its length; padding is left out."""
+    first_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    first_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    starts = first_BT.flatten().nonzero()[:, 0]
+    lengths = starts.diff(append=starts.new_tensor([documents_BT.numel()]))
+    real = documents_BT.flatten()[starts] != 0
+    return starts[real].tolist(), lengths[real].tolist()
+
+
+def rounded(count: int, digits: int) -> int:
+    """`count` rounded up to a number with `digits` binary digits after the leading one."""
+    step = 1 << max(0, count.bit_length() - 1 - digits)
+    return -(-count // step) * step

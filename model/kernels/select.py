@@ -1,0 +1,117 @@
+"""Which kernel serves which kind of mask: chosen once, at build."""
+
+from collections.abc import Collection
+from typing import Literal
+
+import torch
+
+from model.errors import ModelError
+from model.kernels.accelerated import flash_attention, flash_installed, flex_attention, varlen_attention
+from model.kernels.attention import AttentionKernel, cached_attention, dense_attention, sdpa_attention
+from model.kernels.blockwise import banded_attention
+from model.kernels.chunked import chunked_attention
+from model.masks import Mask
+
+Kind = Literal["plain", "window", "documents", "biased", "sparse", "cross", "cached"]
+KINDS: tuple[Kind, ...] = ("plain", "window", "documents", "biased", "sparse", "cross", "cached")
+
+KERNELS: dict[str, AttentionKernel] = {
+    "dense": dense_attention,
+    "sdpa": sdpa_attention,
+    "cached": cached_attention,
+    "blockwise": banded_attention,
+    "chunked": chunked_attention,
+    "varlen": varlen_attention,
+    "flex": flex_attention,
+    "flash": flash_attention,
+}
+
+CAN: dict[str, frozenset[Kind]] = {
+    "dense": frozenset(KINDS),
+    "sdpa": frozenset(KINDS),
+    "cached": frozenset(("cached",)),
+    "blockwise": frozenset(("plain", "window", "documents", "biased")),
+    "chunked": frozenset(("plain", "window", "documents", "biased", "sparse")),
+    "varlen": frozenset(("plain", "window", "documents")),
+    "flex": frozenset(("plain", "window", "documents", "biased", "sparse", "cross")),
+    "flash": frozenset(("plain", "window", "documents")),
+}
+"""The kinds of mask that each kernel honours. One that is asked for serves those; the rest goes as with `auto`."""
+
+
+def kind_of(mask: Mask, queries: int, keys: int) -> Kind:
+    """What a kernel must be able to do for this mask; each kind includes those before it in `KINDS` up to `sparse`."""
+    if mask.slots_BT is not None:
+        return "cached"
+    if mask.key_documents_BS is not None or queries != keys:
+        return "cross"
+    if mask.sparse:
+        return "sparse"
+    if mask.bias_HL is not None:
+        return "biased"
+    if mask.documents_BT is not None:
+        return "documents"
+    return "plain" if mask.window is None else "window"
+
+
+class Selection:
+    """A kernel made of kernels: for each type of device, the one that serves each kind of mask."""
+
+    def __init__(self, tables: dict[str, dict[Kind, str]]) -> None:
+        self.tables = tables
+
+    def __call__(
+        self, q_BTHC: torch.Tensor, k_BSKC: torch.Tensor, v_BSKC: torch.Tensor, mask: Mask, scale: float
+    ) -> torch.Tensor:
+        kind = kind_of(mask, q_BTHC.shape[1], k_BSKC.shape[1])
+        return KERNELS[self.named(q_BTHC.device.type, kind)](q_BTHC, k_BSKC, v_BSKC, mask, scale)
+
+    def named(self, device_type: str, kind: Kind) -> str:
+        return self.tables.get(device_type, self.tables["cpu"])[kind]
+
+    def described(self, device_type: str) -> str:
+        """In one line: every kernel and the kinds it serves."""
+        served: dict[str, list[str]] = {}
+        for kind in KINDS:
+            served.setdefault(self.named(device_type, kind), []).append(kind)
+        return ", ".join(f"{name} for {' '.join(kinds)}" for name, kinds in served.items())
+
+
+def select_kernel(name: str = "auto", needs: Collection[Kind] = ()) -> Selection:
+    """The kernel of that name where it can serve, else the fastest that runs on the device; `auto` is always these.
+
+    needs: kinds of mask that the model cannot do without. Raises ModelError for an unknown name, or one that lacks them.
+    """
+    flash = "flash" if flash_installed() else None
+    tables: dict[str, dict[Kind, str]] = {
+        "cpu": {
+            **dict.fromkeys(KINDS, "blockwise"),
+            "sparse": "chunked",
+            "cross": "sdpa",
+            "cached": "cached",
+        },
+        "cuda": {
+            "plain": flash or "sdpa",
+            "window": flash or "varlen",
+            "documents": flash or "varlen",
+            "biased": "flex",
+            "sparse": "flex",
+            "cross": "sdpa",
+            "cached": "cached",
+        },
+    }
+    if name == "auto":
+        return Selection(tables)
+    if name not in KERNELS or name == "cached":
+        known = ", ".join(sorted(KERNELS.keys() - {"cached"}))
+        raise ModelError(f"kernel is {name!r}: choose auto, or one of {known}.")
+    lacking = [kind for kind in needs if kind not in CAN[name]]
+    if lacking:
+        able = ", ".join(sorted(other for other in KERNELS if set(needs) <= CAN[other]))
+        raise ModelError(
+            f"kernel is {name!r}, which has no {' and no '.join(lacking)} masks, and the model needs them: choose auto "
+            f"or one of {able}."
+        )
+    for table in tables.values():
+        table.update(dict.fromkeys(CAN[name] - ({"cached"} if name == "sdpa" else set()), name))
+    return Selection(tables)
