@@ -30,6 +30,11 @@ BATCH_SPEC = {
     "documents_BT": TensorSpec(dtype=torch.int32, axes="BT"),  # 0: padding; 1, 2, …: the row's documents
     "positions_BT": TensorSpec(dtype=torch.int64, axes="BT"),  # from 0 within each document
 }
+ENCODER_SPEC = {
+    "encoder_tokens_BT": TensorSpec(dtype=torch.int64, axes="BT"),
+    "encoder_documents_BT": TensorSpec(dtype=torch.int32, axes="BT"),
+}
+"""What a batch for an encoder-decoder holds besides; their T is the encoder's own."""
 
 
 def collate(examples: Examples, start: int = 0, stop: int | None = None) -> Batch:
@@ -40,11 +45,15 @@ def collate(examples: Examples, start: int = 0, stop: int | None = None) -> Batc
         examples.documents_RT,
         examples.positions_RT,
     )
-    return {name: torch.from_numpy(array[start:stop]) for name, array in zip(BATCH_SPEC, arrays, strict=True)}
+    batch = {name: torch.from_numpy(array[start:stop]) for name, array in zip(BATCH_SPEC, arrays, strict=True)}
+    if examples.encoder is not None:
+        encoder: tuple[npt.NDArray[Any], ...] = (examples.encoder.tokens_RS, examples.encoder.documents_RS)
+        batch |= {name: torch.from_numpy(array[start:stop]) for name, array in zip(ENCODER_SPEC, encoder, strict=True)}
+    return batch
 
 
 def row_hashes(examples: Examples, global_rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """One 64-bit hash per row over its tokens, targets, positions (hence documents) and global row.
+    """One 64-bit hash per row over its tokens, targets, positions (hence documents), encoder's tokens and global row.
 
     Multilinear hashing (Carter & Wegman, 1979; 64-bit arithmetic as in Lemire & Kaser, 2014): a dot product with fixed
     pseudo-random keys, about a nanosecond per token.
@@ -54,6 +63,8 @@ def row_hashes(examples: Examples, global_rows: npt.NDArray[np.int64]) -> npt.ND
     sums = np.einsum("RT,T->R", examples.tokens_RT, keys_3T[0])
     sums += np.einsum("RT,T->R", examples.targets_RT, keys_3T[1])
     sums += np.einsum("RT,T->R", examples.positions_RT, keys_3T[2])
+    if examples.encoder is not None:
+        sums += np.einsum("RS,S->R", examples.encoder.tokens_RS, _hash_keys(examples.encoder.tokens_RS.shape[1])[0])
     return mixed(sums.view(np.uint64) ^ mixed(global_rows.astype(np.uint64)))
 
 

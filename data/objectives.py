@@ -18,6 +18,14 @@ IGNORED = -100  # the target value that no loss counts
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncoderInputs:
+    """What the encoder of an encoder-decoder reads beside some rows: tokens_RS int64; documents_RS int32, 0 padding."""
+
+    tokens_RS: npt.NDArray[np.int64]
+    documents_RS: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Examples:
     """Inputs and targets of some rows.
 
@@ -25,12 +33,14 @@ class Examples:
     targets_RT    int64, IGNORED where nothing is to be predicted
     documents_RT  int32: 1, 2, … the row's documents, 0 padding
     positions_RT  int64, from 0 within each document's piece
+    encoder       of objectives for encoder-decoders
     """
 
     tokens_RT: npt.NDArray[np.int64]
     targets_RT: npt.NDArray[np.int64]
     documents_RT: npt.NDArray[np.int32]
     positions_RT: npt.NDArray[np.int64]
+    encoder: EncoderInputs | None = None
 
 
 class Objective(Protocol):

@@ -122,6 +122,7 @@ def _head(config: ModelConfig, vocab_size: int) -> Head:
             bias=chosen.bias,
             transform=None if chosen.transform is None else Transform(width, chosen.transform, config.norm),
             scale=width**-0.5 if chosen.scale_input else 1.0,
+            smoothing=chosen.label_smoothing,
         )
     if isinstance(chosen, ClassifierHeadConfig):
         return ClassifierHead(chosen, width, config.dropout)

@@ -69,9 +69,9 @@ def forward_flops(
     flops = 2.0 * head.matrices * seq_len + head.row_flops + config.frontend.flops(seq_len, config.d_model)
     share = 1.0 if mean_document_tokens is None or not masked else min(1.0, mean_document_tokens / seq_len)
     for slot in _slots(config):
-        pairs = float(seq_len * seq_len) * share
-        if masked and config.causal:
-            pairs = attended_pairs(seq_len, mean_document_tokens, slot.window)
+        pairs = float(seq_len * seq_len)
+        if masked:
+            pairs = attended_pairs(seq_len, mean_document_tokens, slot.window, causal=config.causal)
         flops += (2 * slot.matrices + slot.token_flops) * seq_len + slot.pair_flops * pairs
         flops += 2 * slot.memory_matrices * memory_len + slot.memory_pair_flops * seq_len * memory_len * share
     if config.encoder is not None:
@@ -89,11 +89,15 @@ def train_flops_per_token(config: ModelConfig, seq_len: int, mean_document_token
     return 3 * forward_flops(config, rows=1, seq_len=seq_len, mean_document_tokens=mean_document_tokens) / seq_len
 
 
-def attended_pairs(seq_len: int, mean_document_tokens: float | None = None, window: int | None = None) -> float:
-    """Query-key pairs of one row under the causal mask, with documents of equal length if a length is given.
+def attended_pairs(
+    seq_len: int, mean_document_tokens: float | None = None, window: int | None = None, *, causal: bool = True
+) -> float:
+    """Query-key pairs of one row that the mask lets through, with documents of equal length if a length is given.
 
-    window: a query sees itself and the `window - 1` tokens before it.
+    window: a query sees itself and the `window - 1` tokens before it, and as many after it where it sees those.
     """
+    if not causal:  # what is ahead of one token is behind another; only itself a token sees once
+        return 2 * attended_pairs(seq_len, mean_document_tokens, window) - seq_len
     document = seq_len if mean_document_tokens is None else min(mean_document_tokens, seq_len)
     if window is None or window >= document:
         return seq_len * (document + 1) / 2

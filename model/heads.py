@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from model.errors import ModelError
 from model.ffn import ACTIVATIONS, Activation
 from model.init import Declared, Linear, Parameter, declare
 from model.loss import capped, chunked_cross_entropy, token_scores
@@ -19,12 +20,18 @@ class LanguageHeadConfig:
 
     bias: an offset for each vocabulary entry. transform: a dense layer with this activation and the model's norm comes
     first (BERT's masked-token head). scale_input: the input times d_model^-0.5 (T5 with tied embeddings).
+    label_smoothing: the share of every target that training spreads over the whole vocabulary.
     """
 
     kind: Literal["language"] = "language"
     bias: bool = False
     transform: Activation | None = None
     scale_input: bool = False
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ModelError(f"head.label_smoothing is {self.label_smoothing}: it is a share below 1; use 0 for none.")
 
     def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
         """The vocabulary matrix, which a tied head shares with the embeddings, and the dense layer before it."""
@@ -75,12 +82,14 @@ class LanguageHead(Head):
         bias: bool = False,
         transform: nn.Module | None = None,
         scale: float = 1.0,
+        smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.weight = weight_VD
         self.bias = nn.Parameter(torch.empty(weight_VD.shape[0])) if bias else None
         self.transform = transform
         self.scale = scale
+        self.smoothing = smoothing
         self.soft_cap = soft_cap
         self.z_loss = z_loss
 
@@ -109,6 +118,7 @@ class LanguageHead(Head):
                 bias_V=self.bias,
                 soft_cap=self.soft_cap,
                 z_loss=self.z_loss,
+                smoothing=self.smoothing,
             )
         logits_BTV = nn.functional.linear(x_BTD, self.weight, self.bias)
         if self.soft_cap is not None:

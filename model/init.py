@@ -51,10 +51,11 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a module declares about one of its own parameters: its role and how it is drawn."""
+    """What a module declares about one of its own parameters: its role, how it is drawn, and how many times as wide."""
 
     role: Role
     draw: Draw
+    gain: float = 1.0
 
 
 def declare(**by_local_name: Parameter) -> Mapping[str, Parameter]:
@@ -114,14 +115,21 @@ def no_weight_decay(model: nn.Module) -> set[str]:
 
 
 def initial_value(
-    *, name: str, shape: torch.Size | tuple[int, ...], draw: Draw, config: InitConfig, n_layers: int, seed: int
+    *,
+    name: str,
+    shape: torch.Size | tuple[int, ...],
+    draw: Draw,
+    config: InitConfig,
+    n_layers: int,
+    seed: int,
+    gain: float = 1.0,
 ) -> torch.Tensor:
     """The fp32 CPU starting value of one parameter: a pure function of its arguments."""
     if draw == "ones":
         return torch.ones(shape)
     if draw == "temperature":
         return torch.full(shape, 2.6592)
-    std = _std(shape=shape, draw=draw, config=config, n_layers=n_layers)
+    std = gain * _std(shape=shape, draw=draw, config=config, n_layers=n_layers)
     if std == 0.0:
         return torch.zeros(shape)
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -155,6 +163,12 @@ def initialize(model: nn.Module, *, config: InitConfig, n_layers: int, seed: int
         if not name.startswith(within):
             continue
         value = initial_value(
-            name=name, shape=parameter.shape, draw=declaration.draw, config=config, n_layers=n_layers, seed=seed
+            name=name,
+            shape=parameter.shape,
+            draw=declaration.draw,
+            config=config,
+            n_layers=n_layers,
+            seed=seed,
+            gain=declaration.gain,
         )
         parameter.copy_(value)

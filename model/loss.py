@@ -27,12 +27,16 @@ def chunked_cross_entropy(
     bias_V: torch.Tensor | None = None,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
+    smoothing: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """fp32 sums over the targets that are not -100: `loss_sum`, `target_count` and, if asked for, `z_loss_sum`.
 
     soft_cap: logits become cap * tanh(logits / cap). z_loss: weight of Σ logsumexp² (PaLM, Chowdhery et al. 2022).
-    The value of `loss_sum` is the plain Σ NLL, fit for reports; its gradient is that of Σ NLL + z_loss Σ logsumexp², so
-    that whoever minimises it minimises both. `z_loss_sum` is the weighted second term, for reports only.
+    smoothing: the share of every target that is spread over the whole vocabulary (Szegedy et al. 2016,
+    https://arxiv.org/abs/1512.00567).
+    The value of `loss_sum` is the plain Σ NLL, fit for reports; its gradient is that of Σ NLL + z_loss Σ logsumexp², of
+    the smoothed targets, so that whoever minimises it minimises both. `z_loss_sum` is the weighted second term, for
+    reports only.
     """
     device = x_ND.device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
@@ -45,6 +49,7 @@ def chunked_cross_entropy(
         valid_N,
         soft_cap,
         z_loss,
+        smoothing,
         torch.is_grad_enabled() and x_ND.requires_grad,
         torch.is_grad_enabled() and weight_VD.requires_grad,
         torch.is_grad_enabled() and bias_V is not None and bias_V.requires_grad,
@@ -85,7 +90,8 @@ def capped(logits_NV: torch.Tensor, soft_cap: float | None) -> torch.Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """(Σ NLL + z_loss Σ logsumexp², NLL per token, z_loss logsumexp² per token); only the first is differentiable."""
+    """(Σ NLL + z_loss Σ logsumexp², NLL per token, z_loss logsumexp² per token); only the first is differentiable, as if
+    its targets were smoothed."""
 
     @staticmethod
     def forward(
@@ -97,6 +103,7 @@ class _HeadLoss(torch.autograd.Function):
         valid_N: torch.Tensor,
         soft_cap: float | None,
         z_loss: float,
+        smoothing: float,
         wants_x: bool,
         wants_weight: bool,
         wants_bias: bool,
@@ -106,7 +113,8 @@ class _HeadLoss(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
         pieces = (tensor.split(chunk_tokens(weight_VD.shape[0])) for tensor in (x_ND, targets_N, valid_N))
         for chunk_ND, chunk_targets_N, chunk_valid_N in zip(*pieces, strict=True):
-            nll_N, z_N, grad_NV = _chunk_loss(linear(chunk_ND, weight_VD, bias_V), chunk_targets_N, soft_cap, z_loss)
+            logits_NV = linear(chunk_ND, weight_VD, bias_V)
+            nll_N, z_N, grad_NV = _chunk_loss(logits_NV, chunk_targets_N, soft_cap, z_loss, smoothing)
             nlls.append(nll_N * chunk_valid_N)
             zs.append(z_N * chunk_valid_N)
             # Ignored tokens are silenced on the narrow side of both products; grad_NV is the wide one.
@@ -133,13 +141,13 @@ class _HeadLoss(torch.autograd.Function):
             grad_weight_VD = (grad_weight_VD * scale).to(ctx.weight_dtype)
         if grad_bias_V is not None:
             grad_bias_V = (grad_bias_V * scale).to(ctx.weight_dtype)
-        return grad_x_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None, None, None
+        return grad_x_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None, None, None, None
 
 
 def _chunk_loss(
-    logits_NV: torch.Tensor, targets_N: torch.Tensor, soft_cap: float | None, z_loss: float
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, soft_cap: float | None, z_loss: float, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """fp32 NLL and z-loss of each token, and d(NLL + z-loss)/d logits in the logits' precision."""
+    """fp32 NLL and z-loss of each token, and d(smoothed NLL + z-loss)/d logits in the logits' precision."""
     capped_NV = capped(logits_NV, soft_cap)
     target_N1 = targets_N[:, None]
     grad_NV = capped_NV.softmax(-1)
@@ -148,7 +156,9 @@ def _chunk_loss(
     nll_N1 = lse_N1 - capped_NV.gather(1, target_N1)
     if z_loss:
         grad_NV *= 1 + 2 * z_loss * lse_N1
-    grad_NV.scatter_add_(1, target_N1, torch.full_like(nll_N1, -1.0))
+    grad_NV.scatter_add_(1, target_N1, torch.full_like(nll_N1, smoothing - 1.0))
+    if smoothing:
+        grad_NV -= smoothing / grad_NV.shape[-1]
     if soft_cap is not None:
         grad_NV *= 1 - (capped_NV / soft_cap).square()
     return nll_N1[:, 0], z_loss * lse_N1[:, 0].square(), grad_NV.to(logits_NV.dtype)

@@ -281,7 +281,7 @@ def alibi_slopes(heads: int) -> list[float]:
 class RelativeBias(Declared):
     """A table of [buckets, H]: what is added to a head's scores, by how far away the key is."""
 
-    declared = declare(weight=Parameter("embedding", "embedding"))
+    declared = declare(weight=Parameter("embedding", "zeros"))
 
     def __init__(self, config: RelativePositionConfig, heads: int, *, causal: bool) -> None:
         super().__init__()

@@ -162,9 +162,7 @@ def _joined(parts: list[torch.Tensor], weight: Weight, config: ModelConfig) -> t
     return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
-def _parted(
-    stored: torch.Tensor, shapes: list[torch.Size], weight: Weight, config: ModelConfig
-) -> list[torch.Tensor]:
+def _parted(stored: torch.Tensor, shapes: list[torch.Size], weight: Weight, config: ModelConfig) -> list[torch.Tensor]:
     """Ours of theirs, the inverse of `_joined`."""
     if len(shapes) == 1:
         return [stored]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from model.errors import ModelError
-from model.init import Linear
+from model.init import Linear, Parameter, declare
 from model.joined import Joins
 from model.kernels.attention import AttentionKernel
 from model.mixers.base import Mixer, MixerInput, MixerState
@@ -156,6 +156,9 @@ class Attention(Mixer, Joins):
         self.window = config.window
         self.kernel = kernel
         self.q = Linear(d_model, self.heads * self.head_dim, bias=config.qkv_bias)
+        if not config.scaled:  # then the queries start as small as scaling would make them
+            weight = Parameter("matrix", "weight", gain=self.head_dim**-0.5)
+            self.q.declared = {**self.q.declared, **declare(weight=weight)}
         self.k = Linear(d_memory, self.kv_heads * self.head_dim, bias=config.biased_keys)
         self.v = Linear(d_memory, self.kv_heads * self.head_dim, bias=config.qkv_bias)
         self.out = Linear(self.heads * self.head_dim, d_model, bias=config.out_bias, residual=True)

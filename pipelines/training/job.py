@@ -2,7 +2,7 @@
 
 {"train": {…}, "out_dir": "…", "shards": {"corpus": "…"}, "order": {…}, "mixture": {…},
  "model": {…} | null, "init": "folder of weights" | null, "lora": {…} | null,
- "digests": {"shards": "…", "tokenizer": "…"}, "run_id": "…", "label": "pretrain"}
+ "objective": {"kind": …} | null, "digests": {"shards": "…", "tokenizer": "…"}, "run_id": "…", "label": "pretrain"}
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 
+from data.denoising import AnyObjective, MaskedToken, ObjectiveSettings
 from data.loader import Loader, order_over
 from data.mixture import MixtureSettings
+from data.objectives import NextToken
 from data.order import OrderSettings
 from data.shard_set import ShardSet
 from model.architectures import Transformer
 from model.build import build_model
 from model.config import ModelConfig
-from model.costs import FLOP_FORMULA, activation_bytes, train_flops_per_token
+from model.costs import FLOP_FORMULA, activation_bytes, forward_flops, train_flops_per_token
 from model.interop import load_pretrained, save_adapter, save_pretrained
 from model.peft import LoraConfig, attach_lora, merged
 from pipelines.engine.typed import from_plain, to_plain
@@ -47,6 +49,7 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
     )
     seq_len = next(iter(shard_sets.values())).seq_len
     model = _starting_model(job, settings)
+    objective = _objective(job, model.config)
 
     def loader_factory(plan: BatchPlan, rank: int) -> Loader:
         return Loader(
@@ -56,6 +59,7 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
             micro_batch_rows=plan.micro_batch_rows,
             rank=rank,
             world_size=plan.world_size,
+            objective=objective,
         )
 
     lora = from_plain(LoraConfig, job["lora"], "lora") if job.get("lora") else None
@@ -73,6 +77,7 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
         "model": _digest(to_plain(model.config)),
         "settings": _digest(to_plain(settings.identity())),
         **({"lora": _digest(job["lora"])} if lora is not None else {}),
+        **({"objective": _digest(to_plain(objective))} if job.get("objective") else {}),
     }
     label = job.get("label") or "train"
     run = Run(
@@ -84,7 +89,7 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
         label=label,
         # Frozen weights have no gradient of their own, which is a third of the work.
         flops_per_token=(1 if lora is None else 2 / 3)
-        * train_flops_per_token(model.config, seq_len, _mean_piece_tokens(shard_sets)),
+        * _flops_per_token(model.config, objective, seq_len, _mean_piece_tokens(shard_sets)),
         flop_formula=FLOP_FORMULA + ("" if lora is None else "; of that 2/3, as only adapters are trained"),
         largest_rows=_largest_rows(model.config, settings, seq_len),
         config={name: job[name] for name in ("train", "model", "order", "mixture", "digests") if name in job},
@@ -102,6 +107,31 @@ def _starting_model(job: Mapping[str, Any], settings: TrainSettings) -> Transfor
     if not job.get("model"):
         raise TrainingError("A training run needs `model`, a configuration, or `init`, a folder of weights; set one.")
     return build_model(from_plain(ModelConfig, job["model"], "model"), seed=settings.seed)
+
+
+def _objective(job: Mapping[str, Any], config: ModelConfig) -> AnyObjective:
+    """What the rows ask, if it suits the model: an encoder is not asked for the next token, which it sees."""
+    asked = {"objective": job["objective"]} if job.get("objective") else {}
+    objective = from_plain(ObjectiveSettings, asked, "job").objective
+    suits = {"next_token": "a causal model", "masked_token": "an encoder (model.causal=false)"}
+    is_one = (
+        "an encoder-decoder" if config.encoder is not None else suits["next_token" if config.causal else "masked_token"]
+    )
+    needs = suits.get(objective.kind, "an encoder-decoder")
+    if needs != is_one:
+        raise TrainingError(
+            f"objective.kind={objective.kind} trains {needs}, and this model is {is_one}: choose another objective or "
+            "another model."
+        )
+    return objective
+
+
+def _flops_per_token(config: ModelConfig, objective: AnyObjective, seq_len: int, mean_piece_tokens: float) -> float:
+    """Forward and backward FLOPs for each token of a row, which a denoising objective shares out over both stacks."""
+    if isinstance(objective, NextToken | MaskedToken):
+        return train_flops_per_token(config, seq_len, mean_piece_tokens)
+    encoder_len, decoder_len = objective.widths(seq_len)
+    return 3 * forward_flops(config, rows=1, seq_len=decoder_len, encoder_len=encoder_len) / seq_len
 
 
 def _finished(state: dict[str, torch.Tensor], config: ModelConfig, settings: TrainSettings) -> dict[str, torch.Tensor]:

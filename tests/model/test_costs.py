@@ -71,6 +71,8 @@ def test_attended_pairs_are_those_of_the_mask(length: int, documents: int) -> No
     for window in range(1, tokens + 2):
         counted = int(dense(Mask(window=window), tokens, tokens, cpu).sum())
         assert attended_pairs(tokens, None, window) == pytest.approx(counted)
+        both_ways = int(dense(Mask(causal=False, window=window), tokens, tokens, cpu).sum())
+        assert attended_pairs(tokens, None, window, causal=False) == pytest.approx(both_ways)
     assert attended_pairs(tokens, length) == int(dense(Mask(documents_BT=numbers), tokens, tokens, cpu).sum())
 
 

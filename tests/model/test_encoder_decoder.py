@@ -1,17 +1,25 @@
 """Encoders see both ways, decoders see their encoder, padding and packing change nothing, decoding equals forward."""
 
+import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.build import build_model
-from model.config import ModelConfig, ModelError
+from model.classifiers import ClassifierHeadConfig, SpanHeadConfig, TokenClassifierHeadConfig
+from model.config import HeadConfig, ModelConfig, ModelError
 from model.costs import forward_flops, kv_cache_bytes, parameter_counts
-from model.heads import NoHeadConfig
+from model.frontends import TokenFrontendConfig
+from model.generate import Sampling, generate
+from model.heads import LanguageHeadConfig, NoHeadConfig
 from model.init import parameter_roles
+from model.position import RelativePositionConfig
+from pipelines.engine.typed import from_plain
 from tests.model.configurations import BERT, GPT2, LLAMA, VASWANI, WIDER_ENCODER
 
 SEQ2SEQ = pytest.mark.parametrize("config", [VASWANI, WIDER_ENCODER], ids=["vaswani", "wider_encoder"])
@@ -100,6 +108,28 @@ def test_costs_of_a_decoder_with_an_encoder_are_those_counted(config: ModelConfi
     assert sum(tensor.nbytes for tensor in held) == expected
 
 
+HEADS = (
+    BERT.head,
+    NoHeadConfig(),
+    ClassifierHeadConfig(classes=3),
+    ClassifierHeadConfig(classes=3, hidden=None),
+    TokenClassifierHeadConfig(classes=5),
+    SpanHeadConfig(),
+)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.kind)
+def test_costs_of_every_head_are_those_counted(head: HeadConfig) -> None:
+    config = replace(BERT, head=head, position=RelativePositionConfig())
+    model = build_model(config, kernel="dense")
+    assert parameter_counts(config).total == sum(parameter.numel() for parameter in model.parameters())
+    with FlopCounterMode(display=False) as counted:
+        model(tokens_of(2, 7))
+    assert counted.get_total_flops() == forward_flops(config, rows=2, seq_len=7, masked=False)
+    halves = forward_flops(config, rows=2, seq_len=8, mean_document_tokens=4)
+    assert forward_flops(config, rows=2, seq_len=8) - halves == 2 * 2 * 4 * 32 * (64 - 32)  # rows, layers, 4 D, pairs
+
+
 @SEQ2SEQ
 def test_a_decoder_with_an_encoder_learns_to_copy_and_starts_the_same_everywhere(config: ModelConfig) -> None:
     model, again = build_model(config, seed=3), build_model(config, seed=3, dtype=torch.bfloat16)
@@ -121,6 +151,10 @@ def test_a_decoder_with_an_encoder_learns_to_copy_and_starts_the_same_everywhere
     ("make", "said"),
     [
         (lambda: replace(GPT2, encoder=LLAMA), "head.kind=language"),
+        (lambda: ClassifierHeadConfig(classes=0), "head.classes is 0"),
+        (lambda: LanguageHeadConfig(label_smoothing=1.0), "label_smoothing is 1.0"),
+        (lambda: TokenFrontendConfig(token_types=-1), "token_types is -1"),
+        (lambda: RelativePositionConfig(buckets=6), "buckets=6"),
         (lambda: replace(VASWANI, causal=False), "causal is false with an encoder"),
         (lambda: replace(VASWANI, layout="parallel"), "layout is parallel"),
         (lambda: replace(VASWANI, d_model=64), "d_model 32 and vocab_size None"),
@@ -134,6 +168,42 @@ def test_a_decoder_with_an_encoder_learns_to_copy_and_starts_the_same_everywhere
 def test_what_cannot_be_is_refused(make: Any, said: str) -> None:
     with pytest.raises(ModelError, match=said):
         make()
+
+
+def small(values: dict[str, Any]) -> dict[str, Any]:
+    """A preset at a size that trains in a second."""
+    mixer = {**values["mixer"], "n_heads": 4, "head_dim": None}
+    sizes = {"d_model": 32, "n_layers": 2, "max_seq_len": 32, "mixer": mixer, "ffn": {**values["ffn"], "d_ff": 64}}
+    return {**values, **sizes, **({"encoder": small(values["encoder"])} if "encoder" in values else {})}
+
+
+PRESETS = ("transformer-base", "bert-base", "roberta-base", "distilbert", "t5-small", "t5-v1.1-small", "bart-base")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_made_small_builds_trains_and_predicts(preset: str) -> None:
+    values = yaml.safe_load((Path(__file__).parents[2] / "conf" / "model" / f"{preset}.yaml").read_text())
+    config = from_plain(ModelConfig, {**small(values), "vocab_size": 50}, "model")
+    model = build_model(config)
+    row = tokens_of(8, 12)
+    if config.encoder is None:  # every third token is hidden, and to be found again
+        hidden = torch.zeros(12, dtype=torch.bool).index_fill(0, torch.arange(0, 12, 3), True)
+        batch = {"tokens_BT": row.masked_fill(hidden, 0), "targets_BT": row.masked_fill(~hidden, -100)}
+    else:
+        batch = {"tokens_BT": row[:, :-1], "targets_BT": row[:, 1:], "encoder_tokens_BT": row}
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        sums = model(**batch)
+        losses.append(float(sums["loss_sum"].detach() / sums["target_count"]))
+        (sums["loss_sum"] / sums["target_count"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[0] < 1.3 * math.log(50) + 1
+    assert losses[-1] < losses[0] - 1
+    if config.encoder is not None:
+        texts = generate(model, [[0]], Sampling(max_new_tokens=5, temperature=0), sources=[row[0].tolist()])
+        assert len(texts[0]) == 5
 
 
 def test_a_model_without_a_head_gives_its_features() -> None:

@@ -31,12 +31,15 @@ def plain(
     soft_cap: float | None,
     z_loss: float,
     bias: torch.Tensor | None = None,
+    smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(Σ NLL, Σ weighted squared logsumexp) as textbooks write them."""
     logits = x @ weight.T if bias is None else x @ weight.T + bias
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
-    nll = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    nll = torch.nn.functional.cross_entropy(
+        logits, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
+    )
     return nll, z_loss * logits.logsumexp(-1)[targets != IGNORED].square().sum()
 
 
@@ -46,11 +49,12 @@ def plain(
     vocab_size=st.integers(2, 50),
     soft_cap=st.sampled_from([None, 3.0]),
     z_loss=st.sampled_from([0.0, 1e-2]),
+    smoothing=st.sampled_from([0.0, 0.1]),
     ignored=st.floats(0, 1),
     seed=st.integers(0, 100),
 )
 def test_value_and_gradients_are_those_of_the_plain_loss(
-    tokens: int, vocab_size: int, soft_cap: float | None, z_loss: float, ignored: float, seed: int
+    tokens: int, vocab_size: int, soft_cap: float | None, z_loss: float, smoothing: float, ignored: float, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, 12, generator=generator, requires_grad=True)
@@ -59,9 +63,12 @@ def test_value_and_gradients_are_those_of_the_plain_loss(
     targets[torch.rand(tokens, generator=generator) < ignored] = IGNORED
     bias = torch.randn(vocab_size, generator=generator, requires_grad=True)
     nll, z = plain(x, weight, targets, soft_cap, z_loss, bias)
-    expected = torch.autograd.grad(3 * (nll + z), (x, weight, bias))
+    smoothed, _ = plain(x, weight, targets, soft_cap, z_loss, bias, smoothing)
+    expected = torch.autograd.grad(3 * (smoothed + z), (x, weight, bias))
     with small_chunks():
-        sums = chunked_cross_entropy(x, weight, targets, bias_V=bias, soft_cap=soft_cap, z_loss=z_loss)
+        sums = chunked_cross_entropy(
+            x, weight, targets, bias_V=bias, soft_cap=soft_cap, z_loss=z_loss, smoothing=smoothing
+        )
     found = torch.autograd.grad(3 * sums["loss_sum"], (x, weight, bias))
     # Each of `tokens` terms is rounded a few times at 2^-24 of its size, which 12 products of normals keep below 50.
     bound = 50 * tokens * 2**-23

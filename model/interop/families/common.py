@@ -5,7 +5,6 @@ from typing import Any
 
 from model.errors import ModelError
 from model.frontends import TokenFrontendConfig
-from model.heads import LanguageHeadConfig
 from model.interop.tables import Weight
 from model.position import LinearScaling, Llama3Scaling, PositionConfig, RopeConfig
 
@@ -16,7 +15,10 @@ DECODER = {
     "causal": True,
     "encoder": None,
     "frontend": TokenFrontendConfig(),
-    "head": LanguageHeadConfig(),
+    "head.kind": "language",
+    "head.bias": False,
+    "head.transform": None,
+    "head.scale_input": False,
     "mixer.scaled": True,
 }
 """What `fixed` says of a plain decoder over tokens."""

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from model.heads import LanguageHeadConfig
 from model.interop.families.common import ACTIVATION_NAMES, DECODER, OURS
 from model.interop.tables import Family, Setting, Weight
 from model.position import PositionConfig, RopeConfig
@@ -50,7 +49,7 @@ GPTJ = Family(
     ),
     fixed={
         **DECODER,
-        "head": LanguageHeadConfig(bias=True),
+        "head.bias": True,
         "layout": "parallel",
         "pattern": (),
         "norm.kind": "layer",
