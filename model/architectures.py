@@ -106,7 +106,11 @@ class Transformer(nn.Module):
         positions_BT = self._positions(tokens_BT, documents_BT, positions_BT, slots_BT)
         if documents_BT is None:
             documents_BT = self.frontend.documents(own)
-        x_BTD = self.frontend(positions_BT, **own)
+        if self.head.reads_codes:
+            x_BTD, codes = self.frontend(positions_BT, with_codes=True, **own)
+            targets |= codes
+        else:
+            x_BTD = self.frontend(positions_BT, **own)
         if positions_BT is None:
             positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
         mask = Mask(causal=self.config.causal, documents_BT=documents_BT if cache is None else None, prefix_B=prefix_B)
@@ -129,8 +133,7 @@ class Transformer(nn.Module):
             targets["other_ND"] = other["features"]
         elif tower_inputs:
             raise ModelError(f"{', '.join(tower_inputs)} was given, but the model has no tower: leave it out.")
-        if tokens_BT is not None and self.head.reads_tokens:
-            targets["tokens_BT"] = tokens_BT
+        targets |= {name: own[name] for name in self.head.reads & own.keys()}
         result: dict[str, torch.Tensor] = self.head(x_BTD, documents_BT, per_token, **targets)
         return result
 

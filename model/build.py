@@ -16,6 +16,7 @@ from model.classifiers import (
     TokenClassifierHeadConfig,
 )
 from model.config import LayerConfig, ModelConfig
+from model.errors import ModelError
 from model.ffn import build_ffn
 from model.frontends import Embedding, TokenFrontend
 from model.heads import Head, LanguageHead, LanguageHeadConfig, NoHead, Transform
@@ -26,6 +27,7 @@ from model.mixers.attention import CrossAttention
 from model.mixers.build import build_mixer
 from model.modalities.base import Frontend
 from model.modalities.ctc_head import CtcHead, CtcHeadConfig
+from model.modalities.distractor_head import DistractorHead, DistractorHeadConfig
 from model.modalities.embedding_head import EmbeddingHead, EmbeddingHeadConfig
 from model.modalities.mel import MelFrontend, MelFrontendConfig
 from model.modalities.patches import PatchFrontend, PatchFrontendConfig
@@ -130,6 +132,14 @@ def _head(config: ModelConfig, vocab_size: int) -> Head:
         return TokenClassifierHead(chosen, width, config.dropout)
     if isinstance(chosen, CtcHeadConfig):
         return CtcHead(chosen, vocab_size, width)
+    if isinstance(chosen, DistractorHeadConfig):
+        book = getattr(config.frontend, "codebook", None)
+        if book is None or book.width != chosen.codes:
+            raise ModelError(
+                f"head.codes is {chosen.codes} with frontend.codebook {book}: frames are told apart by entries of that "
+                "codebook, so set frontend.codebook with width equal to head.codes."
+            )
+        return DistractorHead(chosen, width)
     if isinstance(chosen, EmbeddingHeadConfig):
         return EmbeddingHead(chosen, width)
     return SpanHead(width) if isinstance(chosen, SpanHeadConfig) else NoHead()

@@ -15,6 +15,7 @@ from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
 from model.mixers.build import MixerConfig
 from model.modalities.ctc_head import CtcHeadConfig
+from model.modalities.distractor_head import DistractorHeadConfig
 from model.modalities.embedding_head import EmbeddingHeadConfig
 from model.norm import NormConfig
 from model.position import AlibiConfig, PositionConfig, RelativePositionConfig, RopeConfig
@@ -28,6 +29,7 @@ HeadConfig = (
     | SpanHeadConfig
     | CtcHeadConfig
     | EmbeddingHeadConfig
+    | DistractorHeadConfig
     | NoHeadConfig
 )
 

@@ -25,6 +25,7 @@ AXES: dict[str, str] = {
     "I": "inputs of a linear map",
     "A": "planes of an image (its colours), bands of a spectrogram",
     "W": "samples of a waveform, frames of a spectrogram, or what convolutions make of them",
+    "O": "others that a frame is told from",
     "U": "labels of a transcript",
     "Y": "rows of pixels or patches",
     "X": "columns of pixels or patches",

@@ -49,7 +49,7 @@ class EmbeddingHead(Head):
     """x_BTD -> {"features": [B, width]}; beside another tower's, {"logits": [B, its rows]}."""
 
     takes = frozenset({"matches_B"})
-    reads_tokens = True
+    reads = frozenset({"tokens_BT"})
     declared = declare(log_scale=Parameter("norm", "temperature"))
 
     def __init__(self, config: EmbeddingHeadConfig, d_model: int) -> None:

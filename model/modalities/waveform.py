@@ -9,6 +9,7 @@ from torch import nn
 from model.errors import ModelError
 from model.init import Declared, Linear, Parameter, declare
 from model.modalities.base import Frontend
+from model.modalities.codebook import Codebook, CodebookConfig
 from model.norm import LayerNorm, NormConfig
 
 CONV_EPS = 1e-5
@@ -23,6 +24,7 @@ class WaveformFrontendConfig:
     bias: they have offsets. conv_norm: each channel normalised over time in the first (`group`), or each frame over its
         channels in all of them (`layer`). With `group` what stands in the padding of a row changes its other frames.
     positional_kernel, positional_groups: of the convolution whose output is added in place of positions.
+    codebook: what frames are to be recognised by, for head `distractors`; taken before masking.
     mask_token: a learned vector replaces masked frames. norm: the model's norm after positions are added.
     """
 
@@ -36,6 +38,7 @@ class WaveformFrontendConfig:
     positional_groups: int = 16
     mask_token: bool = True
     norm: bool = True
+    codebook: CodebookConfig | None = None
     uses_vocabulary: ClassVar[bool] = False
     tokens: ClassVar[None] = None
 
@@ -67,7 +70,8 @@ class WaveformFrontendConfig:
         projection = (self.channels[-1] + 1) * d_model
         positional = d_model * d_model // self.positional_groups * self.positional_kernel + d_model
         after = (norm.parameters(d_model) if self.norm else 0) + (d_model if self.mask_token else 0)
-        return taps + offsets + norms + projection + positional + after
+        book = 0 if self.codebook is None else self.codebook.parameters(self.channels[-1])
+        return taps + offsets + norms + projection + positional + after + book
 
     def flops(self, tokens: int, d_model: int) -> int:
         """Forward FLOPs for the fewest samples that make this many frames."""
@@ -75,7 +79,8 @@ class WaveformFrontendConfig:
         taps = [into * out * kernel for into, out, kernel in self._convolutions()]
         convolutions = sum(2 * count * length for count, length in zip(taps, lengths, strict=True))
         positional = 2 * d_model * d_model // self.positional_groups * self.positional_kernel * tokens
-        return convolutions + 2 * self.channels[-1] * d_model * tokens + positional
+        book = 0 if self.codebook is None else self.codebook.flops(tokens, self.channels[-1])
+        return convolutions + 2 * self.channels[-1] * d_model * tokens + positional + book
 
     def _convolutions(self) -> list[tuple[int, int, int]]:
         """(channels in, channels out, kernel) of each."""
@@ -161,6 +166,7 @@ class WaveformFrontend(Frontend):
         self.projection = Linear(config.channels[-1], d_model, bias=True)
         self.mask_token = nn.Parameter(torch.empty(d_model)) if config.mask_token else None
         self.positional = PositionalConvolution(d_model, config.positional_kernel, config.positional_groups)
+        self.codebook = None if config.codebook is None else Codebook(config.codebook, config.channels[-1])
         self.norm = norm
         self.dropout = nn.Dropout(dropout)
 
@@ -187,9 +193,11 @@ class WaveformFrontend(Frontend):
         samples_BW: torch.Tensor,
         sample_lengths_B: torch.Tensor | None = None,
         masked_BT: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        with_codes: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """samples_BW: floats, of mean 0 and variance 1. sample_lengths_B: int64, how many of each row are no padding.
-        masked_BT: bool, the frames whose vector is replaced by the mask token before positions are added."""
+        masked_BT: bool, the frames whose vector is replaced by the mask token before positions are added.
+        with_codes: return what the codebook makes too, {"codes_BTC", "unused"}; without a mask of all frames."""
         if samples_BW.shape[1] < self.config.lengths(1)[0]:
             raise ModelError(
                 f"samples_BW has rows of {samples_BW.shape[1]} samples: one frame takes {self.config.lengths(1)[0]}; "
@@ -198,7 +206,12 @@ class WaveformFrontend(Frontend):
         x_BCW = samples_BW.to(self.projection.weight.dtype)[:, None]
         for convolution in self.convolutions:
             x_BCW = convolution(x_BCW)
-        x_BTD = self.dropout(self.projection(self.feature_norm(x_BCW.transpose(1, 2))))
+        features_BTC = self.feature_norm(x_BCW.transpose(1, 2))
+        x_BTD = self.dropout(self.projection(features_BTC))
+        codes: dict[str, torch.Tensor] = {}
+        if with_codes and self.codebook is not None:
+            counted_BT = torch.ones_like(features_BTC[..., 0], dtype=torch.bool) if masked_BT is None else masked_BT
+            codes = dict(zip(("codes_BTC", "unused"), self.codebook(features_BTC, counted_BT), strict=True))
         if self.mask_token is not None:  # used where nothing is masked too: ZeRO-3 gathers it on all ranks or on none
             if masked_BT is None:
                 masked_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
@@ -212,4 +225,5 @@ class WaveformFrontend(Frontend):
         x_BTD = x_BTD + self.positional(x_BTD)
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
-        return self.dropout(x_BTD)
+        x_BTD = self.dropout(x_BTD)
+        return (x_BTD, codes) if with_codes else x_BTD

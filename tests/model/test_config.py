@@ -39,6 +39,7 @@ PUBLISHED = {
     "clip-base": (49408, 151_277_313),
     "vit-base": (None, 86_567_656),
     "whisper-small": (51865, 241_734_912 - 1500 * 768),  # less the encoder's table of sinusoids
+    "wav2vec2-base-pretraining": (None, 95_044_608 - 128),
     "wav2vec2-base": (32, 94_396_320 - 128),  # less the 128 lengths of the positional convolution's weight norm
     "mistral-7b": (32000, 7_241_732_096),
     "palm-8b": (256000, 8_632_012_800),

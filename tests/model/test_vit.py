@@ -62,7 +62,7 @@ def described(draw: st.DrawFn) -> transformers.ViTConfig:
         image_size=patch * draw(st.integers(1, 3)) + draw(st.integers(0, patch - 1)),
         patch_size=patch,
         num_channels=draw(st.integers(1, 3)),
-        num_labels=draw(st.integers(1, 7)),
+        num_labels=draw(st.integers(2, 7)),
         qkv_bias=draw(st.booleans()),
         layer_norm_eps=draw(st.sampled_from([1e-12, 1e-5])),
         hidden_act=draw(st.sampled_from(["gelu", "relu", "gelu_new"])),

@@ -9,12 +9,12 @@ from model.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from model.interop.families.seq2seq import BART, MARIAN
 from model.interop.families.t5 import T5_KIN
 from model.interop.families.vit import VIT, VIT_MODEL
-from model.interop.families.wav2vec2 import WAV2VEC2, WAV2VEC2_STABLE
+from model.interop.families.wav2vec2 import WAV2VEC2_KIN
 from model.interop.families.whisper import WHISPER
 
 FAMILIES = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPTJ, FALCON, FALCON_TWO_NORMS),
     *BERT_KIN,
     *(*T5_KIN, BART, MARIAN),
-    *(VIT, VIT_MODEL, WAV2VEC2, WAV2VEC2_STABLE, WHISPER, CLIP_LEGACY, CLIP),
+    *(VIT, VIT_MODEL, *WAV2VEC2_KIN, WHISPER, CLIP_LEGACY, CLIP),
 )

@@ -33,7 +33,6 @@ _WEIGHTS = (
             f"{_LAYER}.feed_forward.intermediate_dense": f"{OURS}.ffn.up",
             f"{_LAYER}.feed_forward.output_dense": f"{OURS}.ffn.down",
             f"{_LAYER}.final_layer_norm": f"{OURS}.ffn_norm",
-            "lm_head": "head",
         }
     ),
     *(
@@ -48,11 +47,21 @@ _WEIGHTS = (
     ),
 )
 
+_CTC = pairs({"lm_head": "head"})
+_BASE = pairs({"wav2vec2.encoder.layer_norm": "frontend.norm"})
+_STABLE = pairs({"wav2vec2.encoder.layer_norm": "stack.final_norm"})
+_CODEBOOK = (
+    Weight("quantizer.codevectors", ("frontend.codebook.weight",), lead=1),
+    *pairs(
+        {"quantizer.weight_proj": "frontend.codebook.scores", "project_hid": "head.frames", "project_q": "head.codes"}
+    ),
+)
+
 WAV2VEC2 = Family(
     model_type="wav2vec2",
     architecture="Wav2Vec2ForCTC",
     base_prefix="wav2vec2.",
-    weights=(*_WEIGHTS, *pairs({"wav2vec2.encoder.layer_norm": "frontend.norm"})),
+    weights=(*_WEIGHTS, *_CTC, *_BASE),
     weight_norms={"wav2vec2.encoder.pos_conv_embed.conv.weight": 2},
     settings=(
         Setting("vocab_size", ("vocab_size",), 32),
@@ -80,6 +89,7 @@ WAV2VEC2 = Family(
         "pattern": (),
         "frontend.kind": "waveform",
         "frontend.norm": True,
+        "frontend.codebook": None,
         "norm.kind": "layer",
         "norm.bias": True,
         "position.kind": "none",
@@ -117,8 +127,38 @@ WAV2VEC2 = Family(
 
 WAV2VEC2_STABLE = dataclasses.replace(
     WAV2VEC2,
-    weights=(*_WEIGHTS, *pairs({"wav2vec2.encoder.layer_norm": "stack.final_norm"})),
+    weights=(*_WEIGHTS, *_CTC, *_STABLE),
     fixed={**WAV2VEC2.fixed, "layout": "pre", "frontend.norm": False},
     constants={**WAV2VEC2.constants, "do_stable_layer_norm": True},
 )
 """Large models: norms before each branch."""
+
+WAV2VEC2_PRETRAINING = dataclasses.replace(
+    WAV2VEC2,
+    architecture="Wav2Vec2ForPreTraining",
+    weights=(*_WEIGHTS, *_CODEBOOK, *_BASE),
+    settings=(
+        *(setting for setting in WAV2VEC2.settings if setting.theirs not in ("vocab_size", "pad_token_id")),
+        Setting("num_codevector_groups", ("frontend.codebook.groups",), 2),
+        Setting("num_codevectors_per_group", ("frontend.codebook.entries",), 320),
+        Setting("codevector_dim", ("frontend.codebook.width", "head.codes"), 256),
+        Setting("proj_codevector_dim", ("head.width",), 256),
+        Setting("contrastive_logits_temperature", ("head.temperature",), 0.1),
+        Setting("diversity_loss_weight", ("head.diversity",), 0.1),
+    ),
+    fixed={
+        **{path: value for path, value in WAV2VEC2.fixed.items() if path != "frontend.codebook"},
+        "head.kind": "distractors",
+    },
+    constants={**WAV2VEC2.constants, "architectures": ["Wav2Vec2ForPreTraining"]},
+    only_written={**WAV2VEC2.only_written, "feat_quantizer_dropout": 0.0},
+)
+
+WAV2VEC2_PRETRAINING_STABLE = dataclasses.replace(
+    WAV2VEC2_PRETRAINING,
+    weights=(*_WEIGHTS, *_CODEBOOK, *_STABLE),
+    fixed={**WAV2VEC2_PRETRAINING.fixed, "layout": "pre", "frontend.norm": False},
+    constants={**WAV2VEC2_PRETRAINING.constants, "do_stable_layer_norm": True},
+)
+
+WAV2VEC2_KIN = (WAV2VEC2, WAV2VEC2_STABLE, WAV2VEC2_PRETRAINING, WAV2VEC2_PRETRAINING_STABLE)
