@@ -84,10 +84,11 @@ class Transformer(nn.Module):
         prefix_B: int64, how many first tokens of each row see each other both ways (prefix-LM, Raffel et al. 2020).
         cache: tokens continue what it remembers, and are remembered. logits_for: every token, the last one, or the
         column given for each row (int64 [B]).
-        inputs: further ones by name: of the frontend (token_types_BT; floats in place of tokens: pixels_BAYX, mels_BAW,
-        or samples_BW with sample_lengths_B), of the head (its other targets, such as classes_B or labels_BU), and
-        `encoder_NAME` for the encoder's NAME (encoder_tokens_BT, encoder_documents_BT), which a cache makes needless
-        after the first pass; `tower_NAME` for the other tower's.
+        inputs: further ones by name, told where they are taken: of the frontend token_types_BT (int64), or in place of
+        tokens pixels_BAYX, mels_BAW or samples_BW (floats; with the latter sample_lengths_B, int64, and masked_BT, bool);
+        of the head its other targets (int64: classes_B, labels_BU, matches_B, negatives_BTO …); and `encoder_NAME` for
+        the encoder's NAME (encoder_tokens_BT, encoder_documents_BT), which a cache makes needless after the first pass;
+        `tower_NAME` for the other tower's.
 
         Without targets {"logits": [B, T or 1, V]} or what else the head gives; with targets {"loss_sum": fp32 Σ NLL,
         "target_count": int64} and "z_loss_sum" where the configuration weighs it; with `per_token` instead, and without

@@ -122,8 +122,9 @@ def activation_bytes(
     """Bytes that one micro-batch holds at the end of its forward pass, when most is held.
 
     What each block keeps for its backward pass (with `recompute` its input, and one block's at a time), the loss's
-    gradients, which the forward pass already makes, and one chunk of logits. Norms are taken as fused; the composite
-    RMSNorm that PyTorch runs on CPUs keeps 4 bytes more for each of its elements, and 4 again in bf16.
+    gradients, which the forward pass already makes, and one chunk of logits. What a frontend keeps is left out: little
+    for tokens and patches, but the convolutions over a waveform keep more than a block does. Norms are taken as fused;
+    the composite RMSNorm that PyTorch runs on CPUs keeps 4 bytes more for each of its elements, and 4 again in bf16.
     """
     tokens = micro_batch_rows * seq_len
     blocks = [_block_activations(config, layer, dtype_bytes) for layer in config.layers]
