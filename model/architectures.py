@@ -15,6 +15,7 @@ from model.loss import IGNORED
 from model.masks import Mask
 from model.mixers.attention import KeyValueState
 from model.mixers.base import MixerInput
+from model.modalities.base import Frontend
 from model.moe.config import MoeConfig
 from model.moe.noise import row_keys
 from model.moe.receipts import routing_counts
@@ -35,6 +36,10 @@ ENCODER = "encoder_"
 """What the names of an encoder's inputs begin with: `encoder_tokens_BT` is its `tokens_BT`."""
 
 
+TOWER = "tower_"
+"""The same of a second tower's inputs: `tower_pixels_BAYX`."""
+
+
 class Prefixes(Protocol):
     """Learned keys and values before those of every layer (`model.peft.prefix`)."""
 
@@ -51,11 +56,12 @@ class Transformer(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        frontend: nn.Module,
+        frontend: Frontend,
         stack: Stack,
         head: Head,
         encoder: "Transformer | None" = None,
         distances: RelativeBias | None = None,
+        tower: "Transformer | None" = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -63,6 +69,7 @@ class Transformer(nn.Module):
         self.stack = stack
         self.head = head
         self.encoder = encoder
+        self.tower = tower
         self.distances = distances
         self._is_random = any(
             isinstance(layer.ffn, MoeConfig) and layer.ffn.router.is_random for layer in config.layers
@@ -101,9 +108,11 @@ class Transformer(nn.Module):
         cache: tokens continue what it remembers, and are remembered; of row i with `lengths` only the first
         `lengths[i]`, behind which padding stands. logits_for: every token, the last one, or the column given for each
         row (int64 [B]).
-        inputs: further ones by name: of the frontend (token_types_BT), of the head (its other targets), and
-        `encoder_NAME` for the encoder's NAME (encoder_tokens_BT, encoder_documents_BT), which a cache makes needless
-        after the first pass.
+        inputs: further ones by name, told where they are taken: of the frontend token_types_BT (int64), or in place of
+        tokens pixels_BAYX, mels_BAW or samples_BW (floats; with the latter sample_lengths_B, int64, and masked_BT, bool);
+        of the head its other targets (int64: classes_B, labels_BU, matches_B, negatives_BTO …); and `encoder_NAME` for
+        the encoder's NAME (encoder_tokens_BT, encoder_documents_BT), which a cache makes needless after the first pass;
+        `tower_NAME` for the other tower's.
 
         Without targets {"logits": [B, T or 1, V]} or what else the head gives; with targets {"loss_sum": fp32 Σ NLL,
         "target_count": int64}, "z_loss_sum" where the configuration weighs it, "aux_loss_sum" and counts of routing
@@ -116,14 +125,24 @@ class Transformer(nn.Module):
             )
         targets = {name: tensor for name, tensor in inputs.items() if name in self.head.takes}
         encoder_inputs = {name: tensor for name, tensor in inputs.items() if name.startswith(ENCODER)}
-        own = {name: x for name, x in inputs.items() if name not in targets and name not in encoder_inputs}
+        tower_inputs = {name: tensor for name, tensor in inputs.items() if name.startswith(TOWER)}
+        elsewhere = targets.keys() | encoder_inputs.keys() | tower_inputs.keys()
+        own = {name: tensor for name, tensor in inputs.items() if name not in elsewhere}
         if targets_BT is not None:
             targets["targets_BT"] = targets_BT
         if tokens_BT is not None:
             own["tokens_BT"] = tokens_BT
         slots_BT = None if cache is None or tokens_BT is None else cache.claim(tokens_BT.shape[1])
         positions_BT = self._positions(tokens_BT, documents_BT, positions_BT, slots_BT)
-        x_BTD = self.frontend(positions_BT, **own)
+        if documents_BT is None:
+            documents_BT = self.frontend.documents(own)
+        if self.head.reads_codes:
+            x_BTD, codes = self.frontend(positions_BT, with_codes=True, **own)
+            targets |= codes
+        else:
+            x_BTD = self.frontend(positions_BT, **own)
+        if positions_BT is None:
+            positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
         mask = Mask(
             causal=self.config.causal,
             documents_BT=documents_BT if cache is None else None,
@@ -148,6 +167,12 @@ class Transformer(nn.Module):
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_for][:, None]
         elif logits_for == "last":
             x_BTD = x_BTD[:, -1:]
+        if self.tower is not None and tower_inputs:
+            other = self.tower(**{name.removeprefix(TOWER): tensor for name, tensor in tower_inputs.items()})
+            targets["other_ND"] = other["features"]
+        elif tower_inputs:
+            raise ModelError(f"{', '.join(tower_inputs)} was given, but the model has no tower: leave it out.")
+        targets |= {name: own[name] for name in self.head.reads & own.keys()}
         result: dict[str, torch.Tensor] = self.head(x_BTD, documents_BT, per_token, **targets)
         if targets_BT is not None and not per_token:
             tokens = torch.full((), targets_BT.numel(), device=x_BTD.device)
@@ -244,6 +269,8 @@ class Transformer(nn.Module):
         own = {name.removeprefix(ENCODER): tensor for name, tensor in encoder_inputs.items()}
         memory_BSD = self.encoder(**own)["features"]
         memory_documents_BS = own.get("documents_BT")
+        if memory_documents_BS is None:
+            memory_documents_BS = self.encoder.frontend.documents(own)
         if cache is not None:
             cache.memory_documents_BS = memory_documents_BS
         queries_BT = None if cache is not None or memory_documents_BS is None else documents_BT

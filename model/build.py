@@ -16,6 +16,7 @@ from model.classifiers import (
     TokenClassifierHeadConfig,
 )
 from model.config import LayerConfig, ModelConfig
+from model.errors import ModelError
 from model.ffns import build_ffn
 from model.frontends import Embedding, TokenFrontend
 from model.heads import Head, LanguageHead, LanguageHeadConfig, NoHead, Transform
@@ -27,6 +28,13 @@ from model.mixers.attention import CrossAttention
 from model.mixers.bigbird import BigBirdAttention
 from model.mixers.build import build_mixer
 from model.mixers.mamba import MambaConfig
+from model.modalities.base import Frontend
+from model.modalities.ctc_head import CtcHead, CtcHeadConfig
+from model.modalities.distractor_head import DistractorHead, DistractorHeadConfig
+from model.modalities.embedding_head import EmbeddingHead, EmbeddingHeadConfig
+from model.modalities.mel import MelFrontend, MelFrontendConfig
+from model.modalities.patches import PatchFrontend, PatchFrontendConfig
+from model.modalities.waveform import WaveformFrontend, WaveformFrontendConfig
 from model.norm import build_norm
 from model.position import AlibiConfig, RelativeBias, RelativePositionConfig, build_positions
 from model.stack import Stack
@@ -53,10 +61,9 @@ def build_model(
         model.to_empty(device=device)
         model.tie_weights()
         initialize(model, config=config.init, n_layers=config.n_layers, seed=seed)
-        if config.encoder is not None:
-            initialize(
-                model, config=config.encoder.init, n_layers=config.encoder.n_layers, seed=seed, within="encoder."
-            )
+        for name, inner in (("encoder.", config.encoder), ("tower.", config.tower)):
+            if inner is not None:
+                initialize(model, config=inner.init, n_layers=inner.n_layers, seed=seed, within=name)
     log.info("attention kernels on %s: %s", torch.device(device).type, attend.described(torch.device(device).type))
     if any(isinstance(layer.mixer, MambaConfig) for layer in config.layers):
         log.info("selective scan: %s", "mamba-ssm" if FUSED is not None else "chunked, mamba-ssm is not installed")
@@ -71,12 +78,15 @@ def _needs(config: ModelConfig) -> set[Kind]:
     if config.encoder is not None:
         needs |= _needs(config.encoder)
         needs.add("cross")
+    if config.tower is not None:
+        needs |= _needs(config.tower)
     return needs
 
 
 def _assemble(config: ModelConfig, vocab_size: int, attend: AttentionKernel) -> Transformer:
     """vocab_size: the decoder's, which an encoder without one of its own shares."""
     encoder = None if config.encoder is None else _assemble(config.encoder, vocab_size, attend)
+    tower = None if config.tower is None else _assemble(config.tower, config.tower.require_vocab_size(), attend)
     vocab_size = config.vocab_size or vocab_size
     frontend = _frontend(config, vocab_size)
     stack = Stack(
@@ -88,18 +98,26 @@ def _assemble(config: ModelConfig, vocab_size: int, attend: AttentionKernel) -> 
     distances: RelativeBias | None = None
     if isinstance(config.position, RelativePositionConfig):
         distances = RelativeBias(config.position, config.attention_heads, causal=config.causal)
-    return Transformer(config, frontend, stack, _head(config, vocab_size), encoder, distances)
+    return Transformer(config, frontend, stack, _head(config, vocab_size), encoder, distances, tower)
 
 
-def _frontend(config: ModelConfig, vocab_size: int) -> TokenFrontend:
+def _frontend(config: ModelConfig, vocab_size: int) -> Frontend:
     chosen, width = config.frontend, config.d_model
+    positions = build_positions(config.position, config.n_positions, width)
+    norm = build_norm(config.norm, width) if chosen.norm else None
+    if isinstance(chosen, PatchFrontendConfig):
+        return PatchFrontend(chosen, width, positions, norm, config.dropout)
+    if isinstance(chosen, MelFrontendConfig):
+        return MelFrontend(chosen, width, positions, norm, config.dropout)
+    if isinstance(chosen, WaveformFrontendConfig):
+        return WaveformFrontend(chosen, width, config.norm.eps, norm, config.dropout)
     return TokenFrontend(
         Embedding(vocab_size, width),
-        build_positions(config.position, config.max_seq_len, width),
+        positions,
         config.dropout,
         scale=width**0.5 if chosen.scale_by_sqrt_width else 1.0,
         types=Embedding(chosen.token_types, width) if chosen.token_types else None,
-        norm=build_norm(config.norm, width) if chosen.norm else None,
+        norm=norm,
     )
 
 
@@ -119,6 +137,18 @@ def _head(config: ModelConfig, vocab_size: int) -> Head:
         return ClassifierHead(chosen, width, config.dropout)
     if isinstance(chosen, TokenClassifierHeadConfig):
         return TokenClassifierHead(chosen, width, config.dropout)
+    if isinstance(chosen, CtcHeadConfig):
+        return CtcHead(chosen, vocab_size, width)
+    if isinstance(chosen, DistractorHeadConfig):
+        book = getattr(config.frontend, "codebook", None)
+        if book is None or book.width != chosen.codes:
+            raise ModelError(
+                f"head.codes is {chosen.codes} with frontend.codebook {book}: frames are told apart by entries of that "
+                "codebook, so set frontend.codebook with width equal to head.codes."
+            )
+        return DistractorHead(chosen, width)
+    if isinstance(chosen, EmbeddingHeadConfig):
+        return EmbeddingHead(chosen, width)
     return SpanHead(width) if isinstance(chosen, SpanHeadConfig) else NoHead()
 
 

@@ -17,12 +17,24 @@ from model.mixers.attention import AttentionConfig
 from model.mixers.bigbird import BigBirdConfig
 from model.mixers.build import MixerConfig
 from model.mixers.longformer import LongformerConfig
+from model.modalities.ctc_head import CtcHeadConfig
+from model.modalities.distractor_head import DistractorHeadConfig
+from model.modalities.embedding_head import EmbeddingHeadConfig
 from model.norm import NormConfig
 from model.position import AlibiConfig, PositionConfig, RelativePositionConfig, RopeConfig
 
 __all__ = ["LayerChange", "LayerConfig", "ModelConfig", "ModelError", "Role", "parameter_roles"]
 
-HeadConfig = LanguageHeadConfig | ClassifierHeadConfig | TokenClassifierHeadConfig | SpanHeadConfig | NoHeadConfig
+HeadConfig = (
+    LanguageHeadConfig
+    | ClassifierHeadConfig
+    | TokenClassifierHeadConfig
+    | SpanHeadConfig
+    | CtcHeadConfig
+    | EmbeddingHeadConfig
+    | DistractorHeadConfig
+    | NoHeadConfig
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +77,8 @@ class ModelConfig:
     causal: a token sees itself and what stands before it; false is an encoder, where all see all.
     encoder: what runs before this decoder and is looked at by its cross-attention, which has the mixer's shape. It has
         head `none`; its vocabulary is this one's where it is null.
+    tower: a second model beside this one, which reads something else; both have head `embedding`, and this one's rows
+        are compared with its (CLIP: text with images).
     max_seq_len: the longest row the model is meant for; learned positions end there.
     layout: where the norms stand in a block (see `Block`). dropout: on embeddings and on each branch of a block.
     mixer, ffn: what fills the slots of every layer; pattern: layers that have something else there, later ones win.
@@ -86,6 +100,7 @@ class ModelConfig:
     pattern: tuple[LayerChange, ...] = ()
     head: HeadConfig = field(default_factory=LanguageHeadConfig)
     encoder: ModelConfig | None = None
+    tower: ModelConfig | None = None
     init: InitConfig = field(default_factory=InitConfig)
     dropout: float = 0.0
     logit_soft_cap: float | None = None
@@ -108,6 +123,7 @@ class ModelConfig:
                 )
         if self.encoder is not None:
             self._check_encoder(self.encoder)
+        self._check_tower(self.tower)
         by_head = isinstance(self.position, AlibiConfig | RelativePositionConfig)
         if by_head and len({mixer.n_heads for mixer in self._attentions}) > 1:
             raise ModelError(
@@ -137,13 +153,29 @@ class ModelConfig:
             )
         if not all(isinstance(layer.mixer, AttentionConfig) for layer in self.layers):
             raise ModelError("model.encoder needs attention layers: cross-attention takes its shape from the mixer.")
-        if encoder.tie_embeddings and (
+        if (encoder.tie_embeddings and encoder.frontend.uses_vocabulary) and (
             encoder.d_model != self.d_model or encoder.vocab_size not in (None, self.vocab_size)
         ):
             raise ModelError(
                 f"model.encoder has tie_embeddings=true, d_model {encoder.d_model} and vocab_size {encoder.vocab_size}: "
                 f"its table is the decoder's, which has {self.d_model} and {self.vocab_size}; make them equal or set "
                 "encoder.tie_embeddings=false."
+            )
+
+    def _check_tower(self, tower: ModelConfig | None) -> None:
+        own = self.head if isinstance(self.head, EmbeddingHeadConfig) else None
+        if (tower is not None) != (own is not None and own.contrast):
+            raise ModelError(
+                f"model.tower is {'null' if tower is None else 'set'} with head {self.head}: a tower is there to be "
+                "compared with; give this model head.kind=embedding with contrast=true and a tower, or neither."
+            )
+        if tower is None or own is None:
+            return
+        other = tower.head if isinstance(tower.head, EmbeddingHeadConfig) else None
+        if other is None or other.contrast or other.width != own.width:
+            raise ModelError(
+                f"model.tower has head {tower.head}: its vectors are compared with this model's, so it needs "
+                f"head.kind=embedding, width={own.width} and contrast=false."
             )
 
     def _check_rotary(self) -> None:
@@ -186,9 +218,10 @@ class ModelConfig:
     @property
     def tied_weights(self) -> dict[str, str]:
         """Names of the parameters that are another one under a second name, each with that one's."""
-        table = "frontend.tokens.weight"
-        tied = {"head.weight": table} if self.tie_embeddings and isinstance(self.head, LanguageHeadConfig) else {}
-        if self.encoder is not None and self.encoder.tie_embeddings:
+        table, tied = "frontend.tokens.weight", {}
+        if self.tie_embeddings and self.frontend.uses_vocabulary and isinstance(self.head, LanguageHeadConfig):
+            tied["head.weight"] = table
+        if self.encoder is not None and self.encoder.tie_embeddings and self.encoder.frontend.uses_vocabulary:
             tied[f"encoder.{table}"] = table
         return tied
 
@@ -213,13 +246,20 @@ class ModelConfig:
         return self._attentions[0].channels(self.d_model) if self._attentions else None
 
     @property
+    def n_positions(self) -> int:
+        """How many positions a row can have: as many as the frontend makes, where it always makes the same."""
+        return self.frontend.tokens or self.max_seq_len
+
+    @property
     def rotated_channels(self) -> int | None:
         """Channels of a head that rotary positions rotate."""
         chosen = self.position.channels if isinstance(self.position, RopeConfig) else None
         return self.head_dim if chosen is None else chosen
 
     def require_vocab_size(self) -> int:
-        """The vocabulary size, or ModelError while no tokenizer has set it."""
+        """The vocabulary size, or ModelError while no tokenizer has set it; 0 for a model of images that needs none."""
+        if not self.frontend.uses_vocabulary and not isinstance(self.head, LanguageHeadConfig | CtcHeadConfig):
+            return 0
         if self.vocab_size is None:
             raise ModelError(
                 "model.vocab_size is null: a model needs its tokenizer's vocabulary size before it can be built or "

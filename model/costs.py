@@ -32,7 +32,7 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Closed-form counts, an encoder's included; ModelError while the vocabulary size is unknown."""
     vocab_size, width = config.require_vocab_size(), config.d_model
     embedding = config.frontend.parameters(vocab_size, width, config.norm)
-    embedding += position_parameters(config.position, config.max_seq_len, width, config.attention_heads)
+    embedding += position_parameters(config.position, config.n_positions, width, config.attention_heads)
     norm = config.norm.parameters(width)
     norms = (0 if config.layout == "post" else norm) + sum(_norms(config, layer) for layer in config.layers) * norm
     head = config.head.costs(vocab_size, width, config.norm).parameters
@@ -43,7 +43,11 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     if config.encoder is not None:
         encoder = parameter_counts(_encoder(config.encoder, vocab_size))
         total, active, embedding = total + encoder.total, active + encoder.active, embedding + encoder.embedding
-        embedding -= vocab_size * width if config.encoder.tie_embeddings else 0
+        shared = config.encoder.tie_embeddings and config.encoder.frontend.uses_vocabulary
+        embedding -= vocab_size * width if shared else 0
+    if config.tower is not None:
+        tower = parameter_counts(config.tower)
+        total, active, embedding = total + tower.total, active + tower.active, embedding + tower.embedding
     return ParameterCounts(total=total, active=active, embedding=embedding)
 
 
@@ -56,15 +60,15 @@ def forward_flops(
     masked: bool = True,
     encoder_len: int | None = None,
 ) -> int:
-    """FLOPs of one forward pass over `rows` rows, logits included, and its encoder's where it has one.
+    """FLOPs of one forward pass over `rows` rows, logits included, and its encoder's or other tower's where it has one.
 
-    encoder_len: tokens of a row that the encoder reads; null is as many as the decoder's.
+    encoder_len: tokens of a row that the encoder (or a tower whose rows differ) reads; null is as many as the decoder's.
     mean_document_tokens: packed rows of documents this long, which see less than a whole row. masked: count only the
     query-key pairs the mask lets through; false counts all of them, as PaLM's MFU and FlopCounterMode do.
     """
     vocab_size, memory_len = config.require_vocab_size(), seq_len if encoder_len is None else encoder_len
     head = config.head.costs(vocab_size, config.d_model, config.norm)
-    flops = 2.0 * head.matrices * seq_len + head.row_flops
+    flops = 2.0 * head.matrices * seq_len + head.row_flops + config.frontend.flops(seq_len, config.d_model)
     share = 1.0 if mean_document_tokens is None or not masked else min(1.0, mean_document_tokens / seq_len)
     for slot in _slots(config):
         pairs = float(seq_len * seq_len)
@@ -76,6 +80,9 @@ def forward_flops(
         encoder = _encoder(config.encoder, vocab_size)
         document = None if mean_document_tokens is None else mean_document_tokens * memory_len / seq_len
         flops += forward_flops(encoder, rows=1, seq_len=memory_len, mean_document_tokens=document, masked=masked)
+    if config.tower is not None:
+        tokens = config.tower.frontend.tokens or memory_len
+        flops += forward_flops(config.tower, rows=1, seq_len=tokens, masked=masked)
     return round(rows * flops)
 
 
@@ -117,8 +124,9 @@ def activation_bytes(
     """Bytes that one micro-batch holds at the end of its forward pass, when most is held.
 
     What each block keeps for its backward pass (with `recompute` its input, and one block's at a time), the loss's
-    gradients, which the forward pass already makes, and one chunk of logits. Norms are taken as fused; the composite
-    RMSNorm that PyTorch runs on CPUs keeps 4 bytes more for each of its elements, and 4 again in bf16.
+    gradients, which the forward pass already makes, and one chunk of logits. What a frontend keeps is left out: little
+    for tokens and patches, but the convolutions over a waveform keep more than a block does. Norms are taken as fused;
+    the composite RMSNorm that PyTorch runs on CPUs keeps 4 bytes more for each of its elements, and 4 again in bf16.
     """
     tokens = micro_batch_rows * seq_len
     blocks = [_block_activations(config, layer, dtype_bytes) for layer in config.layers]
@@ -129,6 +137,9 @@ def activation_bytes(
     if config.encoder is not None:
         encoder = _encoder(config.encoder, vocab_size)
         held += activation_bytes(encoder, micro_batch_rows, seq_len, dtype_bytes, recompute)
+    if config.tower is not None:
+        tokens = config.tower.frontend.tokens or seq_len
+        held += activation_bytes(config.tower, micro_batch_rows, tokens, dtype_bytes, recompute)
     if not isinstance(config.head, LanguageHeadConfig):
         return held
     logits = min(tokens, chunk_tokens(vocab_size)) * vocab_size * (8 + 2 * dtype_bytes)

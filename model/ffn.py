@@ -13,12 +13,13 @@ from model.joined import Joins
 from model.mixers.base import MixerInput
 from model.slots import Record, SlotCosts
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared", "quick_gelu"]
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda x_BTF: nn.functional.gelu(x_BTF, approximate="tanh"),
     "relu": nn.functional.relu,
+    "quick_gelu": lambda x_BTF: x_BTF * torch.sigmoid(1.702 * x_BTF),  # CLIP's approximation
     "relu_squared": lambda x_BTF: nn.functional.relu(x_BTF).square(),
 }
 

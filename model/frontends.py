@@ -1,13 +1,17 @@
 """What turns input into x_BTD, the sequence of vectors every stack works on."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
 from model.errors import ModelError
 from model.init import Declared, Parameter, declare
+from model.modalities.base import Frontend
+from model.modalities.mel import MelFrontendConfig
+from model.modalities.patches import PatchFrontendConfig
+from model.modalities.waveform import WaveformFrontendConfig
 from model.norm import NormConfig
 from model.position import Positions
 
@@ -25,6 +29,8 @@ class TokenFrontendConfig:
     scale_by_sqrt_width: bool = False
     token_types: int = 0
     norm: bool = False
+    uses_vocabulary: ClassVar[bool] = True
+    tokens: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.token_types < 0:
@@ -34,9 +40,14 @@ class TokenFrontendConfig:
         """How many parameters it has, those of positions aside."""
         return (vocab_size + self.token_types) * d_model + (norm.parameters(d_model) if self.norm else 0)
 
+    def flops(self, tokens: int, d_model: int) -> int:
+        """Forward FLOPs for one row: looking up multiplies nothing."""
+        return 0
 
-FrontendConfig = TokenFrontendConfig
-"""A union once there are more, told apart by `kind`; each arm has `parameters(vocab_size, d_model, norm)`."""
+
+FrontendConfig = TokenFrontendConfig | PatchFrontendConfig | WaveformFrontendConfig | MelFrontendConfig
+"""What a configuration chooses from, told apart by `kind`. Each arm has `parameters(vocab_size, d_model, norm)`,
+`flops(tokens, d_model)`, `uses_vocabulary`, and `tokens`: how many tokens every row has, null where rows differ."""
 
 
 class Embedding(Declared):
@@ -52,7 +63,7 @@ class Embedding(Declared):
         return nn.functional.embedding(tokens_BT, self.weight)
 
 
-class TokenFrontend(nn.Module):
+class TokenFrontend(Frontend):
     """Token embeddings, plus positions and token types where the family has them."""
 
     def __init__(

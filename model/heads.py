@@ -56,10 +56,13 @@ class Head(Declared):
     """forward(x_BTD, documents_BT, per_token, **targets) -> named tensors: outputs without targets, sums for a loss with
     them. Its configuration has a `kind` of its own and `costs(vocab_size, d_model, norm)`.
 
-    takes: the names of the targets, which `Transformer.forward` hands on.
+    takes: the names of the targets, which `Transformer.forward` hands on. reads: names of inputs that it
+    is given too. reads_codes: it is given the entries of the frontend's codebook too.
     """
 
     takes: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
+    reads_codes: ClassVar[bool] = False
 
 
 class LanguageHead(Head):

@@ -19,10 +19,24 @@ from model.errors import ModelError
 Role = Literal["matrix", "embedding", "head", "router", "expert", "norm", "bias", "adapter", "recurrence", "features"]
 """`recurrence`: rates and passages of a state space mixer. `features`: random ones, which are never trained."""
 
-Draw = Literal["weight", "residual", "embedding", "head", "zeros", "ones", "fan_in", "time_step", "decay", "orthogonal"]
+Draw = Literal[
+    "weight",
+    "residual",
+    "embedding",
+    "head",
+    "zeros",
+    "ones",
+    "fan_in",
+    "time_step",
+    "decay",
+    "orthogonal",
+    "conv",
+    "temperature",
+]
 """`InitConfig` decides about the first four. fan_in: uniform within ±1/sqrt(fan_in). time_step: the offset that makes
 softplus give steps between 0.001 and 0.1, evenly on a logarithmic scale. decay: ln(1), ln(2) … along the last axis.
-orthogonal: Gaussian rows, orthogonal among each block of as many as they have columns."""
+orthogonal: Gaussian rows, orthogonal among each block of as many as they have columns. conv: Gaussian of variance
+2 / fan_in (He et al. 2015). temperature: the logarithm of 1 / 0.07, rounded as CLIP's authors have it."""
 
 # Roles that are not pulled towards zero by weight decay: a scale of one, an offset or the logarithm of a rate is not a
 # weight to be kept small, and a rare token's embedding would shrink between its sightings.
@@ -137,6 +151,8 @@ def initial_value(
         return torch.ones(shape)
     if draw == "decay":
         return torch.arange(1.0, shape[-1] + 1).log().repeat(*shape[:-1], 1)
+    if draw == "temperature":
+        return torch.full(shape, 2.6592)
     std = gain * _std(shape=shape, draw=draw, config=config, n_layers=n_layers)
     if std == 0.0:
         return torch.zeros(shape)
@@ -168,6 +184,8 @@ def _orthogonal(shape: torch.Size | tuple[int, ...], generator: torch.Generator)
 def _std(*, shape: torch.Size | tuple[int, ...], draw: Draw, config: InitConfig, n_layers: int) -> float:
     if draw == "zeros":
         return 0.0
+    if draw == "conv":
+        return float((2 / math.prod(shape[1:])) ** 0.5)
     if draw == "embedding" or draw == "head":
         chosen = config.embedding_std if draw == "embedding" else config.head_std
         fallback = 0.02 if config.std is None else config.std

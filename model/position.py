@@ -83,9 +83,13 @@ class LearnedPositionConfig:
 @dataclass(frozen=True, kw_only=True)
 class SinusoidalPositionConfig:
     """Fixed sines and cosines added to the token embedding (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762,
-    section 3.5): the first half of the channels are all sines, the second all cosines, from 1 to 1/10000 radians."""
+    section 3.5): the first half of the channels are all sines, the second all cosines, from 1 to 1/10000 radians.
+
+    inclusive: the last channel of each half has 1/10000 radians itself, not the one that would follow (Whisper).
+    """
 
     kind: Literal["sinusoidal"] = "sinusoidal"
+    inclusive: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,12 +220,19 @@ class LearnedPositions(Declared):
 class SinusoidalPositions(nn.Module):
     """The sines and cosines of any position; nothing is tabulated, so no buffer can be cast to bf16."""
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, inclusive: bool = False) -> None:
         super().__init__()
         self.d_model = d_model
+        self.inclusive = inclusive
 
     def forward(self, positions_BT: torch.Tensor) -> torch.Tensor:
-        """fp32 [B or 1, T, D]; angles are taken in fp64, where a large position keeps its fraction of a turn."""
+        """fp32 [B or 1, T, D]; angles are taken in fp64, where a large position keeps its fraction of a turn, but in
+        fp32 where Whisper's weights were trained with those."""
+        if self.inclusive:
+            step = math.log(10000.0) / (self.d_model // 2 - 1)
+            inverse_C = torch.exp(-step * torch.arange(self.d_model // 2, device=positions_BT.device))
+            angles_BTC = positions_BT[..., None] * inverse_C
+            return torch.cat((angles_BTC.sin(), angles_BTC.cos()), dim=-1)
         exponent_C = torch.arange(0, self.d_model, 2, dtype=torch.float64, device=positions_BT.device) / self.d_model
         angles_BTC = positions_BT.double()[..., None] * 10000.0**-exponent_C
         x_BTD = torch.cat((angles_BTC.sin(), angles_BTC[..., : self.d_model // 2].cos()), dim=-1)
@@ -236,7 +247,13 @@ def build_positions(config: PositionConfig, max_seq_len: int, d_model: int) -> P
     """What `config` adds to the embeddings, if anything."""
     if isinstance(config, LearnedPositionConfig):
         return LearnedPositions(max_seq_len, d_model, config.offset)
-    return SinusoidalPositions(d_model) if isinstance(config, SinusoidalPositionConfig) else None
+    if not isinstance(config, SinusoidalPositionConfig):
+        return None
+    if config.inclusive and (d_model < 4 or d_model % 2):
+        raise ModelError(
+            f"model.d_model is {d_model} with position.inclusive: two equal halves need an even 4 or more."
+        )
+    return SinusoidalPositions(d_model, config.inclusive)
 
 
 def position_parameters(config: PositionConfig, max_seq_len: int, d_model: int, heads: int) -> int:

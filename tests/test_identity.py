@@ -95,7 +95,7 @@ KNOWN = {
 }
 """Other values of fields for which none can be guessed."""
 
-ONE_VALUE = {"corpus.kind", "finetune.data.kind", "model.norm.bias"}
+ONE_VALUE = {"corpus.kind", "model.tower", "finetune.data.kind", "model.norm.bias"}
 """Fields that cannot change alone: another kind needs other fields too. `…kind` of a union has one value for each class."""
 
 

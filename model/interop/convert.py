@@ -12,8 +12,10 @@ from model.build import build_model
 from model.config import LayerChange, ModelConfig
 from model.errors import ModelError
 from model.interop.families import FAMILIES
+from model.interop.families.common import GRANTED
 from model.interop.native import revived
 from model.interop.tables import Family, Weight, dotted
+from model.interop.weight_norm import folded, unfolded
 from model.moe.config import MoeConfig
 
 State = dict[str, torch.Tensor]
@@ -49,7 +51,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     if family.write_position is not None:
         theirs |= family.write_position(config.position)
     ids = {"bos_token_id": None, "eos_token_id": None, **family.token_ids}
-    return {**theirs, **family.constants, **family.only_written, **ids}
+    return _nested({**theirs, **family.constants, **family.only_written, **ids})
 
 
 def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
@@ -93,15 +95,24 @@ def to_hf(state: Mapping[str, torch.Tensor], config: ModelConfig, *, in_memory: 
 
     in_memory: as the class itself holds its weights, where that differs from what it saves.
     """
+    family = family_of(config)
+    theirs = unfolded(_renamed(state, family, config, in_memory=in_memory), family.weight_norms)
+    like = next(iter(state.values()))
+    return theirs | {name: make(config).to(like.device, like.dtype) for name, make in family.computed.items()}
+
+
+def _renamed(
+    state: Mapping[str, torch.Tensor], family: Family, config: ModelConfig, *, in_memory: bool = False
+) -> State:
     theirs: State = {}
-    for weight in spelled_weights(family_of(config), config, in_memory=in_memory):
+    for weight in spelled_weights(family, config, in_memory=in_memory):
         if weight.ours[0] in config.tied_weights:
             continue
         parts = [state[name] for name in weight.ours if name in state]
         if len(parts) == len(weight.ours):
             joined = weight.of(parts[0]) if len(parts) == 1 else _joined(parts, weight, config)
-            joined = joined[None] if weight.row else joined
-            theirs[weight.theirs] = (joined.T if weight.transposed else joined).contiguous()
+            stored = joined.T if weight.transposed else joined
+            theirs[weight.theirs] = stored[(None,) * weight.lead].contiguous()
     return theirs
 
 
@@ -113,22 +124,23 @@ def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]
     config = config_from_hf(theirs_config)
     family = _family_for(theirs_config)
     own = build_model(config, device="meta").state_dict()
+    theirs = folded(theirs)
     in_memory = _is_in_memory(family, config, theirs)
-    expected = to_hf(own, config, in_memory=in_memory)
-    theirs = _cleaned(family, theirs, expected)
+    expected = _renamed(own, family, config, in_memory=in_memory)
+    theirs = _without_computed(family, config, _cleaned(family, theirs, expected))
     theirs = _without_tied(family, config, theirs)
     check_tensors({name: tensor.shape for name, tensor in theirs.items()}, {n: t.shape for n, t in expected.items()})
     state: State = {}
     for weight in spelled_weights(family, config, in_memory=in_memory):
         if weight.theirs in expected:
-            stored = theirs[weight.theirs].T if weight.transposed else theirs[weight.theirs]
-            stored = stored[0] if weight.row else stored
+            stored = theirs[weight.theirs][(0,) * weight.lead]
+            stored = stored.T if weight.transposed else stored
             if weight.expert is not None:  # a tensor of ours is put together from many
                 (name,) = weight.ours
                 whole = state.setdefault(name, torch.empty(own[name].shape, dtype=stored.dtype))
                 weight.of(whole).copy_(stored)
                 continue
-            parts = _parted(stored, [own[name].shape[0] for name in weight.ours], weight, config)
+            parts = _parted(stored, [own[name].shape for name in weight.ours], weight, config)
             state |= {name: part.contiguous() for name, part in zip(weight.ours, parts, strict=True)}
     return config, state | {name: state[source] for name, source in config.tied_weights.items()}
 
@@ -156,7 +168,8 @@ def spelled_weights(family: Family, config: ModelConfig, *, in_memory: bool = Fa
     """The table with every layer and expert spelled out, each tensor once."""
     spelled: dict[str, Weight] = {}
     for weight in family.in_memory if in_memory and family.in_memory else family.weights:
-        owner = config.encoder if weight.ours[0].startswith("encoder.") else config
+        inner = weight.ours[0].split(".")[0]
+        owner = getattr(config, inner) if inner in ("encoder", "tower") else config
         layers = 0 if owner is None else owner.n_layers if "{layer}" in weight.theirs else 1
         for layer in range(layers):
             ours = tuple(name.format(layer=layer) for name in weight.ours)
@@ -172,10 +185,12 @@ def _joined(parts: list[torch.Tensor], weight: Weight, config: ModelConfig) -> t
     return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
-def _parted(stored: torch.Tensor, sizes: list[int], weight: Weight, config: ModelConfig) -> list[torch.Tensor]:
+def _parted(stored: torch.Tensor, shapes: list[torch.Size], weight: Weight, config: ModelConfig) -> list[torch.Tensor]:
     """Ours of theirs, the inverse of `_joined`."""
+    if len(shapes) == 1:
+        return [stored]
     groups = 1 if weight.groups is None else dotted(config, weight.groups)
-    parts = stored.unflatten(0, (groups, -1)).split([size // groups for size in sizes], dim=1)
+    parts = stored.unflatten(0, (groups, -1)).split([shape[0] // groups for shape in shapes], dim=1)
     return [part.flatten(0, 1) for part in parts]
 
 
@@ -207,12 +222,15 @@ def _is_in_memory(family: Family, config: ModelConfig, theirs: Mapping[str, torc
 
 
 def _differences(config: ModelConfig, family: Family) -> list[str]:
-    wrong = [f"{path}={value!r}" for path, value in family.fixed.items() if dotted(config, path) != value]
+    said = {path.split(".")[0] for path in family.fixed if path not in GRANTED}  # of a tower, its parts
+    fixed = {path: value for path, value in GRANTED.items() if path not in said} | dict(family.fixed)
+    wrong = [f"{path}={value!r}" for path, value in fixed.items() if dotted(config, path) != value]
     for setting in family.settings:
         values = {path: dotted(config, path) for path in setting.ours}
         if len(set(values.values())) > 1:
             wrong.append(f"{' and '.join(values)} equal")
     wrong += [f"{path} set" for path in family.required if not dotted(config, path)]
+    wrong += family.faults(config)
     if family.layers is not None and not wrong:
         wrong += family.layers.faults(config)
     heads = dotted(config, "mixer.n_heads")
@@ -237,7 +255,7 @@ def _family_for(theirs: Mapping[str, Any]) -> Family:
     raise ModelError(f"config.json has model_type {model_type!r}: checkpoints of {known} can be imported.")
 
 
-def _our_word(key: str, theirs: str, names: Mapping[Any, str]) -> Any:
+def _our_word(key: str, theirs: Any, names: Mapping[Any, Any]) -> Any:
     aliases = {name: ours for ours, name in names.items()} | {"gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
     if theirs not in aliases:
         raise ModelError(f"config.json has {key}={theirs!r}: known here are {', '.join(sorted(aliases))}.")
@@ -271,6 +289,19 @@ def _cleaned(
             dtype = next(iter(kept.values())).dtype
             kept[weight.theirs] = torch.zeros(expected[weight.theirs].shape, dtype=dtype)
     return kept
+
+
+def _without_computed(
+    family: Family, config: ModelConfig, theirs: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """Without tensors that the configuration alone decides. Raises ModelError where one has been changed."""
+    for name, make in family.computed.items():
+        if name in theirs and not torch.allclose(theirs[name].float(), make(config), atol=1e-2):
+            raise ModelError(
+                f"the checkpoint's {name} is not what its config.json implies: it was trained further, and this package "
+                "computes it; use the original tensor."
+            )
+    return {name: tensor for name, tensor in theirs.items() if name not in family.computed}
 
 
 def _without_tied(

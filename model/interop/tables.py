@@ -21,7 +21,7 @@ class Weight:
         of every one of ours (Falcon's key/value heads, each after the queries that use it).
     part: (i, n) where theirs is the i-th of n equal parts of ours along the output axis.
     expert: theirs is that expert's matrix of ours, which has all of them; set where `{expert}` is spelled out.
-    row: theirs has an axis of 1 before ours (BART's offset of the logits).
+    lead: theirs has this many axes of 1 before ours (BART's offset of the logits).
     zero_if_missing: older checkpoints lack it, and it is zero there.
     """
 
@@ -31,7 +31,7 @@ class Weight:
     groups: str | None = None
     part: tuple[int, int] = (0, 1)
     expert: int | None = None
-    row: bool = False
+    lead: int = 0
     zero_if_missing: bool = False
 
     def of(self, ours: torch.Tensor) -> torch.Tensor:
@@ -85,6 +85,10 @@ class Family:
     constants: keys of theirs with one supported value: written on export, refused on import when different.
     only_written: keys of theirs that matter to their training only: written on export, not read.
     heads_divide_width: their class refuses a width that is no multiple of the number of heads, whatever head_dim is.
+    computed: stored tensors that carry no weights but what the configuration says: written on export, on import
+        compared and left.
+    weight_norms: names of weights that theirs stores as length and direction, each with the axis that has a length for
+        every entry.
     ignored: regular expressions of stored tensors that this class does not use: buffers, and other classes' heads.
     renamed: (regular expression, replacement) of tensor names in older checkpoints.
     copies: tensors of theirs that are always another one of theirs under a second name, which not every file stores.
@@ -92,6 +96,7 @@ class Family:
     in_memory: the weights as the class itself holds them, where a saved checkpoint has them otherwise; read too.
     layers: how the class says that its layers differ; null where they are all alike.
     write_position, read_position: the positional keys, where they are too tangled for `settings`.
+    faults: what else keeps the class from computing a model.
     modernised: rewrites the keys of older config.json files into those that `settings` and `constants` know.
     """
 
@@ -105,6 +110,8 @@ class Family:
     constants: Mapping[str, Any] = field(default_factory=dict)
     only_written: Mapping[str, Any] = field(default_factory=dict)
     heads_divide_width: bool = False
+    computed: Mapping[str, Callable[[ModelConfig], torch.Tensor]] = field(default_factory=dict)
+    weight_norms: Mapping[str, int] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
@@ -113,6 +120,7 @@ class Family:
     layers: LayerTable | None = None
     write_position: Callable[[PositionConfig], dict[str, Any]] | None = None
     read_position: Callable[[Mapping[str, Any]], PositionConfig] | None = None
+    faults: Callable[[ModelConfig], list[str]] = lambda _: []
     modernised: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
 
 

@@ -22,7 +22,8 @@ from model.slots import SlotCosts
 class AttentionConfig:
     """n_kv_heads: null gives every query head its own; 1 is multi-query. head_dim: null is d_model / n_heads.
 
-    qkv_bias and out_bias add offsets; qk_norm normalises queries and keys per head before rotation (Qwen3).
+    qkv_bias and out_bias add offsets; k_bias: whether keys have one, null is as qkv_bias says (Whisper's have none).
+    qk_norm normalises queries and keys per head before rotation (Qwen3).
     scaled: scores are divided by the square root of a head's channels; T5 leaves that to the start of its weights.
     window: how many tokens back a query sees, itself included, and as many ahead in a stack that is not causal; null
     is all (Mistral, https://arxiv.org/abs/2310.06825; another window in every k-th layer by `pattern`).
@@ -33,6 +34,7 @@ class AttentionConfig:
     n_kv_heads: int | None = None
     head_dim: int | None = None
     qkv_bias: bool = False
+    k_bias: bool | None = None
     out_bias: bool = False
     qk_norm: bool = False
     window: int | None = None
@@ -56,6 +58,10 @@ class AttentionConfig:
     @property
     def kv_heads(self) -> int:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def biased_keys(self) -> bool:
+        return self.qkv_bias if self.k_bias is None else self.k_bias
 
     def channels(self, d_model: int) -> int:
         """Channels of one head."""
@@ -90,7 +96,8 @@ class AttentionConfig:
         channels = self.channels(d_model)
         heads, kv_heads = self.n_heads * channels, self.kv_heads * channels
         matrices = d_model * (2 * heads + 2 * kv_heads)
-        biases = (heads + 2 * kv_heads if self.qkv_bias else 0) + (d_model if self.out_bias else 0)
+        biases = (heads + kv_heads if self.qkv_bias else 0) + (d_model if self.out_bias else 0)
+        biases += kv_heads if self.biased_keys else 0
         copies = 3 if self.qk_norm else 2
         return SlotCosts(
             parameters=matrices + biases + (2 * norm.parameters(channels) if self.qk_norm else 0),
@@ -158,7 +165,7 @@ class Attention(Mixer, Joins):
         if not config.scaled:  # then the queries start as small as scaling would make them
             weight = Parameter("matrix", "weight", gain=self.head_dim**-0.5)
             self.q.declared = {**self.q.declared, **declare(weight=weight)}
-        self.k = Linear(d_memory, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.k = Linear(d_memory, self.kv_heads * self.head_dim, bias=config.biased_keys)
         self.v = Linear(d_memory, self.kv_heads * self.head_dim, bias=config.qkv_bias)
         self.out = Linear(self.heads * self.head_dim, d_model, bias=config.out_bias, residual=True)
         self.q_norm = build_norm(norm, self.head_dim) if config.qk_norm else None

@@ -41,6 +41,11 @@ PUBLISHED = {
     "bart-base": (50265, 139_420_416 + 50265),  # with the offset of the logits, which theirs does not train
     "llama-1b": (128256, 1_235_814_400),
     "llama-8b": (128256, 8_030_261_248),
+    "clip-base": (49408, 151_277_313),
+    "vit-base": (None, 86_567_656),
+    "whisper-small": (51865, 241_734_912 - 1500 * 768),  # less the encoder's table of sinusoids
+    "wav2vec2-base-pretraining": (None, 95_044_608 - 128),
+    "wav2vec2-base": (32, 94_396_320 - 128),  # less the 128 lengths of the positional convolution's weight norm
     "mistral-7b": (32000, 7_241_732_096),
     "mixtral-8x7b": (32000, 46_702_792_704),
     "palm-8b": (256000, 8_632_012_800),

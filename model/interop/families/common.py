@@ -23,12 +23,16 @@ DECODER = {
 }
 """What `fixed` says of a plain decoder over tokens."""
 
+GRANTED = {"tower": None, "mixer.k_bias": None, "mixer.scaled": True, "encoder.mixer.k_bias": None}
+"""What `fixed` says of every class whose table does not say otherwise."""
+
 ACTIVATION_NAMES = {
     "silu": "silu",
     "gelu": "gelu",
     "gelu_tanh": "gelu_new",
     "relu": "relu",
     "relu_squared": "relu2",
+    "quick_gelu": "quick_gelu",
 }
 
 

@@ -73,7 +73,7 @@ _WEIGHTS = (
         }
     ),
     Weight("lm_head.weight", ("head.weight",)),
-    Weight("final_logits_bias", ("head.bias",), row=True, zero_if_missing=True),
+    Weight("final_logits_bias", ("head.bias",), lead=1, zero_if_missing=True),
 )
 
 
