@@ -20,6 +20,7 @@ from model.mixers.longformer import LongformerConfig
 from model.modalities.ctc_head import CtcHeadConfig
 from model.modalities.distractor_head import DistractorHeadConfig
 from model.modalities.embedding_head import EmbeddingHeadConfig
+from model.moe.config import MoeConfig
 from model.norm import NormConfig
 from model.position import AlibiConfig, PositionConfig, RelativePositionConfig, RopeConfig
 
@@ -142,6 +143,11 @@ class ModelConfig:
             raise ModelError(
                 f"model.encoder has head.kind={encoder.head.kind} and {'an' if encoder.encoder else 'no'} encoder of its "
                 "own: its output goes to the decoder as it is, so set encoder.head.kind=none and no further encoder."
+            )
+        if any(isinstance(layer.ffn, MoeConfig) for layer in encoder.layers):
+            raise ModelError(
+                "model.encoder has ffn.kind=moe: what its layers tell of routing, their auxiliary losses too, does not "
+                "reach the decoder's result; give experts to the decoder only."
             )
         if not self.causal:
             raise ModelError(
