@@ -20,7 +20,6 @@ class SlotCosts:
 
     parameters: every parameter. active: those that one token's forward pass uses; null where it uses all of them.
     matrices: weights that one token is multiplied with, so 2 FLOPs each in its forward pass.
-    row_matrices: weights that one row is multiplied with, whatever its length.
     token_flops: further forward FLOPs of one token that no matrix of weights accounts for.
     pair_flops: forward FLOPs of one query-key pair. window: how far back a query looks; null is all the way.
     row_flops: further forward FLOPs of a row, however many tokens it has.
@@ -35,7 +34,6 @@ class SlotCosts:
     parameters: int
     active: int | None = None
     matrices: int
-    row_matrices: int = 0
     token_flops: int = 0
     pair_flops: int = 0
     row_flops: int = 0

@@ -181,10 +181,10 @@ class WaveformFrontend(Frontend):
         if "sample_lengths_B" not in inputs:
             return None
         samples_BW, frames_B = inputs["samples_BW"], inputs["sample_lengths_B"]
-        frames = torch.tensor(samples_BW.shape[1], device=frames_B.device)
+        frames = samples_BW.shape[1]
         for kernel, stride in zip(self.config.kernels, self.config.strides, strict=True):
             frames_B, frames = (frames_B - kernel) // stride + 1, (frames - kernel) // stride + 1
-        place_T = torch.arange(int(frames), device=frames_B.device)
+        place_T = torch.arange(frames, device=frames_B.device)
         return (place_T < frames_B[:, None]).to(torch.int32)
 
     def forward(

@@ -36,7 +36,7 @@ from tests.model.parity import (
     stirred_ours,
 )
 
-END = 40
+END, LARGEST = 30, 40
 NORM = NormConfig(kind="layer", bias=True)
 MIXER = AttentionConfig(n_heads=4, qkv_bias=True, out_bias=True)
 FFN = FfnConfig(d_ff=48, activation="quick_gelu", gated=False, bias=True)
@@ -82,7 +82,11 @@ def described(draw: st.DrawFn) -> transformers.CLIPConfig:
             "hidden_act": draw(st.sampled_from(["quick_gelu", "gelu"])),
             "layer_norm_eps": draw(st.sampled_from([1e-5, 1e-3])),
         }
-    end = {"vocab_size": END + 1, "max_position_embeddings": 12, "eos_token_id": draw(st.sampled_from([END, 2, 30]))}
+    end = {
+        "vocab_size": LARGEST + 1,
+        "max_position_embeddings": 12,
+        "eos_token_id": draw(st.sampled_from([END, LARGEST, 2])),
+    }
     patch = draw(st.integers(1, 4))
     size = {"patch_size": patch, "image_size": patch * draw(st.integers(1, 3)), "num_channels": draw(st.integers(1, 3))}
     return transformers.CLIPConfig(
@@ -94,8 +98,9 @@ def described(draw: st.DrawFn) -> transformers.CLIPConfig:
 
 
 def sentences(rows: int, end: int = END) -> torch.Tensor:
-    """Rows of 8 tokens, the end token at different places, twice in one row."""
-    tokens = torch.randint(3, 29, (rows, 8), generator=torch.Generator().manual_seed(0))
+    """Rows of 8 tokens, some of larger numbers than the end token, which stands at different places, twice in one row."""
+    tokens = torch.randint(3, LARGEST, (rows, 8), generator=torch.Generator().manual_seed(0))
+    tokens[tokens == end] += 1
     for row in range(rows):
         tokens[row, 3 + row % 5] = end
     tokens[0, 7] = end
@@ -112,7 +117,7 @@ def test_an_imported_clip_has_the_references_logits_loss_gradients_and_bytes(con
     theirs = stirred(transformers.CLIPModel(config))
     ours = imported(theirs)
     vision, end = config.vision_config, config.text_config.eos_token_id
-    tokens, x = sentences(4, END if end == 2 else end), images(4, vision.num_channels, vision.image_size)
+    tokens, x = sentences(4, LARGEST if end == 2 else end), images(4, vision.num_channels, vision.image_size)
     expected = theirs(input_ids=tokens, pixel_values=x, return_loss=True)
     found = ours(tokens, tower_pixels_BAYX=x)
     assert_close(expected.logits_per_text, found["logits"])
@@ -133,7 +138,8 @@ def test_transformers_loads_an_export_and_agrees_zero_shot(config: ModelConfig) 
     """Images chosen among texts: more texts than images, each tower by itself, and padding behind the end."""
     ours = stirred_ours(config)
     theirs = exported(ours, transformers.CLIPModel)
-    tokens, x = sentences(5), images(2)
+    assert isinstance(config.head, EmbeddingHeadConfig)
+    tokens, x = sentences(5, config.head.end_token or LARGEST), images(2)
     expected = theirs(input_ids=tokens, pixel_values=x)
     assert_close(expected.logits_per_text, ours(tokens, tower_pixels_BAYX=x)["logits"])
     assert_close(expected.text_embeds, ours(tokens)["features"])
