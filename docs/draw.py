@@ -4,7 +4,8 @@
     python docs/draw.py --check    # fails if the committed picture is another one
 
 A column is a preset. From below to above: the frontend, one layer with its slots (a second one where layers differ), the
-head. An encoder stands to the left of the decoder that reads it. Equal parts have equal colours in all columns.
+head. An encoder stands to the left of the decoder that reads it, a tower beside the one it is compared with. Equal parts
+have equal colours in all columns.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ SHOWN = (
     ("bert-base", "BERT"),
     ("t5-small", "T5"),
     ("vit-base", "ViT"),
-    ("whisper-tiny", "Whisper"),
+    ("whisper-small", "Whisper"),
+    ("clip-base", "CLIP"),
     ("longformer-base", "Longformer"),
     ("mixtral-8x7b", "Mixtral"),
     ("mamba-130m", "Mamba"),
@@ -76,7 +78,8 @@ def column(config: ModelConfig) -> list[list[Box]]:
     front = [Box(frontend_words(config), COLOURS["end"])]
     kinds = list(dict.fromkeys(config.layers))
     layers = [[*slots(config, layer), Box(times(config, layer), "none")] for layer in kinds]
-    return [front, *layers, [Box(getattr(config.head, "kind", "head"), COLOURS["end"])]]
+    heads = [] if config.head.kind == "none" else [[Box(f"{config.head.kind} head", COLOURS["end"])]]
+    return [front, *layers, *heads]
 
 
 def frontend_words(config: ModelConfig) -> str:
@@ -124,9 +127,10 @@ def draw(models: list[tuple[str, ModelConfig]]) -> str:
     """The picture as SVG."""
     towers: list[tuple[str, list[list[Box]]]] = []
     for title, config in models:
-        if config.encoder is not None:
-            towers.append((f"{title} encoder", column(config.encoder)))
-            towers.append((f"{title} decoder", column(config)))
+        inner = config.encoder or config.tower
+        if inner is not None:
+            towers.append((f"{title} {'encoder' if config.encoder else 'images'}", column(inner)))
+            towers.append((f"{title} {'decoder' if config.encoder else 'text'}", column(config)))
         else:
             towers.append((title, column(config)))
     tallest = max(sum(len(group) * (HEIGHT + 2) + 3 * GAP for group in groups) for _, groups in towers)

@@ -224,7 +224,9 @@ def _is_in_memory(family: Family, config: ModelConfig, theirs: Mapping[str, torc
 def _differences(config: ModelConfig, family: Family) -> list[str]:
     said = {path.split(".")[0] for path in family.fixed if path not in GRANTED}  # of a tower, its parts
     fixed = {path: value for path, value in GRANTED.items() if path not in said} | dict(family.fixed)
-    wrong = [f"{path}={value!r}" for path, value in fixed.items() if dotted(config, path) != value]
+    found = {path: dotted(config, path) for path in fixed}
+    absent = {path for path in GRANTED if found.get(path, ...) is None}  # a part of another kind has no such field
+    wrong = [f"{path}={value!r}" for path, value in fixed.items() if found[path] != value and path not in absent]
     for setting in family.settings:
         values = {path: dotted(config, path) for path in setting.ours}
         if len(set(values.values())) > 1:

@@ -53,6 +53,8 @@ def attach_bottlenecks(model: nn.Module, config: BottleneckConfig, *, seed: int 
     for name, block in blocks:
         for place in places:
             sublayer = getattr(block, place)
+            if sublayer is None:  # a block without an ffn
+                continue
             adapter = Bottleneck(config, next(block.mixer_norm.parameters()))
             sublayer.adapter = adapter
             sublayer.register_forward_hook(_through_adapter)
@@ -76,11 +78,14 @@ def start(module: nn.Module, prefix: str, seed: int) -> None:
         parameter.copy_(value)
 
 
-def _through_adapter(sublayer: nn.Module, inputs: Any, y_BTD: torch.Tensor) -> torch.Tensor:
+def _through_adapter(sublayer: nn.Module, inputs: Any, output: Any) -> Any:
+    """y_BTD adapted; what an ffn records of the pass stays as it is."""
     adapter = sublayer.adapter
     assert isinstance(adapter, Bottleneck)
-    adapted_BTD: torch.Tensor = adapter(y_BTD)
-    return adapted_BTD
+    if isinstance(output, tuple):
+        y_BTD, record = output
+        return adapter(y_BTD), record
+    return adapter(output)
 
 
 def _adapter_map(inputs: int, outputs: int, like: torch.Tensor, draw: Literal["weight", "zeros"]) -> Linear:

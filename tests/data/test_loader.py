@@ -203,15 +203,13 @@ def test_sources_of_different_row_length_are_refused(folders: dict[str, Path], t
 
 
 def test_a_dropped_loader_leaves_no_thread_behind(folders: dict[str, Path]) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())  # those of other tests' loaders may still be ending
     loader = open_(folders)
     next(loader)
-    assert threading.active_count() == before + 1
+    [started] = set(threading.enumerate()) - before
     del loader
-    deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert threading.active_count() == before
+    started.join(5)
+    assert not started.is_alive()
 
 
 def test_waiting_is_measured_and_data_read_ahead_costs_none(folders: dict[str, Path]) -> None:

@@ -168,7 +168,7 @@ def test_bottlenecks_start_as_the_identity_and_stand_behind_their_sublayers(
         adapted.get_submodule("stack.layers.0.ffn.adapter").up.bias += 1.0
     found: dict[str, torch.Tensor] = {}
     for name, model in (("plain", plain), ("adapted", adapted)):
-        model.stack.layers[0].register_forward_hook(lambda m, i, out, name=name: found.update({name: out}))
+        model.stack.layers[0].register_forward_hook(lambda m, i, out, name=name: found.update({name: out[0]}))
         model(tokens())
     assert torch.allclose(found["adapted"], found["plain"] + 1, atol=1e-5)
 

@@ -286,9 +286,9 @@ def test_rows_padded_in_front_are_read_into_a_cache_as_rows_of_their_own(name: s
     documents = torch.ones(2, 9, dtype=torch.int32)
     documents[1, :7] = 0
     cache = model.new_cache(2, 12)
-    shared, _ = model._shared(tokens, None, None, cache, None)
-    shared = replace(shared, mask=Mask(documents_BT=documents))
-    x = model.frontend(tokens, (torch.arange(9) - (9 - documents.sum(1))[:, None]).clamp(min=0))
+    shared = MixerInput(Mask(documents_BT=documents), slots_BT=cache.claim(9))
+    positions = (torch.arange(9) - (9 - documents.sum(1))[:, None]).clamp(min=0)
+    x = model.frontend(positions, tokens_BT=tokens)
     model.stack(x, shared, cache.states)
     cache.lengths = [9, 2]
     found = model(torch.tensor([[4], [5]]), cache=cache)["logits"][1, 0]
