@@ -14,7 +14,7 @@ from model.errors import ModelError
 from model.interop.families import FAMILIES
 from model.interop.families.common import GRANTED
 from model.interop.native import revived
-from model.interop.tables import Family, Weight, dotted
+from model.interop.tables import Family, Weight, dotted, has_field
 from model.interop.weight_norm import folded, unfolded
 from model.moe.config import MoeConfig
 
@@ -224,9 +224,10 @@ def _is_in_memory(family: Family, config: ModelConfig, theirs: Mapping[str, torc
 def _differences(config: ModelConfig, family: Family) -> list[str]:
     said = {path.split(".")[0] for path in family.fixed if path not in GRANTED}  # of a tower, its parts
     fixed = {path: value for path, value in GRANTED.items() if path not in said} | dict(family.fixed)
-    found = {path: dotted(config, path) for path in fixed}
-    absent = {path for path in GRANTED if found.get(path, ...) is None}  # a part of another kind has no such field
-    wrong = [f"{path}={value!r}" for path, value in fixed.items() if found[path] != value and path not in absent]
+    absent = {path for path in GRANTED if path not in family.fixed and not has_field(config, path)}
+    wrong = [
+        f"{path}={value!r}" for path, value in fixed.items() if dotted(config, path) != value and path not in absent
+    ]
     for setting in family.settings:
         values = {path: dotted(config, path) for path in setting.ours}
         if len(set(values.values())) > 1:

@@ -130,3 +130,13 @@ def dotted(config: ModelConfig, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name, None)
     return value
+
+
+def has_field(config: ModelConfig, path: str) -> bool:
+    """Whether the parts that this model has know a field such as `mixer.n_heads`."""
+    value: Any = config
+    for name in path.split("."):
+        if not hasattr(value, name):
+            return False
+        value = getattr(value, name)
+    return True

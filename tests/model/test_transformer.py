@@ -65,7 +65,7 @@ def test_no_logit_depends_on_a_later_token(config: ModelConfig) -> None:
     changed = row.clone()
     changed[0, 12] = (changed[0, 12] + 1) % 97
     before, after = model(row)["logits"][0], model(changed)["logits"][0]
-    assert torch.equal(before[:12], after[:12])
+    assert_close(before[:12], after[:12])  # experts take tokens in groups, whose size moves the last bits
     assert all((before[at] - after[at]).abs().max() > 1e-3 for at in range(12, 20))
 
 
