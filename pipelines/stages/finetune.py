@@ -77,9 +77,7 @@ def run(settings: FinetuneRun, inputs: Mapping[str, Artifact], out_dir: Path, ct
     }
     tokens = job["train"]["total_tokens"]
     if tokens < settings.train.total_tokens:
-        ctx.say(
-            f"{tokens:,} of {settings.train.total_tokens:,} tokens: more would be over finetune.epochs = {settings.epochs:g}"
-        )
+        ctx.say(f"{tokens:,} tokens, which is finetune.epochs = {settings.epochs:g}")
     return train(job, settings.compute, out_dir, ctx)
 
 
