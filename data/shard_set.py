@@ -217,6 +217,7 @@ class _OpenShard:
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def block(self, number: int, *, verify: bool) -> Block:
+        """Arrays of one block, its checksum compared on first touch."""
         entry = self.index[number]
         if verify:
             with memoryview(self.bytes) as whole, whole[int(entry["start"]) : int(entry["stop"])] as content:

@@ -101,6 +101,7 @@ class _Reader:
         self.characters = lru_cache(maxsize=256)(self._characters)
 
     def pieces(self, shards: ShardSet, row: int, corpus: Path | None, column: int | None) -> list[TracedPiece]:
+        """Where every piece of a row (or what covers one column of it) comes from."""
         packed = shards.gather([row])
         table = self.table(shards, shards.where(row)[0])
         traced = []

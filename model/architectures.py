@@ -123,15 +123,11 @@ class Transformer(nn.Module):
             raise ModelError(
                 "a model with a prefix computes through a cache: pass cache=model.new_cache(rows, tokens)."
             )
-        targets = {name: tensor for name, tensor in inputs.items() if name in self.head.takes}
-        encoder_inputs = {name: tensor for name, tensor in inputs.items() if name.startswith(ENCODER)}
-        tower_inputs = {name: tensor for name, tensor in inputs.items() if name.startswith(TOWER)}
-        elsewhere = targets.keys() | encoder_inputs.keys() | tower_inputs.keys()
-        own = {name: tensor for name, tensor in inputs.items() if name not in elsewhere}
         if targets_BT is not None:
-            targets["targets_BT"] = targets_BT
+            inputs["targets_BT"] = targets_BT
         if tokens_BT is not None:
-            own["tokens_BT"] = tokens_BT
+            inputs["tokens_BT"] = tokens_BT
+        own, targets, of_encoder, of_tower = self._sorted_out(inputs)
         slots_BT = None if cache is None or tokens_BT is None else cache.claim(tokens_BT.shape[1])
         positions_BT = self._positions(tokens_BT, documents_BT, positions_BT, slots_BT)
         if documents_BT is None:
@@ -141,8 +137,9 @@ class Transformer(nn.Module):
             targets |= codes
         else:
             x_BTD = self.frontend(positions_BT, **own)
+        tokens = x_BTD.shape[1]
         if positions_BT is None:
-            positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
+            positions_BT = torch.arange(tokens, device=x_BTD.device)[None]
         mask = Mask(
             causal=self.config.causal,
             documents_BT=documents_BT if cache is None else None,
@@ -150,35 +147,45 @@ class Transformer(nn.Module):
             globals_BT=globals_BT,
         )
         if cache is not None and (cache.longest or cache.static or cache.offset):
-            mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(x_BTD.shape[1]))
-        shared = self._shared(mask, x_BTD.shape[1], positions_BT, slots_BT, cache)
-        if lengths is not None and min(lengths) < x_BTD.shape[1]:
+            mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(tokens))
+        shared = self._shared(mask, tokens, positions_BT, slots_BT, cache)
+        if lengths is not None and min(lengths) < tokens:
             shared = replace(shared, lengths_B=torch.tensor(lengths, device=x_BTD.device))
         if self._is_random and self.training and tokens_BT is not None and cache is None:
             shared = replace(shared, row_keys_B=row_keys(tokens_BT))
         if self.encoder is not None:
-            shared = self._with_memory(shared, documents_BT, cache, encoder_inputs)
-        elif encoder_inputs:
-            raise ModelError(f"{', '.join(encoder_inputs)} was given, but the model has no encoder: leave it out.")
+            shared = self._with_memory(shared, documents_BT, cache, of_encoder)
         x_BTD, records = self.stack(x_BTD, shared, None if cache is None else cache.states)
         if cache is not None:
-            cache.advance([x_BTD.shape[1]] * x_BTD.shape[0] if lengths is None else lengths)
+            cache.advance([tokens] * x_BTD.shape[0] if lengths is None else lengths)
         if isinstance(logits_for, torch.Tensor):
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_for][:, None]
         elif logits_for == "last":
             x_BTD = x_BTD[:, -1:]
-        if self.tower is not None and tower_inputs:
-            other = self.tower(**{name.removeprefix(TOWER): tensor for name, tensor in tower_inputs.items()})
-            targets["other_ND"] = other["features"]
-        elif tower_inputs:
-            raise ModelError(f"{', '.join(tower_inputs)} was given, but the model has no tower: leave it out.")
-        targets |= {name: own[name] for name in self.head.reads & own.keys()}
+        if self.tower is not None and of_tower:
+            targets["other_ND"] = self.tower(**of_tower)["features"]
         result: dict[str, torch.Tensor] = self.head(x_BTD, documents_BT, per_token, **targets)
         if targets_BT is not None and not per_token:
-            tokens = torch.full((), targets_BT.numel(), device=x_BTD.device)
-            result |= routing_counts(records, tokens if documents_BT is None else (documents_BT != 0).sum())
-            result |= _with_auxiliary(result["loss_sum"], records, (targets_BT != IGNORED).sum(1))
+            result |= _routing(result["loss_sum"], records, documents_BT, targets_BT)
         return result
+
+    def _sorted_out(self, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
+        """Whose is what: of the frontend, of the head, of the encoder and of the tower, these under their own names.
+
+        Raises ModelError for an encoder's or a tower's inputs where there is none.
+        """
+        inner: list[dict[str, torch.Tensor]] = []
+        for begin, module in ((ENCODER, self.encoder), (TOWER, self.tower)):
+            named = {name: tensor for name, tensor in inputs.items() if name.startswith(begin)}
+            if named and module is None:
+                raise ModelError(
+                    f"{', '.join(named)} was given, but the model has no {begin.rstrip('_')}: leave it out."
+                )
+            inner.append({name.removeprefix(begin): tensor for name, tensor in named.items()})
+            inputs = {name: tensor for name, tensor in inputs.items() if name not in named}
+        own = {name: tensor for name, tensor in inputs.items() if name not in self.head.takes}
+        targets = {name: tensor for name, tensor in inputs.items() if name in self.head.takes | self.head.reads}
+        return own, targets, *inner
 
     def new_cache(self, rows: int, max_tokens: int, *, static: bool = False) -> Cache:
         """An empty cache for `rows` rows of at most `max_tokens` tokens, prompt and continuation together; see `Cache`."""
@@ -257,20 +264,19 @@ class Transformer(nn.Module):
         shared: MixerInput,
         documents_BT: torch.Tensor | None,
         cache: Cache | None,
-        encoder_inputs: dict[str, torch.Tensor],
+        of_encoder: dict[str, torch.Tensor],
     ) -> MixerInput:
         """The encoder's output and who sees what of it; from the cache where this pass brings no encoder inputs."""
         assert self.encoder is not None
-        if not encoder_inputs:
+        if not of_encoder:
             if cache is None or not cache.longest:
                 raise ModelError("the model has an encoder: give its input too, as encoder_tokens_BT.")
             mask = Mask(causal=False, key_documents_BS=cache.memory_documents_BS)
             return replace(shared, memory_mask=mask)
-        own = {name.removeprefix(ENCODER): tensor for name, tensor in encoder_inputs.items()}
-        memory_BSD = self.encoder(**own)["features"]
-        memory_documents_BS = own.get("documents_BT")
+        memory_BSD = self.encoder(**of_encoder)["features"]
+        memory_documents_BS = of_encoder.get("documents_BT")
         if memory_documents_BS is None:
-            memory_documents_BS = self.encoder.frontend.documents(own)
+            memory_documents_BS = self.encoder.frontend.documents(of_encoder)
         if cache is not None:
             cache.memory_documents_BS = memory_documents_BS
         queries_BT = None if cache is not None or memory_documents_BS is None else documents_BT
@@ -278,14 +284,25 @@ class Transformer(nn.Module):
         return replace(shared, memory_BSD=memory_BSD, memory_mask=mask)
 
 
-def _with_auxiliary(loss_sum: torch.Tensor, records: list[Record], targets_B: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Add the layers' auxiliary losses to the gradient of `loss_sum`, not to its value, as the head does with its own.
+def _routing(
+    loss_sum: torch.Tensor, records: list[Record], documents_BT: torch.Tensor | None, targets_BT: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Counts of what the layers routed, and their auxiliary losses added to the gradient of `loss_sum`, not to its value,
+    as the head does with its own; {} where no layer has experts.
 
-    They are means over the tokens of a row; a row weighs as many targets as it has. So they are a sum like Σ NLL:
+    The losses are means over the tokens of a row; a row weighs as many targets as it has. So they are a sum like Σ NLL:
     divided by the targets of all micro-batches and ranks it is the same whichever way rows are shared out.
     """
-    losses = [record["auxiliary_B"] for record in records if "auxiliary_B" in record]
-    if not losses:
+    if not any(records):
         return {}
-    auxiliary = (torch.stack(losses).sum(0) * targets_B).sum()
-    return {"loss_sum": loss_sum + (auxiliary - auxiliary.detach()), "aux_loss_sum": auxiliary.detach()}
+    tokens = (
+        torch.full((), targets_BT.numel(), device=targets_BT.device)
+        if documents_BT is None
+        else (documents_BT != 0).sum()
+    )
+    result = routing_counts(records, tokens)
+    losses = [record["auxiliary_B"] for record in records if "auxiliary_B" in record]
+    if losses:
+        auxiliary = (torch.stack(losses).sum(0) * (targets_BT != IGNORED).sum(1)).sum()
+        result |= {"loss_sum": loss_sum + (auxiliary - auxiliary.detach()), "aux_loss_sum": auxiliary.detach()}
+    return result

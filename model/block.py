@@ -48,6 +48,7 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None
     ) -> tuple[torch.Tensor, Record]:
+        """x_BTD after this layer, and what its ffn slot records of the pass. `state` is continued and updated."""
         state, cross_state = (state.mixer, state.cross) if isinstance(state, BlockState) else (state, None)
         if self.layout == "parallel" or self.layout == "parallel_two_norms":
             normed_BTD = self.mixer_norm(x_BTD)

@@ -49,6 +49,7 @@ class Cache:
 
     @property
     def longest(self) -> int:
+        """Tokens of the fullest row."""
         return max(self.lengths)
 
     @property

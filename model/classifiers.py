@@ -86,6 +86,7 @@ class ClassifierHead(Head):
         per_token: bool = False,
         classes_B: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
+        """x_BTD [B, T, D] to logits of each row, or the sums of a loss."""
         x_BD = self._pooled(x_BTD, documents_BT)
         if self.hidden is not None and self.activation is not None:
             x_BD = self.activation(self.hidden(x_BD))
@@ -122,6 +123,7 @@ class TokenClassifierHead(Head):
         per_token: bool = False,
         targets_BT: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
+        """x_BTD [B, T, D] to logits of each token, or the sums of a loss."""
         logits_BTV = self.out(self.dropout(x_BTD))
         return {"logits": logits_BTV} if targets_BT is None else cross_entropy(logits_BTV, targets_BT)
 
@@ -144,6 +146,7 @@ class SpanHead(Head):
         starts_B: torch.Tensor | None = None,
         ends_B: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
+        """x_BTD [B, T, D] to logits of where a span starts and ends, or the sums of a loss."""
         starts_BT, ends_BT = self.out(x_BTD).unbind(-1)
         if documents_BT is not None:
             least = torch.finfo(starts_BT.dtype).min

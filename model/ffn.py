@@ -78,4 +78,5 @@ class FeedForward(Joins):
         return self.down(self.activation(gate_BTF) * up_BTF), {}
 
     def joinable(self) -> Sequence[nn.Module]:
+        """The gate and what it gates read the same input."""
         return () if self.gate is None else (self.gate, self.up)

@@ -76,6 +76,7 @@ class Parameter:
 
 
 def declare(**by_local_name: Parameter) -> Mapping[str, Parameter]:
+    """Declarations by local parameter name, as `Declared.declared` holds them."""
     return by_local_name
 
 

@@ -13,6 +13,7 @@ MODEL_TYPE = "athanor"
 
 
 def native_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a model that no Hugging Face class computes."""
     return {"model_type": MODEL_TYPE, "config": dataclasses.asdict(config)}
 
 

@@ -67,6 +67,7 @@ class Selection:
         return KERNELS[self.named(q_BTHC.device.type, kind)](q_BTHC, k_BSKC, v_BSKC, mask, scale)
 
     def named(self, device_type: str, kind: Kind) -> str:
+        """The name of the kernel that serves a kind of mask on a type of device."""
         return self.tables.get(device_type, self.tables["cpu"])[kind]
 
     def described(self, device_type: str) -> str:

@@ -57,10 +57,12 @@ class AttentionConfig:
 
     @property
     def kv_heads(self) -> int:
+        """How many key/value heads there are."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
     def biased_keys(self) -> bool:
+        """Whether keys have an offset."""
         return self.qkv_bias if self.k_bias is None else self.k_bias
 
     def channels(self, d_model: int) -> int:
@@ -209,6 +211,7 @@ class Attention(Mixer, Joins):
         return q_BTHC, k_BTKC, v_BTKC
 
     def joinable(self) -> Sequence[nn.Module]:
+        """Queries, keys and values read the same input."""
         return self.q, self.k, self.v
 
     def new_state(self, rows: int, max_tokens: int) -> MixerState:

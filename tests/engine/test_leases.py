@@ -107,6 +107,7 @@ def test_an_owner_that_wakes_before_anyone_took_over_may_commit(records: FileRec
     lease = paused(take(records, ttl_seconds=0.1))
     time.sleep(0.2)
     lease.commit()
+    assert acquire(records, "x", digest=DIGEST, finish=lambda token: True) is None  # nobody else's to build any more
 
 
 def test_committed_work_is_finished_by_the_next_one_and_never_taken(records: FileRecords) -> None:

@@ -44,6 +44,7 @@ def _with_num_labels(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def bert_weights(base: str) -> tuple[Weight, ...]:
+    """The key map of BERT's tower, whose tensors begin with `base`."""
     layer = f"{base}.encoder.layer.{{layer}}"
     return (
         Weight(f"{base}.embeddings.word_embeddings.weight", ("frontend.tokens.weight",)),

@@ -62,6 +62,7 @@ def write_rope(position: PositionConfig) -> dict[str, Any]:
 
 
 def read_rope(theirs: Mapping[str, Any]) -> PositionConfig:
+    """The rotary positions that a config.json asks for. Raises ModelError for a scaling that is not known here."""
     parameters = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     theta = float(parameters.get("rope_theta", theirs.get("rope_theta") or 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
