@@ -330,6 +330,7 @@ def test_a_scan_in_a_bidirectional_stack_is_refused() -> None:
         mixer(torch.zeros(1, 3, 32), MixerInput(Mask(causal=False)))
 
 
+@pytest.mark.slow
 @ALL
 def test_torch_compile_takes_every_block_as_one_graph(config: ModelConfig) -> None:
     tokens = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
