@@ -103,9 +103,20 @@ def key_figure(metrics: Mapping[str, Any]) -> str:
 
 
 def summary(reports: Sequence[StepReport]) -> Table:
-    """The table at the end of a run: step, state, seconds, key figure, path."""
-    rows = [(r.name, r.state, duration(r.seconds), key_figure(r.metrics or {}), shown_path(r.path)) for r in reports]
-    return table(None, ("step", "state", "seconds", "key figure", "path"), rows, right=("seconds",))
+    """The table at the end of a run: step, state, seconds, size, key figure, path."""
+    rows = [
+        (
+            report.name,
+            report.state,
+            duration(report.seconds),
+            "-" if report.bytes is None else size(report.bytes),
+            key_figure(report.metrics or {}),
+            shown_path(report.path),
+        )
+        for report in reports
+    ]
+    columns = ("step", "state", "seconds", "size", "key figure", "path")
+    return table(None, columns, rows, right=("seconds", "size"))
 
 
 def shown_path(path: str | None) -> str:
