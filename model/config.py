@@ -19,6 +19,7 @@ from model.mixers.bigbird import BigBirdConfig
 from model.mixers.build import MixerConfig
 from model.mixers.grid import GridAttentionConfig
 from model.mixers.longformer import LongformerConfig
+from model.mixers.mamba import MambaConfig
 from model.modalities.ctc_head import CtcHeadConfig
 from model.modalities.distractor_head import DistractorHeadConfig
 from model.modalities.embedding_head import EmbeddingHeadConfig
@@ -124,6 +125,11 @@ class ModelConfig:
                     f"model.causal is true with mixer.kind={layer.mixer.kind}, whose global tokens see what is ahead: "
                     "set causal=false, or take mixer.kind=attention with a window."
                 )
+            if not self.causal and isinstance(layer.mixer, MambaConfig | GridAttentionConfig):
+                raise ModelError(
+                    f"model.causal is false with mixer.kind={layer.mixer.kind}, which looks back only: set causal=true, or "
+                    "take attention or linear attention."
+                )
         if self.encoder is not None:
             self._check_encoder(self.encoder)
         self._check_tower(self.tower)
@@ -214,10 +220,6 @@ class ModelConfig:
 
     def _check_grids(self) -> None:
         position, kind = self.position, self.position.kind
-        if not self.causal and self.grids:
-            raise ModelError(
-                "model.causal is false with mixer.kind=grid, whose tokens see what stands before them: set causal=true."
-            )
         if self.grids and kind not in ("grid", "learned", "sinusoidal", "none"):
             raise ModelError(
                 f"model.position.kind is {kind} with mixer.kind=grid, where a distance says little: choose grid, or learned."

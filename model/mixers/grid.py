@@ -75,6 +75,10 @@ class GridAttention(Attention):
         mask = shared.mask
 
         def lower() -> Mask:
+            if mask.prefix_B is not None or mask.globals_BT is not None:
+                raise ModelError(
+                    "prefix_B or globals_BT was given, and mixer.kind is grid, which says what is seen: leave them out."
+                )
             if mask.documents_BT is not None:
                 _refuse_packed(mask.documents_BT)
             return replace(mask, grid=self.grid, block=BLOCK)

@@ -16,6 +16,7 @@ from model.generate import Sampling
 from model.grid import GridPositionConfig
 from model.heads import TargetWeight
 from model.init import InitConfig
+from model.kernels.select import CAN
 from model.mixers.attention import AttentionConfig
 from model.mixers.bigbird import BigBirdConfig
 from model.mixers.grid import GridAttentionConfig
@@ -24,9 +25,22 @@ from model.mixers.longformer import LongformerConfig
 from model.mixers.mamba import MambaConfig
 from model.norm import NormConfig
 from model.peft import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig
-from model.position import LinearScaling, Llama3Scaling, RopeConfig
+from model.position import LinearScaling, Llama3Scaling, NoPositionConfig, RopeConfig
 from pipelines.engine.typed import from_plain, to_plain
-from tests.model.configurations import ALIBI, DALLE, GPT2, LINEAR, LLAMA, PERFORMER, RECURRENT, ROW
+from tests.model.configurations import (
+    ALIBI,
+    BERT,
+    DALLE,
+    GPT2,
+    HYBRID,
+    LINEAR,
+    LLAMA,
+    MAMBA,
+    MISTRAL,
+    PERFORMER,
+    RECURRENT,
+    ROW,
+)
 
 PRESETS = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
 
@@ -90,6 +104,13 @@ PUBLISHED = {
         (lambda: GridPositionConfig(width=0), "width is 0"),
         (lambda: ModelConfig(mixer=GridAttentionConfig()), "position.kind is rope"),
         (lambda: replace(DALLE, causal=False), "causal is false with mixer.kind=grid"),
+        (lambda: replace(MAMBA, causal=False), "causal is false with mixer.kind=mamba, which looks back only: set"),
+        (lambda: replace(HYBRID, causal=False), "causal is false with mixer.kind=mamba"),
+        (
+            lambda: replace(BERT, mixer=MambaConfig(), position=NoPositionConfig()),
+            "causal is false with mixer.kind=mamba",
+        ),
+        (lambda: replace(GPT2, mixer=LongformerConfig()), "causal is true with mixer.kind=longformer"),
         (lambda: replace(DALLE, mixer=replace(ROW, width=5)), "width=5"),
         (lambda: replace(DALLE, max_seq_len=27), "max_seq_len is 27"),
         (lambda: build_model(DALLE, kernel="blockwise"), "no sparse masks"),
@@ -119,6 +140,14 @@ def test_an_impossible_setting_is_refused_naming_its_value(make: Callable[[], ob
         make()
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
+
+
+def test_a_window_with_a_kernel_that_has_none_is_refused_at_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel there is has windows; one that lost them is asked for."""
+    monkeypatch.setitem(CAN, "varlen", CAN["varlen"] - {"window"})
+    with pytest.raises(ModelError, match=r"'varlen', which has no window masks, .* choose auto or one of"):
+        build_model(MISTRAL, kernel="varlen")
+    build_model(LLAMA, kernel="varlen")
 
 
 def test_an_error_survives_the_way_between_processes() -> None:
