@@ -330,6 +330,7 @@ def test_a_prefix_that_a_mixer_cannot_honour_is_refused_not_ignored(config: Mode
         build_model(config)(torch.ones(2, 9, dtype=torch.int64), prefix_B=torch.tensor([3, 0]))
 
 
+@pytest.mark.slow
 @ALL
 def test_torch_compile_takes_every_block_as_one_graph(config: ModelConfig) -> None:
     tokens = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
