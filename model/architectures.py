@@ -10,6 +10,7 @@ from torch import nn
 from model.cache import Cache, rounded_slots
 from model.config import ModelConfig
 from model.errors import ModelError
+from model.grid import GridPositionConfig
 from model.heads import Head
 from model.loss import IGNORED
 from model.masks import Mask
@@ -225,7 +226,10 @@ class Transformer(nn.Module):
         if tokens_BT is None:
             return positions_BT
         tokens = tokens_BT.shape[1]
-        if isinstance(self.config.position, LearnedPositionConfig) and tokens > self.config.max_seq_len:
+        if (
+            isinstance(self.config.position, LearnedPositionConfig | GridPositionConfig)
+            and tokens > self.config.max_seq_len
+        ):
             raise ModelError(
                 f"a row has {tokens} tokens, the model {self.config.max_seq_len} learned positions: shorten the rows "
                 "or raise model.max_seq_len."

@@ -17,7 +17,7 @@ import pytest
 from data.mixture import MixturePhase
 from model.config import LayerChange, ModelConfig
 from model.ffn import FfnConfig
-from model.heads import NoHeadConfig
+from model.heads import NoHeadConfig, TargetWeight
 from model.norm import NormConfig
 from model.peft import LoraConfig
 from model.position import LinearScaling
@@ -99,6 +99,7 @@ KNOWN = {
     "model.norm": NormConfig(kind="layer", bias=True),
     "model.pattern": (LayerChange(every=2, ffn=FfnConfig(d_ff=64)),),
     "model.encoder": ModelConfig(d_model=160, causal=False, head=NoHeadConfig()),
+    "model.head.weights": (TargetWeight(weight=0.5),),
     "model.position.scaling": LinearScaling(factor=4.0),
     "finetune.data.tasks": ("write",),
     "finetune.lora": LoraConfig(),
