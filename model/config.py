@@ -122,6 +122,13 @@ class ModelConfig:
                     f"model.causal is true with mixer.kind={layer.mixer.kind}, whose global tokens see what is ahead: "
                     "set causal=false, or take mixer.kind=attention with a window."
                 )
+        routers = [layer.ffn.router for layer in self.layers if isinstance(layer.ffn, MoeConfig)]
+        if any(router.is_random for router in routers) and not isinstance(self.frontend, TokenFrontendConfig):
+            raise ModelError(
+                f"model.frontend.kind is {self.frontend.kind} with ffn.router.jitter or second_by_chance: a router's "
+                "noise is a function of a row's tokens, and here there are none; set jitter to 0 and second_by_chance to "
+                "false."
+            )
         if self.encoder is not None:
             self._check_encoder(self.encoder)
         self._check_tower(self.tower)
@@ -143,11 +150,6 @@ class ModelConfig:
             raise ModelError(
                 f"model.encoder has head.kind={encoder.head.kind} and {'an' if encoder.encoder else 'no'} encoder of its "
                 "own: its output goes to the decoder as it is, so set encoder.head.kind=none and no further encoder."
-            )
-        if any(isinstance(layer.ffn, MoeConfig) for layer in encoder.layers):
-            raise ModelError(
-                "model.encoder has ffn.kind=moe: what its layers tell of routing, their auxiliary losses too, does not "
-                "reach the decoder's result; give experts to the decoder only."
             )
         if not self.causal:
             raise ModelError(
@@ -177,6 +179,11 @@ class ModelConfig:
             )
         if tower is None or own is None:
             return
+        if any(isinstance(layer.ffn, MoeConfig) for layer in tower.layers):
+            raise ModelError(
+                "model.tower has ffn.kind=moe: its rows are not this model's, so what its routers lose has no row to be "
+                "weighed with; give experts to this model, or none."
+            )
         other = tower.head if isinstance(tower.head, EmbeddingHeadConfig) else None
         if other is None or other.contrast or other.width != own.width:
             raise ModelError(
