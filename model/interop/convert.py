@@ -83,7 +83,7 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
     if "mixer.n_heads" in fields and fields.get("mixer.n_kv_heads") == fields["mixer.n_heads"]:
         fields["mixer.n_kv_heads"] = None
     if family.layers is not None:
-        fields["pattern"] = family.layers.read(theirs, fields)
+        fields |= family.layers.read(theirs, fields)
     nested = _nested(fields)
     if family.read_position is not None:
         nested["position"] = family.read_position(theirs)
@@ -173,7 +173,7 @@ def spelled_weights(family: Family, config: ModelConfig, *, in_memory: bool = Fa
         layers = 0 if owner is None else owner.n_layers if "{layer}" in weight.theirs else 1
         for layer in range(layers):
             ours = tuple(name.format(layer=layer) for name in weight.ours)
-            for expert in range(_experts(config, layer)) if "{expert}" in weight.theirs else (None,):
+            for expert in range(_experts(owner, layer)) if "{expert}" in weight.theirs else (None,):
                 theirs = weight.theirs.format(layer=layer, expert=expert)
                 spelled[theirs] = dataclasses.replace(weight, theirs=theirs, ours=ours, expert=expert)
     return list(spelled.values())
@@ -195,7 +195,8 @@ def _parted(stored: torch.Tensor, shapes: list[torch.Size], weight: Weight, conf
 
 
 def as_exceptions(config: ModelConfig) -> ModelConfig:
-    """The same model spelled as one kind of layer, that with experts if there is one, and numbered exceptions."""
+    """The same model spelled as one kind of layer, that with experts if there is one, and numbered exceptions; its
+    encoder too."""
     rule = next((layer for layer in config.layers if isinstance(layer.ffn, MoeConfig)), config.layers[0])
     exceptions = [
         LayerChange(
@@ -207,11 +208,12 @@ def as_exceptions(config: ModelConfig) -> ModelConfig:
         for number, layer in enumerate(config.layers)
         if layer != rule
     ]
-    return dataclasses.replace(config, mixer=rule.mixer, ffn=rule.ffn, pattern=tuple(exceptions))
+    encoder = None if config.encoder is None else as_exceptions(config.encoder)
+    return dataclasses.replace(config, mixer=rule.mixer, ffn=rule.ffn, pattern=tuple(exceptions), encoder=encoder)
 
 
-def _experts(config: ModelConfig, layer: int) -> int:
-    ffn = config.layers[layer].ffn
+def _experts(owner: ModelConfig | None, layer: int) -> int:
+    ffn = None if owner is None else owner.layers[layer].ffn
     return ffn.n_experts if isinstance(ffn, MoeConfig) else 0
 
 

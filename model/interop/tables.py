@@ -66,12 +66,12 @@ class LayerTable:
     """How a class says that its layers differ.
 
     faults: what keeps the class from computing this model's layers. write: its keys for them. read: the pattern that a
-    config.json asks for, given our fields by dotted path.
+    config.json asks for, by the field that takes it (`pattern`, `encoder.pattern`), given our fields by dotted path.
     """
 
     faults: Callable[[ModelConfig], list[str]]
     write: Callable[[ModelConfig], dict[str, Any]]
-    read: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[LayerChange, ...]]
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, tuple[LayerChange, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,8 +140,8 @@ def test_a_classifier_with_experts_learns_from_their_losses_too() -> None:
 
 def test_experts_are_refused_where_their_losses_or_noise_have_no_meaning() -> None:
     images = PatchFrontendConfig(image_size=8, patch_size=4)
-    with pytest.raises(ModelError, match="ffn.router.jitter"):
+    with pytest.raises(ModelError, match=r"ffn\.router\.jitter"):
         replace(BERT, frontend=images, position=LearnedPositionConfig(), ffn=EXPERTS)
     tower = replace(LLAMA, ffn=replace(EXPERTS, router=RouterConfig()), head=EmbeddingHeadConfig(width=8))
-    with pytest.raises(ModelError, match="model.tower has ffn.kind=moe"):
+    with pytest.raises(ModelError, match=r"model\.tower has ffn\.kind=moe"):
         replace(LLAMA, head=EmbeddingHeadConfig(width=8, contrast=True), tower=tower)

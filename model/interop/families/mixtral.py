@@ -106,12 +106,12 @@ def _write_layers(config: ModelConfig) -> dict[str, Any]:
     return {"mlp_only_layers": dense, "decoder_sparse_step": 1, "intermediate_size": d_ff}
 
 
-def _read_layers(theirs: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[LayerChange, ...]:
+def _read_layers(theirs: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, tuple[LayerChange, ...]]:
     n_layers, every = fields["n_layers"], theirs.get("decoder_sparse_step", 1)
     without = set(theirs.get("mlp_only_layers") or ())
     dense = [number for number in range(n_layers) if number in without or (number + 1) % every]
     ffn = FfnConfig(d_ff=theirs.get("intermediate_size", 6144), activation=fields["ffn.activation"])
-    return tuple(LayerChange(every=n_layers, first=number, ffn=ffn) for number in dense)
+    return {"pattern": tuple(LayerChange(every=n_layers, first=number, ffn=ffn) for number in dense)}
 
 
 QWEN3_MOE = Family(
