@@ -16,6 +16,7 @@ from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
 from model.mixers.bigbird import BigBirdConfig
 from model.mixers.build import MixerConfig
+from model.mixers.latent import LatentAttentionConfig
 from model.mixers.longformer import LongformerConfig
 from model.modalities.ctc_head import CtcHeadConfig
 from model.modalities.distractor_head import DistractorHeadConfig
@@ -239,8 +240,9 @@ class ModelConfig:
         return tied
 
     @property
-    def _attentions(self) -> list[AttentionConfig]:
-        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, AttentionConfig)]
+    def _attentions(self) -> list[AttentionConfig | LatentAttentionConfig]:
+        mixers = [layer.mixer for layer in self.layers]
+        return [mixer for mixer in mixers if isinstance(mixer, AttentionConfig | LatentAttentionConfig)]
 
     @property
     def attention_heads(self) -> int:
@@ -255,7 +257,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int | None:
-        """Channels of one attention head; none where no layer attends."""
+        """Channels of one attention head, those that can be turned if it keeps others; none where no layer attends."""
         return self._attentions[0].channels(self.d_model) if self._attentions else None
 
     @property

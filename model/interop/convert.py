@@ -127,7 +127,7 @@ def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]
     theirs = folded(theirs)
     in_memory = _is_in_memory(family, config, theirs)
     expected = _renamed(own, family, config, in_memory=in_memory)
-    theirs = _without_computed(family, config, _cleaned(family, theirs, expected))
+    theirs = _without_computed(family, config, _cleaned(family, config, theirs, expected))
     theirs = _without_tied(family, config, theirs)
     check_tensors({name: tensor.shape for name, tensor in theirs.items()}, {n: t.shape for n, t in expected.items()})
     state: State = {}
@@ -280,11 +280,12 @@ def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cleaned(
-    family: Family, theirs: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+    family: Family, config: ModelConfig, theirs: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
 ) -> Mapping[str, torch.Tensor]:
     """Under the names of today, without what is ignored, and with the prefix that checkpoints of the headless class
     lack."""
-    kept = {name: t for name, t in theirs.items() if not any(re.search(rule, name) for rule in family.ignored)}
+    ignored = [rule.replace("{n_layers}", str(config.n_layers)) for rule in family.ignored]
+    kept = {name: tensor for name, tensor in theirs.items() if not any(re.search(rule, name) for rule in ignored)}
     for rule, replacement in family.renamed:
         kept = {re.sub(rule, replacement, name): tensor for name, tensor in kept.items()}
     if not any(name.startswith(family.base_prefix) for name in kept):

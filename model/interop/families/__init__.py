@@ -2,6 +2,7 @@
 
 from model.interop.families.bert import BERT_KIN
 from model.interop.families.clip import CLIP, CLIP_LEGACY
+from model.interop.families.deepseek import DEEPSEEK_V3
 from model.interop.families.falcon import FALCON, FALCON_TWO_NORMS
 from model.interop.families.gpt2 import GPT2
 from model.interop.families.gptj import GPTJ
@@ -17,7 +18,7 @@ from model.interop.families.wav2vec2 import WAV2VEC2_KIN
 from model.interop.families.whisper import WHISPER
 
 FAMILIES = (
-    *(LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, GPT2, GPTJ, FALCON, FALCON_TWO_NORMS, MAMBA),
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, DEEPSEEK_V3, GPT2, GPTJ, FALCON, FALCON_TWO_NORMS, MAMBA),
     *(*BERT_KIN, LONGFORMER, BIGBIRD),
     *(*T5_KIN, SWITCH, BART, MARIAN),
     *(VIT, VIT_MODEL, *WAV2VEC2_KIN, WHISPER, CLIP_LEGACY, CLIP),

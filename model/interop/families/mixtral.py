@@ -36,7 +36,7 @@ IN_MEMORY = (
 )
 
 
-def _stored(block: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
+def stored_experts(block: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
     """The same as three matrices for each expert."""
     each = f"{_THEIRS}.{block}.experts.{{expert}}"
     return (
@@ -61,7 +61,7 @@ MIXTRAL = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     base_prefix="model.",
-    weights=(*LLAMA_WEIGHTS, *_stored("block_sparse_moe", "w1", "w3", "w2")),
+    weights=(*LLAMA_WEIGHTS, *stored_experts("block_sparse_moe", "w1", "w3", "w2")),
     in_memory=(*LLAMA_WEIGHTS, *IN_MEMORY),
     settings=(
         *_settings(
@@ -118,7 +118,7 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     base_prefix="model.",
-    weights=(*QWEN3.weights, *_stored("mlp", "gate_proj", "up_proj", "down_proj")),
+    weights=(*QWEN3.weights, *stored_experts("mlp", "gate_proj", "up_proj", "down_proj")),
     in_memory=(*QWEN3.weights, *IN_MEMORY),
     settings=(
         *_settings(
