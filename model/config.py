@@ -18,6 +18,7 @@ from model.mixers.attention import AttentionConfig
 from model.mixers.bigbird import BigBirdConfig
 from model.mixers.build import MixerConfig
 from model.mixers.grid import GridAttentionConfig
+from model.mixers.latent import LatentAttentionConfig
 from model.mixers.longformer import LongformerConfig
 from model.mixers.mamba import MambaConfig
 from model.modalities.ctc_head import CtcHeadConfig
@@ -130,6 +131,13 @@ class ModelConfig:
                     f"model.causal is false with mixer.kind={layer.mixer.kind}, which looks back only: set causal=true, or "
                     "take attention or linear attention."
                 )
+        routers = [layer.ffn.router for layer in self.layers if isinstance(layer.ffn, MoeConfig)]
+        if any(router.is_random for router in routers) and not isinstance(self.frontend, TokenFrontendConfig):
+            raise ModelError(
+                f"model.frontend.kind is {self.frontend.kind} with ffn.router.jitter or second_by_chance: a router's "
+                "noise is a function of a row's tokens, and here there are none; set jitter to 0 and second_by_chance to "
+                "false."
+            )
         if self.encoder is not None:
             self._check_encoder(self.encoder)
         self._check_tower(self.tower)
@@ -153,11 +161,6 @@ class ModelConfig:
             raise ModelError(
                 f"model.encoder has head.kind={encoder.head.kind} and {'an' if encoder.encoder else 'no'} encoder of its "
                 "own: its output goes to the decoder as it is, so set encoder.head.kind=none and no further encoder."
-            )
-        if any(isinstance(layer.ffn, MoeConfig) for layer in encoder.layers):
-            raise ModelError(
-                "model.encoder has ffn.kind=moe: what its layers tell of routing, their auxiliary losses too, does not "
-                "reach the decoder's result; give experts to the decoder only."
             )
         if not self.causal:
             raise ModelError(
@@ -187,6 +190,11 @@ class ModelConfig:
             )
         if tower is None or own is None:
             return
+        if any(isinstance(layer.ffn, MoeConfig) for layer in tower.layers):
+            raise ModelError(
+                "model.tower has ffn.kind=moe: its rows are not this model's, so what its routers lose has no row to be "
+                "weighed with; give experts to this model, or none."
+            )
         other = tower.head if isinstance(tower.head, EmbeddingHeadConfig) else None
         if other is None or other.contrast or other.width != own.width:
             raise ModelError(
@@ -261,8 +269,9 @@ class ModelConfig:
         return tied
 
     @property
-    def _attentions(self) -> list[AttentionConfig]:
-        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, AttentionConfig)]
+    def _attentions(self) -> list[AttentionConfig | LatentAttentionConfig]:
+        mixers = [layer.mixer for layer in self.layers]
+        return [mixer for mixer in mixers if isinstance(mixer, AttentionConfig | LatentAttentionConfig)]
 
     @property
     def attention_heads(self) -> int:
@@ -283,7 +292,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int | None:
-        """Channels of one attention head; none where no layer attends."""
+        """Channels of one attention head, those that can be turned if it keeps others; none where no layer attends."""
         return self._attentions[0].channels(self.d_model) if self._attentions else None
 
     @property

@@ -1,5 +1,6 @@
 """What turns the last x_BTD into logits or a loss."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -74,12 +75,19 @@ class Head(Declared):
     them. Its configuration has a `kind` of its own and `costs(vocab_size, d_model, norm)`.
 
     takes: the names of the targets, which `Transformer.forward` hands on. reads: names of inputs that it
-    is given too. reads_codes: it is given the entries of the frontend's codebook too.
+    is given too. reads_codes: it is given the entries of the frontend's codebook too. counted: the name of what tells
+    how many targets a row has.
     """
 
     takes: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[frozenset[str]] = frozenset()
     reads_codes: ClassVar[bool] = False
+    counted: ClassVar[str] = "targets_BT"
+
+    def row_targets(self, targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """How many targets each row has, int64 [B]: places that are not ignored, or that are marked."""
+        counted = targets[self.counted]
+        return (counted if counted.dtype == torch.bool else counted >= 0).view(len(counted), -1).sum(1)
 
 
 class LanguageHead(Head):

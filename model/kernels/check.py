@@ -13,6 +13,7 @@ from model.kernels.select import KERNELS, Selection, kind_of
 from model.masks import Mask
 from model.mixers.attention import Attention
 from model.mixers.grid import BLOCK, GridAttention
+from model.mixers.latent import LatentAttention
 from model.position import AlibiConfig, RelativePositionConfig
 
 log = logging.getLogger("athanor.model")
@@ -63,7 +64,7 @@ def _shapes(model: nn.Module) -> dict[HeadShape, Selection]:
         if not isinstance(config, ModelConfig):
             continue
         for attention in stacked.modules():
-            if isinstance(attention, Attention) and isinstance(attention.kernel, Selection):
+            if isinstance(attention, Attention | LatentAttention) and isinstance(attention.kernel, Selection):
                 shape = HeadShape(
                     heads=attention.heads,
                     kv_heads=attention.kv_heads,

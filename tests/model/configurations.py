@@ -12,6 +12,7 @@ from model.heads import LanguageHeadConfig, NoHeadConfig, TargetWeight
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
 from model.mixers.grid import GridAttentionConfig
+from model.mixers.latent import LatentAttentionConfig
 from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
 from model.mixers.mamba import MambaConfig
 from model.moe.config import BalanceConfig, MoeConfig, RouterConfig
@@ -24,6 +25,7 @@ from model.position import (
     NoPositionConfig,
     RopeConfig,
     SinusoidalPositionConfig,
+    YarnScaling,
 )
 
 # Wide enough a start that attention is far from uniform and a wrong mask or position shows in the logits.
@@ -158,6 +160,11 @@ MIXTRAL = ModelConfig(
     ffn=MoeConfig(n_experts=4, top_k=2, d_ff=24, balance=BalanceConfig(loss=0.0)),
     init=LIVELY,
 )
+LATENT = replace(
+    LLAMA,
+    position=RopeConfig(interleaved=True),
+    mixer=LatentAttentionConfig(n_heads=3, q_rank=10, kv_rank=12, plain_dim=6, rope_dim=4, v_dim=7),
+)
 MAMBA = ModelConfig(
     vocab_size=97,
     d_model=32,
@@ -198,6 +205,9 @@ DALLE = ModelConfig(
 RECURRENT = {"mamba": MAMBA, "linear": LINEAR, "performer": PERFORMER, "hybrid": HYBRID}
 
 
+YARN = YarnScaling(factor=4.0, beta_fast=3.0, beta_slow=0.2, original_max_seq_len=16)
+
+
 @st.composite
 def llama_configs(draw: st.DrawFn) -> ModelConfig:
     """LLaMA, Mistral, Qwen2 and Qwen3 models of any shape that is small."""
@@ -207,7 +217,7 @@ def llama_configs(draw: st.DrawFn) -> ModelConfig:
     out_bias = qkv_bias and (qk_norm or draw(st.booleans()))
     window = None if qk_norm or qkv_bias else draw(st.none() | st.integers(1, 30))
     scaling = draw(
-        st.sampled_from([None, LinearScaling(factor=2.5), Llama3Scaling(factor=4.0, original_max_seq_len=8)])
+        st.sampled_from([None, LinearScaling(factor=2.5), Llama3Scaling(factor=4.0, original_max_seq_len=8), YARN])
     )
     return ModelConfig(
         vocab_size=draw(st.integers(17, 70)),
