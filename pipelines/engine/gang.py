@@ -34,7 +34,7 @@ class Gang:
 
 STOP = "stop"
 STOP_FILE = "ATHANOR_STOP_FILE"
-"""Environment variable of a rank: the file whose presence asks it to leave."""
+"""Environment variable of a rank: the file that is there once the ranks are to leave."""
 GRACE_SECONDS = 2.0
 SAVING_SECONDS = 20.0
 

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipelines.engine.gang import STOP_FILE
-
 SECONDS_OF_ONE_WISH = 2.0
+STOP_FILE = "ATHANOR_STOP_FILE"
+"""Environment variable: the file that is there once the ranks are to leave; set by whoever started them."""
 
 
 class Signals:
