@@ -97,6 +97,8 @@ def grouped_outer(grad_QF: torch.Tensor, x_QD: torch.Tensor, ends_E: torch.Tenso
 
 def _runs(x_QD: torch.Tensor, outputs: int) -> bool:
     """Whether grouped_mm takes these: on CUDA bf16 only, and rows in steps of 16 bytes."""
+    if not len(x_QD):
+        return False
     aligned = all(width * x_QD.element_size() % 16 == 0 for width in (x_QD.shape[1], outputs))
     return aligned and (x_QD.device.type == "cpu" or x_QD.dtype == torch.bfloat16)
 
