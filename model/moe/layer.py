@@ -125,7 +125,9 @@ class MixtureOfExperts(nn.Module):
         x_ND, top_k = x_BTD.flatten(0, 1), self.config.top_k
         to = by_expert(choices.experts_BTJ.view(-1, top_k), choices.kept_BTJ.view(-1, top_k), self.config.n_experts)
         y_QD = self.experts(Scatter.apply(x_ND, to.order_Q, to.place_Q), to.ends_E)
-        y_ND = Gather.apply(y_QD, choices.weights_BTJ.view(-1, top_k), to.order_Q, to.place_Q)
+        router = self.config.router
+        whole = router.renormalize and router.scale == 1.0
+        y_ND = Gather.apply(y_QD, choices.weights_BTJ.view(-1, top_k), to.order_Q, to.place_Q, whole)
         y_BTD = y_ND.view_as(x_BTD)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD, shared)[0]
