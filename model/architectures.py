@@ -10,6 +10,7 @@ from torch import nn
 from model.cache import Cache, rounded_slots
 from model.config import ModelConfig
 from model.errors import ModelError
+from model.grid import GridPositionConfig
 from model.heads import Head, NoHeadConfig
 from model.masks import Mask
 from model.mixers.attention import KeyValueState
@@ -198,13 +199,17 @@ class Transformer(nn.Module):
             )
         offset = 0 if self.prefix is None else self.prefix.tokens
         device, slots = next(self.stack.parameters()).device, rounded_slots(max_tokens + offset)
-        angles = self._rotation(torch.arange(slots, device=device)[None])
+        angles = self._rotation(torch.arange(slots, device=device)[None]) if self._rotates else None
         states = self.stack.new_states(rows, slots)
         if self.prefix is not None:
             for state, (k_KSC, v_KSC) in zip(states, self.prefix(), strict=True):
                 assert isinstance(state, KeyValueState)
                 state.begin(k_KSC, v_KSC)
         return Cache(states, rows, max_tokens, device, angles=angles, static=static, offset=offset)
+
+    @property
+    def _rotates(self) -> bool:
+        return isinstance(self.config.position, RopeConfig) and self.config.head_dim is not None
 
     def _rotation(self, positions_BT: torch.Tensor | None) -> Rotation | None:
         """The angles of those positions, where the model rotates and attends."""
@@ -224,7 +229,10 @@ class Transformer(nn.Module):
         if tokens_BT is None:
             return positions_BT
         tokens = tokens_BT.shape[1]
-        if isinstance(self.config.position, LearnedPositionConfig) and tokens > self.config.max_seq_len:
+        if (
+            isinstance(self.config.position, LearnedPositionConfig | GridPositionConfig)
+            and tokens > self.config.max_seq_len
+        ):
             raise ModelError(
                 f"a row has {tokens} tokens, the model {self.config.max_seq_len} learned positions: shorten the rows "
                 "or raise model.max_seq_len."

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from model.errors import ModelError
+from model.grid import GridPositionConfig, GridPositions
 from model.init import Declared, Parameter, declare
 
 
@@ -188,6 +189,7 @@ PositionConfig = (
     | NoPositionConfig
     | AlibiConfig
     | RelativePositionConfig
+    | GridPositionConfig
 )
 
 
@@ -296,7 +298,7 @@ class SinusoidalPositions(nn.Module):
         return x_BTD.float()
 
 
-Positions = LearnedPositions | SinusoidalPositions
+Positions = LearnedPositions | SinusoidalPositions | GridPositions
 """What a frontend adds: positions_BT -> x_BTD."""
 
 
@@ -304,6 +306,8 @@ def build_positions(config: PositionConfig, max_seq_len: int, d_model: int) -> P
     """What `config` adds to the embeddings, if anything."""
     if isinstance(config, LearnedPositionConfig):
         return LearnedPositions(max_seq_len, d_model, config.offset)
+    if isinstance(config, GridPositionConfig):
+        return GridPositions(config, d_model)
     if not isinstance(config, SinusoidalPositionConfig):
         return None
     if config.inclusive and (d_model < 4 or d_model % 2):
@@ -317,6 +321,8 @@ def position_parameters(config: PositionConfig, max_seq_len: int, d_model: int, 
     """How many parameters the positions have."""
     if isinstance(config, RelativePositionConfig):
         return config.buckets * heads
+    if isinstance(config, GridPositionConfig):
+        return config.vectors * d_model
     return (max_seq_len + config.offset) * d_model if isinstance(config, LearnedPositionConfig) else 0
 
 

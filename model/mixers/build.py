@@ -4,6 +4,7 @@ from model.kernels.attention import AttentionKernel
 from model.mixers.attention import Attention, AttentionConfig
 from model.mixers.base import Mixer
 from model.mixers.bigbird import BigBirdAttention, BigBirdConfig
+from model.mixers.grid import GridAttention, GridAttentionConfig
 from model.mixers.latent import LatentAttention, LatentAttentionConfig
 from model.mixers.linear_attention import LinearAttention, LinearAttentionConfig
 from model.mixers.longformer import LongformerAttention, LongformerConfig
@@ -11,7 +12,13 @@ from model.mixers.mamba import Mamba, MambaConfig
 from model.norm import NormConfig
 
 MixerConfig = (
-    AttentionConfig | LatentAttentionConfig | LongformerConfig | BigBirdConfig | LinearAttentionConfig | MambaConfig
+    AttentionConfig
+    | LatentAttentionConfig
+    | LongformerConfig
+    | BigBirdConfig
+    | GridAttentionConfig
+    | LinearAttentionConfig
+    | MambaConfig
 )
 """Told apart by `kind`; each arm has a `kind` of its own, `check(d_model)` and `costs(d_model, norm)`."""
 
@@ -28,4 +35,6 @@ def build_mixer(config: MixerConfig, d_model: int, norm: NormConfig, attend: Att
         return LongformerAttention(config, d_model, norm, attend)
     if isinstance(config, BigBirdConfig):
         return BigBirdAttention(config, d_model, norm, attend)
+    if isinstance(config, GridAttentionConfig):
+        return GridAttention(config, d_model, norm, attend)
     return Attention(config, d_model, norm, attend)

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from model.config import LayerChange, ModelConfig
 from model.ffn import FfnConfig, NoFfnConfig
 from model.frontends import TokenFrontendConfig
-from model.heads import LanguageHeadConfig, NoHeadConfig
+from model.grid import GridPositionConfig
+from model.heads import LanguageHeadConfig, NoHeadConfig, TargetWeight
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
+from model.mixers.grid import GridAttentionConfig
 from model.mixers.latent import LatentAttentionConfig
 from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
 from model.mixers.mamba import MambaConfig
@@ -180,6 +182,25 @@ HYBRID = replace(
     n_layers=3,
     position=RopeConfig(),
     pattern=(LayerChange(every=2, first=1, mixer=LLAMA.mixer, ffn=LLAMA.ffn),),
+)
+# A text of 6 tokens and an image of 5 rows and 4 columns; 20 entries for text, 6 for padding, 12 codes.
+ROW, COLUMN, CONVOLUTION = (
+    GridAttentionConfig(n_heads=2, text=6, width=4, kernel=3, pattern=pattern)
+    for pattern in ("row", "column", "convolution")
+)
+DALLE = ModelConfig(
+    vocab_size=38,
+    d_model=16,
+    n_layers=4,
+    max_seq_len=26,
+    tie_embeddings=False,
+    norm=NormConfig(kind="layer", bias=True),
+    position=GridPositionConfig(text=6, height=5, width=4),
+    mixer=ROW,
+    ffn=FfnConfig(d_ff=32, activation="gelu", gated=False, bias=True),
+    pattern=(LayerChange(every=4, first=1, mixer=COLUMN), LayerChange(every=4, first=3, mixer=CONVOLUTION)),
+    head=LanguageHeadConfig(weights=(TargetWeight(weight=0.5), TargetWeight(first=26, weight=3.5))),
+    init=LIVELY,
 )
 RECURRENT = {"mamba": MAMBA, "linear": LINEAR, "performer": PERFORMER, "hybrid": HYBRID}
 
