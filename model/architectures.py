@@ -147,7 +147,8 @@ class Transformer(nn.Module):
             globals_BT=globals_BT,
         )
         if cache is not None and (cache.longest or cache.static or cache.offset):
-            mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(tokens))
+            alike = tokens == 1 and cache.common_slot is not None  # then all that is remembered is seen by all
+            mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(tokens), full=alike)
         shared = self._shared(mask, tokens, positions_BT, slots_BT, cache)
         if lengths is not None and min(lengths) < tokens:
             shared = replace(shared, lengths_B=torch.tensor(lengths, device=x_BTD.device))
@@ -256,7 +257,10 @@ class Transformer(nn.Module):
             angles,
             slots_BT,
             None if cache is None else cache.common_slot,
-            windowed={window: replace(mask, window=window) for window in config.windows},
+            windowed={
+                window: replace(mask, window=window, full=mask.full and mask.keys <= window)
+                for window in config.windows
+            },
         )
 
     def _with_memory(

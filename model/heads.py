@@ -8,7 +8,7 @@ from torch import nn
 
 from model.errors import ModelError
 from model.ffn import ACTIVATIONS, Activation
-from model.init import Declared, Linear, Parameter, declare
+from model.init import Declared, Linear, Multiplies, Parameter, declare
 from model.loss import capped, chunked_cross_entropy, token_scores
 from model.norm import NormConfig, build_norm
 from model.slots import SlotCosts
@@ -65,7 +65,7 @@ class Head(Declared):
     reads_codes: ClassVar[bool] = False
 
 
-class LanguageHead(Head):
+class LanguageHead(Head, Multiplies):
     """Vocabulary logits, and their cross-entropy without ever holding them all.
 
     A tied head registers the embedding's own parameter as its `weight`, so that it reads nothing but its own inside
@@ -122,7 +122,7 @@ class LanguageHead(Head):
                 z_loss=self.z_loss,
                 smoothing=self.smoothing,
             )
-        logits_BTV = nn.functional.linear(x_BTD, self.weight, self.bias)
+        logits_BTV = self.multiply(x_BTD)
         if self.soft_cap is not None:
             logits_BTV = capped(logits_BTV, self.soft_cap)
         return {"logits": logits_BTV}

@@ -23,7 +23,7 @@ class Mask:
     bias_HL: added to the scores by distance: entry [h, key - query + (L - 1) / 2]; L is odd and at least 2S - 1.
         Gradients flow into it.
     slots_BT: for cached decoding, the cache slot of every query, its place among the keys.
-    keys: in cached decoding, how many slots are looked at.
+    keys: in cached decoding, how many slots are looked at; full: every query sees all of them.
     """
 
     causal: bool = True
@@ -37,6 +37,7 @@ class Mask:
     bias_HL: torch.Tensor | None = None
     slots_BT: torch.Tensor | None = None
     keys: int = 0
+    full: bool = False
     _lowered: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
