@@ -29,6 +29,8 @@ from model.ffn import FfnConfig, NoFfnConfig
 from model.generate import Sampling, generate
 from model.init import InitConfig
 from model.interop import save_pretrained
+from model.masks import Mask
+from model.mixers.base import MixerInput
 from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
 from model.mixers.mamba import MambaConfig
 from model.position import NoPositionConfig
@@ -139,7 +141,7 @@ def growth(rounds: int) -> dict[str, list[dict[str, float]]]:
                 model(batch, targets_BT=batch)["loss_sum"].backward()
 
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                model.stack(model.frontend(batch, batch), model._shared(batch, None, None, None, None)[0])
+                model.stack(model.frontend(batch, batch), MixerInput(Mask()))
             held_bytes = sum(held.values()) - sum(p.untyped_storage().nbytes() for p in model.stack.parameters())
             medians, _ = turns({"step": step}, rounds)
             found[name].append(

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from model.init import Linear, Multiplies, Product
-from model.packed import Packing
+from model.init import Linear, Product
+from model.packed import Packing, as_stored
 
 
 class Joins(nn.Module):
@@ -35,24 +35,24 @@ def arranged_products(model: nn.Module, packing: Packing | None = None) -> Itera
     packing: copies the large ones among the products that each step computes; null copies none.
     """
     packing = Packing() if packing is None else packing
+    every_step = set(packing.every_step(model))
     chosen = [module for module in model.modules() if isinstance(module, Joins) and _plain(module.joinable())]
-    arranged: list[Multiplies] = []
+    joined: set[nn.Module] = set()
     try:
         for module in chosen:
             maps = [part for part in module.joinable() if isinstance(part, Linear)]
             biases = [part.bias for part in maps if part.bias is not None]
             weight_OI, bias_O = _joined([part.weight for part in maps]), _joined(biases) if biases else None
-            module.joined = packing.product(weight_OI, bias_O)
-        taken = {part for module in chosen for part in module.joinable()}
-        for part in packing.steps(model):
-            if part not in taken:
-                part.product = packing.product(part.weight.detach(), part.bias)
-                arranged.append(part)
+            make = packing.product if every_step.issuperset(maps) else as_stored
+            module.joined = make(weight_OI, bias_O)
+            joined.update(maps)
+        for part in every_step - joined:
+            part.product = packing.product(part.weight.detach(), part.bias)
         yield
     finally:
         for module in chosen:
             module.joined = None
-        for part in arranged:
+        for part in every_step:
             part.product = None
 
 

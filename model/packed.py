@@ -35,7 +35,7 @@ class Packing:
         self.rows = rows
         self.left_bytes = COPIED_BYTES if tokens >= FROM_TOKENS else 0
 
-    def steps(self, model: nn.Module) -> Iterator[Multiplies]:
+    def every_step(self, model: nn.Module) -> Iterator[Multiplies]:
         """The maps that every step multiplies with: not an encoder's, which reads once."""
         if self.left_bytes:
             for name, module in model.named_modules():
@@ -52,7 +52,7 @@ class Packing:
         if kind == "transposed":
             self.left_bytes -= weight_OI.nbytes
             weight_OI = weight_OI.T.contiguous().T
-        return partial(nn.functional.linear, weight=weight_OI, bias=bias_O)
+        return as_stored(weight_OI, bias_O)
 
     def _kind(self, weight_OI: torch.Tensor) -> Literal["stored", "transposed", "packed"]:
         """How the weight is best held."""
@@ -67,6 +67,11 @@ class Packing:
             return "stored"
         able = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return "packed" if able else "stored"
+
+
+def as_stored(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> Product:
+    """x -> x Wᵀ + b, nothing copied."""
+    return partial(nn.functional.linear, weight=weight_OI, bias=bias_O)
 
 
 def _multiply(x_BTI: torch.Tensor, packed: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
