@@ -9,8 +9,9 @@ the former less disturbed by other work on the machine.
 
 The limit stands beside them: a step reads every weight of its products and the cache once (bytes over the memory
 bandwidth measured here), and multiplies (FLOPs over the rate of a large product measured here); the greater of the two.
-A model that a cache of the processor holds may beat the memory's bandwidth. In fp32 the tokens must be equal; in bf16 the
-two round at different places, so the share of equal tokens is told.
+A model that a cache of the processor holds may beat the memory's bandwidth. In fp32 the tokens must be equal. In bf16 the
+two round at different places, and after one other choice texts part for good: told are the share of equal tokens, and how
+often both choose alike behind the same text.
 """
 
 from __future__ import annotations
@@ -130,11 +131,13 @@ def measure(folder: Path, dtype: torch.dtype, rows: int, rounds: int, rates: dic
         pair for both in zip(tokens["ours"], tokens["transformers"], strict=True) for pair in zip(*both, strict=True)
     ]
     same = sum(one == other for one, other in pairs) / len(pairs)
+    alike = same_choices(ours, theirs, prompts, tokens["transformers"])
     least = limit(config, dtype, rows, rates)
     print(
         f"{dtype}, {rows} rows: "
         f"{by_clock['ours']:.2f} ms a step, transformers {by_clock['transformers']:.2f}, limit {least:.2f}: "
-        f"{clock_ratio:.2f} x by the clock, {ratio:.2f} x in processor time, same tokens: {same:.0%}",
+        f"{clock_ratio:.2f} x by the clock, {ratio:.2f} x in processor time, same tokens: {same:.0%}, same "
+        f"choices behind the same text: {alike:.1%}",
         flush=True,
     )
     return {
@@ -146,7 +149,18 @@ def measure(folder: Path, dtype: torch.dtype, rows: int, rounds: int, rates: dic
         "processor_ratio": ratio,
         "clock_ratio": clock_ratio,
         "same_tokens": same,
+        "same_choices": alike,
     }
+
+
+@torch.inference_mode()
+def same_choices(
+    ours: torch.nn.Module, theirs: torch.nn.Module, prompts: torch.Tensor, tokens: list[list[int]]
+) -> float:
+    """Share of the places of transformers' own text where both find the same token likeliest next."""
+    whole = torch.cat((prompts, torch.tensor(tokens)), dim=1)
+    mine, others = ours(whole)["logits"], theirs(whole, use_cache=False).logits
+    return float((mine.argmax(-1) == others.argmax(-1)).float().mean())
 
 
 def limit(config: ModelConfig, dtype: torch.dtype, rows: int, rates: dict[str, float]) -> float:

@@ -4,9 +4,10 @@ and linear attention layers grow linearly with the row.
     python benchmarks/ssm.py [--threads 1] [--rounds 3] [--write]
 
 A training step (loss and gradients) of 2 rows of 128 tokens in fp32, beside MambaForCausalLM without mamba-ssm, which has
-no CPU build (rows are short to be fair to it: its backward pass takes time that grows with their square); greedy decoding of 48 tokens behind prompts of 32. The two take turns; figures are medians of processor time,
-which other work on the machine disturbs less than the clock. Growth: one row of 1k to 8k tokens, forward and backward of
-two layers, and the bytes that its forward pass leaves for the backward pass.
+no CPU build; rows are short to be fair to it, whose backward pass takes time that grows with their square. Greedy decoding
+of 48 tokens behind prompts of 32. The two take turns; figures are medians of processor time, which other work on the
+machine disturbs less than the clock. Growth: one row of 1k to 8k tokens, forward and backward of two layers, and the bytes
+that its forward pass leaves for the backward pass.
 """
 
 from __future__ import annotations
