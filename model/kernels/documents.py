@@ -24,7 +24,7 @@ class DocumentBatch:
     def take(self, x_BTHC: torch.Tensor, kv_heads: int, zero_padding: bool = False) -> torch.Tensor:
         """A copy of these documents' tokens, as x_MGTC: one matrix for each document and key/value head."""
         if self.places_BT is not None and self.real_BT is not None:
-            # index_select copies whole tokens; indexing by a matrix goes element by element and takes more than twice as long
+            # index_select copies whole tokens; indexing by a matrix takes more than twice as long
             x_NHC = x_BTHC.flatten(0, 1).index_select(0, self.places_BT.flatten())
             x_BTHC = x_NHC.view(*self.places_BT.shape, *x_NHC.shape[1:])
             if zero_padding:
