@@ -30,6 +30,7 @@ def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any
     from model.build import build_model
     from model.costs import activation_bytes, parameter_counts, train_flops_per_token
 
+    settings.check_batches()
     run = settings.pretraining()
     model, train, seq_len = run.model, run.train, settings.shards.seq_len
     build_model(model, device="meta")  # proves that it can be built at this size, without its memory

@@ -32,6 +32,7 @@ from pipelines.stages.finetune import FinetuneRun, FinetuneSettings
 from pipelines.stages.launch import ComputeSettings
 from pipelines.stages.pretrain import PretrainSettings
 from pipelines.stages.report import ReportSettings
+from pipelines.training.errors import TrainingError
 from pipelines.training.settings import (
     AdamWSettings,
     BatchPlan,
@@ -118,7 +119,10 @@ class Settings:
     def check_batches(self) -> None:
         """Refuse at once a batch that pretraining would refuse after hours of corpus work. Raises TrainingError."""
         train, seq_len, ranks = self.pretraining().train, self.shards.seq_len, self.compute.ranks
-        BatchPlan.derive(train, seq_len=seq_len, world_size=ranks, largest_rows=1)
+        try:
+            BatchPlan.derive(train, seq_len=seq_len, world_size=ranks, largest_rows=1)
+        except TrainingError as error:
+            raise TrainingError(f"pretrain.{error}") from error
 
     def _everywhere(self) -> dict[str, Any]:
         """Execution settings that every training step shares."""

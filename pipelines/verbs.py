@@ -122,6 +122,8 @@ def generate(arguments: argparse.Namespace) -> int:
         )
     model_dir, tokenizer_dir = _model_folders(arguments)
     generator = TextGenerator.open(model_dir, tokenizer_dir)
+    if arguments.quantize:
+        sys.stderr.write(f"[{generator.quantize(arguments.quantize)}]\n")
     settings = _valid(
         GenerateSettings,
         max_new_tokens=arguments.max_tokens,

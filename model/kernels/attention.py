@@ -1,4 +1,7 @@
-"""Softmax attention behind one seam: every kernel has the signature of `dense_attention`, which is the oracle."""
+"""Softmax attention behind one seam: every kernel has the signature of `dense_attention`, which is the oracle.
+
+Values may have other channels than keys; kernels that cannot have that are given both as wide (`kernels.select`).
+"""
 
 from collections.abc import Callable
 
@@ -69,8 +72,8 @@ def cached_attention(
     if not mask.full or mask.bias_HL is not None:
         _discount(scores_NMS.view(rows, kv_heads, -1, tokens, keys), mask, heads)
     out_NMC = torch.bmm(scores_NMS.softmax(-1), v_NSC).to(q_BTHC.dtype)
-    out_BKGTC = out_NMC.view(rows, kv_heads, -1, tokens, channels)
-    return out_BKGTC.permute(0, 3, 1, 2, 4).reshape(rows, tokens, heads, channels)
+    out_BKGTC = out_NMC.view(rows, kv_heads, heads // kv_heads, tokens, -1)
+    return out_BKGTC.permute(0, 3, 1, 2, 4).reshape(rows, tokens, heads, -1)
 
 
 def _discount(scores_BKGTS: torch.Tensor, mask: Mask, heads: int) -> None:
