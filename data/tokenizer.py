@@ -185,6 +185,11 @@ class Tokenizer:
         return not special and self.piece(number) not in TAB_RUNS
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that `Tokenizer.load` reads."""
+    return [folder / MODEL_FILE, folder / TEMPLATE_FILE]
+
+
 def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings, out_dir: Path) -> dict[str, Any]:
     """Learn a vocabulary and write it with the chat template to `out_dir`; equal texts give equal bytes.
 

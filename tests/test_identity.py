@@ -95,7 +95,10 @@ KNOWN = {
 }
 """Other values of fields for which none can be guessed."""
 
-ONE_VALUE = {"corpus.kind", "model.tower", "finetune.data.kind", "model.norm.bias"}
+ONE_VALUE = {
+    *("corpus.kind", "model.tower", "finetune.data.kind", "model.norm.bias"),
+    *("pretrain.init_from", "finetune.init_from"),  # a folder that has to be there: tests/test_start.py
+}
 """Fields that cannot change alone: another kind needs other fields too. `…kind` of a union has one value for each class."""
 
 

@@ -32,6 +32,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+SAMPLE = "The sum of 17 and 25 is 42.\nLes œufs coûtent 3,50 €; 値段は変わらない。\n\tdef f(x): return x\n"
+"""What is compared on where nothing was held out: weights from outside that are fine-tuned on conversations alone."""
 ROUNDING_MULTIPLE = 8
 UNIT_ROUNDOFF = 2.0**-24
 COMPARED_TOKENS = 256
@@ -58,7 +60,7 @@ def check_export(
     tokenizer = Tokenizer.load(tokenizer_dir)
     theirs_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     documents = sorted((d for place in held_out for d in read_documents(place)), key=lambda document: document.id)
-    texts = [document.text for document in documents[:sample_documents]]
+    texts = [document.text for document in documents[:sample_documents]] or [SAMPLE]
     report = check_tokens(tokenizer, theirs_tokenizer, texts)
 
     config, state = load_pretrained(source)

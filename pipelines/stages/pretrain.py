@@ -31,7 +31,8 @@ class PretrainSettings:
 
 
 def run(settings: PretrainSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
-    """Inputs: tokenizer, and shards (or shards-NAME for each source). Writes model/, metrics.jsonl, the last checkpoint."""
+    """Inputs: tokenizer, shards (or shards-NAME for each source), perhaps start, whose weights it begins with. Writes
+    model/, metrics.jsonl, the last checkpoint."""
     return train(job(settings, inputs, out_dir), settings.compute, out_dir, ctx)
 
 
@@ -42,6 +43,7 @@ def job(settings: PretrainSettings, inputs: Mapping[str, Artifact], out_dir: Pat
         "label": "pretrain",
         "train": to_plain(settings.train),
         "model": to_plain(settings.model),
+        "init": str(inputs["start"].path / "model") if "start" in inputs else None,
         "order": to_plain(settings.order),
         "mixture": to_plain(settings.mixture),
         "shards": shards,

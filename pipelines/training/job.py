@@ -3,6 +3,8 @@
 {"train": {…}, "out_dir": "…", "shards": {"corpus": "…"}, "order": {…}, "mixture": {…},
   "model": {…} | null, "init": "folder of weights" | null, "lora": {…} | null, "freeze": [patterns],
   "objective": {"kind": …} | null, "digests": {"shards": "…", "tokenizer": "…"}, "run_id": "…", "label": "pretrain"}
+
+With `model` and `init`, these weights in that model.
 """
 
 from __future__ import annotations
@@ -103,7 +105,9 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
 def _starting_model(job: Mapping[str, Any], settings: TrainSettings) -> Transformer:
     if job.get("init"):
         config, state = load_pretrained(Path(job["init"]))
-        model = build_model(config, device="meta")
+        model = build_model(
+            from_plain(ModelConfig, job["model"], "model") if job.get("model") else config, device="meta"
+        )
         model.load_state_dict({name: x.float() for name, x in state.items()}, assign=True)
         model.tie_weights()
         return model
