@@ -15,11 +15,14 @@ from typing import Any
 from data.corpus import CorpusSettings, corpus_files
 from data.errors import DataError
 from data.instructions import instruction_files
+from data.objective_settings import check_pieces
 from data.sources import SourceFile
+from data.tokenizer import Tokenizer
 from pipelines.engine.step import StageFn, Step
 from pipelines.settings import Settings
 from pipelines.stages import (
     corpus,
+    denoise,
     evaluate,
     export,
     finetune,
@@ -53,9 +56,10 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
         begun["start"] = add("start", start.run, s.start.settings, {}, files={"weights": s.start.weights})
     if s.start is not None and s.start.tokenizer:
         taken = tokenizer.TakenTokenizer(folder=str(s.start.folder))
+        check_pieces(s.objective, Tokenizer.load(s.start.folder), s.shards.seq_len)
         words = add("tokenizer", tokenizer.take, taken, {}, files={"tokenizer": s.start.tokenizer})
     else:
-        words = add("tokenizer", tokenizer.run, s.tokenizer, corpora)
+        words = add("tokenizer", tokenizer.run, s.resolved_tokenizer(), corpora)
     rows = {
         name: add(name, shards.run, s.shards, {"corpus": step, "tokenizer": words}, self_checking=("*.tar",))
         for name, step in (("shards" + name.removeprefix("corpus"), step) for name, step in corpora.items())
@@ -81,7 +85,10 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
         models["finetune"] = add("finetune", finetune.run, s.finetuning(), pair, **training)
 
     held_out = {**corpora, **rows, "tokenizer": words, **models}
-    if corpora:
+    if corpora and not s.writes_from_left_to_right():
+        asked = denoise.DenoiseSettings(evaluate=s.evaluate, objective=s.objective, seq_len=s.shards.seq_len)
+        add("evaluate", denoise.run, asked, {**corpora, "tokenizer": words, **models})
+    elif corpora:
         add("evaluate", evaluate.run, s.evaluate, held_out, files={"tasks": evaluate.task_files(s.evaluate)})
     add("export", export.run, s.export, {**corpora, "tokenizer": words, **models})
     add("report", report.run, s.report, dict(steps), volatile=("report.html",))  # it shows seconds

@@ -19,6 +19,7 @@ from pipelines import console
 from pipelines.console import count, duration, size
 from pipelines.engine.events import StepReport
 from pipelines.settings import Settings
+from pipelines.training.objective import flops_per_token
 from pipelines.training.settings import BatchPlan, TrainSettings
 
 TEXT_BYTES_PER_TOKEN = 3.6
@@ -28,14 +29,14 @@ TEXT_BYTES_PER_TOKEN = 3.6
 def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any]:
     """Figures for `plan`. Raises the rooms' errors for a combination that could not run."""
     from model.build import build_model
-    from model.costs import activation_bytes, parameter_counts, train_flops_per_token
+    from model.costs import activation_bytes, parameter_counts
 
     name, train = settings.first_training()
     model, seq_len, ranks = settings.resolved_model(), settings.shards.seq_len, settings.compute.ranks
     build_model(model, device="meta")  # proves that it can be built at this size, without its memory
     batch = BatchPlan.derive(train, seq_len=seq_len, world_size=ranks, largest_rows=8)
     counts = parameter_counts(model)
-    flops = train_flops_per_token(model, seq_len)
+    flops = flops_per_token(model, settings.objective.widths(seq_len), seq_len)
     memory = memory_per_rank(counts.total, ranks=ranks, stage=train.zero.stage)
     memory["activations"] = activation_bytes(
         model,

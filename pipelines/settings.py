@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import conf
 from data.corpus import CorpusSettings
 from data.mixture import MixtureSettings
+from data.objective_settings import NextTokenSettings, ObjectiveChoice, check_sentinels
 from data.order import OrderSettings
 from data.shards import ShardSettings
 from data.tokenizer import TokenizerSettings
@@ -34,6 +35,7 @@ from pipelines.stages.launch import ComputeSettings
 from pipelines.stages.pretrain import PretrainSettings
 from pipelines.stages.report import ReportSettings
 from pipelines.stages.start import Start
+from pipelines.training.objective import check_suits
 from pipelines.training.settings import (
     AdamWSettings,
     BatchPlan,
@@ -45,6 +47,7 @@ from pipelines.training.settings import (
 )
 
 CONF_DIR = Path(conf.__file__).parent
+SENTINELS = 100  # as many as T5 has
 T = TypeVar("T")
 _EXECUTION: Any = {"execution": True}
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[\w./@-]+?)(?:=(?P<value>.*))?$", re.DOTALL)
@@ -86,6 +89,8 @@ class Settings:
     mixture: MixtureSettings = field(default_factory=MixtureSettings)
     order: OrderSettings = field(default_factory=OrderSettings)
     model: ModelConfig
+    objective: ObjectiveChoice = field(default_factory=NextTokenSettings)
+    """What pretraining asks of a row; the tokenizer gets the pieces it hides with."""
     pretrain: PretrainGroup
     optim: AdamWSettings | MuonSettings
     schedule: ScheduleSettings
@@ -133,17 +138,45 @@ class Settings:
         if self.start is not None:
             self.start.check_vocabulary(self.tokenizer.vocab_size)
             return self.start.model(self.model, self.shards.seq_len)
+        encoder = self.model.encoder
+        if encoder is not None:
+            longest, _ = self.objective.widths(self.shards.seq_len) or (0, 0)
+            encoder = replace(encoder, max_seq_len=max(encoder.max_seq_len, longest))
         return replace(
             self.model,
             vocab_size=self.model.vocab_size or self.tokenizer.vocab_size,
             max_seq_len=max(self.model.max_seq_len, self.shards.seq_len),
+            encoder=encoder,
         )
 
+    def writes_from_left_to_right(self) -> bool:
+        """Whether the model is a decoder alone, which has bits per byte and continues texts."""
+        model = self.resolved_model()
+        return model.causal and model.encoder is None
+
+    def resolved_tokenizer(self) -> TokenizerSettings:
+        """The tokenizer with the pieces that the objective hides with. Raises DataError where sentinels are too few."""
+        given, seq_len = self.tokenizer, self.shards.seq_len
+        sentinels = given.sentinel_pieces or (SENTINELS if self.objective.sentinels(seq_len) else 0)
+        check_sentinels(self.objective, sentinels, seq_len)
+        mask = given.mask_piece or self.objective.needs_mask
+        return replace(given, mask_piece=mask, sentinel_pieces=sentinels)
+
     def pretraining(self) -> PretrainSettings:
-        """What the pretrain step is told: the groups that stand beside `pretrain` put in their places."""
+        """What the pretrain step is told: the groups that stand beside `pretrain` put in their places.
+
+        Raises TrainingError where the objective does not suit the model.
+        """
+        model = self.resolved_model()
+        check_suits(self.objective.kind, model)
         train = self.pretrain.run(optim=self.optim, schedule=self.schedule, **self._everywhere())
         return PretrainSettings(
-            model=self.resolved_model(), train=train, order=self.order, mixture=self.mixture, compute=self.compute
+            model=model,
+            train=train,
+            order=self.order,
+            mixture=self.mixture,
+            objective=self.objective,
+            compute=self.compute,
         )
 
     def first_training(self) -> tuple[str, TrainSettings]:
@@ -155,6 +188,12 @@ class Settings:
         """What the finetune step is told, or None where there is none."""
         if self.finetune is None:
             return None
+        if not self.writes_from_left_to_right():
+            raise SettingsError(
+                f"finetune={'…' if self.pretrains else f'… finetune.init_from={self.starts_from}'}: fine-tuning teaches a "
+                "causal decoder to answer, and this model is an encoder or has one; set finetune=none, or take the model "
+                "that pretraining leaves (model/ in its artifact) to your own task."
+            )
         return FinetuneRun(
             train=replace(self.finetune.train, **self._everywhere()),
             epochs=self.finetune.epochs,
@@ -217,6 +256,7 @@ def typed(config: Mapping[str, Any]) -> Settings:
 
 
 SET_ELSEWHERE = {
+    ("pretrain", "objective"): "objective.KEY or objective=NAME",
     ("pretrain", "optim"): "optim.KEY or optim=NAME",
     ("pretrain", "schedule"): "schedule.KEY or schedule=NAME",
     ("pretrain", "zero"): "zero=0|1|2|3",

@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     out.print(console.summary(reports))
     out.print()
     prompt = (*settings.evaluate.samples.prompts, "Once ")[0].partition("\n")[0]
+    prompt = prompt if settings.writes_from_left_to_right() else ""
     out.print(_next_words(arguments.overrides, reports, prompt), markup=False)
     return 0
 
@@ -55,6 +56,7 @@ SHORT_ENOUGH = 70  # characters of overrides that are worth repeating in a sugge
 
 
 def _next_words(overrides: Sequence[str], reports: Sequence[StepReport], prompt: str) -> str:
+    """What to type next; `prompt` is empty for a model that continues none."""
     paths = {report.name: console.shown_path(report.path) for report in reports}
     same = " ".join(overrides)
     if len(same) > SHORT_ENOUGH:
@@ -62,12 +64,13 @@ def _next_words(overrides: Sequence[str], reports: Sequence[StepReport], prompt:
     lines = []
     if "report" in paths:
         lines.append(f"open     {paths['report']}/report.html")
-    if "pretrain" in paths or "finetune" in paths:
+    if prompt and ("pretrain" in paths or "finetune" in paths):
         lines.append(f"try      athanor generate {same} --prompt {shlex.quote(prompt)}")
     if "pretrain" in paths:
         lines.append(f"look     athanor trace {same} --step 1")
     if "export" in paths:
-        lines.append(f"load     transformers.AutoModelForCausalLM.from_pretrained('{paths['export']}/model')")
+        loader = "AutoModelForCausalLM" if prompt else "AutoModel"
+        lines.append(f"load     transformers.{loader}.from_pretrained('{paths['export']}/model')")
     only_tuned = "finetune" in paths and "pretrain" not in paths
     change, step = ("finetune.train.optim.lr", "finetune") if only_tuned else ("optim.lr", "pretrain")
     lines.append(f"change   athanor run {same} {change}=1e-3      (athanor why {step} … says what reruns)")

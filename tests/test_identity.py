@@ -15,9 +15,8 @@ from typing import Any, Literal, Union
 import pytest
 
 from data.mixture import MixturePhase
-from model.config import LayerChange, ModelConfig
+from model.config import LayerChange
 from model.ffn import FfnConfig
-from model.heads import NoHeadConfig
 from model.norm import NormConfig
 from model.peft import LoraConfig
 from model.position import LinearScaling
@@ -34,6 +33,7 @@ OWNER = {
     "mixture": {"pretrain"},
     "order": {"pretrain"},
     "model": {"pretrain"},
+    "objective": {"pretrain"},
     "pretrain": {"pretrain"},
     "optim": {"pretrain"},
     "schedule": {"pretrain"},
@@ -85,7 +85,6 @@ KNOWN = {
     "mixture.phases": (MixturePhase(weights={"corpus": 2.0}),),
     "model.norm": NormConfig(kind="layer", bias=True),
     "model.pattern": (LayerChange(every=2, ffn=FfnConfig(d_ff=64)),),
-    "model.encoder": ModelConfig(d_model=160, causal=False, head=NoHeadConfig()),
     "model.position.scaling": LinearScaling(factor=4.0),
     "finetune.data.tasks": ("write",),
     "finetune.lora": LoraConfig(),
@@ -97,6 +96,7 @@ KNOWN = {
 
 ONE_VALUE = {
     *("corpus.kind", "model.tower", "finetune.data.kind", "model.norm.bias"),
+    *("model.causal", "model.encoder"),  # another objective: tests/test_objective.py
     *("pretrain.init_from", "finetune.init_from"),  # a folder that has to be there: tests/test_start.py
 }
 """Fields that cannot change alone: another kind needs other fields too. `…kind` of a union has one value for each class."""
