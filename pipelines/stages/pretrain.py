@@ -41,14 +41,16 @@ def run(settings: PretrainSettings, inputs: Mapping[str, Artifact], out_dir: Pat
 
 def job(settings: PretrainSettings, inputs: Mapping[str, Artifact], out_dir: Path) -> dict[str, Any]:
     """What every rank is told: plain data, so that it can be written down and run without the engine."""
-    asks = settings.objective.over(Tokenizer.load(inputs["tokenizer"].path), settings.order.seed)
+    asks = None
+    if not isinstance(settings.objective, NextTokenSettings):
+        asks = settings.objective.over(Tokenizer.load(inputs["tokenizer"].path), settings.order.seed)
     shards = {source_of(name): str(a.path) for name, a in inputs.items() if name.startswith("shards")}
     return {
         "label": "pretrain",
         "train": to_plain(settings.train),
         "model": to_plain(settings.model),
         "init": str(inputs["start"].path / "model") if "start" in inputs else None,
-        "objective": None if isinstance(settings.objective, NextTokenSettings) else to_plain(asks),
+        "objective": to_plain(asks),
         "order": to_plain(settings.order),
         "mixture": to_plain(settings.mixture),
         "shards": shards,

@@ -10,11 +10,13 @@ import pytest
 import torch
 import transformers
 
-from data.loader import open_loader
+from data.denoising import AnyObjective, MaskedToken
+from data.loader import Loader, order_over
+from data.shard_set import ShardSet
 from model.errors import ModelError
 from model.interop import checkpoint_files
 from pipelines.engine.step import EngineError
-from pipelines.engine.typed import from_plain
+from pipelines.engine.typed import from_plain, to_plain
 from pipelines.stages import pretrain
 from pipelines.stages.pretrain import PretrainSettings
 from pipelines.stages.start import Start, run
@@ -77,10 +79,39 @@ def test_the_first_loss_is_that_of_transformers_under_every_zero_stage(
     assert first["loss"] == pytest.approx(expected_loss(theirs, shards), rel=1e-5)
 
 
+def test_an_encoder_begins_with_the_loss_of_transformers_on_its_hidden_tokens(shards: Path, tmp_path: Path) -> None:
+    bert = transformers.BertConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=24,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=SEQ_LEN,
+        hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0,
+    )
+    torch.manual_seed(1)
+    theirs = transformers.BertForMaskedLM(bert).eval()
+    theirs.save_pretrained(tmp_path / "weights")
+    begun = Start.open("pretrain.init_from", str(tmp_path / "weights"))
+    objective = MaskedToken(mask_id=1, random_ids=(8, VOCAB_SIZE), kept_ids=(0, 2, 3), rate=0.3, seed=5)
+    job = make_job(shards, tmp_path / "out", steps=1, precision="fp32")
+    asked = {
+        "shards": {"corpus": str(shards)},
+        "init": str(begun.folder),
+        "model": to_plain(begun.model(begun.config, SEQ_LEN)),
+    }
+    run_rank({**job, **asked, "objective": to_plain(objective)})
+    [first] = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert first["loss"] == pytest.approx(expected_loss(theirs, shards, objective), rel=1e-5)
+
+
 @torch.no_grad()
-def expected_loss(theirs: Any, shards: Path) -> float:
+def expected_loss(theirs: Any, shards: Path, objective: AnyObjective | None = None) -> float:
     """Mean loss of the first batch, each document by itself."""
-    with open_loader({"corpus": shards}, rows_per_step=ROWS_PER_STEP, micro_batch_rows=ROWS_PER_STEP) as loader:
+    sets = {"corpus": ShardSet.open(shards)}
+    rows = {"rows_per_step": ROWS_PER_STEP, "micro_batch_rows": ROWS_PER_STEP}
+    with Loader(sets, order=order_over(sets), objective=objective, **rows) as loader:
         [batch] = next(loader).micro_batches
     total, count = 0.0, 0
     for row in range(ROWS_PER_STEP):
