@@ -5,6 +5,8 @@ VENV   := .venv
 PYTHON ?= python3
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
 export PYTHONUNBUFFERED := 1
+# Two workers of one thread each; `make test PYTEST_ARGS="-n 0 -k name"` runs in one process.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadgroup
 
 .PHONY: demo test check format clean
 
@@ -12,13 +14,13 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/athanor run experiment=demo
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format .

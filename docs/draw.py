@@ -34,6 +34,7 @@ SHOWN = (
     ("whisper-small", "Whisper"),
     ("clip-base", "CLIP"),
     ("longformer-base", "Longformer"),
+    ("dalle-12b", "DALL-E"),
     ("mixtral-8x7b", "Mixtral"),
     ("mamba-130m", "Mamba"),
     ("hybrid-small", "hybrid"),
@@ -109,6 +110,8 @@ def slots(config: ModelConfig, layer: LayerConfig) -> list[Box]:
 
 def mixer_words(mixer: Any) -> str:
     """What mixes the tokens, in few words."""
+    if mixer.kind == "grid":
+        return f"image {mixer.pattern}"
     if mixer.kind != "attention":
         return str(mixer.kind).replace("_", " ")
     if mixer.window is not None:

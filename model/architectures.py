@@ -1,6 +1,6 @@
 """A whole model: frontend, stack, head; and for some an encoder before them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, Protocol
 
@@ -10,15 +10,15 @@ from torch import nn
 from model.cache import Cache, rounded_slots
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.heads import Head
-from model.loss import IGNORED
+from model.grid import GridPositionConfig
+from model.heads import Head, NoHeadConfig
 from model.masks import Mask
 from model.mixers.attention import KeyValueState
 from model.mixers.base import MixerInput
 from model.modalities.base import Frontend
 from model.moe.config import MoeConfig
 from model.moe.noise import row_keys
-from model.moe.receipts import routing_counts
+from model.moe.receipts import routing_counts, with_encoders
 from model.position import (
     AlibiConfig,
     LearnedPositionConfig,
@@ -116,8 +116,8 @@ class Transformer(nn.Module):
 
         Without targets {"logits": [B, T or 1, V]} or what else the head gives; with targets {"loss_sum": fp32 Σ NLL,
         "target_count": int64}, "z_loss_sum" where the configuration weighs it, "aux_loss_sum" and counts of routing
-        (`moe.receipts`) where layers have experts; with `per_token` instead, and without gradient, {"nll": fp32 [B, T],
-        "is_top": bool [B, T]}.
+        (`moe.receipts`) where layers have experts, an encoder's too; with `per_token` instead, and without gradient,
+        {"nll": fp32 [B, T], "is_top": bool [B, T]}. A model without a head tells of its routing beside the features.
         """
         if self.prefix is not None and cache is None:
             raise ModelError(
@@ -153,8 +153,9 @@ class Transformer(nn.Module):
             shared = replace(shared, lengths_B=torch.tensor(lengths, device=x_BTD.device))
         if self._is_random and self.training and tokens_BT is not None and cache is None:
             shared = replace(shared, row_keys_B=row_keys(tokens_BT))
+        heard: dict[str, torch.Tensor] = {}
         if self.encoder is not None:
-            shared = self._with_memory(shared, documents_BT, cache, of_encoder)
+            shared, heard = self._with_memory(shared, documents_BT, cache, of_encoder)
         x_BTD, records = self.stack(x_BTD, shared, None if cache is None else cache.states)
         if cache is not None:
             cache.advance([tokens] * x_BTD.shape[0] if lengths is None else lengths)
@@ -165,8 +166,11 @@ class Transformer(nn.Module):
         if self.tower is not None and of_tower:
             targets["other_ND"] = self.tower(**of_tower)["features"]
         result: dict[str, torch.Tensor] = self.head(x_BTD, documents_BT, per_token, **targets)
-        if targets_BT is not None and not per_token:
-            result |= _routing(result["loss_sum"], records, documents_BT, targets_BT)
+        if "loss_sum" in result:
+            told = with_encoders(heard, _routing(records, documents_BT, x_BTD))
+            result |= _with_auxiliary(result["loss_sum"], told, lambda: self.head.row_targets(targets))
+        elif isinstance(self.config.head, NoHeadConfig):
+            result |= _routing(records, documents_BT, x_BTD)
         return result
 
     def _sorted_out(self, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
@@ -195,13 +199,17 @@ class Transformer(nn.Module):
             )
         offset = 0 if self.prefix is None else self.prefix.tokens
         device, slots = next(self.stack.parameters()).device, rounded_slots(max_tokens + offset)
-        angles = self._rotation(torch.arange(slots, device=device)[None])
+        angles = self._rotation(torch.arange(slots, device=device)[None]) if self._rotates else None
         states = self.stack.new_states(rows, slots)
         if self.prefix is not None:
             for state, (k_KSC, v_KSC) in zip(states, self.prefix(), strict=True):
                 assert isinstance(state, KeyValueState)
                 state.begin(k_KSC, v_KSC)
         return Cache(states, rows, max_tokens, device, angles=angles, static=static, offset=offset)
+
+    @property
+    def _rotates(self) -> bool:
+        return isinstance(self.config.position, RopeConfig) and self.config.head_dim is not None
 
     def _rotation(self, positions_BT: torch.Tensor | None) -> Rotation | None:
         """The angles of those positions, where the model rotates and attends."""
@@ -221,7 +229,10 @@ class Transformer(nn.Module):
         if tokens_BT is None:
             return positions_BT
         tokens = tokens_BT.shape[1]
-        if isinstance(self.config.position, LearnedPositionConfig) and tokens > self.config.max_seq_len:
+        if (
+            isinstance(self.config.position, LearnedPositionConfig | GridPositionConfig)
+            and tokens > self.config.max_seq_len
+        ):
             raise ModelError(
                 f"a row has {tokens} tokens, the model {self.config.max_seq_len} learned positions: shorten the rows "
                 "or raise model.max_seq_len."
@@ -265,15 +276,17 @@ class Transformer(nn.Module):
         documents_BT: torch.Tensor | None,
         cache: Cache | None,
         of_encoder: dict[str, torch.Tensor],
-    ) -> MixerInput:
-        """The encoder's output and who sees what of it; from the cache where this pass brings no encoder inputs."""
+    ) -> tuple[MixerInput, dict[str, torch.Tensor]]:
+        """With the encoder's output and who sees what of it, from the cache where this pass brings no encoder inputs; and
+        what else the encoder told."""
         assert self.encoder is not None
         if not of_encoder:
             if cache is None or not cache.longest:
                 raise ModelError("the model has an encoder: give its input too, as encoder_tokens_BT.")
             mask = Mask(causal=False, key_documents_BS=cache.memory_documents_BS)
-            return replace(shared, memory_mask=mask)
-        memory_BSD = self.encoder(**of_encoder)["features"]
+            return replace(shared, memory_mask=mask), {}
+        heard = self.encoder(**of_encoder)
+        memory_BSD = heard.pop("features")
         memory_documents_BS = of_encoder.get("documents_BT")
         if memory_documents_BS is None:
             memory_documents_BS = self.encoder.frontend.documents(of_encoder)
@@ -281,28 +294,33 @@ class Transformer(nn.Module):
             cache.memory_documents_BS = memory_documents_BS
         queries_BT = None if cache is not None or memory_documents_BS is None else documents_BT
         mask = Mask(causal=False, documents_BT=queries_BT, key_documents_BS=memory_documents_BS)
-        return replace(shared, memory_BSD=memory_BSD, memory_mask=mask)
+        return replace(shared, memory_BSD=memory_BSD, memory_mask=mask), heard
 
 
-def _routing(
-    loss_sum: torch.Tensor, records: list[Record], documents_BT: torch.Tensor | None, targets_BT: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Counts of what the layers routed, and their auxiliary losses added to the gradient of `loss_sum`, not to its value,
-    as the head does with its own; {} where no layer has experts.
-
-    The losses are means over the tokens of a row; a row weighs as many targets as it has. So they are a sum like Σ NLL:
-    divided by the targets of all micro-batches and ranks it is the same whichever way rows are shared out.
-    """
+def _routing(records: list[Record], documents_BT: torch.Tensor | None, x_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Counts of what the layers routed, and "auxiliary_B", the sum of their auxiliary losses; {} where no layer has
+    experts."""
     if not any(records):
         return {}
-    tokens = (
-        torch.full((), targets_BT.numel(), device=targets_BT.device)
-        if documents_BT is None
-        else (documents_BT != 0).sum()
-    )
-    result = routing_counts(records, tokens)
+    places = x_BTD.shape[0] * x_BTD.shape[1]
+    tokens = torch.full((), places, device=x_BTD.device) if documents_BT is None else (documents_BT != 0).sum()
+    told = routing_counts(records, tokens)
     losses = [record["auxiliary_B"] for record in records if "auxiliary_B" in record]
-    if losses:
-        auxiliary = (torch.stack(losses).sum(0) * (targets_BT != IGNORED).sum(1)).sum()
-        result |= {"loss_sum": loss_sum + (auxiliary - auxiliary.detach()), "aux_loss_sum": auxiliary.detach()}
-    return result
+    return {**told, "auxiliary_B": torch.stack(losses).sum(0)} if losses else told
+
+
+def _with_auxiliary(
+    loss_sum: torch.Tensor, told: dict[str, torch.Tensor], row_targets: Callable[[], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What was told of routing, with the auxiliary losses in the gradient of `loss_sum`, not in its value, as the head
+    does with its own.
+
+    The losses are means over the tokens of a row, an encoder's over its own; a row weighs as many targets as it has. So
+    they are a sum like Σ NLL: divided by the targets of all micro-batches and ranks it is the same whichever way rows
+    are shared out.
+    """
+    counts = {name: tensor for name, tensor in told.items() if name != "auxiliary_B"}
+    if "auxiliary_B" not in told:
+        return counts
+    auxiliary = (told["auxiliary_B"] * row_targets()).sum()
+    return {**counts, "loss_sum": loss_sum + (auxiliary - auxiliary.detach()), "aux_loss_sum": auxiliary.detach()}

@@ -14,6 +14,7 @@ from model.architectures import Transformer
 from model.errors import ModelError
 from model.generate import budget, read_prompts
 from model.joined import joined_projections
+from model.modalities.base import Source
 from model.sampling import Sampling, allowed
 
 
@@ -60,7 +61,7 @@ def beam_generate(
     beam: BeamConfig,
     *,
     stop_ids: Collection[int] = (),
-    sources: Sequence[Sequence[int]] | None = None,
+    sources: Sequence[Source] | None = None,
 ) -> list[list[Hypothesis]]:
     """For every prompt its best continuations, `beams` at most, the best first; `sources` as `generate` takes them.
 

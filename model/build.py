@@ -75,6 +75,8 @@ def _needs(config: ModelConfig) -> set[Kind]:
     needs: set[Kind] = {"window"} if config.windows else set()
     if isinstance(config.position, AlibiConfig | RelativePositionConfig):
         needs.add("biased")
+    if config.grids:
+        needs.add("sparse")
     if config.encoder is not None:
         needs |= _needs(config.encoder)
         needs.add("cross")
@@ -132,6 +134,7 @@ def _head(config: ModelConfig, vocab_size: int) -> Head:
             transform=None if chosen.transform is None else Transform(width, chosen.transform, config.norm),
             scale=width**-0.5 if chosen.scale_input else 1.0,
             smoothing=chosen.label_smoothing,
+            weights=chosen.weights,
         )
     if isinstance(chosen, ClassifierHeadConfig):
         return ClassifierHead(chosen, width, config.dropout)

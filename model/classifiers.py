@@ -70,6 +70,7 @@ class ClassifierHead(Head):
     """{"logits": [B, classes]}; with classes_B (int64, -100 for none) the sums of its cross-entropy."""
 
     takes = frozenset({"classes_B"})
+    counted = "classes_B"
 
     def __init__(self, config: ClassifierHeadConfig, d_model: int, dropout: float) -> None:
         super().__init__()
@@ -133,6 +134,7 @@ class SpanHead(Head):
     answer) the sums of both cross-entropies, which count as one target a row. Padding is never chosen."""
 
     takes = frozenset({"starts_B", "ends_B"})
+    counted = "starts_B"
 
     def __init__(self, d_model: int) -> None:
         super().__init__()

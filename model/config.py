@@ -11,12 +11,16 @@ from model.errors import ModelError
 from model.ffn import FfnConfig
 from model.ffns import AnyFfnConfig
 from model.frontends import FrontendConfig, TokenFrontendConfig
+from model.grid import Grid, GridPositionConfig
 from model.heads import LanguageHeadConfig, NoHeadConfig
 from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
 from model.mixers.bigbird import BigBirdConfig
 from model.mixers.build import MixerConfig
+from model.mixers.grid import GridAttentionConfig
+from model.mixers.latent import LatentAttentionConfig
 from model.mixers.longformer import LongformerConfig
+from model.mixers.mamba import MambaConfig
 from model.modalities.ctc_head import CtcHeadConfig
 from model.modalities.distractor_head import DistractorHeadConfig
 from model.modalities.embedding_head import EmbeddingHeadConfig
@@ -122,9 +126,23 @@ class ModelConfig:
                     f"model.causal is true with mixer.kind={layer.mixer.kind}, whose global tokens see what is ahead: "
                     "set causal=false, or take mixer.kind=attention with a window."
                 )
+            if not self.causal and isinstance(layer.mixer, MambaConfig | GridAttentionConfig):
+                raise ModelError(
+                    f"model.causal is false with mixer.kind={layer.mixer.kind}, which looks back only: set causal=true, or "
+                    "take attention or linear attention."
+                )
+        routers = [layer.ffn.router for layer in self.layers if isinstance(layer.ffn, MoeConfig)]
+        if any(router.is_random for router in routers) and not isinstance(self.frontend, TokenFrontendConfig):
+            raise ModelError(
+                f"model.frontend.kind is {self.frontend.kind} with ffn.router.jitter or second_by_chance: a router's "
+                "noise is a function of a row's tokens, and here there are none; set jitter to 0 and second_by_chance to "
+                "false."
+            )
         if self.encoder is not None:
             self._check_encoder(self.encoder)
         self._check_tower(self.tower)
+        if self.grids or isinstance(self.position, GridPositionConfig):
+            self._check_grids()
         by_head = isinstance(self.position, AlibiConfig | RelativePositionConfig)
         if by_head and len({mixer.n_heads for mixer in self._attentions}) > 1:
             raise ModelError(
@@ -143,11 +161,6 @@ class ModelConfig:
             raise ModelError(
                 f"model.encoder has head.kind={encoder.head.kind} and {'an' if encoder.encoder else 'no'} encoder of its "
                 "own: its output goes to the decoder as it is, so set encoder.head.kind=none and no further encoder."
-            )
-        if any(isinstance(layer.ffn, MoeConfig) for layer in encoder.layers):
-            raise ModelError(
-                "model.encoder has ffn.kind=moe: what its layers tell of routing, their auxiliary losses too, does not "
-                "reach the decoder's result; give experts to the decoder only."
             )
         if not self.causal:
             raise ModelError(
@@ -177,6 +190,11 @@ class ModelConfig:
             )
         if tower is None or own is None:
             return
+        if any(isinstance(layer.ffn, MoeConfig) for layer in tower.layers):
+            raise ModelError(
+                "model.tower has ffn.kind=moe: its rows are not this model's, so what its routers lose has no row to be "
+                "weighed with; give experts to this model, or none."
+            )
         other = tower.head if isinstance(tower.head, EmbeddingHeadConfig) else None
         if other is None or other.contrast or other.width != own.width:
             raise ModelError(
@@ -208,6 +226,25 @@ class ModelConfig:
                 "a head: rotary positions rotate pairs, so make it even."
             )
 
+    def _check_grids(self) -> None:
+        position, kind = self.position, self.position.kind
+        if self.grids and kind not in ("grid", "learned", "sinusoidal", "none"):
+            raise ModelError(
+                f"model.position.kind is {kind} with mixer.kind=grid, where a distance says little: choose grid, or learned."
+            )
+        if isinstance(position, GridPositionConfig):
+            for grid in self.grids:
+                if (grid.text, grid.width) != (position.text, position.width):
+                    raise ModelError(
+                        f"mixer has text={grid.text}, width={grid.width}, model.position text={position.text}, "
+                        f"width={position.width}: both are of the same image; make them equal."
+                    )
+            if self.max_seq_len > position.tokens:
+                raise ModelError(
+                    f"model.max_seq_len is {self.max_seq_len}: model.position has places for {position.tokens}, text and "
+                    "image together; lower it, or make those larger."
+                )
+
     @cached_property
     def layers(self) -> tuple[LayerConfig, ...]:
         """What fills the slots of every layer, the pattern applied."""
@@ -232,8 +269,9 @@ class ModelConfig:
         return tied
 
     @property
-    def _attentions(self) -> list[AttentionConfig]:
-        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, AttentionConfig)]
+    def _attentions(self) -> list[AttentionConfig | LatentAttentionConfig]:
+        mixers = [layer.mixer for layer in self.layers]
+        return [mixer for mixer in mixers if isinstance(mixer, AttentionConfig | LatentAttentionConfig)]
 
     @property
     def attention_heads(self) -> int:
@@ -246,9 +284,15 @@ class ModelConfig:
         windows = {getattr(layer.mixer, "window", None) for layer in self.layers}
         return tuple(sorted(window for window in windows if window is not None))
 
+    @cached_property
+    def grids(self) -> tuple[Grid, ...]:
+        """Every grid that some layer sees its row as."""
+        grids = (layer.mixer.grid for layer in self.layers if isinstance(layer.mixer, GridAttentionConfig))
+        return tuple(dict.fromkeys(grids))
+
     @property
     def head_dim(self) -> int | None:
-        """Channels of one attention head; none where no layer attends."""
+        """Channels of one attention head, those that can be turned if it keeps others; none where no layer attends."""
         return self._attentions[0].channels(self.d_model) if self._attentions else None
 
     @property

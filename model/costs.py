@@ -74,6 +74,7 @@ def forward_flops(
         pairs = float(seq_len * seq_len)
         if masked:
             pairs = attended_pairs(seq_len, mean_document_tokens, slot.window, causal=config.causal)
+            pairs = pairs if slot.grid is None else slot.grid.pairs(seq_len)
         flops += (2 * slot.matrices + slot.token_flops) * seq_len + slot.pair_flops * pairs
         flops += 2 * slot.memory_matrices * memory_len + slot.memory_pair_flops * seq_len * memory_len * share
     if config.encoder is not None:

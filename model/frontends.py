@@ -1,5 +1,6 @@
 """What turns input into x_BTD, the sequence of vectors every stack works on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -8,7 +9,7 @@ from torch import nn
 
 from model.errors import ModelError
 from model.init import Declared, Parameter, declare
-from model.modalities.base import Frontend
+from model.modalities.base import Frontend, Source
 from model.modalities.mel import MelFrontendConfig
 from model.modalities.patches import PatchFrontendConfig
 from model.modalities.waveform import WaveformFrontendConfig
@@ -66,6 +67,8 @@ class Embedding(Declared):
 class TokenFrontend(Frontend):
     """Token embeddings, plus positions and token types where the family has them."""
 
+    reads = "tokens_BT"
+
     def __init__(
         self,
         tokens: Embedding,
@@ -100,3 +103,10 @@ class TokenFrontend(Frontend):
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
         return self.dropout(x_BTD)
+
+    def batched(self, sources: Sequence[Source], device: torch.device) -> dict[str, torch.Tensor]:
+        """Texts of any lengths, padded behind their ends."""
+        rows = [torch.as_tensor(source, device=device) for source in sources]
+        real = [torch.ones(len(row), dtype=torch.int32, device=device) for row in rows]
+        tokens_BT, documents_BT = (nn.utils.rnn.pad_sequence(padded, batch_first=True) for padded in (rows, real))
+        return {self.reads: tokens_BT, "documents_BT": documents_BT}

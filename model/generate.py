@@ -5,10 +5,11 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from model.architectures import Transformer
+from model.architectures import ENCODER, Transformer
 from model.cache import Cache
 from model.errors import ModelError
 from model.joined import joined_projections
+from model.modalities.base import Source
 from model.sampling import Sampling, allowed, choose
 
 __all__ = ["Sampling", "choose", "generate", "read_prompts", "unpadded"]
@@ -27,7 +28,7 @@ def generate(
     stop: Callable[[list[int]], bool] | None = None,
     on_token: Callable[[int, int], None] | None = None,
     static: bool = False,
-    sources: Sequence[Sequence[int]] | None = None,
+    sources: Sequence[Source] | None = None,
 ) -> list[list[int]]:
     """The continuation of every prompt, without the prompt and without the stop id that ended it.
 
@@ -35,9 +36,10 @@ def generate(
     the row's new tokens so far, returns true (then its last token stays). `on_token(row, token)` is called for every
     token that stays, in order. The same prompt several times is read once and continued by different draws.
     static: every step has the same shapes (see `Cache`), for compiled models and CUDA graphs.
-    sources: what the encoder of an encoder-decoder reads for each prompt; the prompt is then the token that its decoder
-    starts from, `decoder_start_token_id` in the words of transformers.
-    Raises ModelError for an empty prompt or one that fills the model's context.
+    sources: what the encoder of an encoder-decoder reads for each prompt: tokens, mel frames [A, W], pixels [A, Y, X] or
+    samples [W], as its frontend takes them; the prompt is then what its decoder starts from, `decoder_start_token_id` in
+    the words of transformers, or for Whisper the tokens of language and task.
+    Raises ModelError for an empty prompt or one that fills the model's context, and for sources that cannot be batched.
     """
     if not prompts:
         return []
@@ -100,7 +102,7 @@ def read_prompts(
     budgets: Sequence[int],
     *,
     static: bool = False,
-    sources: Sequence[Sequence[int]] | None = None,
+    sources: Sequence[Source] | None = None,
 ) -> tuple[Cache, torch.Tensor]:
     """(a cache that holds every prompt, with room for `budgets[i]` more tokens; the logits [B, V] that follow each).
 
@@ -109,7 +111,7 @@ def read_prompts(
     generated. sources: what the encoder reads for each prompt.
     """
     room = max(len(prompt) + new for prompt, new in zip(prompts, budgets, strict=True))
-    pairs = [(tuple(prompt), tuple(sources[row]) if sources else ()) for row, prompt in enumerate(prompts)]
+    pairs = [(tuple(prompt), _same(sources[row]) if sources else ()) for row, prompt in enumerate(prompts)]
     distinct_pairs = list(dict.fromkeys(pairs))
     distinct = [prompt for prompt, _ in distinct_pairs]
     shared = 0 if sources else min(_common_prefix(distinct), min(map(len, distinct)) - 1)
@@ -126,7 +128,9 @@ def read_prompts(
     ]
     last_B = torch.tensor(lengths, device=cache.device) - 1
     tokens_BT = torch.tensor(padded, device=cache.device)
-    read = {} if sources is None else _encoder_inputs([source for _, source in distinct_pairs], cache.device)
+    read: dict[str, torch.Tensor] = {}
+    if sources is not None:
+        read = _encoder_inputs(model, [sources[pairs.index(pair)] for pair in distinct_pairs], cache.device)
     logits_BV = model(tokens_BT, cache=cache, lengths=lengths, logits_for=last_B, **read)["logits"][:, 0]
     if len(distinct) < len(prompts):
         places = {pair: place for place, pair in enumerate(distinct_pairs)}
@@ -136,15 +140,16 @@ def read_prompts(
     return cache, logits_BV
 
 
-def _encoder_inputs(sources: Sequence[Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
-    """What the encoder reads, padded to one length."""
-    longest = max(map(len, sources))
-    tokens = [[*source, *[0] * (longest - len(source))] for source in sources]
-    real = [[1] * len(source) + [0] * (longest - len(source)) for source in sources]
-    return {
-        "encoder_tokens_BT": torch.tensor(tokens, device=device),
-        "encoder_documents_BT": torch.tensor(real, dtype=torch.int32, device=device),
-    }
+def _encoder_inputs(model: Transformer, sources: Sequence[Source], device: torch.device) -> dict[str, torch.Tensor]:
+    """What the encoder reads, under the names that the decoder hands on."""
+    if model.encoder is None:
+        raise ModelError("sources were given, but the model has no encoder to read them: put them into the prompts.")
+    return {f"{ENCODER}{name}": row for name, row in model.encoder.frontend.batched(sources, device).items()}
+
+
+def _same(source: Source) -> tuple[int, ...]:
+    """Equal for equal texts, and for a tensor given again."""
+    return (id(source),) if isinstance(source, torch.Tensor) else tuple(source)
 
 
 def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:

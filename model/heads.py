@@ -1,5 +1,6 @@
 """What turns the last x_BTD into logits or a loss."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,12 +16,28 @@ from model.slots import SlotCosts
 
 
 @dataclass(frozen=True, kw_only=True)
+class TargetWeight:
+    """How much a target weighs in the objective if its vocabulary entry is `first` or a later one."""
+
+    first: int = 0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.first < 0 or self.weight < 0:
+            raise ModelError(
+                f"head.weights has first={self.first}, weight={self.weight}: entries are counted from 0, and no target "
+                "weighs less than nothing."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LanguageHeadConfig:
     """Logits over the vocabulary.
 
     bias: an offset for each vocabulary entry. transform: a dense layer with this activation and the model's norm comes
     first (BERT's masked-token head). scale_input: the input times d_model^-0.5 (T5 with tied embeddings).
     label_smoothing: the share of every target that training spreads over the whole vocabulary.
+    weights: where targets weigh differently; later entries win, and what none names weighs 1 (DALL-E's codes of an image).
     """
 
     kind: Literal["language"] = "language"
@@ -28,6 +45,7 @@ class LanguageHeadConfig:
     transform: Activation | None = None
     scale_input: bool = False
     label_smoothing: float = 0.0
+    weights: tuple[TargetWeight, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -57,12 +75,19 @@ class Head(Declared):
     them. Its configuration has a `kind` of its own and `costs(vocab_size, d_model, norm)`.
 
     takes: the names of the targets, which `Transformer.forward` hands on. reads: names of inputs that it
-    is given too. reads_codes: it is given the entries of the frontend's codebook too.
+    is given too. reads_codes: it is given the entries of the frontend's codebook too. counted: the name of what tells
+    how many targets a row has.
     """
 
     takes: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[frozenset[str]] = frozenset()
     reads_codes: ClassVar[bool] = False
+    counted: ClassVar[str] = "targets_BT"
+
+    def row_targets(self, targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """How many targets each row has, int64 [B]: places that are not ignored, or that are marked."""
+        counted = targets[self.counted]
+        return (counted if counted.dtype == torch.bool else counted >= 0).view(len(counted), -1).sum(1)
 
 
 class LanguageHead(Head):
@@ -85,6 +110,7 @@ class LanguageHead(Head):
         transform: nn.Module | None = None,
         scale: float = 1.0,
         smoothing: float = 0.0,
+        weights: tuple[TargetWeight, ...] = (),
     ) -> None:
         super().__init__()
         self.weight = weight_VD
@@ -92,6 +118,7 @@ class LanguageHead(Head):
         self.transform = transform
         self.scale = scale
         self.smoothing = smoothing
+        self.weights = weights
         self.soft_cap = soft_cap
         self.z_loss = z_loss
 
@@ -121,11 +148,21 @@ class LanguageHead(Head):
                 soft_cap=self.soft_cap,
                 z_loss=self.z_loss,
                 smoothing=self.smoothing,
+                weights_N=self._weights(targets_BT.flatten()),
             )
         logits_BTV = nn.functional.linear(x_BTD, self.weight, self.bias)
         if self.soft_cap is not None:
             logits_BTV = capped(logits_BTV, self.soft_cap)
         return {"logits": logits_BTV}
+
+    def _weights(self, targets_N: torch.Tensor) -> torch.Tensor | None:
+        """fp32, what each target weighs; null where all weigh 1."""
+        if not self.weights:
+            return None
+        weights_N = torch.ones(targets_N.shape, device=targets_N.device)
+        for entry in self.weights:
+            weights_N = weights_N.masked_fill(targets_N >= entry.first, entry.weight)
+        return weights_N
 
 
 class Transform(nn.Module):

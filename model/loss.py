@@ -28,15 +28,16 @@ def chunked_cross_entropy(
     soft_cap: float | None = None,
     z_loss: float = 0.0,
     smoothing: float = 0.0,
+    weights_N: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """fp32 sums over the targets that are not -100: `loss_sum`, `target_count` and, if asked for, `z_loss_sum`.
 
     soft_cap: logits become cap * tanh(logits / cap). z_loss: weight of Σ logsumexp² (PaLM, Chowdhery et al. 2022).
     smoothing: the share of every target that is spread over the whole vocabulary (Szegedy et al. 2016,
-    https://arxiv.org/abs/1512.00567).
+    https://arxiv.org/abs/1512.00567). weights_N: fp32, what each target weighs.
     The value of `loss_sum` is the plain Σ NLL, fit for reports; its gradient is that of Σ NLL + z_loss Σ logsumexp², of
-    the smoothed targets, so that whoever minimises it minimises both. `z_loss_sum` is the weighted second term, for
-    reports only.
+    the smoothed targets, each as heavy as it weighs, so that whoever minimises it minimises all that. `z_loss_sum` is the
+    second term, for reports only.
     """
     device = x_ND.device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
@@ -47,6 +48,7 @@ def chunked_cross_entropy(
         None if bias_V is None else bias_V.to(precision),
         targets_N.clamp(min=0),
         valid_N,
+        valid_N.float() if weights_N is None else weights_N * valid_N,
         soft_cap,
         z_loss,
         smoothing,
@@ -101,6 +103,7 @@ class _HeadLoss(torch.autograd.Function):
         bias_V: torch.Tensor | None,
         targets_N: torch.Tensor,
         valid_N: torch.Tensor,
+        weights_N: torch.Tensor,
         soft_cap: float | None,
         z_loss: float,
         smoothing: float,
@@ -111,20 +114,20 @@ class _HeadLoss(torch.autograd.Function):
         nlls, zs, grads_x = [], [], []
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
-        pieces = (tensor.split(chunk_tokens(weight_VD.shape[0])) for tensor in (x_ND, targets_N, valid_N))
-        for chunk_ND, chunk_targets_N, chunk_valid_N in zip(*pieces, strict=True):
+        pieces = (tensor.split(chunk_tokens(weight_VD.shape[0])) for tensor in (x_ND, targets_N, valid_N, weights_N))
+        for chunk_ND, chunk_targets_N, chunk_valid_N, chunk_weights_N in zip(*pieces, strict=True):
             logits_NV = linear(chunk_ND, weight_VD, bias_V)
             nll_N, z_N, grad_NV = _chunk_loss(logits_NV, chunk_targets_N, soft_cap, z_loss, smoothing)
             nlls.append(nll_N * chunk_valid_N)
             zs.append(z_N * chunk_valid_N)
-            # Ignored tokens are silenced on the narrow side of both products; grad_NV is the wide one.
-            valid_N1 = chunk_valid_N[:, None].to(chunk_ND.dtype)
+            # Tokens are weighed, ignored ones by 0, on the narrow side of both products; grad_NV is the wide one.
+            weights_N1 = chunk_weights_N[:, None].to(chunk_ND.dtype)
             if wants_x:
-                grads_x.append((grad_NV @ weight_VD) * valid_N1)
+                grads_x.append((grad_NV @ weight_VD) * weights_N1)
             if grad_weight_VD is not None:
-                grad_weight_VD += grad_NV.T @ (chunk_ND * valid_N1)
+                grad_weight_VD += grad_NV.T @ (chunk_ND * weights_N1)
             if grad_bias_V is not None:
-                grad_bias_V += (grad_NV.T @ valid_N1)[:, 0]
+                grad_bias_V += (grad_NV.T @ weights_N1)[:, 0]
         nll_N, z_N = torch.cat(nlls), torch.cat(zs)
         ctx.save_for_backward(torch.cat(grads_x) if wants_x else None, grad_weight_VD, grad_bias_V)
         ctx.weight_dtype = weight_VD.dtype
@@ -141,7 +144,7 @@ class _HeadLoss(torch.autograd.Function):
             grad_weight_VD = (grad_weight_VD * scale).to(ctx.weight_dtype)
         if grad_bias_V is not None:
             grad_bias_V = (grad_bias_V * scale).to(ctx.weight_dtype)
-        return grad_x_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None, None, None, None
+        return grad_x_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None, None, None, None, None
 
 
 def _chunk_loss(

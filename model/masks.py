@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from model.grid import Grid
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mask:
@@ -20,6 +22,7 @@ class Mask:
     globals_BT: bool, tokens that see and are seen by all whatever the window and the layout say.
     layout_HQJ: [H or 1, query blocks, key blocks], which blocks of `block` tokens see each other (block-sparse): bool,
         or how many times each key of the block counts.
+    grid: a text and the tokens of an image, which see what its pattern reaches; of a causal mask.
     bias_HL: added to the scores by distance: entry [h, key - query + (L - 1) / 2]; L is odd and at least 2S - 1.
         Gradients flow into it.
     slots_BT: for cached decoding, the cache slot of every query, its place among the keys.
@@ -34,6 +37,7 @@ class Mask:
     globals_BT: torch.Tensor | None = None
     layout_HQJ: torch.Tensor | None = None
     block: int = 64
+    grid: Grid | None = None
     bias_HL: torch.Tensor | None = None
     slots_BT: torch.Tensor | None = None
     keys: int = 0
@@ -41,12 +45,13 @@ class Mask:
 
     def __post_init__(self) -> None:
         alone = self.slots_BT is None or (self.documents_BT is None and self.globals_BT is None)
+        assert self.grid is None or self.causal
         assert alone, "cached decoding knows one document per row and no global tokens"
 
     @property
     def plain(self) -> bool:
         """Nothing but the direction decides who sees whom."""
-        parts = (self.documents_BT, self.key_documents_BS, self.prefix_B, self.globals_BT, self.layout_HQJ)
+        parts = (self.documents_BT, self.key_documents_BS, self.prefix_B, self.globals_BT, self.layout_HQJ, self.grid)
         return self.window is None and self.slots_BT is None and all(part is None for part in parts)
 
     @property
@@ -59,7 +64,7 @@ class Mask:
     @property
     def sparse(self) -> bool:
         """Parts of it are neither a band around the diagonal nor documents."""
-        return self.prefix_B is not None or self.globals_BT is not None or self.layout_HQJ is not None
+        return any(part is not None for part in (self.prefix_B, self.globals_BT, self.layout_HQJ, self.grid))
 
     def lowered(self, key: Any, lower: Callable[[], Any]) -> Any:
         """What `lower` makes of this mask, made once for all layers; a compiled graph shares such work by itself."""
@@ -80,6 +85,8 @@ class Mask:
             seen = seen & (distance.abs() < self.window)
         if self.layout_HQJ is not None:
             seen = seen & (self._met(head, place, key) > 0)
+        if self.grid is not None:
+            seen = seen & self.grid.sees(place, key)
         if self.globals_BT is not None:
             seen = seen | self.globals_BT[row, query] | self.globals_BT[row, key]
         if self.causal:

@@ -1,13 +1,14 @@
 """Where a token stands: rotary embeddings, learned tables, and positions that restart with every document."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
 
 from model.errors import ModelError
+from model.grid import GridPositionConfig, GridPositions
 from model.init import Declared, Parameter, declare
 
 
@@ -43,6 +44,57 @@ class LinearScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN (Peng et al. 2023, https://arxiv.org/abs/2309.00071): wavelengths that turn fewer than `beta_slow` times within
+    `original_max_seq_len` are stretched by `factor`, those that turn more than `beta_fast` times are left.
+
+    mscale, mscale_all: how much sharper scores become, as m(w) = 0.1 w ln(factor) + 1. Queries and keys are multiplied by
+    m(mscale) / m(mscale_all), or by m(1) where one of the two is 0; scores of latent attention by m(mscale_all)² besides.
+    """
+
+    kind: Literal["yarn"] = "yarn"
+    factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    original_max_seq_len: int = 4096
+    mscale: float = 0.0
+    mscale_all: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.factor < 1 or not 0 < self.beta_slow < self.beta_fast or min(self.mscale, self.mscale_all) < 0:
+            raise ModelError(
+                f"position.scaling has factor={self.factor}, beta_slow={self.beta_slow}, beta_fast={self.beta_fast}, "
+                f"mscale={self.mscale}, mscale_all={self.mscale_all}: the factor must be at least 1, the numbers of turns "
+                "positive and in rising order, the weights 0 or more; DeepSeek-V3 uses 40, 1, 32, 1 and 1."
+            )
+
+    def _m(self, weight: float) -> float:
+        return 0.1 * weight * math.log(self.factor) + 1
+
+    @property
+    def amplitude(self) -> float:
+        """What queries and keys are multiplied by."""
+        return self._m(self.mscale) / self._m(self.mscale_all) if self.mscale and self.mscale_all else self._m(1)
+
+    @property
+    def sharpness(self) -> float:
+        """What scores of latent attention are multiplied by besides."""
+        return self._m(self.mscale_all) ** 2
+
+    def stretched(self, inverse_C: torch.Tensor, theta: float) -> torch.Tensor:
+        """Radians per position after scaling, of those before it."""
+        pairs = len(inverse_C)
+        low, high = (
+            pairs * math.log(self.original_max_seq_len / (turns * 2 * math.pi)) / math.log(theta)
+            for turns in (self.beta_fast, self.beta_slow)
+        )
+        first, last = max(math.floor(low), 0), min(math.ceil(high), 2 * pairs - 1)
+        ramp_C = (torch.arange(pairs, device=inverse_C.device) - first) / (last - first or 0.001)
+        share_C = ramp_C.clamp(0, 1)
+        return inverse_C / self.factor * share_C + inverse_C * (1 - share_C)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864).
 
@@ -54,7 +106,7 @@ class RopeConfig:
     theta: float = 10000.0
     channels: int | None = None
     interleaved: bool = False
-    scaling: Llama3Scaling | LinearScaling | None = None
+    scaling: Llama3Scaling | LinearScaling | YarnScaling | None = None
 
     def __post_init__(self) -> None:
         if self.theta <= 1:
@@ -137,17 +189,19 @@ PositionConfig = (
     | NoPositionConfig
     | AlibiConfig
     | RelativePositionConfig
+    | GridPositionConfig
 )
 
 
 @dataclass(frozen=True)
 class Rotation:
     """The angles of every token, shared by all layers: fp32 [B or 1, T, 1, C] for the channels that are rotated, the
-    sine of the first channel of each pair negated."""
+    sine of the first channel of each pair negated. sharpness: see `YarnScaling`."""
 
     cos_BT1C: torch.Tensor
     sin_BT1C: torch.Tensor
     interleaved: bool = False
+    sharpness: float = 1.0
 
     def __call__(self, x_BTHC: torch.Tensor) -> torch.Tensor:
         """Rotate queries or keys; computed in fp32, returned in the precision of the input."""
@@ -163,24 +217,27 @@ class Rotation:
 
     def between(self, first: int, end: int) -> "Rotation":
         """Of angles of positions 0, 1, 2 …, those of some, without a copy."""
-        return Rotation(self.cos_BT1C[:, first:end], self.sin_BT1C[:, first:end], self.interleaved)
+        return replace(self, cos_BT1C=self.cos_BT1C[:, first:end], sin_BT1C=self.sin_BT1C[:, first:end])
 
     def at(self, positions_BT: torch.Tensor) -> "Rotation":
         """Of angles of positions 0, 1, 2 …, those of these."""
-        return Rotation(self.cos_BT1C[0][positions_BT], self.sin_BT1C[0][positions_BT], self.interleaved)
+        return replace(self, cos_BT1C=self.cos_BT1C[0][positions_BT], sin_BT1C=self.sin_BT1C[0][positions_BT])
 
 
 def rotation(config: RopeConfig, positions_BT: torch.Tensor, head_dim: int) -> Rotation:
     """cos and sin for integer positions of any range; nothing is tabulated, so no buffer can be cast to bf16."""
     inverse_C = inverse_frequencies(config, config.channels or head_dim, positions_BT.device)
     angles_BT1C = (positions_BT.float()[..., None] * inverse_C)[..., None, :]
-    cos_BT1C, sin_BT1C = angles_BT1C.cos(), angles_BT1C.sin()
+    cos_BT1C, sin_BT1C, sharpness = angles_BT1C.cos(), angles_BT1C.sin(), 1.0
+    if isinstance(config.scaling, YarnScaling):
+        cos_BT1C, sin_BT1C = cos_BT1C * config.scaling.amplitude, sin_BT1C * config.scaling.amplitude
+        sharpness = config.scaling.sharpness
     cos_of_pair, sin_of_pair = (cos_BT1C, cos_BT1C), (-sin_BT1C, sin_BT1C)
     if config.interleaved:
         cos_BT1C, sin_BT1C = (torch.stack(pair, dim=-1).flatten(-2) for pair in (cos_of_pair, sin_of_pair))
     else:
         cos_BT1C, sin_BT1C = (torch.cat(pair, dim=-1) for pair in (cos_of_pair, sin_of_pair))
-    return Rotation(cos_BT1C, sin_BT1C, config.interleaved)
+    return Rotation(cos_BT1C, sin_BT1C, config.interleaved, sharpness)
 
 
 def inverse_frequencies(config: RopeConfig, channels: int, device: torch.device) -> torch.Tensor:
@@ -192,6 +249,8 @@ def inverse_frequencies(config: RopeConfig, channels: int, device: torch.device)
         return inverse_C
     if isinstance(scaling, LinearScaling):
         return inverse_C / scaling.factor
+    if isinstance(scaling, YarnScaling):
+        return scaling.stretched(inverse_C, config.theta)
     wavelength_C = 2 * math.pi / inverse_C
     low = scaling.original_max_seq_len / scaling.low_freq_factor
     high = scaling.original_max_seq_len / scaling.high_freq_factor
@@ -239,7 +298,7 @@ class SinusoidalPositions(nn.Module):
         return x_BTD.float()
 
 
-Positions = LearnedPositions | SinusoidalPositions
+Positions = LearnedPositions | SinusoidalPositions | GridPositions
 """What a frontend adds: positions_BT -> x_BTD."""
 
 
@@ -247,6 +306,8 @@ def build_positions(config: PositionConfig, max_seq_len: int, d_model: int) -> P
     """What `config` adds to the embeddings, if anything."""
     if isinstance(config, LearnedPositionConfig):
         return LearnedPositions(max_seq_len, d_model, config.offset)
+    if isinstance(config, GridPositionConfig):
+        return GridPositions(config, d_model)
     if not isinstance(config, SinusoidalPositionConfig):
         return None
     if config.inclusive and (d_model < 4 or d_model % 2):
@@ -260,6 +321,8 @@ def position_parameters(config: PositionConfig, max_seq_len: int, d_model: int, 
     """How many parameters the positions have."""
     if isinstance(config, RelativePositionConfig):
         return config.buckets * heads
+    if isinstance(config, GridPositionConfig):
+        return config.vectors * d_model
     return (max_seq_len + config.offset) * d_model if isinstance(config, LearnedPositionConfig) else 0
 
 

@@ -59,22 +59,25 @@ def quantize(model: nn.Module, kind: Quantization) -> list[str]:
 
     int8: one scale for each output. int4: a scale and an offset for every 32 inputs; maps whose inputs are no multiple of
     that, or outputs of 16, stay. int8_dynamic: inputs are rounded too, a scale for each token, and the product is one of
-    integers. Raises ModelError for other kinds, and off the CPU, where these kernels do not run.
+    integers. Raises ModelError for other kinds, for a model none of whose maps fits, and off the CPU, where these kernels
+    do not run.
     """
     if kind not in ("int8", "int4", "int8_dynamic"):
         raise ModelError(f"quantization is {kind!r}: choose int8, int4 or int8_dynamic.")
     maps = [(n, m) for n, m in model.named_modules() if type(m) is Linear and n.startswith("stack.")]
     if any(part.weight.device.type != "cpu" for _, part in maps):
         raise ModelError("quantize runs on the CPU only: move the model there first.")
-    names = []
+    if kind == "int4":
+        maps = [(name, part) for name, part in maps if not (part.weight.shape[1] % GROUP or part.weight.shape[0] % 16)]
+    if not maps:
+        raise ModelError(
+            f"quantization is {kind}, and no map of the blocks fits it: int4 takes a multiple of {GROUP} inputs and of 16 "
+            "outputs; choose int8, or leave the weights as they are."
+        )
     for name, part in maps:
-        outputs, inputs = part.weight.shape
-        if kind == "int4" and (inputs % GROUP or outputs % 16):
-            continue
         parent, _, local = name.rpartition(".")
         setattr(model.get_submodule(parent), local, QuantizedLinear(part, kind))
-        names.append(name)
-    return names
+    return [name for name, _ in maps]
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -24,6 +24,7 @@ class Sampling:
     those whose surprise is nearest the expected one, up to this probability (Meister et al. 2022).
     repetition_penalty: logits of tokens that stand in the text already are divided by it, or multiplied where negative
     (CTRL, Keskar et al. 2019); 1 is none. no_repeat_ngram_size: no n tokens in a row come twice.
+    within: (first, end): only these entries of the vocabulary are chosen, such as the codes of an image after a text.
     bias: ((tokens, offset), …): added to the logit of the last token wherever the others stand before it; -inf forbids.
     seed: with a prompt's place in the list, decides its draws; what else is in the batch does not.
     """
@@ -37,6 +38,7 @@ class Sampling:
     typical_p: float | None = None
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int | None = None
+    within: tuple[int, int] | None = None
     bias: tuple[Bias, ...] = ()
     seed: int = 0
 
@@ -59,14 +61,22 @@ class Sampling:
             raise ModelError(f"repetition_penalty is {self.repetition_penalty}: 1 is none, above 1 avoids repetition.")
         if self.no_repeat_ngram_size is not None and self.no_repeat_ngram_size < 1:
             raise ModelError(f"no_repeat_ngram_size is {self.no_repeat_ngram_size}: at least 1, or null for any.")
+        if self.within is not None and not 0 <= self.within[0] < self.within[1]:
+            raise ModelError(
+                f"within is {self.within}: the first entry that may be chosen, and the one after the last."
+            )
         if any(not tokens for tokens, _ in self.bias):
             raise ModelError("bias has an entry without tokens: the last one is what the offset is added to; name it.")
 
     @property
     def reads_text(self) -> bool:
-        """Whether the choice depends on the tokens so far, not on the logits alone."""
+        """Whether more than the logits decide about the choice, such as the tokens so far."""
         return bool(
-            self.min_new_tokens or self.repetition_penalty != 1 or self.no_repeat_ngram_size is not None or self.bias
+            self.min_new_tokens
+            or self.repetition_penalty != 1
+            or self.no_repeat_ngram_size is not None
+            or self.within is not None
+            or self.bias
         )
 
 
@@ -82,6 +92,9 @@ def allowed(
     texts: the tokens of every row, its prompt included; new_tokens: how many of them are new.
     """
     logits_BV = logits_BV.clone()
+    if sampling.within is not None:
+        first, end = sampling.within
+        logits_BV[:, :first], logits_BV[:, end:] = float("-inf"), float("-inf")
     for row, text in enumerate(texts):
         logits_V = logits_BV[row]
         for (*before, last), offset in sampling.bias:

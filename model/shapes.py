@@ -26,7 +26,7 @@ AXES: dict[str, str] = {
     "U": "tokens of a chunk; with transcripts, labels of one",
     "Y": "chunks of a row; with images, rows of pixels or patches",
     "V": "vocabulary entries",
-    "R": "rank of a low-rank adapter",
+    "R": "rank of a low-rank adapter, width of a latent vector",
     "I": "inputs of a linear map",
     "W": "samples of a waveform, frames of a spectrogram, or what convolutions make of them",
     "O": "others that a frame is told from",

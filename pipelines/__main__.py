@@ -81,6 +81,11 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default 0)")
     parser.add_argument(
+        "--quantize",
+        choices=["int8", "int4", "int8_dynamic"],
+        help="fewer bits a weight: int8 or int4 weights, or int8 products too (default: as they are)",
+    )
+    parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
     )
 

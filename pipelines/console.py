@@ -104,9 +104,20 @@ def key_figure(metrics: Mapping[str, Any]) -> str:
 
 
 def summary(reports: Sequence[StepReport]) -> Table:
-    """The table at the end of a run: step, state, seconds, key figure, path."""
-    rows = [(r.name, r.state, duration(r.seconds), key_figure(r.metrics or {}), shown_path(r.path)) for r in reports]
-    return table(None, ("step", "state", "seconds", "key figure", "path"), rows, right=("seconds",))
+    """The table at the end of a run: step, state, seconds, size, key figure, path."""
+    rows = [
+        (
+            report.name,
+            report.state,
+            duration(report.seconds),
+            "-" if report.bytes is None else size(report.bytes),
+            key_figure(report.metrics or {}),
+            shown_path(report.path),
+        )
+        for report in reports
+    ]
+    columns = ("step", "state", "seconds", "size", "key figure", "path")
+    return table(None, columns, rows, right=("seconds", "size"))
 
 
 def shown_path(path: str | None) -> str:
@@ -170,7 +181,7 @@ class Display:
         words = f"{event.label} {_amount(event.done, event.unit)}"
         if event.total:
             words = f"{event.label} {count(event.done)} of {_amount(event.total, event.unit)}"
-        words += f", {_amount(rate, event.unit)}/s" if rate > 0 else ""
+        words += f", {_rate(rate, event.unit)}" if rate > 0 else ""
         words += f", {event.line}" if event.line else ""
         if self._live:
             if key not in self._tasks:
@@ -186,6 +197,12 @@ class Display:
     def _forget(self, step: str) -> None:
         for key in [key for key in self._tasks if key[0] == step]:
             self._bars.remove_task(self._tasks.pop(key))
+
+
+def _rate(rate: float, unit: str) -> str:
+    """`12 shards/s`, or `8.3s a shard` for what takes longer than a second each."""
+    one = unit.removesuffix("s")
+    return f"{_amount(rate, unit)}/s" if rate >= 1 or not one else f"{duration(1 / rate)} a {one}"
 
 
 def _amount(value: float, unit: str) -> str:

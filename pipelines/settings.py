@@ -35,6 +35,7 @@ from pipelines.stages.launch import ComputeSettings
 from pipelines.stages.pretrain import PretrainSettings
 from pipelines.stages.report import ReportSettings
 from pipelines.stages.start import Start
+from pipelines.training.errors import TrainingError
 from pipelines.training.objective import check_suits
 from pipelines.training.settings import (
     AdamWSettings,
@@ -204,9 +205,12 @@ class Settings:
         )
 
     def check_batches(self) -> None:
-        """Refuse at once a batch that pretraining would refuse after hours of corpus work. Raises TrainingError."""
-        train, seq_len, ranks = self.pretraining().train, self.shards.seq_len, self.compute.ranks
-        BatchPlan.derive(train, seq_len=seq_len, world_size=ranks, largest_rows=1)
+        """Refuse at once a batch that training would refuse after hours of corpus work. Raises TrainingError."""
+        (name, train), seq_len, ranks = self.first_training(), self.shards.seq_len, self.compute.ranks
+        try:
+            BatchPlan.derive(train, seq_len=seq_len, world_size=ranks, largest_rows=1)
+        except TrainingError as error:
+            raise TrainingError(f"{name if name == 'pretrain' else 'finetune.train'}.{error}") from error
 
     def _everywhere(self) -> dict[str, Any]:
         """Execution settings that every training step shares."""
@@ -300,14 +304,14 @@ def chosen_fields(overrides: Sequence[str]) -> list[str]:
     """The dotted fields of `model` that overrides set, one by one or by choosing a preset."""
     import yaml
 
-    fields: list[str] = []
+    chosen: list[str] = []
     for key, _, value in (word.lstrip("+").partition("=") for word in overrides):
         if key == "model":
             preset = yaml.safe_load((CONF_DIR / "model" / f"{value}.yaml").read_text(encoding="utf-8"))
-            fields += _leaves(preset, "")
+            chosen += _leaves(preset, "")
         elif key.startswith("model."):
-            fields.append(key.removeprefix("model."))
-    return fields
+            chosen.append(key.removeprefix("model."))
+    return chosen
 
 
 def _leaves(plain: Any, path: str) -> list[str]:

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = compose(arguments.overrides)
     steps = build(settings)
     targets = [named(steps, arguments.until)] if arguments.until else list(steps.values())
-    if settings.pretrains and any(target.name == "pretrain" or "pretrain" in target.inputs for target in targets):
+    if any(target.name == "pretrain" or "pretrain" in target.inputs for target in targets):
         settings.check_batches()
     reports = execute(settings, targets)
     out = console.console()
@@ -128,6 +128,8 @@ def generate(arguments: argparse.Namespace) -> int:
         )
     model_dir, tokenizer_dir = _model_folders(arguments)
     generator = TextGenerator.open(model_dir, tokenizer_dir)
+    if arguments.quantize:
+        sys.stderr.write(f"[{generator.quantize(arguments.quantize)}]\n")
     settings = _valid(
         GenerateSettings,
         max_new_tokens=arguments.max_tokens,

@@ -41,6 +41,14 @@ TINY = (
 """Overrides under which every step of the pipeline runs, in seconds."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """To each worker of pytest-xdist whole files, whose tests share fixtures; and to one of them, in turn, all slow tests,
+    which start processes of their own."""
+    for item in items:
+        group = "slow" if "slow" in item.keywords else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 200 kB of this Python's own modules, under stable names."""

@@ -76,6 +76,7 @@ def test_an_empty_corpus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert "empty" in said
 
 
+@pytest.mark.slow
 def test_malformed_lines_are_counted_and_too_many_are_an_error(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -90,6 +91,7 @@ def test_malformed_lines_are_counted_and_too_many_are_an_error(
     assert json.loads(card.read_text())["malformed"][0].split("/")[-1].startswith("a.jsonl:2: not JSON")
 
 
+@pytest.mark.slow
 def test_invalid_utf8_is_read_on_and_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     for number, text in enumerate(texts()):
@@ -115,6 +117,7 @@ def texts() -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_corpus_too_small_for_the_vocabulary(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     for number in range(12):
@@ -131,6 +134,7 @@ def test_a_corpus_too_small_for_the_vocabulary(capsys: pytest.CaptureFixture[str
     assert "tokenizer.vocab_size" in complaint(capsys, "run", *overrides)
 
 
+@pytest.mark.slow
 def test_a_corpus_too_small_for_one_batch(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
     overrides = tiny(
         corpus_dir, tmp_path / "store", LOCAL, "pretrain.global_batch_tokens=1024000", "pretrain.total_tokens=1024000"
@@ -178,6 +182,7 @@ def test_what_is_submitted_is_looked_at_first(capsys: pytest.CaptureFixture[str]
     assert "corpus.paths is empty" in complaint(capsys, *sent, "run", "experiment=text")
 
 
+@pytest.mark.slow
 def test_a_damaged_manifest_is_named(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
     overrides = tiny(corpus_dir, tmp_path, LOCAL)
     succeed("run", *overrides, "--until", "corpus")
@@ -188,6 +193,7 @@ def test_a_damaged_manifest_is_named(capsys: pytest.CaptureFixture[str], corpus_
         assert f"{manifest} is damaged. Delete" in complaint(capsys, "why", "corpus", *overrides)
 
 
+@pytest.mark.slow
 def test_a_damaged_input_is_found_before_it_is_used(
     capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
 ) -> None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from contextlib import suppress
 
+import pytest
+
+from pipelines.console import console, summary
+from pipelines.engine.events import StepReport
 from tests.conftest import ROOT
 
 PROGRAM = """
@@ -47,3 +52,14 @@ def test_on_a_terminal_one_bar_follows_what_is_counted() -> None:
     assert process.wait() == 0
     assert b"loss 8.0" in shown and b"tokens/s" in shown
     assert b"\x1b[1A" not in shown, "a second bar: the cursor had to go up to the first"
+
+
+def test_the_last_table_tells_step_state_seconds_size_figure_and_path(capsys: pytest.CaptureFixture[str]) -> None:
+    done = StepReport(
+        name="shards", digest="d", state="made", seconds=3.2, metrics={"rows": 12_901}, path="/a/b", bytes=3 << 20
+    )
+    console().print(summary([done, StepReport(name="pretrain", digest="e", state="to make")]))
+    header, made, waiting = (re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines())
+    assert header == ["step", "state", "seconds", "size", "key figure", "path"]
+    assert made == ["shards", "made", "3.2s", "3.0 MiB", "12,901 rows", "/a/b"]
+    assert waiting == ["pretrain", "to make", "-", "-", "-", "-"]

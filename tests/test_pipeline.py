@@ -116,6 +116,8 @@ def test_a_trained_model_continues_a_prompt_the_same_for_the_same_seed(
     )
     one, two = athanor(*ask).stdout, athanor(*ask).stdout
     assert one == two and one.startswith("def x = 1")
+    smaller = athanor(*ask, "--quantize", "int4")
+    assert smaller.stdout.startswith("def x = 1") and "int4: " in smaller.stderr
 
 
 def test_the_export_is_loaded_by_transformers_and_agrees_with_the_artifact(finished: dict[str, Any]) -> None:

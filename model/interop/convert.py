@@ -83,7 +83,7 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
     if "mixer.n_heads" in fields and fields.get("mixer.n_kv_heads") == fields["mixer.n_heads"]:
         fields["mixer.n_kv_heads"] = None
     if family.layers is not None:
-        fields["pattern"] = family.layers.read(theirs, fields)
+        fields |= family.layers.read(theirs, fields)
     nested = _nested(fields)
     if family.read_position is not None:
         nested["position"] = family.read_position(theirs)
@@ -127,7 +127,7 @@ def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]
     theirs = folded(theirs)
     in_memory = _is_in_memory(family, config, theirs)
     expected = _renamed(own, family, config, in_memory=in_memory)
-    theirs = _without_computed(family, config, _cleaned(family, theirs, expected))
+    theirs = _without_computed(family, config, _cleaned(family, config, theirs, expected))
     theirs = _without_tied(family, config, theirs)
     check_tensors({name: tensor.shape for name, tensor in theirs.items()}, {n: t.shape for n, t in expected.items()})
     state: State = {}
@@ -173,7 +173,7 @@ def spelled_weights(family: Family, config: ModelConfig, *, in_memory: bool = Fa
         layers = 0 if owner is None else owner.n_layers if "{layer}" in weight.theirs else 1
         for layer in range(layers):
             ours = tuple(name.format(layer=layer) for name in weight.ours)
-            for expert in range(_experts(config, layer)) if "{expert}" in weight.theirs else (None,):
+            for expert in range(_experts(owner, layer)) if "{expert}" in weight.theirs else (None,):
                 theirs = weight.theirs.format(layer=layer, expert=expert)
                 spelled[theirs] = dataclasses.replace(weight, theirs=theirs, ours=ours, expert=expert)
     return list(spelled.values())
@@ -195,7 +195,8 @@ def _parted(stored: torch.Tensor, shapes: list[torch.Size], weight: Weight, conf
 
 
 def as_exceptions(config: ModelConfig) -> ModelConfig:
-    """The same model spelled as one kind of layer, that with experts if there is one, and numbered exceptions."""
+    """The same model spelled as one kind of layer, that with experts if there is one, and numbered exceptions; its
+    encoder too."""
     rule = next((layer for layer in config.layers if isinstance(layer.ffn, MoeConfig)), config.layers[0])
     exceptions = [
         LayerChange(
@@ -207,11 +208,12 @@ def as_exceptions(config: ModelConfig) -> ModelConfig:
         for number, layer in enumerate(config.layers)
         if layer != rule
     ]
-    return dataclasses.replace(config, mixer=rule.mixer, ffn=rule.ffn, pattern=tuple(exceptions))
+    encoder = None if config.encoder is None else as_exceptions(config.encoder)
+    return dataclasses.replace(config, mixer=rule.mixer, ffn=rule.ffn, pattern=tuple(exceptions), encoder=encoder)
 
 
-def _experts(config: ModelConfig, layer: int) -> int:
-    ffn = config.layers[layer].ffn
+def _experts(owner: ModelConfig | None, layer: int) -> int:
+    ffn = None if owner is None else owner.layers[layer].ffn
     return ffn.n_experts if isinstance(ffn, MoeConfig) else 0
 
 
@@ -278,11 +280,12 @@ def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cleaned(
-    family: Family, theirs: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+    family: Family, config: ModelConfig, theirs: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
 ) -> Mapping[str, torch.Tensor]:
     """Under the names of today, without what is ignored, and with the prefix that checkpoints of the headless class
     lack."""
-    kept = {name: t for name, t in theirs.items() if not any(re.search(rule, name) for rule in family.ignored)}
+    ignored = [rule.replace("{n_layers}", str(config.n_layers)) for rule in family.ignored]
+    kept = {name: tensor for name, tensor in theirs.items() if not any(re.search(rule, name) for rule in ignored)}
     for rule, replacement in family.renamed:
         kept = {re.sub(rule, replacement, name): tensor for name, tensor in kept.items()}
     if not any(name.startswith(family.base_prefix) for name in kept):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from model.config import LayerChange, ModelConfig
+from model.config import ModelConfig
 from model.position import PositionConfig
 
 
@@ -66,12 +66,13 @@ class LayerTable:
     """How a class says that its layers differ.
 
     faults: what keeps the class from computing this model's layers. write: its keys for them. read: the pattern that a
-    config.json asks for, given our fields by dotted path.
+    config.json asks for, by the field that takes it (`pattern`, `encoder.pattern`), given our fields by dotted path;
+    and what else of our fields follows from several of their keys.
     """
 
     faults: Callable[[ModelConfig], list[str]]
     write: Callable[[ModelConfig], dict[str, Any]]
-    read: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[LayerChange, ...]]
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,8 @@ class Family:
         compared and left.
     weight_norms: names of weights that theirs stores as length and direction, each with the axis that has a length for
         every entry.
-    ignored: regular expressions of stored tensors that this class does not use: buffers, and other classes' heads.
+    ignored: regular expressions of stored tensors that this class does not use: buffers, and other classes' heads;
+        `{n_layers}` stands for the number of layers.
     renamed: (regular expression, replacement) of tensor names in older checkpoints.
     copies: tensors of theirs that are always another one of theirs under a second name, which not every file stores.
     token_ids: the special tokens that its published checkpoints have, written unless others are given.

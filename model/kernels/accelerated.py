@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from model.errors import ModelError
+from model.kernels.columns import by_columns
 from model.masks import Mask
 
 HALF = (torch.bfloat16, torch.float16)
@@ -130,6 +131,8 @@ def flex_attention(
     The mask's rule is its `mask_mod` as it stands. Its block mask is made once for all layers of a pass. Compiled where
     there is CUDA; elsewhere PyTorch's own unfused form runs, of T² memory, for tests.
     """
+    if mask.grid is not None and mask.grid.pattern == "column" and q_BTHC.shape[1] == k_BTKC.shape[1]:
+        return by_columns(flex_attention, q_BTHC, k_BTKC, v_BTKC, mask, scale)
     flex, block_mask_of = _flex(q_BTHC.device.type == "cuda")
     (rows, queries, heads, _), keys = q_BTHC.shape, k_BTKC.shape[1]
 

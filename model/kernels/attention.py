@@ -1,4 +1,7 @@
-"""Softmax attention behind one seam: every kernel has the signature of `dense_attention`, which is the oracle."""
+"""Softmax attention behind one seam: every kernel has the signature of `dense_attention`, which is the oracle.
+
+Values may have other channels than keys; kernels that cannot have that are given both as wide (`kernels.select`).
+"""
 
 from collections.abc import Callable
 
@@ -70,4 +73,4 @@ def cached_attention(
     scores_BKGTS.masked_fill_(hidden_BHTS.unflatten(1, grouped), float("-inf"))
     out_BKMC = scores_BKMS.softmax(-1, dtype=torch.float32).to(v_BSKC.dtype) @ v_BSKC.transpose(1, 2)
     out_BKGTC = out_BKMC.unflatten(2, (-1, tokens))
-    return out_BKGTC.permute(0, 3, 1, 2, 4).reshape(rows, tokens, heads, channels)
+    return out_BKGTC.permute(0, 3, 1, 2, 4).reshape(rows, tokens, heads, -1)

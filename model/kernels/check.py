@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from model.config import ModelConfig
+from model.grid import Grid
 from model.kernels.attention import AttentionKernel, dense_attention
 from model.kernels.select import KERNELS, Selection, kind_of
 from model.masks import Mask
 from model.mixers.attention import Attention
+from model.mixers.grid import BLOCK, GridAttention
+from model.mixers.latent import LatentAttention
 from model.position import AlibiConfig, RelativePositionConfig
 
 log = logging.getLogger("athanor.model")
@@ -50,6 +53,7 @@ class HeadShape:
     window: int | None
     biased: bool
     causal: bool
+    grid: Grid | None = None
 
 
 def _shapes(model: nn.Module) -> dict[HeadShape, Selection]:
@@ -60,7 +64,7 @@ def _shapes(model: nn.Module) -> dict[HeadShape, Selection]:
         if not isinstance(config, ModelConfig):
             continue
         for attention in stacked.modules():
-            if isinstance(attention, Attention) and isinstance(attention.kernel, Selection):
+            if isinstance(attention, Attention | LatentAttention) and isinstance(attention.kernel, Selection):
                 shape = HeadShape(
                     heads=attention.heads,
                     kv_heads=attention.kv_heads,
@@ -68,6 +72,7 @@ def _shapes(model: nn.Module) -> dict[HeadShape, Selection]:
                     window=attention.window,
                     biased=isinstance(config.position, AlibiConfig | RelativePositionConfig),
                     causal=config.causal,
+                    grid=attention.grid if isinstance(attention, GridAttention) else None,
                 )
                 shapes[shape] = attention.kernel
     return shapes
@@ -78,6 +83,8 @@ def _trial_masks(shape: HeadShape, tokens: int, device: torch.device) -> list[Ma
     bias_HL = None
     if shape.biased:
         bias_HL = -torch.arange(1 - tokens, tokens, device=device).abs() / torch.arange(1, shape.heads + 1)[:, None]
+    if shape.grid is not None:  # a short text, so that there is an image
+        return [Mask(grid=replace(shape.grid, text=min(shape.grid.text, tokens // 4)), block=BLOCK)]
     mask = Mask(causal=shape.causal, window=shape.window, bias_HL=bias_HL)
     documents_BT = torch.ones(1, tokens, dtype=torch.int32, device=device)
     documents_BT[:, tokens // 3 :] = 2

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from model.kernels.columns import by_columns
 from model.kernels.documents import rounded
 from model.masks import Mask
 
@@ -49,6 +50,8 @@ def chunked_attention(
     q_BTHC: torch.Tensor, k_BSKC: torch.Tensor, v_BSKC: torch.Tensor, mask: Mask, scale: float
 ) -> torch.Tensor:
     """out_BTHC of self-attention under any mask but that of cached decoding; a query that sees nothing gives 0."""
+    if mask.grid is not None and mask.grid.pattern == "column":
+        return by_columns(chunked_attention, q_BTHC, k_BSKC, v_BSKC, mask, scale)
     tokens = q_BTHC.shape[1]
     plan = mask.lowered(("chunks", tokens), lambda: plan_chunks(mask, tokens, q_BTHC.device))
     out_BTHC: torch.Tensor = _Chunked.apply(q_BTHC, k_BSKC, v_BSKC, mask.bias_HL, plan, mask.block, scale)
@@ -92,6 +95,8 @@ def meeting_blocks(mask: Mask, tokens: int, device: torch.device) -> torch.Tenso
         meets_BHQJ = meets_BHQJ & (nearest_QJ < mask.window)
     if mask.layout_HQJ is not None:
         meets_BHQJ = meets_BHQJ & (mask.layout_HQJ[None, :, :count, :count] > 0)
+    if mask.grid is not None:
+        meets_BHQJ = meets_BHQJ & mask.grid.meeting(size, query_Q1, key_J)
     if mask.globals_BT is not None:
         any_BQ = _blocks(mask.globals_BT, size).any(-1)
         meets_BHQJ = meets_BHQJ | any_BQ[:, None, :, None] | any_BQ[:, None, None, :]

@@ -38,6 +38,9 @@ CAN: dict[str, frozenset[Kind]] = {
 }
 """The kinds of mask that each kernel honours. One that is asked for serves those; the rest goes as with `auto`."""
 
+ANY_CHANNELS = frozenset(("dense", "cached"))
+"""Kernels that take values of other channels than keys; for others the narrower ones are filled up with zeros."""
+
 
 def kind_of(mask: Mask, queries: int, keys: int) -> Kind:
     """What a kernel must be able to do for this mask; each kind includes those before it in `KINDS` up to `sparse`."""
@@ -63,8 +66,14 @@ class Selection:
     def __call__(
         self, q_BTHC: torch.Tensor, k_BSKC: torch.Tensor, v_BSKC: torch.Tensor, mask: Mask, scale: float
     ) -> torch.Tensor:
-        kind = kind_of(mask, q_BTHC.shape[1], k_BSKC.shape[1])
-        return KERNELS[self.named(q_BTHC.device.type, kind)](q_BTHC, k_BSKC, v_BSKC, mask, scale)
+        kind, channels = kind_of(mask, q_BTHC.shape[1], k_BSKC.shape[1]), v_BSKC.shape[-1]
+        name = self.named(q_BTHC.device.type, kind)
+        if channels != q_BTHC.shape[-1] and name not in ANY_CHANNELS:
+            widest = max(channels, q_BTHC.shape[-1])
+            q_BTHC, k_BSKC, v_BSKC = (
+                torch.nn.functional.pad(x, (0, widest - x.shape[-1])) for x in (q_BTHC, k_BSKC, v_BSKC)
+            )
+        return KERNELS[name](q_BTHC, k_BSKC, v_BSKC, mask, scale)[..., :channels]
 
     def named(self, device_type: str, kind: Kind) -> str:
         """The name of the kernel that serves a kind of mask on a type of device."""

@@ -4,12 +4,22 @@ from model.kernels.attention import AttentionKernel
 from model.mixers.attention import Attention, AttentionConfig
 from model.mixers.base import Mixer
 from model.mixers.bigbird import BigBirdAttention, BigBirdConfig
+from model.mixers.grid import GridAttention, GridAttentionConfig
+from model.mixers.latent import LatentAttention, LatentAttentionConfig
 from model.mixers.linear_attention import LinearAttention, LinearAttentionConfig
 from model.mixers.longformer import LongformerAttention, LongformerConfig
 from model.mixers.mamba import Mamba, MambaConfig
 from model.norm import NormConfig
 
-MixerConfig = AttentionConfig | LongformerConfig | BigBirdConfig | LinearAttentionConfig | MambaConfig
+MixerConfig = (
+    AttentionConfig
+    | LatentAttentionConfig
+    | LongformerConfig
+    | BigBirdConfig
+    | GridAttentionConfig
+    | LinearAttentionConfig
+    | MambaConfig
+)
 """Told apart by `kind`; each arm has a `kind` of its own, `check(d_model)` and `costs(d_model, norm)`."""
 
 
@@ -19,8 +29,12 @@ def build_mixer(config: MixerConfig, d_model: int, norm: NormConfig, attend: Att
         return Mamba(config, d_model)
     if isinstance(config, LinearAttentionConfig):
         return LinearAttention(config, d_model)
+    if isinstance(config, LatentAttentionConfig):
+        return LatentAttention(config, d_model, norm, attend)
     if isinstance(config, LongformerConfig):
         return LongformerAttention(config, d_model, norm, attend)
     if isinstance(config, BigBirdConfig):
         return BigBirdAttention(config, d_model, norm, attend)
+    if isinstance(config, GridAttentionConfig):
+        return GridAttention(config, d_model, norm, attend)
     return Attention(config, d_model, norm, attend)

@@ -94,10 +94,8 @@ class Mamba(Mixer):
         self.out_proj = Linear(width, d_model, bias=config.bias, residual=True)
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
-        if not shared.mask.causal:
-            raise ModelError(
-                "mixer.kind is mamba in a bidirectional stack: a scan looks back only; use it in a decoder."
-            )
+        if shared.mask.prefix_B is not None:
+            raise ModelError("prefix_B was given, and mixer.kind is mamba: a scan looks back only; leave prefixes out.")
         x_BTF, gate_BTF = self.in_proj(x_BTD).chunk(2, dim=-1)
         documents_BT = shared.mask.documents_BT
         if state is not None:

@@ -33,6 +33,7 @@ class CtcHead(Head):
     """x_BTD -> logits_BTV of frames; with labels the likelihood of all alignments that spell them."""
 
     takes = frozenset({"labels_BU"})
+    counted = "labels_BU"
     declared = declare(weight=Parameter("head", "head"), bias=Parameter("bias", "zeros"))
 
     def __init__(self, config: CtcHeadConfig, vocab_size: int, d_model: int) -> None:

@@ -43,6 +43,7 @@ class DistractorHead(Head):
     takes = frozenset({"negatives_BTO"})
     reads = frozenset({"masked_BT"})
     reads_codes = True
+    counted = "masked_BT"
 
     def __init__(self, config: DistractorHeadConfig, d_model: int) -> None:
         super().__init__()

@@ -49,6 +49,7 @@ class EmbeddingHead(Head):
     """x_BTD -> {"features": [B, width]}; beside another tower's, {"logits": [B, its rows]}."""
 
     takes = frozenset({"matches_B"})
+    counted = "matches_B"
     reads = frozenset({"tokens_BT"})
     declared = declare(log_scale=Parameter("norm", "temperature"))
 

@@ -63,6 +63,8 @@ class FrameConvolution(Declared):
 class MelFrontend(Frontend):
     """mels_BAW -> x_BTD, a token for two frames."""
 
+    reads = "mels_BAW"
+
     def __init__(
         self,
         config: MelFrontendConfig,

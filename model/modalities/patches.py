@@ -62,6 +62,7 @@ class PatchFrontendConfig:
 class PatchFrontend(Frontend):
     """pixels_BAYX -> x_BTD: class token, if any, then the patches row by row."""
 
+    reads = "pixels_BAYX"
     declared = declare(
         weight=Parameter("matrix", "conv"),
         bias=Parameter("bias", "zeros"),

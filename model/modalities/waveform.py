@@ -1,5 +1,6 @@
 """Waveforms as sequences of frames (wav2vec 2.0, Baevski et al. 2020, https://arxiv.org/abs/2006.11477)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -8,7 +9,7 @@ from torch import nn
 
 from model.errors import ModelError
 from model.init import Declared, Linear, Parameter, declare
-from model.modalities.base import Frontend
+from model.modalities.base import Frontend, Source
 from model.modalities.codebook import Codebook, CodebookConfig
 from model.norm import LayerNorm, NormConfig
 
@@ -149,6 +150,7 @@ class PositionalConvolution(Declared):
 class WaveformFrontend(Frontend):
     """samples_BW -> x_BTD."""
 
+    reads = "samples_BW"
     declared = declare(mask_token=Parameter("embedding", "embedding"))
 
     def __init__(
@@ -186,6 +188,12 @@ class WaveformFrontend(Frontend):
             frames_B, frames = (frames_B - kernel) // stride + 1, (frames - kernel) // stride + 1
         place_T = torch.arange(frames, device=frames_B.device)
         return (place_T < frames_B[:, None]).to(torch.int32)
+
+    def batched(self, sources: Sequence[Source], device: torch.device) -> dict[str, torch.Tensor]:
+        """Recordings of any lengths, zeros behind their ends."""
+        rows = [torch.as_tensor(source, device=device) for source in sources]
+        lengths_B = torch.tensor([len(row) for row in rows], device=device)
+        return {self.reads: nn.utils.rnn.pad_sequence(rows, batch_first=True), "sample_lengths_B": lengths_B}
 
     def forward(
         self,

@@ -157,10 +157,11 @@ class MixtureOfExperts(nn.Module):
             self.selection_bias += rate * (load_E.mean() - load_E).sign()
 
 
-def rebalance(model: nn.Module, loads: Mapping[int, torch.Tensor]) -> None:
-    """After an update: `loads` has the choices of each expert for every layer number, over all its tokens."""
-    layers = model.get_submodule("stack.layers")
-    for number, load_E in loads.items():
-        experts = layers.get_submodule(f"{number}.ffn")
+def rebalance(model: nn.Module, loads: Mapping[str, torch.Tensor]) -> None:
+    """After an update: `loads` has the choices of each expert for every layer by name (`3`, `encoder.3`), over all its
+    tokens."""
+    for name, load_E in loads.items():
+        *stack, number = name.split(".")
+        experts = model.get_submodule(".".join((*stack, "stack.layers", number, "ffn")))
         assert isinstance(experts, MixtureOfExperts)
         experts.rebalance(load_E)

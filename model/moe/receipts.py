@@ -23,32 +23,45 @@ def routing_counts(records: list[Record], tokens: torch.Tensor) -> dict[str, tor
     return counts
 
 
+def with_encoders(heard: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What an encoder told of its routing, its layers named `encoder.3`, and what the decoder tells of its own; their
+    auxiliary losses added up."""
+    both = {}
+    for name, told in heard.items():
+        kind, _, layer = name.partition(".")
+        both[f"{kind}.encoder{'.' if layer else ''}{layer}" if is_count(name) else name] = told
+    for name, told in own.items():
+        both[name] = told + both[name] if name in both else told
+    return both
+
+
 def is_count(key: str) -> bool:
     """Whether a key of a forward pass's result is one of `routing_counts`."""
     return key.split(".")[0] in (TOKENS, LOAD, KEPT)
 
 
-def loads(counts: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """load_E of every layer that has experts."""
-    return {int(key.split(".")[1]): load_E for key, load_E in counts.items() if key.split(".")[0] == LOAD}
+def loads(counts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """load_E of every layer that has experts, by its name: `3`, or `encoder.3`."""
+    return {key.partition(".")[2]: load_E for key, load_E in counts.items() if key.startswith(f"{LOAD}.")}
 
 
 def receipts(counts: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """For each layer of experts, as `routing/LAYER/NAME`:
+    """For each layer of experts, as `routing/LAYER/NAME` (LAYER is `3`, or `encoder.3`):
 
     load_entropy: of the shares of choices, 1 where all experts are wanted equally, 0 where one is.
     drop_rate: choices that did not reach their expert. effective_k: experts that a token reached, on average.
     dead_experts: how many no token wanted.
     """
     rows: dict[str, float] = {}
-    for layer, load_E in sorted(loads(counts).items()):
+    for layer, load_E in loads(counts).items():
         choices, kept = float(load_E.sum()), float(counts[f"{KEPT}.{layer}"].sum())
+        tokens = float(counts[".".join((TOKENS, *layer.split(".")[:-1]))])
         share_E = load_E.double() / max(choices, 1.0)
         entropy = -float(torch.xlogy(share_E, share_E).sum())
         rows |= {
             f"routing/{layer}/load_entropy": entropy / math.log(len(load_E)) if len(load_E) > 1 else 1.0,
             f"routing/{layer}/drop_rate": 1 - kept / max(choices, 1.0),
-            f"routing/{layer}/effective_k": kept / max(float(counts[TOKENS]), 1.0),
+            f"routing/{layer}/effective_k": kept / max(tokens, 1.0),
             f"routing/{layer}/dead_experts": int((load_E == 0).sum()),
         }
     return rows

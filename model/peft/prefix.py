@@ -59,6 +59,11 @@ def attach_prefix(model: Transformer, config: PrefixConfig, *, seed: int = 0) ->
             "a prefix is keys and values of one shape in every layer, and this model's layers have "
             f"{', '.join(sorted({type(mixer).__name__ for mixer in mixers}))}: use prompt tuning, lora or bottlenecks."
         )
+    if model.config.grids:
+        raise ModelError(
+            "a prefix moves every token's slot, and mixer.kind=grid counts a text and its image from the first: use prompt "
+            "tuning, lora or bottlenecks."
+        )
     model.requires_grad_(False)
     [(kv_heads, channels)] = shapes
     model.prefix = Prefix(config.tokens, len(mixers), kv_heads, channels, next(model.stack.parameters()))

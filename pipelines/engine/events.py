@@ -25,7 +25,7 @@ class Event:
     """finished: all attempts together."""
 
 
-State = Literal["cached", "made", "to make", "unfinished", "running", "not needed"]
+State = Literal["cached", "made", "to make", "unfinished", "running", "not needed", "damaged"]
 OnEvent = Callable[[Event], None]
 
 

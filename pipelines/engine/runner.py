@@ -49,10 +49,10 @@ def plan(targets: Sequence[Step], *, store: Store) -> list[StepReport]:
 
 
 def status(targets: Sequence[Step], *, store: Store) -> list[StepReport]:
-    """As ``plan``; steps some process is working on now are "running"."""
+    """As ``plan``; steps some process is working on now are "running", those with files gone or cut short "damaged"."""
     reports = plan(targets, store=store)
     with storage_errors(store):
-        return [_with_holder(report, store) for report in reports]
+        return [_looked_at(report, store) for report in reports]
 
 
 def _needed(graph: Graph, store: Store) -> set[str]:
@@ -81,10 +81,15 @@ def _report(node: Node, store: Store, *, needed: bool) -> StepReport:
     return StepReport(name=node.name, digest=node.digest, state=state, path=kept)
 
 
-def _with_holder(report: StepReport, store: Store) -> StepReport:
-    if report.state == "cached" or store.holder(report.name, report.digest) is None:
-        return report
-    return replace(report, state="running")
+def _looked_at(report: StepReport, store: Store) -> StepReport:
+    artifact = store.find(report.name, report.digest)
+    if artifact is None:
+        return report if store.holder(report.name, report.digest) is None else replace(report, state="running")
+    try:
+        store.check(artifact)
+    except EngineError:
+        return replace(report, state="damaged")
+    return report
 
 
 class _Run:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ def from_plain(cls: type[T], mapping: Mapping[str, Any], where: str = "settings"
     """Build ``cls`` from a plain mapping.
 
     ``where`` is the dotted path shown in errors. Raises EngineError for an unknown key (with the nearest known one), a
-    missing key, or a value of the wrong type; whatever ``__post_init__`` raises with an ``exit_code`` passes through.
+    missing key, or a value of the wrong type; what ``__post_init__`` raises with an ``exit_code`` keeps its type.
     """
     return typing.cast(T, _dataclass(cls, mapping, where))
 
@@ -71,8 +72,21 @@ def _dataclass(cls: type, mapping: Any, where: str) -> Any:
     values = {key: _value(hint, mapping[key], f"{where}.{key}") for key, hint in known_types.items() if key in mapping}
     try:
         return cls(**values)
-    except ValueError as error:
-        raise EngineError(f"{where}: {error}") from error
+    except Exception as error:
+        if isinstance(error, ValueError):
+            raise EngineError(_placed(where, error)) from error
+        if hasattr(error, "exit_code"):
+            raise type(error)(_placed(where, error)) from error
+        raise
+
+
+def _placed(where: str, error: Exception) -> str:
+    """What a class said of its own fields, with their place in the settings: `a.lr = 0: …`, `a: the sum of …`."""
+    where, words = where.lstrip("."), str(error)
+    above, _, last = where.rpartition(".")
+    if words.startswith(f"{last}."):
+        return f"{above}.{words}" if above else words
+    return f"{where}.{words}" if re.match(r"\w+(\.\w+)* = ", words) else f"{where}: {words}"
 
 
 def _unknown_key(cls: type, key: str, where: str) -> str:

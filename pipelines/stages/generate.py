@@ -20,6 +20,7 @@ from pipelines.engine.step import EngineError
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
     from model.architectures import Transformer
+    from model.quantize import Quantization
 
 Precision = Literal["fp32", "bf16"]
 UNFINISHED = "\ufffd"
@@ -88,6 +89,18 @@ class TextGenerator:
                 "Load its export with transformers, or generate with a decoder."
             )
         return cls(model, Tokenizer.load(tokenizer_dir or model_dir))
+
+    def quantize(self, kind: Quantization) -> str:
+        """Fewer bits a weight (see `model.quantize`); in one line, what was done. Raises ModelError where it cannot be."""
+        from model.quantize import held_bytes, quantize
+
+        before = held_bytes(self.model)
+        count = len(quantize(self.model, kind))
+        now = held_bytes(self.model)
+        return (
+            f"{kind}: {count} maps of the blocks are quantized, embeddings, norms and head are not; the weights take "
+            f"{now / 1e6:.1f} MB instead of {before / 1e6:.1f} MB"
+        )
 
     def generate(
         self,

@@ -55,8 +55,8 @@ class MuonSettings:
 
     def __post_init__(self) -> None:
         _check_adam(self)
-        _require("optim.matrix_lr", self.matrix_lr, self.matrix_lr > 0, "a learning rate above 0")
-        _require("optim.momentum", self.momentum, 0 <= self.momentum < 1, "a fraction from 0 to below 1")
+        _require("matrix_lr", self.matrix_lr, self.matrix_lr > 0, "a learning rate above 0")
+        _require("momentum", self.momentum, 0 <= self.momentum < 1, "a fraction from 0 to below 1")
 
 
 OptimSettings = AdamWSettings | MuonSettings
@@ -77,7 +77,7 @@ class ScheduleSettings:
     def __post_init__(self) -> None:
         for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
             value = getattr(self, name)
-            _require(f"schedule.{name}", value, 0 <= value <= 1, "a fraction from 0 to 1")
+            _require(name, value, 0 <= value <= 1, "a fraction from 0 to 1")
         if self.shape == "wsd":
             both = self.warmup_fraction + self.decay_fraction
             _require(
@@ -96,8 +96,8 @@ class ZeroSettings:
     bucket_elements: int = 50_000_000
 
     def __post_init__(self) -> None:
-        _require("zero.stage", self.stage, self.stage in (0, 1, 2, 3), "0, 1, 2 or 3")
-        _require("zero.bucket_elements", self.bucket_elements, self.bucket_elements > 0, "a count above 0")
+        _require("stage", self.stage, self.stage in (0, 1, 2, 3), "0, 1, 2 or 3")
+        _require("bucket_elements", self.bucket_elements, self.bucket_elements > 0, "a count above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +113,10 @@ class CheckpointSettings:
     keep_finished: bool = False
 
     def __post_init__(self) -> None:
-        _require("checkpoint.keep", self.keep, self.keep >= 1, "at least 1: a resumed run needs one")
+        _require("keep", self.keep, self.keep >= 1, "at least 1: a resumed run needs one")
         for name in ("every_steps", "every_seconds"):
             value = getattr(self, name)
-            _require(f"checkpoint.{name}", value, value is None or value > 0, "above 0, or null for never")
+            _require(name, value, value is None or value > 0, "above 0, or null for never")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,18 +169,18 @@ class TrainSettings:
     tracking: TrackingSettings = field(default_factory=TrackingSettings, metadata=_EXECUTION)
 
     def __post_init__(self) -> None:
-        _require("train.total_tokens", self.total_tokens, self.total_tokens > 0, "above 0")
-        _require("train.global_batch_tokens", self.global_batch_tokens, self.global_batch_tokens > 0, "above 0")
+        _require("total_tokens", self.total_tokens, self.total_tokens > 0, "above 0")
+        _require("global_batch_tokens", self.global_batch_tokens, self.global_batch_tokens > 0, "above 0")
         _require(
-            "train.total_tokens",
+            "total_tokens",
             self.total_tokens,
             self.total_tokens >= self.global_batch_tokens,
-            f"at least one global batch, which is {self.global_batch_tokens:,} tokens (train.global_batch_tokens)",
+            f"at least one global batch, which is {self.global_batch_tokens:,} tokens (global_batch_tokens)",
         )
-        _require("train.clip_norm", self.clip_norm, self.clip_norm is None or self.clip_norm > 0, "above 0, or null")
+        _require("clip_norm", self.clip_norm, self.clip_norm is None or self.clip_norm > 0, "above 0, or null")
         for name in ("micro_batch_rows", "threads"):
             value = getattr(self, name)
-            _require(f"train.{name}", value, value is None or value >= 1, "at least 1, or null to have it derived")
+            _require(name, value, value is None or value >= 1, "at least 1, or null to have it derived")
         if self.optim.kind == "muon" and self.zero.stage != 0:
             raise TrainingError(
                 f"zero.stage = {self.zero.stage} with optim.kind = muon: Muon orthogonalizes whole matrices, and from "
@@ -256,15 +256,15 @@ def _largest_divisor(number: int, *, at_most: int) -> int:
 
 
 def _check_adam(settings: AdamWSettings | MuonSettings) -> None:
-    _require("optim.lr", settings.lr, settings.lr > 0, "a learning rate above 0")
+    _require("lr", settings.lr, settings.lr > 0, "a learning rate above 0")
     for name in ("embedding_lr", "head_lr"):
         rate = getattr(settings, name)
-        _require(f"optim.{name}", rate, rate is None or rate > 0, "a learning rate above 0, or null for optim.lr")
+        _require(f"{name}", rate, rate is None or rate > 0, "a learning rate above 0, or null for lr")
     for name in ("beta1", "beta2"):
         value = getattr(settings, name)
-        _require(f"optim.{name}", value, 0 <= value < 1, "a fraction from 0 to below 1")
-    _require("optim.eps", settings.eps, settings.eps > 0, "above 0")
-    _require("optim.weight_decay", settings.weight_decay, settings.weight_decay >= 0, "0 or more")
+        _require(name, value, 0 <= value < 1, "a fraction from 0 to below 1")
+    _require("eps", settings.eps, settings.eps > 0, "above 0")
+    _require("weight_decay", settings.weight_decay, settings.weight_decay >= 0, "0 or more")
 
 
 def _require(name: str, value: object, holds: bool, rule: str) -> None:

@@ -386,5 +386,6 @@ def test_other_files_a_step_may_not_leave_are_refused(store: LocalStore, backend
 def test_a_damaged_artifact_is_named_and_not_used(store: LocalStore, backend: Backend) -> None:
     (report,) = run([letters()], store=store, backend=backend)
     Path(str(report.path), "letters.txt").write_text("a")
+    assert [report.state for report in status([letters()], store=store)] == ["damaged"]
     with pytest.raises(EngineError, match="has 1 bytes instead of 3: the artifact is damaged"):
         run([joined(letters())], store=store, backend=backend)

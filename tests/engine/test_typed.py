@@ -79,7 +79,7 @@ def test_a_full_mapping_becomes_typed_settings() -> None:
         ({"steps": True}, "train.steps = True: expected a whole number"),
         ({"steps": 1.5}, "train.steps = 1.5: expected a whole number"),
         ({"steps": "many"}, "train.steps = 'many': expected a whole number"),
-        ({"steps": 0}, "train: steps = 0 must be at least 1"),
+        ({"steps": 0}, "train.steps = 0 must be at least 1"),
         ({"steps": 1, "compile": 1}, "train.compile = 1: expected true or false"),
         ({"steps": 1, "names": "a"}, "train.names = 'a': expected a list; write train.names=[a]"),
         ({"steps": 1, "names": [3]}, "train.names[0] = 3: expected text"),

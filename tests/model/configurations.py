@@ -7,9 +7,12 @@ from hypothesis import strategies as st
 from model.config import LayerChange, ModelConfig
 from model.ffn import FfnConfig, NoFfnConfig
 from model.frontends import TokenFrontendConfig
-from model.heads import LanguageHeadConfig, NoHeadConfig
+from model.grid import GridPositionConfig
+from model.heads import LanguageHeadConfig, NoHeadConfig, TargetWeight
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
+from model.mixers.grid import GridAttentionConfig
+from model.mixers.latent import LatentAttentionConfig
 from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
 from model.mixers.mamba import MambaConfig
 from model.moe.config import BalanceConfig, MoeConfig, RouterConfig
@@ -22,6 +25,7 @@ from model.position import (
     NoPositionConfig,
     RopeConfig,
     SinusoidalPositionConfig,
+    YarnScaling,
 )
 
 # Wide enough a start that attention is far from uniform and a wrong mask or position shows in the logits.
@@ -156,6 +160,11 @@ MIXTRAL = ModelConfig(
     ffn=MoeConfig(n_experts=4, top_k=2, d_ff=24, balance=BalanceConfig(loss=0.0)),
     init=LIVELY,
 )
+LATENT = replace(
+    LLAMA,
+    position=RopeConfig(interleaved=True),
+    mixer=LatentAttentionConfig(n_heads=3, q_rank=10, kv_rank=12, plain_dim=6, rope_dim=4, v_dim=7),
+)
 MAMBA = ModelConfig(
     vocab_size=97,
     d_model=32,
@@ -174,7 +183,29 @@ HYBRID = replace(
     position=RopeConfig(),
     pattern=(LayerChange(every=2, first=1, mixer=LLAMA.mixer, ffn=LLAMA.ffn),),
 )
+# A text of 6 tokens and an image of 5 rows and 4 columns; 20 entries for text, 6 for padding, 12 codes.
+ROW, COLUMN, CONVOLUTION = (
+    GridAttentionConfig(n_heads=2, text=6, width=4, kernel=3, pattern=pattern)
+    for pattern in ("row", "column", "convolution")
+)
+DALLE = ModelConfig(
+    vocab_size=38,
+    d_model=16,
+    n_layers=4,
+    max_seq_len=26,
+    tie_embeddings=False,
+    norm=NormConfig(kind="layer", bias=True),
+    position=GridPositionConfig(text=6, height=5, width=4),
+    mixer=ROW,
+    ffn=FfnConfig(d_ff=32, activation="gelu", gated=False, bias=True),
+    pattern=(LayerChange(every=4, first=1, mixer=COLUMN), LayerChange(every=4, first=3, mixer=CONVOLUTION)),
+    head=LanguageHeadConfig(weights=(TargetWeight(weight=0.5), TargetWeight(first=26, weight=3.5))),
+    init=LIVELY,
+)
 RECURRENT = {"mamba": MAMBA, "linear": LINEAR, "performer": PERFORMER, "hybrid": HYBRID}
+
+
+YARN = YarnScaling(factor=4.0, beta_fast=3.0, beta_slow=0.2, original_max_seq_len=16)
 
 
 @st.composite
@@ -186,7 +217,7 @@ def llama_configs(draw: st.DrawFn) -> ModelConfig:
     out_bias = qkv_bias and (qk_norm or draw(st.booleans()))
     window = None if qk_norm or qkv_bias else draw(st.none() | st.integers(1, 30))
     scaling = draw(
-        st.sampled_from([None, LinearScaling(factor=2.5), Llama3Scaling(factor=4.0, original_max_seq_len=8)])
+        st.sampled_from([None, LinearScaling(factor=2.5), Llama3Scaling(factor=4.0, original_max_seq_len=8), YARN])
     )
     return ModelConfig(
         vocab_size=draw(st.integers(17, 70)),

@@ -100,3 +100,9 @@ def assert_same_gradients(
     largest = max(float(gradient.abs().max()) for gradient in theirs.values())
     for name, gradient in theirs.items():
         assert (gradient - ours[name]).abs().max() <= within * largest, name
+
+
+def trimmed(row: list[int], stop_ids: list[int]) -> list[int]:
+    """Their new tokens up to the stop id."""
+    ends = [at for at, token in enumerate(row) if token in stop_ids]
+    return row[: ends[0]] if ends else row

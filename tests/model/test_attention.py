@@ -225,6 +225,7 @@ def largest_allocation(mask: Mask, tokens: int) -> int:
     return max(event.self_cpu_memory_usage for event in profile.events())
 
 
+@pytest.mark.slow
 def test_compiled_training_never_compiles_again_for_other_documents() -> None:
     torch._dynamo.reset()
     model = build_model(replace(LLAMA, n_layers=1))

@@ -15,6 +15,7 @@ from model.config import ModelConfig, ModelError
 from model.generate import Sampling, generate, unpadded
 from model.interop import from_hf, hf_config
 from tests.model.configurations import FALCON, GPT2, GPTJ, LLAMA
+from tests.model.parity import trimmed
 
 transformers.logging.set_verbosity_error()
 PAD = 0
@@ -38,12 +39,6 @@ def left_padded(lengths: list[int], seed: int) -> tuple[torch.Tensor, torch.Tens
     tokens = torch.randint(1, 97, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(seed))
     mask = torch.stack([(torch.arange(max(lengths)) >= max(lengths) - length).long() for length in lengths])
     return tokens.masked_fill(mask == 0, PAD), mask
-
-
-def trimmed(row: list[int], stop_ids: list[int]) -> list[int]:
-    """Their new tokens up to the stop id."""
-    ends = [at for at, token in enumerate(row) if token in stop_ids]
-    return row[: ends[0]] if ends else row
 
 
 MODELS = {name: both(config) for name, config in (("llama", LLAMA), ("gpt2", GPT2), ("gptj", GPTJ), ("falcon", FALCON))}

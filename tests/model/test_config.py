@@ -13,22 +13,41 @@ from model.config import LayerChange, ModelConfig, ModelError
 from model.costs import parameter_counts
 from model.ffn import FfnConfig
 from model.generate import Sampling
+from model.grid import GridPositionConfig
+from model.heads import TargetWeight
 from model.init import InitConfig
+from model.kernels.select import CAN
 from model.mixers.attention import AttentionConfig
 from model.mixers.bigbird import BigBirdConfig
+from model.mixers.grid import GridAttentionConfig
 from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
 from model.mixers.longformer import LongformerConfig
 from model.mixers.mamba import MambaConfig
 from model.norm import NormConfig
 from model.peft import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig
-from model.position import LinearScaling, Llama3Scaling, RopeConfig
+from model.position import LinearScaling, Llama3Scaling, NoPositionConfig, RopeConfig
 from pipelines.engine.typed import from_plain, to_plain
-from tests.model.configurations import ALIBI, GPT2, LINEAR, LLAMA, PERFORMER, RECURRENT
+from tests.model.configurations import (
+    ALIBI,
+    BERT,
+    DALLE,
+    GPT2,
+    HYBRID,
+    LINEAR,
+    LLAMA,
+    MAMBA,
+    MISTRAL,
+    PERFORMER,
+    RECURRENT,
+    ROW,
+)
 
 PRESETS = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
 
 # Published totals, with the vocabulary each was published with.
 PUBLISHED = {
+    "dalle-12b": (24832, 12_293_824_256),  # published as 12 billion
+    "dalle-tiny": (800, None),
     "falcon-7b": (65024, 6_921_720_704),
     "gpt2-124m": (50257, 124_439_808),
     "gptj-6b": (50400, 6_050_882_784),
@@ -80,6 +99,23 @@ PUBLISHED = {
         (lambda: replace(PERFORMER, d_model=516), "129 channels"),
         (lambda: LongformerConfig(window=1), "window is 1"),
         (lambda: BigBirdConfig(block=0), "block is 0"),
+        (lambda: GridAttentionConfig(text=0), "text is 0"),
+        (lambda: GridAttentionConfig(kernel=4), "kernel is 4"),
+        (lambda: GridPositionConfig(width=0), "width is 0"),
+        (lambda: ModelConfig(mixer=GridAttentionConfig()), "position.kind is rope"),
+        (lambda: replace(DALLE, causal=False), "causal is false with mixer.kind=grid"),
+        (lambda: replace(MAMBA, causal=False), "causal is false with mixer.kind=mamba, which looks back only: set"),
+        (lambda: replace(HYBRID, causal=False), "causal is false with mixer.kind=mamba"),
+        (
+            lambda: replace(BERT, mixer=MambaConfig(), position=NoPositionConfig()),
+            "causal is false with mixer.kind=mamba",
+        ),
+        (lambda: replace(GPT2, mixer=LongformerConfig()), "causal is true with mixer.kind=longformer"),
+        (lambda: replace(DALLE, mixer=replace(ROW, width=5)), "width=5"),
+        (lambda: replace(DALLE, max_seq_len=27), "max_seq_len is 27"),
+        (lambda: build_model(DALLE, kernel="blockwise"), "no sparse masks"),
+        (lambda: TargetWeight(weight=-1.0), "weight=-1.0"),
+        (lambda: Sampling(within=(3, 3)), r"within is \(3, 3\)"),
         (lambda: FfnConfig(d_ff=0), "d_ff is 0"),
         (lambda: NormConfig(eps=0.0), "eps is 0.0"),
         (lambda: NormConfig(kind="rms", bias=True), "norm.bias is true"),
@@ -106,12 +142,22 @@ def test_an_impossible_setting_is_refused_naming_its_value(make: Callable[[], ob
     assert "\n" not in str(caught.value)
 
 
+def test_a_window_with_a_kernel_that_has_none_is_refused_at_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel there is has windows; one that lost them is asked for."""
+    monkeypatch.setitem(CAN, "varlen", CAN["varlen"] - {"window"})
+    with pytest.raises(ModelError, match=r"'varlen', which has no window masks, .* choose auto or one of"):
+        build_model(MISTRAL, kernel="varlen")
+    build_model(LLAMA, kernel="varlen")
+
+
 def test_an_error_survives_the_way_between_processes() -> None:
     error = pickle.loads(pickle.dumps(ModelError("d_model is 0: at least 1.")))
     assert (type(error), str(error), error.exit_code) == (ModelError, "d_model is 0: at least 1.", 2)
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2, *RECURRENT.values()], ids=["llama", "gpt2", *RECURRENT.keys()])
+@pytest.mark.parametrize(
+    "config", [LLAMA, GPT2, DALLE, *RECURRENT.values()], ids=["llama", "gpt2", "dalle", *RECURRENT.keys()]
+)
 def test_a_configuration_survives_being_written_as_plain_values(config: ModelConfig) -> None:
     assert from_plain(ModelConfig, yaml.safe_load(yaml.safe_dump(to_plain(config))), "model") == config
 

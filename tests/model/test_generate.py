@@ -19,6 +19,7 @@ from tests.model.configurations import (
     FALCON,
     GPT2,
     GPTJ,
+    LATENT,
     LLAMA,
     MIXTRAL,
     RECURRENT,
@@ -29,10 +30,12 @@ from tests.model.configurations import (
 
 FAMILIES = pytest.mark.parametrize(
     "config",
-    [LLAMA, GPT2, WINDOWED, ALIBI, GPTJ, FALCON, MIXTRAL],
-    ids=["llama", "gpt2", "windowed", "alibi", "gptj", "falcon", "mixtral"],
+    [LLAMA, GPT2, WINDOWED, ALIBI, GPTJ, FALCON, MIXTRAL, LATENT],
+    ids=["llama", "gpt2", "windowed", "alibi", "gptj", "falcon", "mixtral", "latent"],
 )
-EVERY = pytest.mark.parametrize("config", [LLAMA, GPT2, *RECURRENT.values()], ids=["llama", "gpt2", *RECURRENT.keys()])
+EVERY = pytest.mark.parametrize(
+    "config", [LLAMA, GPT2, LATENT, *RECURRENT.values()], ids=["llama", "gpt2", "latent", *RECURRENT.keys()]
+)
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 PROMPTS = [[5, 3, 9], [7], [1, 2, 3, 4, 5, 6, 7, 8], [90, 4]]
 

@@ -24,9 +24,9 @@ from model.mixers.linear_attention import (
     LinearAttentionConfig,
     LinearState,
 )
-from model.mixers.mamba import Mamba, MambaState
+from model.mixers.mamba import MambaState
 from model.position import document_starts
-from tests.model.configurations import LIVELY, MAMBA, PERFORMER, RECURRENT
+from tests.model.configurations import DALLE, HYBRID, LINEAR, LIVELY, MAMBA, PERFORMER, RECURRENT
 
 ALL = pytest.mark.parametrize("config", RECURRENT.values(), ids=RECURRENT.keys())
 PURE = pytest.mark.parametrize("name", ["mamba", "linear", "performer"])
@@ -324,12 +324,13 @@ def test_a_state_without_places_for_tokens_cannot_be_rewound(config: ModelConfig
         cache.rewind([9, 4])
 
 
-def test_a_scan_in_a_bidirectional_stack_is_refused() -> None:
-    mixer = Mamba(MAMBA.mixer, 32)  # type: ignore[arg-type]
-    with pytest.raises(ModelError, match="mamba in a bidirectional stack"):
-        mixer(torch.zeros(1, 3, 32), MixerInput(Mask(causal=False)))
+@pytest.mark.parametrize("config", [MAMBA, LINEAR, HYBRID, DALLE], ids=["mamba", "linear", "hybrid", "grid"])
+def test_a_prefix_that_a_mixer_cannot_honour_is_refused_not_ignored(config: ModelConfig) -> None:
+    with pytest.raises(ModelError, match=r"prefix_B .*was given"):
+        build_model(config)(torch.ones(2, 9, dtype=torch.int64), prefix_B=torch.tensor([3, 0]))
 
 
+@pytest.mark.slow
 @ALL
 def test_torch_compile_takes_every_block_as_one_graph(config: ModelConfig) -> None:
     tokens = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))

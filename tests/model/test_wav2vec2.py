@@ -167,6 +167,7 @@ def test_a_configuration_comes_back_from_theirs(config: ModelConfig) -> None:
     assert hf_config(config_from_hf(loaded.to_dict())) == hf_config(config)
 
 
+@pytest.mark.slow
 @BOTH
 def test_it_learns_to_spell(config: ModelConfig) -> None:
     model, x = build_model(config), samples()

@@ -11,17 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.architectures import Transformer
+from model.beam import BeamConfig, beam_generate
 from model.build import build_model
 from model.config import ModelConfig, ModelError
 from model.costs import forward_flops, parameter_counts
 from model.ffn import FfnConfig
+from model.generate import Sampling, generate
 from model.heads import NoHeadConfig
 from model.init import parameter_roles
 from model.interop import config_from_hf, from_hf, has_hf_class, hf_config
 from model.interop.native import config_from_native, native_config
 from model.mixers.attention import AttentionConfig
 from model.modalities.mel import MelFrontendConfig, log_mel, mel_filters
+from model.modalities.patches import PatchFrontendConfig
+from model.modalities.waveform import WaveformFrontendConfig
 from model.norm import NormConfig
 from model.position import LearnedPositionConfig, SinusoidalPositionConfig, build_positions
 from tests.model.configurations import LIVELY
@@ -36,6 +39,7 @@ from tests.model.parity import (
     saved_gradients,
     stirred,
     stirred_ours,
+    trimmed,
 )
 
 NORM = NormConfig(kind="layer", bias=True)
@@ -64,6 +68,10 @@ WHISPER = ModelConfig(
         init=LIVELY,
     ),
     init=LIVELY,
+)
+PATCHES = PatchFrontendConfig(image_size=8, patch_size=4)
+WAVEFORM = WaveformFrontendConfig(
+    channels=(8, 8), kernels=(5, 3), strides=(3, 2), conv_norm="layer", positional_kernel=4, positional_groups=2
 )
 SINUSOIDS = "model.encoder.embed_positions.weight"
 
@@ -121,16 +129,6 @@ def test_an_imported_whisper_has_the_references_logits_gradients_and_bytes(confi
     assert_same_gradients(reference, gradients)
 
 
-def greedy(model: Transformer, x: torch.Tensor, begin: torch.Tensor, steps: int) -> torch.Tensor:
-    """The likeliest tokens, the encoder read once."""
-    cache, tokens = model.new_cache(len(begin), begin.shape[1] + steps), begin
-    logits = model(begin, cache=cache, encoder_mels_BAW=x)["logits"]
-    for _ in range(steps):
-        tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
-        logits = model(tokens[:, -1:], cache=cache)["logits"]
-    return tokens
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_loads_an_export_and_agrees_on_logits_and_greedy_tokens(tied: bool) -> None:
     ours = stirred_ours(replace(WHISPER, tie_embeddings=tied))
@@ -146,10 +144,70 @@ def test_transformers_loads_an_export_and_agrees_on_logits_and_greedy_tokens(tie
         expected = transformers.GenerationMixin.generate(
             theirs, input_features=x, decoder_input_ids=begin, generation_config=plain
         )
-        found = greedy(ours, x, begin, 20)
-    assert found.tolist() == expected.tolist()
+    found = generate(ours, begin.tolist(), Sampling(max_new_tokens=20, temperature=0.0), sources=list(x))
+    assert found == expected[:, 2:].tolist()
     if not tied:  # a tied head repeats what it reads until it is trained
-        assert len({tuple(row) for row in found[:, 2:].tolist()}) == 3
+        assert len({tuple(row) for row in found}) == 3
+
+
+@settings(max_examples=6, deadline=None)
+@given(config=described(), beams=st.integers(1, 3), stops=st.integers(0, 8), seed=st.integers(0, 9))
+def test_greedy_and_beam_search_from_sound_give_the_tokens_of_transformers(
+    config: transformers.WhisperConfig, beams: int, stops: int, seed: int
+) -> None:
+    theirs = stirred(transformers.WhisperForConditionalGeneration(config))
+    ours = imported(theirs)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((3, config.num_mel_bins, 2 * config.max_source_positions), generator=generator)
+    begin, stop_ids = tokens_of(3, 2), list(range(4, 4 + stops))
+    plain = transformers.GenerationConfig(
+        max_new_tokens=12, do_sample=False, num_beams=beams, pad_token_id=0, eos_token_id=stop_ids or None
+    )
+    answer = transformers.GenerationMixin.generate(
+        theirs, input_features=x, decoder_input_ids=begin, generation_config=plain
+    )
+    sampling = Sampling(max_new_tokens=12, temperature=0.0)
+    if beams == 1:
+        found = generate(ours, begin.tolist(), sampling, stop_ids=stop_ids, sources=list(x))
+    else:
+        searched = beam_generate(
+            ours, begin.tolist(), sampling, BeamConfig(beams=beams), stop_ids=stop_ids, sources=list(x)
+        )
+        found = [hypotheses[0].tokens for hypotheses in searched]
+    expected = [trimmed(row, stop_ids) for row in answer[:, 2:].tolist()]
+    assert found == expected
+
+
+def test_one_sound_given_again_is_read_once_and_sounds_of_different_lengths_are_refused() -> None:
+    model, x, sampling = build_model(WHISPER), mels(2, 16, 40), Sampling(max_new_tokens=5, temperature=0.0)
+    assert model.encoder is not None
+    read: list[int] = []
+    handle = model.encoder.register_forward_pre_hook(
+        lambda _, args, inputs: read.append(len(inputs["mels_BAW"])), with_kwargs=True
+    )
+    once, again, other = generate(model, [[3]] * 3, sampling, sources=[x[0], other_row := x[1], other_row])
+    handle.remove()
+    assert (read, again) == ([2], other)
+    assert once == generate(model, [[3]], sampling, sources=[x[0]])[0]
+    with pytest.raises(ModelError, match="bring them to one shape"):
+        generate(model, [[3], [3]], sampling, sources=[x[0], x[1][:, :30]])
+    with pytest.raises(ModelError, match="no encoder"):
+        generate(build_model(replace(WHISPER, encoder=None)), [[3]], sampling, sources=[x[0]])
+
+
+@pytest.mark.parametrize("frontend", [PATCHES, WAVEFORM], ids=["pixels", "waveform"])
+def test_text_is_generated_from_images_and_waveforms_as_from_sound(frontend: Any) -> None:
+    """No class to compare with: the tokens are the likeliest of the whole forward pass."""
+    assert WHISPER.encoder is not None
+    encoder = replace(WHISPER.encoder, frontend=frontend, position=LearnedPositionConfig())
+    model = build_model(replace(WHISPER, tie_embeddings=False, encoder=encoder)).eval()
+    shapes = [(3, 8, 8)] * 2 if frontend is PATCHES else [(400,), (250,)]
+    sources = [torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))) for shape in shapes]
+    found = generate(model, [[3, 5], [4]], Sampling(max_new_tokens=6, temperature=0.0), sources=sources)
+    for prompt, source, text in zip([[3, 5], [4]], sources, found, strict=True):
+        inputs = {f"encoder_{name}": x for name, x in model.encoder.frontend.batched([source], source.device).items()}
+        logits = model(torch.tensor([[*prompt, *text]]), **inputs)["logits"][0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == text
 
 
 def test_a_configuration_comes_back_from_theirs_and_from_our_own_format() -> None:

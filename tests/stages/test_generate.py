@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data.chat import encode_chat
 from data.tokenizer import Tokenizer
+from model.quantize import QuantizedLinear
+from pipelines.__main__ import main
 from pipelines.engine.step import EngineError
 from pipelines.stages.generate import GenerateSettings, TextGenerator, TextStream
 
@@ -112,3 +117,43 @@ def test_a_completion_stays_inside_the_models_context(generator):
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         GenerateSettings(**wrong)
+
+
+@pytest.fixture(scope="module")
+def exported(small_run, tmp_path_factory):
+    """A folder with weights and tokenizer."""
+    folder = tmp_path_factory.mktemp("exported")
+    for part in (small_run["pretrain"].path / "model", small_run["tokenizer"].path):
+        shutil.copytree(part, folder, dirs_exist_ok=True)
+    return folder
+
+
+def leaves_with(words: list[str]) -> int | str | None:
+    """The exit code of the command."""
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    return left.value.code
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "int8_dynamic"])
+def test_the_command_writes_with_quantized_weights_and_says_so(exported, capsys, kind):
+    ask = ["generate", "--from", str(exported), "--prompt", "def ", "--max-tokens", "8", "--temperature", "0"]
+    assert leaves_with([*ask, "--quantize", kind]) == 0
+    written, said = capsys.readouterr()
+    [line] = [line for line in said.splitlines() if line.startswith(f"[{kind}: ")]
+    now, before = (float(number) for number in re.findall(r"([0-9.]+) MB", line))
+    assert now < 0.9 * before
+    generator = TextGenerator.open(exported)
+    generator.quantize(kind)
+    done = generator.generate("def ", GenerateSettings(max_new_tokens=8, temperature=0))
+    assert written == f"def {done.text}\n"
+    assert sum(isinstance(part, QuantizedLinear) for part in generator.model.modules()) == int(line.split()[1])
+
+
+def test_a_quantization_that_no_map_fits_is_refused(exported, monkeypatch, capsys):
+    monkeypatch.setattr("model.quantize.GROUP", 7919)
+    ask = ["generate", "--from", str(exported), "--prompt", "def ", "--quantize", "int4"]
+    assert leaves_with(ask) == 2
+    written, said = capsys.readouterr()
+    assert "no map of the blocks fits it" in said
+    assert not written

@@ -6,7 +6,7 @@ from typing import Any
 from model.errors import ModelError
 from model.frontends import TokenFrontendConfig
 from model.interop.tables import Weight
-from model.position import LinearScaling, Llama3Scaling, PositionConfig, RopeConfig
+from model.position import LinearScaling, Llama3Scaling, PositionConfig, RopeConfig, YarnScaling
 
 OURS = "stack.layers.{layer}"
 """A layer of ours in a key map."""
@@ -57,6 +57,17 @@ def write_rope(position: PositionConfig) -> dict[str, Any]:
             "high_freq_factor": position.scaling.high_freq_factor,
             "original_max_position_embeddings": position.scaling.original_max_seq_len,
         }
+    elif isinstance(position.scaling, YarnScaling):
+        chosen = position.scaling
+        scaling = {
+            "rope_type": "yarn",
+            "factor": chosen.factor,
+            "beta_fast": chosen.beta_fast,
+            "beta_slow": chosen.beta_slow,
+            "original_max_position_embeddings": chosen.original_max_seq_len,
+            **({"mscale": chosen.mscale} if chosen.mscale else {}),
+            **({"mscale_all_dim": chosen.mscale_all} if chosen.mscale_all else {}),
+        }
     parameters = {"rope_theta": position.theta, **(scaling or {"rope_type": "default"})}
     return {"rope_parameters": parameters, "rope_theta": position.theta, "rope_scaling": scaling}
 
@@ -78,7 +89,21 @@ def read_rope(theirs: Mapping[str, Any]) -> PositionConfig:
             original_max_seq_len=int(parameters["original_max_position_embeddings"]),
         )
         return RopeConfig(theta=theta, scaling=scaling)
+    plain = parameters.get("attention_factor") is None and parameters.get("truncate") is not False
+    if kind == "yarn" and plain and parameters.keys() >= {"factor", "original_max_position_embeddings"}:
+        return RopeConfig(theta=theta, scaling=_read_yarn(parameters))
     raise ModelError(
-        f"config.json has rope_type {kind!r}: rotary positions can be imported plain or scaled by `linear` or "
-        "`llama3`; convert the checkpoint to one of these first."
+        f"config.json has rope_type {kind!r} with {dict(parameters)}: rotary positions can be imported plain or scaled by "
+        "`linear`, `llama3` or `yarn`, this with its factor, without attention_factor, truncated; convert it first."
+    )
+
+
+def _read_yarn(parameters: Mapping[str, Any]) -> YarnScaling:
+    return YarnScaling(
+        factor=float(parameters["factor"]),
+        beta_fast=float(parameters.get("beta_fast") or 32),
+        beta_slow=float(parameters.get("beta_slow") or 1),
+        original_max_seq_len=int(parameters["original_max_position_embeddings"]),
+        mscale=float(parameters.get("mscale") or 0),
+        mscale_all=float(parameters.get("mscale_all_dim") or 0),
     )

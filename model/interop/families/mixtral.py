@@ -36,7 +36,7 @@ IN_MEMORY = (
 )
 
 
-def _stored(block: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
+def stored_experts(block: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
     """The same as three matrices for each expert."""
     each = f"{_THEIRS}.{block}.experts.{{expert}}"
     return (
@@ -61,7 +61,7 @@ MIXTRAL = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     base_prefix="model.",
-    weights=(*LLAMA_WEIGHTS, *_stored("block_sparse_moe", "w1", "w3", "w2")),
+    weights=(*LLAMA_WEIGHTS, *stored_experts("block_sparse_moe", "w1", "w3", "w2")),
     in_memory=(*LLAMA_WEIGHTS, *IN_MEMORY),
     settings=(
         *_settings(
@@ -106,19 +106,19 @@ def _write_layers(config: ModelConfig) -> dict[str, Any]:
     return {"mlp_only_layers": dense, "decoder_sparse_step": 1, "intermediate_size": d_ff}
 
 
-def _read_layers(theirs: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[LayerChange, ...]:
+def _read_layers(theirs: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, tuple[LayerChange, ...]]:
     n_layers, every = fields["n_layers"], theirs.get("decoder_sparse_step", 1)
     without = set(theirs.get("mlp_only_layers") or ())
     dense = [number for number in range(n_layers) if number in without or (number + 1) % every]
     ffn = FfnConfig(d_ff=theirs.get("intermediate_size", 6144), activation=fields["ffn.activation"])
-    return tuple(LayerChange(every=n_layers, first=number, ffn=ffn) for number in dense)
+    return {"pattern": tuple(LayerChange(every=n_layers, first=number, ffn=ffn) for number in dense)}
 
 
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     base_prefix="model.",
-    weights=(*QWEN3.weights, *_stored("mlp", "gate_proj", "up_proj", "down_proj")),
+    weights=(*QWEN3.weights, *stored_experts("mlp", "gate_proj", "up_proj", "down_proj")),
     in_memory=(*QWEN3.weights, *IN_MEMORY),
     settings=(
         *_settings(

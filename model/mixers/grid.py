@@ -1,0 +1,97 @@
+"""DALL-E's attention: all of the text, and of the image a row, a column or a neighbourhood (Ramesh et al. 2021,
+https://arxiv.org/abs/2102.12092, appendix B.1)."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from model.errors import ModelError
+from model.grid import Grid
+from model.kernels.attention import AttentionKernel
+from model.masks import Mask
+from model.mixers.attention import Attention, AttentionConfig
+from model.mixers.base import MixerInput
+from model.norm import NormConfig
+from model.slots import SlotCosts
+
+BLOCK = 32
+"""Tokens of a block where a kernel goes by blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridAttentionConfig:
+    """text: tokens before the image; width: tokens of a row of it. pattern, kernel: what of the image a token sees (see
+    `Grid`); the paper has columns in every fourth layer from the second on, a convolution in the last, rows elsewhere.
+
+    A row is one text and its image: it is not packed with others, and padding stands behind it.
+    """
+
+    kind: Literal["grid"] = "grid"
+    n_heads: int = 8
+    pattern: Literal["row", "column", "convolution"] = "row"
+    text: int = 256
+    width: int = 32
+    kernel: int = 11
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.text < 1 or self.width < 1:
+            raise ModelError(
+                f"mixer.text is {self.text} and mixer.width {self.width}: a text and a row of an image have tokens; "
+                "DALL-E's are 256 and 32."
+            )
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ModelError(f"mixer.kernel is {self.kernel}: a square around a token has an odd side; DALL-E's is 11.")
+        self.attention  # noqa: B018 - refuses what no attention can be
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """The same as ordinary attention."""
+        return AttentionConfig(n_heads=self.n_heads, qkv_bias=self.qkv_bias, out_bias=self.out_bias)
+
+    @property
+    def grid(self) -> Grid:
+        """The part of the mask that it adds."""
+        return Grid(text=self.text, width=self.width, pattern=self.pattern, kernel=self.kernel)
+
+    def check(self, d_model: int) -> None:
+        self.attention.check(d_model)
+
+    def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
+        """Those of attention, over fewer pairs."""
+        return replace(self.attention.costs(d_model, norm), grid=self.grid)
+
+
+class GridAttention(Attention):
+    """Attention under a grid. Raises ModelError for a row with several documents or padding before its end."""
+
+    def __init__(self, config: GridAttentionConfig, d_model: int, norm: NormConfig, kernel: AttentionKernel) -> None:
+        super().__init__(config.attention, d_model, norm, kernel)
+        self.grid = config.grid
+
+    def mask(self, shared: MixerInput, tokens: int) -> Mask:
+        mask = shared.mask
+
+        def lower() -> Mask:
+            if mask.prefix_B is not None or mask.globals_BT is not None:
+                raise ModelError(
+                    "prefix_B or globals_BT was given, and mixer.kind is grid, which says what is seen: leave them out."
+                )
+            if mask.documents_BT is not None:
+                _refuse_packed(mask.documents_BT)
+            return replace(mask, grid=self.grid, block=BLOCK)
+
+        of_layers_alike: Mask = mask.lowered(self.grid, lower)
+        return of_layers_alike
+
+
+@torch.compiler.disable
+def _refuse_packed(documents_BT: torch.Tensor) -> None:
+    before_BT, after_BT = documents_BT[:, :-1], documents_BT[:, 1:]
+    if ((before_BT != after_BT) & (after_BT != 0)).any():
+        raise ModelError(
+            "documents_BT has rows of several documents, or padding before the end, and mixer.kind is grid: a row is one "
+            "text and its image; give each a row, and pad behind it."
+        )

@@ -1,0 +1,155 @@
+"""A model of every kind trained by two ranks under each stage that shares, and by plain PyTorch; `test_families.py`
+compares losses and gradients.
+
+python -m tests.training.family_ranks FILE
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.multiprocessing
+
+from model.build import build_model
+from model.classifiers import ClassifierHeadConfig
+from model.config import ModelConfig
+from model.heads import LanguageHeadConfig, NoHeadConfig
+from model.mixers.longformer import LongformerConfig
+from model.modalities.ctc_head import CtcHeadConfig
+from model.modalities.mel import MelFrontendConfig
+from model.modalities.patches import PatchFrontendConfig
+from model.modalities.waveform import WaveformFrontendConfig
+from model.moe.config import BalanceConfig, MoeConfig
+from model.position import LearnedPositionConfig, NoPositionConfig, RelativePositionConfig, SinusoidalPositionConfig
+from tests.model.configurations import BERT, DALLE, HYBRID, LLAMA, MAMBA, PERFORMER, VASWANI
+
+ROWS, STEPS, STAGES = 4, 2, (1, 2, 3)
+MASKED = LanguageHeadConfig(bias=True, transform="gelu")
+ENCODER = replace(BERT, head=NoHeadConfig(), position=LearnedPositionConfig())
+RELATIVE = RelativePositionConfig(buckets=8, max_distance=16)
+FAMILIES: dict[str, ModelConfig] = {
+    "bert": replace(BERT, head=MASKED),
+    "longformer": replace(BERT, head=MASKED, mixer=LongformerConfig(n_heads=4, window=5)),
+    "t5": replace(VASWANI, position=RELATIVE, encoder=replace(ENCODER, position=RELATIVE)),
+    "vit": replace(
+        BERT,
+        frontend=PatchFrontendConfig(image_size=8, patch_size=4),
+        position=LearnedPositionConfig(),
+        head=ClassifierHeadConfig(classes=5),
+    ),
+    "wav2vec2": replace(
+        BERT,
+        position=NoPositionConfig(),
+        frontend=WaveformFrontendConfig(
+            channels=(8, 8), kernels=(10, 3), strides=(5, 2), positional_kernel=8, positional_groups=4
+        ),
+        head=CtcHeadConfig(),
+    ),
+    "whisper": replace(
+        VASWANI,
+        encoder=replace(
+            ENCODER, frontend=MelFrontendConfig(bands=6), position=SinusoidalPositionConfig(inclusive=True)
+        ),
+    ),
+    "mamba": MAMBA,
+    "performer": PERFORMER,
+    "hybrid": HYBRID,
+    "experts": replace(LLAMA, ffn=MoeConfig(n_experts=4, top_k=2, d_ff=24, balance=BalanceConfig(loss=0.1))),
+    "dalle": DALLE,
+}
+
+
+def batch_of(name: str) -> dict[str, torch.Tensor]:
+    """Whole: `ROWS` rows of whatever the family reads and is to say."""
+    generator, config = torch.Generator().manual_seed(0), FAMILIES[name]
+    tokens = torch.randint(4, config.vocab_size or 5, (ROWS, 26), generator=generator)
+    if name == "vit":
+        return {"pixels_BAYX": torch.randn(ROWS, 3, 8, 8, generator=generator), "classes_B": tokens[:, 0] % 5}
+    if name == "wav2vec2":
+        return {"samples_BW": torch.randn(ROWS, 300, generator=generator), "labels_BU": tokens[:, :6]}
+    batch = {"tokens_BT": tokens, "targets_BT": tokens.roll(-1, 1)}
+    batch["targets_BT"][:, ::4] = -100
+    if name == "t5":
+        batch |= {"encoder_tokens_BT": tokens.flip(1)}
+    if name == "whisper":
+        batch |= {"encoder_mels_BAW": torch.randn(ROWS, 6, 30, generator=generator)}
+    if name == "longformer":
+        batch |= {"globals_BT": torch.arange(26).expand(ROWS, -1) % 13 == 0}
+    return batch
+
+
+def count_of(batch: dict[str, torch.Tensor]) -> int:
+    """Targets of all rows."""
+    targets = next(batch[key] for key in ("targets_BT", "labels_BU", "classes_B") if key in batch)
+    return int((targets >= 0).sum())
+
+
+def trained_alone(name: str) -> list[tuple[float, float]]:
+    """Loss and norm of the gradient of every step. The oracle: all rows at once, nothing but PyTorch."""
+    from pipelines.training.optim import build_optimizer
+    from pipelines.training.settings import AdamWSettings
+
+    model, batch, steps = build_model(FAMILIES[name]), batch_of(name), []
+    optimizer = build_optimizer(model, AdamWSettings(lr=1e-3))
+    for _ in range(STEPS):
+        loss = model(**batch)["loss_sum"] / count_of(batch)
+        loss.backward()
+        steps.append((float(loss.detach()), float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))))
+        optimizer.step()
+        optimizer.zero_grad()
+    return steps
+
+
+def trained_by_two(name: str, stage: int) -> list[tuple[float, float]]:
+    """The same, each rank with half of the rows."""
+    from pipelines.engine.typed import from_plain
+    from pipelines.training.optim import build_optimizer
+    from pipelines.training.ranks import join
+    from pipelines.training.settings import AdamWSettings, BatchPlan, TrainSettings
+    from pipelines.training.zero import ZeroEngine
+
+    # A bucket smaller than the embedding, so that gradients are reduced in several messages.
+    zero = {"stage": stage, "bucket_elements": 2000}
+    plain = {"total_tokens": ROWS, "global_batch_tokens": ROWS, "clip_norm": 1.0, "precision": "fp32", "zero": zero}
+    settings = from_plain(TrainSettings, plain, "train")
+    ranks = join(settings)
+    plan = BatchPlan.derive(settings, seq_len=1, world_size=ranks.world_size, largest_rows=ROWS)
+    model, batch = build_model(FAMILIES[name]), batch_of(name)
+    count, half = count_of(batch), ROWS // ranks.world_size
+    mine = {key: x[ranks.rank * half : (ranks.rank + 1) * half] for key, x in batch.items()}
+    optimizer = build_optimizer(model, AdamWSettings(lr=1e-3))
+    engine, steps = ZeroEngine(model, optimizer, settings=settings, plan=plan, ranks=ranks), []
+    for _ in range(STEPS):
+        loss = engine.forward(mine)["loss_sum"] / count
+        engine.backward(loss, last=True)
+        norm, applied = engine.step()
+        assert applied
+        steps.append((float(ranks.gather(loss.detach()[None]).sum()), norm))
+    engine.close()
+    return steps
+
+
+def ranks_run(rank: int, port: int, file: Path) -> None:
+    """One of two ranks, through all families and stages."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    shared = {name: {stage: trained_by_two(name, stage) for stage in STAGES} for name in FAMILIES}
+    if rank == 0:
+        alone = {name: trained_alone(name) for name in FAMILIES}
+        file.write_text(json.dumps({"alone": alone, "shared": shared}))
+    torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        free_port = free.getsockname()[1]
+    torch.multiprocessing.spawn(ranks_run, (free_port, Path(sys.argv[1])), nprocs=2)
