@@ -123,7 +123,10 @@ def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
             f"{at_most}{count(costs['tokens'])} = {costs['steps']:,} steps of {count(costs['tokens_per_step'])}",
         ),
         ("batch", f"{costs['ranks']} ranks x {costs['micro_batch_rows']} rows x {costs['accumulation']} accumulated"),
-        ("data", _data_words(costs["data"])),
+        (
+            "data",
+            _data_words(costs["data"]) if costs["step"] == "pretrain" else "the conversations, finetune.epochs times",
+        ),
         (
             "FLOPs",
             f"{costs['flops']:.3g} = {costs['flops_per_token']:.3g} a token (forward and backward, masked as trained)",
