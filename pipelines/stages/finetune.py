@@ -75,7 +75,6 @@ def run(settings: FinetuneRun, inputs: Mapping[str, Artifact], out_dir: Path, ct
         "order": to_plain(settings.order),
         "shards": {"conversations": str(rows.path / "rows")},
         "digests": {name: artifact.digest for name, artifact in inputs.items()},
-        "run_id": rows.digest[:8] + inputs["pretrain"].digest[:8],
         "out_dir": str(out_dir),
     }
     tokens = job["train"]["total_tokens"]

@@ -2,7 +2,7 @@
 
 {"train": {…}, "out_dir": "…", "shards": {"corpus": "…"}, "order": {…}, "mixture": {…},
   "model": {…} | null, "init": "folder of weights" | null, "lora": {…} | null, "freeze": [patterns],
-  "objective": {"kind": …} | null, "digests": {"shards": "…", "tokenizer": "…"}, "run_id": "…", "label": "pretrain"}
+  "objective": {"kind": …} | null, "digests": {"shards": "…", "tokenizer": "…"}, "label": "pretrain"}
 
 With `model` and `init`, these weights in that model.
 """
@@ -94,7 +94,8 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
         seq_len=seq_len,
         save_model=save_model,
         digests=digests,
-        run_id=job.get("run_id") or _digest([label, digests])[:16],
+        # The same when a run resumes, another for another run: it holds everything that enters the digests of both.
+        run_id=_digest([label, digests, job.get("order"), job.get("mixture")])[:16],
         label=label,
         # Frozen weights have no gradient of their own, which is a third of the work.
         flops_per_token=(1 if lora is None else 2 / 3)
