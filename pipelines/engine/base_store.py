@@ -95,6 +95,10 @@ class Store(ABC):
         return files
 
     @abstractmethod
+    def address(self, step: str, digest: str) -> str:
+        """The `url` of that artifact, whether or not it is there."""
+
+    @abstractmethod
     def find(self, step: str, digest: str) -> Artifact | None:
         """The published artifact, or None."""
 

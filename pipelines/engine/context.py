@@ -43,6 +43,10 @@ class RunContext:
         """A folder for the stage's own notes, which survives a kill and is never published."""
         return self.work.scratch
 
+    @property
+    def url(self) -> str:
+        return self.store.address(self.step, self.digest)
+
     def map_shards(
         self,
         fn: Callable[[Any, Path], dict[str, Any]],

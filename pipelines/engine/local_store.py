@@ -32,6 +32,9 @@ class LocalStore(Store):
         self.records = FileRecords(root / ".leases")
         self.file_hashes = root / ".file-hashes.jsonl"
 
+    def address(self, step: str, digest: str) -> str:
+        return str(self._folder(step, digest))
+
     def find(self, step: str, digest: str) -> Artifact | None:
         folder = self._folder(step, digest)
         manifest = _manifest(folder)

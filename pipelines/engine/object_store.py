@@ -51,11 +51,14 @@ class ObjectStore(Store):
         self._indexed = 0.0
         self._keeping = threading.Lock()
 
+    def address(self, step: str, digest: str) -> str:
+        return f"{self.url}/{step}/{digest[:SHORT]}"
+
     def find(self, step: str, digest: str) -> Artifact | None:
         manifest = self._objects.read_json(f"{step}/{digest[:SHORT]}/{manifests.NAME}")
         if manifest is None:
             return None
-        url = f"{self.url}/{step}/{digest[:SHORT]}"
+        url = self.address(step, digest)
         if manifest["digest"] != digest:
             raise EngineError(
                 f"{url} holds {manifest['digest']}, not {digest}: it was copied there by hand; delete it."

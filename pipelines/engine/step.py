@@ -24,6 +24,11 @@ class Context(Protocol):
     scratch: Path
     """A folder that survives kills on this machine and is never published."""
 
+    @property
+    def url(self) -> str:
+        """Where what is in out_dir will be when the step is published: `Artifact.url` to be."""
+        ...
+
     def map_shards(
         self,
         fn: Callable[[Any, Path], dict[str, Any]],

@@ -75,6 +75,7 @@ def run(settings: FinetuneRun, inputs: Mapping[str, Artifact], out_dir: Path, ct
         "order": to_plain(settings.order),
         "shards": {"conversations": str(rows.path / "rows")},
         "digests": {name: artifact.digest for name, artifact in inputs.items()},
+        "inputs": {name: artifact.url for name, artifact in inputs.items()},
         "out_dir": str(out_dir),
     }
     tokens = job["train"]["total_tokens"]

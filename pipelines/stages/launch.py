@@ -66,6 +66,7 @@ def train(job: dict[str, Any], compute: ComputeSettings, out_dir: Path, ctx: Con
     """
     from pipelines.training.job import run_rank
 
+    job = {**job, "url": ctx.url}
     (out_dir / "run.json").write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
     watch = Watch(job, out_dir, ctx)
     result: dict[str, Any] = ctx.gang(

@@ -55,6 +55,7 @@ def job(settings: PretrainSettings, inputs: Mapping[str, Artifact], out_dir: Pat
         "mixture": to_plain(settings.mixture),
         "shards": shards,
         "digests": {name: artifact.digest for name, artifact in inputs.items()},
+        "inputs": {name: artifact.url for name, artifact in inputs.items()},
         "out_dir": str(out_dir),
     }
 

@@ -2,7 +2,8 @@
 
 {"train": {…}, "out_dir": "…", "shards": {"corpus": "…"}, "order": {…}, "mixture": {…},
   "model": {…} | null, "init": "folder of weights" | null, "lora": {…} | null, "freeze": [patterns],
-  "objective": {"kind": …} | null, "digests": {"shards": "…", "tokenizer": "…"}, "label": "pretrain"}
+  "objective": {"kind": …} | null, "digests": {"shards": "…", "tokenizer": "…"}, "label": "pretrain",
+  "url": "where out_dir will be", "inputs": {"shards": "where they are"}}
 
 With `model` and `init`, these weights in that model.
 """
@@ -97,6 +98,8 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
         # The same when a run resumes, another for another run: it holds everything that enters the digests of both.
         run_id=_digest([label, digests, job.get("order"), job.get("mixture")])[:16],
         label=label,
+        url=job.get("url") or job["out_dir"],
+        inputs=job.get("inputs") or {},
         # Frozen weights have no gradient of their own, which is a third of the work.
         flops_per_token=(1 if lora is None else 2 / 3)
         * flops_per_token(model.config, widths, seq_len, _mean_piece_tokens(shard_sets)),

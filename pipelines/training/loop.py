@@ -125,7 +125,8 @@ class Run:
 
     digests: of what it is made from, by name; a checkpoint with others is refused. save_model: writes the finished
     weights, by parameter name on the CPU in fp32, into a folder that does not exist yet. run_id: names the run at
-    Weights & Biases. flops_per_token: forward and backward, counted as `flop_formula` says. largest_rows: the most rows
+    Weights & Biases. url: where what is in out_dir will stay; inputs: where what it is made from is, by name.
+    flops_per_token: forward and backward, counted as `flop_formula` says. largest_rows: the most rows
     a forward pass may take on one rank where the settings leave it open. config: for the record.
     """
 
@@ -135,6 +136,8 @@ class Run:
     digests: Mapping[str, str] = field(default_factory=dict)
     run_id: str = "local"
     label: str = "train"
+    url: str = ""
+    inputs: Mapping[str, str] = field(default_factory=dict)
     flops_per_token: float | None = None
     flop_formula: str = ""
     largest_rows: int = 8
@@ -176,7 +179,7 @@ def train(
         figures = summary(read_metrics(run.out_dir / METRICS), resumed_at_step=trainer.first_step)
         figures |= {"parameters": trainer.parameters, "seconds": time.monotonic() - began}
         if wandb is not None:
-            wandb.model(run.out_dir / "model", name=f"{run.label}-{run.run_id}", lineage=run.digests)
+            wandb.lineage(run.url or str(run.out_dir), inputs=run.inputs, digests=run.digests)
         checkpoints.end(figures, keep=settings.checkpoint.keep_finished)
     return figures
 

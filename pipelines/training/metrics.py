@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from pipelines.training.settings import TrackingSettings
 
 METRICS = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 10.0
+KINDS = {"start": "model", "pretrain": "model", "finetune": "model", "tokenizer": "tokenizer"}
+"""What a step's artifact is called at Weights & Biases, where that is not a dataset."""
 Row = dict[str, Any]
 
 
@@ -165,13 +168,16 @@ class WandbRun:
         # Offline, a resumed run would count from 0 again if it were not told.
         self._run.log(figures, step=row["step"])
 
-    def model(self, folder: Path, *, name: str, lineage: Mapping[str, str]) -> None:
-        """Say where the finished weights are and what they were made from; the bytes stay where they are."""
-        import wandb
+    def lineage(self, url: str, *, inputs: Mapping[str, str], digests: Mapping[str, str]) -> None:
+        """Say what this run used and what it made: references to where that is or will be; the bytes stay there.
 
-        artifact = wandb.Artifact(name, type="model", metadata={"made_from": dict(lineage)})
-        artifact.add_reference(f"file://{folder.resolve()}", checksum=False)
-        self._run.log_artifact(artifact)
+        url: of what it made; inputs: {name: url}. digests: {name: digest} of all that it was made from.
+        """
+        for name, used in inputs.items():
+            # What `use_artifact` does with a new artifact; that itself is refused offline, and waits for an answer online.
+            self._run._log_artifact(_reference(used, {"digest": digests.get(name)}), use_after_commit=True)
+        made_from = {name: {"digest": digest, "url": inputs.get(name)} for name, digest in digests.items()}
+        self._run.log_artifact(_reference(url, {"made_from": made_from}))
 
     def close(self, *, failed: bool) -> None:
         """End the run and see that an offline file is whole on the disk."""
@@ -182,6 +188,22 @@ class WandbRun:
         for path in self._folder.rglob("*"):
             if path.is_symlink():  # `latest-run`: links have no place in a published artifact
                 path.unlink()
+
+
+def _reference(url: str, metadata: dict[str, Any]) -> Any:
+    """An artifact at Weights & Biases that is one reference to an artifact of the store, STEP/DIGEST at the end of `url`.
+
+    What one run made and another used is the same there: its name and its one entry follow from the url. Not by
+    `add_reference`, which lists a folder's files and refuses one that is yet to be published.
+    """
+    import wandb
+    from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
+
+    uri = url if "://" in url else Path(url).absolute().as_uri()
+    step, digest = (re.sub(r"[^\w.-]", "-", part) for part in uri.rstrip("/").split("/")[-2:])
+    artifact = wandb.Artifact(f"{step}-{digest}", type=KINDS.get(step, "dataset"), metadata=metadata)
+    artifact.manifest.add_entry(ArtifactManifestEntry.model_validate({"path": digest, "ref": uri, "digest": uri}))
+    return artifact
 
 
 @contextmanager

@@ -141,7 +141,8 @@ def test_an_offline_run_resumes_under_its_id_with_its_own_step_numbers(
             assert isinstance(run, WandbRun)
             for step in steps:
                 run(row(step))
-            run.model(tmp_path, name="pretrain-abc123", lineage={"shards": "d1g3s7"})
+            digests = {"shards": "d1g3s7" * 10, "settings": "5e77"}
+            run.lineage("/a store/pretrain/p1", inputs={"shards": "s3://b/shards/s1"}, digests=digests)
 
     attempt(range(1, 4))
     attempt(range(3, 6))
@@ -151,13 +152,28 @@ def test_an_offline_run_resumes_under_its_id_with_its_own_step_numbers(
     for records in attempts:
         started = next(r.run for r in records if r.HasField("run"))
         assert (started.run_id, started.run_group, started.project) == ("abc123", "sweep-1", "proj")
-        artifact = next(r.artifact for r in records if r.HasField("artifact"))
-        assert json.loads(artifact.metadata) == {"made_from": {"shards": "d1g3s7"}}
+        used, made = references(records)
+        assert used == {"shards-s1": ("dataset", "s3://b/shards/s1", {"digest": "d1g3s7" * 10})}
+        made_from = {
+            "shards": {"digest": "d1g3s7" * 10, "url": "s3://b/shards/s1"},
+            "settings": {"digest": "5e77", "url": None},
+        }
+        assert made == {"pretrain-p1": ("model", "file:///a%20store/pretrain/p1", {"made_from": made_from})}
     histories = [dict(history(records)) for records in attempts]
     assert histories[0] == {step: math.pi / step for step in (1, 2, 3)}
     assert histories[1] == {step: math.pi / step for step in (3, 4, 5)}
     assert not [p for p in tmp_path.rglob("*") if p.is_symlink()]  # a published artifact has none
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and secret.encode() in p.read_bytes()]
+
+
+def references(records: list[Any]) -> list[dict[str, tuple[str, str, Any]]]:
+    """What the run used and what it made: {name: (type, where it is, metadata)} of both."""
+    found: list[dict[str, tuple[str, str, Any]]] = [{}, {}]
+    for artifact in (record.artifact for record in records if record.HasField("artifact")):
+        [entry] = artifact.manifest.contents
+        one = (artifact.type, entry.ref, json.loads(artifact.metadata))
+        found[0 if artifact.use_after_commit else 1][artifact.name] = one
+    return found
 
 
 def history(records: list[Any]) -> list[tuple[int, float]]:

@@ -1,0 +1,67 @@
+"""Fine-tuning on a user's own conversations, through the command line: from jsonl to answers, and tracked on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import pytest
+
+from tests.conftest import athanor, tiny
+from tests.training.test_metrics import history, references, wandb_records
+
+pytestmark = pytest.mark.slow
+
+
+def conversations(path: Path) -> Path:
+    """Forty short ones, of one answer and of two."""
+    lines = []
+    for number in range(40):
+        messages = [
+            {"role": "user", "content": f"What is {number} and one?"},
+            {"role": "assistant", "content": f"It is {number + 1}."},
+        ]
+        if number % 2:
+            messages += [
+                {"role": "user", "content": "Are you sure?"},
+                {"role": "assistant", "content": f"{number + 1}, yes."},
+            ]
+        lines.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_lora_on_ones_own_conversations_from_jsonl_to_an_answer_with_its_lineage_tracked(
+    corpus_dir: Path, tmp_path: Path
+) -> None:
+    kept = [word for word in tiny(corpus_dir, tmp_path / "store") if word not in ("finetune=library", "tracking=off")]
+    kept.remove("finetune.data.max_conversations=60")
+    words = [*kept, "compute.backend=local", "finetune=chat-lora", "tracking=wandb", "tracking.mode=offline"]
+    words.append(f"finetune.data.paths=[{conversations(tmp_path / 'chats.jsonl')}]")
+    result = athanor("run", *words)
+    made = {path.parts[-3]: path.parent for path in (tmp_path / "store").glob("*/*/manifest.json")}
+    figures = {name: json.loads((folder / "manifest.json").read_text())["metrics"] for name, folder in made.items()}
+    assert figures["finetune"]["steps"] > 1
+    assert (made["finetune"] / "adapter" / "adapter_config.json").exists()
+    weights = [(made[name] / "model" / "model.safetensors").read_bytes() for name in ("pretrain", "finetune")]
+    assert weights[0] != weights[1] and len(weights[0]) == len(weights[1])
+    assert figures["export"]["max_logit_error"] < 1e-3
+    answer = athanor("generate", *words, "--chat", "--prompt", "What is 3 and one?", "--max-tokens", "8", "--seed", "1")
+    assert "tokens/s" in answer.stderr and "athanor generate" in result.stdout
+
+    # Only now, after publishing, what the offline files refer to has to be there.
+    expected = {"pretrain": {"shards", "tokenizer"}, "finetune": {"pretrain", "instructions", "tokenizer"}}
+    for step, inputs in expected.items():
+        [file] = made[step].rglob("*.wandb")
+        records = wandb_records(file)
+        assert [number for number, _ in history(records)] == list(range(1, figures[step]["steps"] + 1))
+        used, written = references(records)
+        assert set(used) == {f"{name}-{made[name].name}" for name in inputs}
+        assert set(written) == {f"{step}-{made[step].name}"}
+        for _, uri, _ in (*used.values(), *written.values()):
+            assert Path(unquote(urlparse(uri).path), "manifest.json").exists(), uri
+        [(kind, uri, metadata)] = written.values()
+        assert kind == "model" and Path(urlparse(uri).path, "model", "config.json").exists()
+        digest = json.loads((made["tokenizer"] / "manifest.json").read_text())["digest"]
+        assert metadata["made_from"]["tokenizer"] == {"digest": digest, "url": str(made["tokenizer"])}
