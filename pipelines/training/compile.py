@@ -18,6 +18,9 @@ CPU_WORTH_FLOPS = 1e14
 this, about half an hour on two cores, would lose by it."""
 
 
+NO_COMPILER = "there is no C++ compiler (g++ or clang++)"
+
+
 def compile_blocks(model: nn.Module, settings: TrainSettings, device: torch.device) -> str:
     """Compile each block of `model` if the settings and the machine allow; returns what was done, in one line.
 
@@ -29,8 +32,8 @@ def compile_blocks(model: nn.Module, settings: TrainSettings, device: torch.devi
         raise TrainingError(f"compile = on: not possible here, {reason}. Use compile=auto or compile=off.")
     if settings.compile == "off":
         reason = "as set"
-    elif settings.compile == "auto" and reason is None:
-        reason = _not_worth_it(model, settings, device)
+    elif settings.compile == "auto":
+        reason = _not_worth_it(model, settings, device) or reason
     if reason is not None:
         return f"compile: off, {reason}"
     # The default, under /tmp, is emptied when the machine restarts.
@@ -51,15 +54,20 @@ def _impossible(model: nn.Module, settings: TrainSettings, device: torch.device)
         return "ZeRO stage 3 gathers parameters inside the blocks, which cannot be compiled"
     if not _blocks(model):
         return "the model has no stack of blocks"
-    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name is not None]
-    if device.type == "cpu" and not any(shutil.which(name) for name in compilers):
-        return "there is no C++ compiler (g++ or clang++), so steps take about 5 % longer"
+    if _lacks_compiler(device):
+        return f"{NO_COMPILER}, so steps take about 5 % longer"
     return None
+
+
+def _lacks_compiler(device: torch.device) -> bool:
+    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name is not None]
+    return device.type == "cpu" and not any(shutil.which(name) for name in compilers)
 
 
 def _not_worth_it(model: nn.Module, settings: TrainSettings, device: torch.device) -> str | None:
     """A rule of the settings alone: a resumed run must decide as the first attempt did."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if device.type == "cpu" and 6 * parameters * settings.total_tokens < CPU_WORTH_FLOPS:
-        return "the run is too short to earn back the time it takes"
+        short = "the run is too short to earn back the time it takes"
+        return short if not _lacks_compiler(device) else f"{short}; {NO_COMPILER} for a longer one either"
     return None

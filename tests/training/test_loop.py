@@ -203,7 +203,14 @@ def test_compiling_what_cannot_be_compiled_is_refused_and_auto_says_why_not(
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     run_rank(job(out="bare", compile="auto", steps=1))
-    assert "compile: off, there is no C++ compiler" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "compile: off, the run is too short to earn back the time it takes; there is no C++ compiler" in said
+    assert "longer\n" not in said  # nothing was lost by it
+    monkeypatch.setattr("pipelines.training.compile.CPU_WORTH_FLOPS", 0.0)
+    run_rank(job(out="long", compile="auto", steps=1))
+    assert "compile: off, there is no C++ compiler (g++ or clang++), so steps take about 5 % longer" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow
