@@ -20,6 +20,9 @@ from data.readers import ReaderSettings, ReadLog, read_json_lines
 from data.sources import SourceFile, list_files
 
 Task = Literal["write", "document", "explain"]
+PATHS = "finetune.data.paths"
+"""What a person calls `InstructionSettings.paths`."""
+
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -77,12 +80,12 @@ def instruction_files(settings: InstructionSettings) -> list[SourceFile]:
     if settings.kind == "functions":
         return []
     if not settings.paths:
-        raise DataError("No conversations were named. Set the instructions' paths to .jsonl files, or kind=functions.")
-    files = list_files(settings.paths)
+        raise DataError(f"{PATHS} is empty: no conversations. Set it to .jsonl files, as in {PATHS}=[chats.jsonl].")
+    files = list_files(settings.paths, key=PATHS)
     for file in files:
         if file.format != "jsonl":
             raise DataError(
-                f"{file.path}: conversations are read from .jsonl (also .gz or .zst) files only. Name those in paths."
+                f"{file.path}: conversations are read from .jsonl (also .gz or .zst) files only. Name those in {PATHS}."
             )
     return files
 

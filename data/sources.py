@@ -37,21 +37,23 @@ class SourceFile:
     compression: Literal["gzip", "zstd"] | None = None
 
 
-def list_files(paths: Sequence[str], skipped: Counter[str] | None = None) -> list[SourceFile]:
+def list_files(
+    paths: Sequence[str], skipped: Counter[str] | None = None, *, key: str = "corpus.paths"
+) -> list[SourceFile]:
     """Return the readable files of folders (walked), files and globs (`**` crosses folders), sorted by name.
 
     Names start with the root's own name, and with as many of its parents as it takes to keep two roots apart. Files of
-    other kinds below a folder or glob are counted by suffix in `skipped`. Raises DataError when a path does not exist,
-    a file named outright is of no readable kind, or nothing readable is found.
+    other kinds below a folder or glob are counted by suffix in `skipped`. Raises DataError, which calls the setting `key`,
+    when a path does not exist, a file named outright is of no readable kind, or nothing readable is found.
     """
     if not paths:
         raise DataError(
-            "No corpus was named. Set corpus.paths to folders, files or globs, as in corpus.paths=[books/,notes/*.md]."
+            f"{key} is empty: nothing to read. Set it to folders, files or globs, as in {key}=[books/,notes/*.md]."
         )
     skipped = Counter() if skipped is None else skipped
     found: dict[str, tuple[Path, Path]] = {}
     for path in paths:
-        for root, file in _expand(path):
+        for root, file in _expand(path, key):
             found.setdefault(str(file.resolve()), (root, file))
     labels = _root_labels({root.resolve() for root, _ in found.values()})
     files = []
@@ -66,12 +68,12 @@ def list_files(paths: Sequence[str], skipped: Counter[str] | None = None) -> lis
         )
     if not files:
         seen = ", ".join(f"{suffix} ({count})" for suffix, count in skipped.most_common(5)) or "no files at all"
-        raise DataError(f"corpus.paths = {list(paths)} holds no readable text: {seen}. Readable are {READABLE}.")
+        raise DataError(f"{key} = {list(paths)} holds no readable text: {seen}. Readable are {READABLE}.")
     return sorted(files, key=lambda file: (file.name, file.path))
 
 
-def _expand(path: str) -> Iterable[tuple[Path, Path]]:
-    """Yield (root, file) for one entry of corpus.paths."""
+def _expand(path: str, key: str) -> Iterable[tuple[Path, Path]]:
+    """Yield (root, file) for one entry of the setting `key`."""
     given = Path(path).expanduser()
     if given.is_dir():
         for folder, folders, names in os.walk(given):
@@ -81,19 +83,18 @@ def _expand(path: str) -> Iterable[tuple[Path, Path]]:
                     yield given, Path(folder, name)
     elif given.is_file():
         if _kind(given) is None:
-            raise DataError(f"corpus.paths names {path}, whose suffix is not readable. Readable are {READABLE}.")
+            raise DataError(f"{key} names {path}, whose suffix is not readable. Readable are {READABLE}.")
         yield given.parent, given
     elif glob.has_magic(path):
         root = Path(*_before_magic(given.parts))
         matches = sorted(Path(match) for match in glob.glob(str(given), recursive=True))
         if not any(match.is_file() for match in matches):
             raise DataError(
-                f"corpus.paths names {path}, and that pattern matches no file. Check it with ls (a quoted ** crosses "
-                "folders)."
+                f"{key} names {path}, and that pattern matches no file. Check it with ls (a quoted ** crosses folders)."
             )
         yield from ((root, match) for match in matches if match.is_file())
     else:
-        raise DataError(f"corpus.paths names {path}, which does not exist. Give an existing folder, file or glob.")
+        raise DataError(f"{key} names {path}, which does not exist. Give an existing folder, file or glob.")
 
 
 def _before_magic(parts: tuple[str, ...]) -> Iterable[str]:

@@ -182,7 +182,7 @@ def test_malformed_conversations_are_counted_with_file_and_line_and_limited(tmp_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (InstructionSettings(kind="files"), "No conversations were named"),
+        (InstructionSettings(kind="files"), "finetune.data.paths is empty"),
         (InstructionSettings(kind="files", paths=("a.txt",)), r"only\. Name those"),
         (InstructionSettings(kind="files", paths=("missing.jsonl",)), "does not exist"),
         (InstructionSettings(kind="files", paths=("one.jsonl",)), "Give more conversations"),

@@ -68,7 +68,7 @@ def test_names_do_not_depend_on_where_the_folder_lies(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        ([], "No corpus was named"),
+        ([], "corpus.paths is empty"),
         (["missing"], "does not exist"),
         (["*.txt"], "matches no file"),
         (["pictures"], r"holds no readable text: \.jpg \(1\)"),
@@ -82,8 +82,12 @@ def test_what_cannot_be_a_corpus_is_refused_with_the_reason(
     touch(tmp_path, "pictures/cover.jpg")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as refused:
         list_files(paths)
+    assert "corpus.paths" in str(refused.value)
+    with pytest.raises(DataError) as refused:
+        list_files(paths, key="other.paths")
+    assert "other.paths" in str(refused.value) and "corpus.paths" not in str(refused.value)
 
 
 def test_the_python_library_has_its_sources_and_no_tests_or_packages() -> None:
