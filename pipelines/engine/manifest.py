@@ -75,7 +75,7 @@ def now() -> str:
 
 def refuse_secrets(value: Any, what: str) -> None:
     """Raise EngineError if any text in plain data contains the value of a secret of the environment."""
-    written = json.dumps(value)
+    written = json.dumps(value, default=str)
     for name, secret in _secrets().items():
         if secret in written:
             raise EngineError(

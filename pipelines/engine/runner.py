@@ -23,6 +23,7 @@ from pipelines.engine.lease import Held, Lease, LeaseLostError
 from pipelines.engine.resolve import Graph, Node, check_sources, resolve
 from pipelines.engine.step import Artifact, Step
 from pipelines.engine.store import Store, storage_errors
+from pipelines.engine.typed import to_plain
 
 LOOK_AGAIN_SECONDS = 0.5  # at a lease that somebody else holds
 GOODBYE_SECONDS = 25.0  # for running steps to notice an interruption
@@ -114,7 +115,9 @@ class _Run:
         there = self._backend.resources() if waiting else Resources(cpus=0, gpus=0)
         for node in waiting:
             self._check_claim(node, there)
-            manifests.refuse_secrets(node.identity, f"{node.name}: its settings")
+            # Execution settings too: they enter no manifest, but a stage writes and logs what it is told.
+            told = [node.identity, to_plain(node.step.settings)]
+            manifests.refuse_secrets(told, f"{node.name}: its settings")
         try:
             while self._running or (waiting and error is None):
                 if error is None:
