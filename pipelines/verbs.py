@@ -31,8 +31,6 @@ def run(arguments: argparse.Namespace) -> int:
     settings = compose(arguments.overrides)
     steps = build(settings)
     targets = [named(steps, arguments.until)] if arguments.until else list(steps.values())
-    if any(target.name == "pretrain" or "pretrain" in target.inputs for target in targets):
-        settings.check_batches()
     reports = execute(settings, targets)
     out = console.console()
     out.print()
@@ -40,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     out.print()
     prompt = (*settings.evaluate.samples.prompts, "Once ")[0].partition("\n")[0]
     prompt = prompt if settings.writes_from_left_to_right() else ""
-    out.print(_next_words(arguments.overrides, reports, prompt), markup=False)
+    # Not through rich, which would break a long command into lines that a shell does not take.
+    sys.stdout.write(_next_words(arguments.overrides, reports, prompt) + "\n")
     return 0
 
 
@@ -52,28 +51,25 @@ ENDINGS = {
 }
 """What ended a completion, as a person who typed the command calls it."""
 
-SHORT_ENOUGH = 70  # characters of overrides that are worth repeating in a suggestion
-
 
 def _next_words(overrides: Sequence[str], reports: Sequence[StepReport], prompt: str) -> str:
-    """What to type next; `prompt` is empty for a model that continues none."""
+    """What to type next, whole commands for a shell; `prompt` is empty for a model that continues none."""
     paths = {report.name: console.shown_path(report.path) for report in reports}
-    same = " ".join(overrides)
-    if len(same) > SHORT_ENOUGH:
-        same = "…"  # as it stands in the person's own command line
+    same = shlex.join(overrides)
     lines = []
     if "report" in paths:
-        lines.append(f"open     {paths['report']}/report.html")
+        lines.append(f"open     {shlex.quote(paths['report'] + '/report.html')}")
     if prompt and ("pretrain" in paths or "finetune" in paths):
         lines.append(f"try      athanor generate {same} --prompt {shlex.quote(prompt)}")
     if "pretrain" in paths:
         lines.append(f"look     athanor trace {same} --step 1")
     if "export" in paths:
         loader = "AutoModelForCausalLM" if prompt else "AutoModel"
-        lines.append(f"load     transformers.{loader}.from_pretrained('{paths['export']}/model')")
+        lines.append(f"load     transformers.{loader}.from_pretrained({paths['export'] + '/model'!r})")
     only_tuned = "finetune" in paths and "pretrain" not in paths
     change, step = ("finetune.train.optim.lr", "finetune") if only_tuned else ("optim.lr", "pretrain")
-    lines.append(f"change   athanor run {same} {change}=1e-3      (athanor why {step} … says what reruns)")
+    lines.append(f"change   athanor run {same} {change}=1e-3")
+    lines.append(f"why      athanor why {step} {same} {change}=1e-3")
     return "\n".join(lines)
 
 

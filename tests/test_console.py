@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 from contextlib import suppress
@@ -13,6 +14,7 @@ import pytest
 
 from pipelines.console import console, summary
 from pipelines.engine.events import StepReport
+from pipelines.verbs import _next_words
 from tests.conftest import ROOT
 
 PROGRAM = """
@@ -63,3 +65,19 @@ def test_the_last_table_tells_step_state_seconds_size_figure_and_path(capsys: py
     assert header == ["step", "state", "seconds", "size", "key figure", "path"]
     assert made == ["shards", "made", "3.2s", "3.0 MiB", "12,901 rows", "/a/b"]
     assert waiting == ["pretrain", "to make", "-", "-", "-", "-"]
+
+
+def test_what_to_type_next_is_whole_commands_that_a_shell_takes_as_they_are() -> None:
+    words = ["experiment=text", "corpus.paths=[/a book/**/*.txt,'b c']", "store=s3://bucket/prefix", "optim.lr=3e-4"]
+    words += [f"evaluate.samples.prompts=['{'word ' * 20}']"]
+    reports = [
+        StepReport(name=name, digest="d", state="made", path=f"/s t/{name}")
+        for name in ("pretrain", "export", "report")
+    ]
+    lines = [line.split(maxsplit=1) for line in _next_words(words, reports, "it's").splitlines()]
+    typed = {what: shlex.split(command) for what, command in lines}
+    assert typed["open"] == ["/s t/report/report.html"]
+    assert typed["try"] == ["athanor", "generate", *words, "--prompt", "it's"]
+    assert typed["look"] == ["athanor", "trace", *words, "--step", "1"]
+    assert typed["change"] == ["athanor", "run", *words, "optim.lr=1e-3"]
+    assert typed["why"] == ["athanor", "why", "pretrain", *words, "optim.lr=1e-3"]
