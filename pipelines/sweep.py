@@ -9,13 +9,15 @@ missing. The table reads the artifacts and not what the launcher returned, so it
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines import console
@@ -59,6 +61,8 @@ class Trial:
     """What Hydra's launchers call, here or in a worker. Returns the metric, or in words why there is none."""
 
     until: str | None = None
+    group: str | None = None
+    """All trials of the sweep at Weights & Biases, unless the settings name one."""
 
     def __call__(self, config: Any) -> float | str | None:
         from omegaconf import OmegaConf
@@ -66,6 +70,8 @@ class Trial:
         try:
             plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
             settings = typed(plain)
+            tracking = settings.tracking
+            settings = replace(settings, tracking=replace(tracking, group=tracking.group or self.group))
             steps = build(settings)
             execute(settings, [named(steps, self.until)] if self.until else list(steps.values()))
             return figure(settings)[0]
@@ -84,11 +90,12 @@ def sweep(overrides: Sequence[str], until: str | None = None) -> int:
     settings = [point.settings for point in points if point.settings is not None]
     if not settings:
         raise SettingsError(points[0].mistake)
+    trial = Trial(until=until, group=group_name(settings[0].experiment, overrides))
     if "hydra/launcher=ray" in words:
         with ray_joined(settings[0]), watching(points):
-            answers = launch(words, Trial(until=until))
+            answers = launch(words, trial)
     else:
-        answers = launch(words, Trial(until=until))
+        answers = launch(words, trial)
     outcomes = [_outcome(point, answers[index] if answers else LOST) for index, point in enumerate(points)]
     show(outcomes)
     failures = [
@@ -99,6 +106,12 @@ def sweep(overrides: Sequence[str], until: str | None = None) -> int:
     if failures:
         tell("\n".join([*failures, "The same command again runs only what is missing."]))
     return 1 if failures else 0
+
+
+def group_name(experiment: str, overrides: Sequence[str]) -> str:
+    """What a sweep is called: the same for the same overrides in any order, however it is launched."""
+    what = sorted(word for word in overrides if not word.startswith("hydra"))
+    return f"sweep-{experiment}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]}"
 
 
 def _outcome(point: Combination, answer: float | str | None) -> Outcome:

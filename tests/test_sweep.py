@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.__main__ import main
+from pipelines.settings import Settings
 from tests.cluster.head import ray_head
 from tests.conftest import athanor, tiny
 
@@ -90,6 +91,42 @@ def test_a_sweep_in_which_nothing_is_valid_is_one_clear_error(
     assert left.value.code == 2, said
     assert "did you mean optim.lr?" in said
     assert "Traceback" not in said
+
+
+def test_trials_of_one_sweep_are_one_group_which_the_person_may_name(
+    corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[str | None] = []
+
+    def execute(settings: Settings, *_: object) -> None:
+        groups.append(settings.pretraining().train.tracking.group)
+
+    monkeypatch.setattr("pipelines.sweep.execute", execute)
+
+    def run(*more: str) -> set[str | None]:
+        groups.clear()
+        with pytest.raises(SystemExit):
+            main(["run", *words(corpus_dir, tmp_path, "compute.backend=local", *more)])
+        assert len(groups) == 2
+        return set(groups)
+
+    [name] = run("optim.lr=1e-3,3e-3", "seed=1")
+    assert name is not None and re.fullmatch("sweep-text-[0-9a-f]{8}", name)
+    assert run("seed=1", "optim.lr=1e-3,3e-3") == {name}
+    assert run("optim.lr=1e-3,4e-3", "seed=1") != {name}
+    assert run("optim.lr=1e-3,3e-3", "tracking.group=mine") == {"mine"}
+
+
+def test_a_trial_whose_batch_cannot_be_is_refused_before_its_corpus_is_made(
+    corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = ("pretrain.global_batch_tokens=1000,1001", "pretrain.total_tokens=20000")
+    with pytest.raises(SystemExit) as left:
+        main(["run", *words(corpus_dir, tmp_path / "store", "compute.backend=local", *batches)])
+    assert left.value.code == 1
+    said = capsys.readouterr().err
+    assert "pretrain.global_batch_tokens = 1,000" in said and "pretrain.global_batch_tokens = 1,001" in said
+    assert made(tmp_path / "store") == {}
 
 
 def test_the_ray_launcher_over_local_processes_is_refused(
