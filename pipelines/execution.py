@@ -17,7 +17,11 @@ from pipelines.settings import Settings, SettingsError
 
 
 def execute(settings: Settings, targets: Sequence[Step], *, quiet: bool = False) -> list[StepReport]:
-    """Run the steps that `targets` need. SIGTERM is taken as Ctrl-C: a clean stop with all work kept."""
+    """Run the steps that `targets` need. SIGTERM is taken as Ctrl-C: a clean stop with all work kept.
+
+    Raises TrainingError before anything runs for a batch that a training among them would refuse.
+    """
+    settings.check_batches(_needed(targets))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with console.Display() as display:
         backend = make_backend(settings)
@@ -26,6 +30,11 @@ def execute(settings: Settings, targets: Sequence[Step], *, quiet: bool = False)
             return runner.run(targets, store=open_store(settings.store), backend=backend, on_event=on_event)
         finally:
             backend.close()
+
+
+def _needed(targets: Sequence[Step]) -> set[str]:
+    """Names of the targets and of every step they depend on."""
+    return {target.name for target in targets}.union(*(_needed(list(target.inputs.values())) for target in targets))
 
 
 def make_backend(settings: Settings) -> Backend:

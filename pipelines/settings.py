@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -204,13 +204,16 @@ class Settings:
             compute=self.compute,
         )
 
-    def check_batches(self) -> None:
-        """Refuse at once a batch that training would refuse after hours of corpus work. Raises TrainingError."""
-        (name, train), seq_len, ranks = self.first_training(), self.shards.seq_len, self.compute.ranks
-        try:
-            BatchPlan.derive(train, seq_len=seq_len, world_size=ranks, largest_rows=1)
-        except TrainingError as error:
-            raise TrainingError(f"{name if name == 'pretrain' else 'finetune.train'}.{error}") from error
+    def check_batches(self, steps: Collection[str] = ("pretrain", "finetune")) -> None:
+        """Refuse at once a batch that one of these steps would refuse after hours of other work. Raises TrainingError."""
+        tuning = self.finetuning() if "finetune" in steps else None
+        trainings = {"pretrain": self.pretraining().train} if self.pretrains and "pretrain" in steps else {}
+        trainings |= {"finetune.train": tuning.train} if tuning is not None else {}
+        for where, train in trainings.items():
+            try:
+                BatchPlan.derive(train, seq_len=self.shards.seq_len, world_size=self.compute.ranks, largest_rows=1)
+            except TrainingError as error:
+                raise TrainingError(f"{where}.{error}") from error
 
     def _everywhere(self) -> dict[str, Any]:
         """Execution settings that every training step shares."""
@@ -250,24 +253,34 @@ def plain(overrides: Sequence[str]) -> dict[str, Any]:
 
 def typed(config: Mapping[str, Any]) -> Settings:
     """A plain configuration as Settings: unknown keys, wrong types and settings in two places are errors."""
-    for section, key in SET_ELSEWHERE:
-        if key in (config.get(section) or {}):
-            raise SettingsError(f"{section}.{key}: set {SET_ELSEWHERE[section, key]} instead; it holds for every step.")
+    for path, instead in SET_ELSEWHERE.items():
+        *above, key = path.split(".")
+        section: Any = config
+        for name in above:
+            section = section.get(name) if isinstance(section, Mapping) else None
+        if isinstance(section, Mapping) and key in section:
+            raise SettingsError(f"{path}: set {instead} instead; it holds for every step.")
     try:
         return from_plain(Settings, config, where="")
     except EngineError as error:
         raise SettingsError(_without_root(error)) from error
 
 
-SET_ELSEWHERE = {
-    ("pretrain", "objective"): "objective.KEY or objective=NAME",
-    ("pretrain", "optim"): "optim.KEY or optim=NAME",
-    ("pretrain", "schedule"): "schedule.KEY or schedule=NAME",
-    ("pretrain", "zero"): "zero=0|1|2|3",
-    ("pretrain", "tracking"): "tracking.KEY",
-    ("pretrain", "device"): "compute.device",
-    ("pretrain", "threads"): "compute.cpus_per_rank",
+_EVERYWHERE = {
+    "zero": "zero=0|1|2|3",
+    "tracking": "tracking.KEY",
+    "device": "compute.device",
+    "threads": "compute.cpus_per_rank",
 }
+"""Of a training run: what `Settings._everywhere` sets."""
+
+SET_ELSEWHERE = {
+    "pretrain.objective": "objective.KEY or objective=NAME",
+    "pretrain.optim": "optim.KEY or optim=NAME",
+    "pretrain.schedule": "schedule.KEY or schedule=NAME",
+    **{f"{train}.{key}": instead for train in ("pretrain", "finetune.train") for key, instead in _EVERYWHERE.items()},
+}
+"""Keys that a dataclass has and a person may not set there, and what to set instead."""
 
 
 def hydra_overrides(overrides: Sequence[str]) -> list[str]:

@@ -58,7 +58,7 @@ def keys(cls: type, prefix: str, *, execution: bool, above: tuple[type, ...] = (
         name, aside = f"{prefix}{field.name}", execution or bool(field.metadata.get("execution"))
         hint = types[field.name]
         inner: list[Any] = [arm for arm in _arms(hint) if dataclasses.is_dataclass(arm)]
-        if tuple(name.split(".", 1)) in SET_ELSEWHERE:
+        if name in SET_ELSEWHERE:
             continue
         if any(arm in (*above, cls) for arm in inner):
             yield f"{name} (another {inner[0].__name__}){_default(field)}"

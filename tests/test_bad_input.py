@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.__main__ import main
+from pipelines.teach import settings_help
 from tests.conftest import tiny
 
 LOCAL = "compute.backend=local"
@@ -49,6 +50,22 @@ def test_a_value_of_another_type_names_the_key(capsys: pytest.CaptureFixture[str
 
 def test_a_setting_that_belongs_elsewhere_says_where(capsys: pytest.CaptureFixture[str]) -> None:
     assert "set zero=0|1|2|3 instead" in complaint(capsys, "plan", "experiment=demo", "pretrain.zero.stage=1")
+
+
+@pytest.mark.parametrize(
+    ("word", "instead"),
+    [
+        ("finetune.train.zero.stage=1", "set zero=0|1|2|3 instead"),
+        ("finetune.train.device=cpu", "set compute.device instead"),
+        ("finetune.train.threads=1", "set compute.cpus_per_rank instead"),
+        ("finetune.train.tracking.mode=offline", "set tracking.KEY instead"),
+    ],
+)
+def test_what_holds_for_every_training_is_not_set_for_fine_tuning_alone(
+    capsys: pytest.CaptureFixture[str], word: str, instead: str
+) -> None:
+    assert instead in complaint(capsys, "plan", "experiment=demo", word)
+    assert word.partition("=")[0] not in settings_help()
 
 
 def test_no_experiment_lists_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +165,47 @@ def test_a_global_batch_that_does_not_divide(
     said = complaint(capsys, "run", *tiny(corpus_dir, tmp_path / "store", LOCAL, "pretrain.global_batch_tokens=1000"))
     assert "global_batch_tokens = 1,000" in said
     assert not list((tmp_path / "store").glob("pretrain/*"))
+
+
+@pytest.mark.parametrize("verb", [("run",), ("run", "--until", "finetune"), ("plan",)])
+def test_a_global_batch_of_fine_tuning_that_does_not_divide(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path, verb: tuple[str, ...]
+) -> None:
+    more = (LOCAL, "finetune.train.global_batch_tokens=1000")
+    said = complaint(capsys, *verb, *tiny(corpus_dir, tmp_path / "store", *more))
+    assert "finetune.train.global_batch_tokens = 1,000" in said
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("verb", [("run", "--until", "pretrain"), ("train",), ("certify", "resume")])
+def test_every_verb_that_trains_looks_at_the_batch_first(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path, verb: tuple[str, ...]
+) -> None:
+    more = (LOCAL, "pretrain.global_batch_tokens=1000", "pretrain.total_tokens=20000")
+    said = complaint(capsys, *verb, *tiny(corpus_dir, tmp_path / "store", *more))
+    assert "pretrain.global_batch_tokens = 1,000" in said
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_secret_in_a_setting_that_enters_no_digest_is_refused_too(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "5ecre7" * 6 + "abcd"
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    words = tiny(corpus_dir, tmp_path / "store", LOCAL, f"tracking.name=mine-{secret}")
+    said = complaint(capsys, "run", *words, "--until", "pretrain")
+    assert "pretrain: its settings contains the value of the environment variable WANDB_API_KEY" in said
+    assert secret not in said
+    assert not list((tmp_path / "store").glob("corpus/*"))
+
+
+def test_conversations_that_are_not_there_are_named_by_their_own_key(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
+) -> None:
+    words = [word for word in tiny(corpus_dir, tmp_path / "store", LOCAL) if not word.startswith("finetune")]
+    said = complaint(capsys, "run", *words, "finetune=chat", f"finetune.data.paths=[{tmp_path / 'none.jsonl'}]")
+    assert f"finetune.data.paths names {tmp_path / 'none.jsonl'}, which does not exist" in said
+    assert "corpus.paths" not in said
 
 
 def test_more_ranks_than_rows_in_a_batch(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:

@@ -172,7 +172,12 @@ def followers(names: set[str]) -> set[str]:
     return found
 
 
-FIELDS = [field for field in leaves(base(), Settings, (), False) if field[0][:2] not in SET_ELSEWHERE]
+def set_elsewhere(path: tuple[str, ...]) -> bool:
+    """Whether this field is one that is refused in favour of another, or lies in such a one."""
+    return any(".".join(path[:length]) in SET_ELSEWHERE for length in range(1, len(path) + 1))
+
+
+FIELDS = [field for field in leaves(base(), Settings, (), False) if not set_elsewhere(field[0])]
 FIELDS.append((("model", "norm"), base().model.norm, NormConfig, False))
 
 
