@@ -4,7 +4,7 @@
 
 Both sides make every artifact from nothing, in stores of their own, on this machine: `through_ray` is `athanor run`,
 `in_process` the same command with the backend that calls the stages' functions here (no Ray, no worker processes). What is
-reported: both wall times, their ratio, and the fixed start-up: by how much Ray and as many gangs as the experiment has, whose
+reported: both wall times, their ratio, and the fixed start-up: by how much Ray, and as many gangs as the experiment has whose
 ranks only load what training loads, take longer than the same in one process. Limit: 1.10 times the time in one process,
 plus the start-up.
 """
