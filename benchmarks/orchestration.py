@@ -3,10 +3,10 @@
     python benchmarks/orchestration.py experiment=demo [--repeat 1] [--write]
 
 Both sides make every artifact from nothing, in stores of their own, on this machine: `through_ray` is `athanor run`,
-`in_process` the same command with the backend that calls the stages' functions here (no Ray, no worker processes). What is
-reported: both wall times, their ratio, and the fixed start-up: by how much Ray, and as many gangs as the experiment has, take
-longer than the same in one process when ranks only load what training loads. Limit: 1.10 times the time in one process, plus
-the start-up.
+`in_process` the same command with the backend that calls the stages' functions here (no Ray, no worker processes). Told
+are both wall times, their ratio, and the fixed start-up: by how much Ray, and as many gangs as the experiment has, take
+longer than the same in one process when ranks only load what training loads. Limit: 1.10 times the time in one process,
+plus the start-up.
 """
 
 from __future__ import annotations
