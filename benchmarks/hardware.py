@@ -7,8 +7,13 @@ import json
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -31,6 +36,32 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit.stdout.strip() or None,
     }
+
+
+def memory_bandwidth() -> float:
+    """Bytes a second that the present threads read of memory too large for any cache, the best of ten passes."""
+    import torch
+
+    held = torch.ones(2**28, dtype=torch.float32)
+    return held.nbytes / _fastest(lambda: held.sum())
+
+
+def matmul_flops(dtype: torch.dtype) -> float:
+    """FLOP/s of a product of 2,048 x 2,048 matrices with the present threads, the best of ten."""
+    import torch
+
+    x = torch.ones(2048, 2048, dtype=dtype)
+    return 2 * 2048**3 / _fastest(lambda: x @ x)
+
+
+def _fastest(once: Callable[[], object]) -> float:
+    """Seconds of the fastest of ten calls."""
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        once()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:

@@ -147,7 +147,8 @@ class Transformer(nn.Module):
             globals_BT=globals_BT,
         )
         if cache is not None and (cache.longest or cache.static or cache.offset):
-            mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(tokens))
+            at_end = tokens == 1 and cache.common_slot is not None
+            mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(tokens), at_end=at_end)
         shared = self._shared(mask, tokens, positions_BT, slots_BT, cache)
         if lengths is not None and min(lengths) < tokens:
             shared = replace(shared, lengths_B=torch.tensor(lengths, device=x_BTD.device))

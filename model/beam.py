@@ -13,8 +13,9 @@ import torch
 from model.architectures import Transformer
 from model.errors import ModelError
 from model.generate import budget, read_prompts
-from model.joined import joined_projections
+from model.joined import arranged_products
 from model.modalities.base import Source
+from model.packed import Packing
 from model.sampling import Sampling, allowed
 
 
@@ -73,7 +74,7 @@ def beam_generate(
     was_training = model.training
     model.eval()
     try:
-        with joined_projections(model):
+        with arranged_products(model, Packing(len(prompts) * beam.beams, max(budgets))):
             cache, logits_BV = read_prompts(model, prompts, budgets, sources=sources)
             return search(
                 lambda last_B: model(last_B[:, None], cache=cache)["logits"][:, 0],

@@ -43,7 +43,7 @@ class Block(nn.Module):
         self.cross = cross
         self.ffn_norm = ffn_norm
         self.ffn = ffn
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(
         self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None

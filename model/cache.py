@@ -64,11 +64,17 @@ class Cache:
                 f"{self.longest} remembered and {tokens} new tokens do not fit a cache of {self.max_tokens}: make it "
                 "larger with new_cache(max_tokens=...)."
             )
+        if self.common_slot is not None:
+            slots_T = torch.arange(self.common_slot, self.common_slot + tokens, device=self.device)
+            return slots_T.expand(len(self.lengths), -1)
         lengths_B = torch.tensor(self.lengths, device=self.device)
         return lengths_B[:, None] + torch.arange(self.offset, self.offset + tokens, device=self.device)
 
     def slots_for(self, tokens: int) -> int:
-        """How many slots `tokens` further tokens of every row look at, unused ones among them."""
+        """How many slots `tokens` further tokens of every row look at, unused ones among them but for a single token of
+        rows that are equally long."""
+        if tokens == 1 and self.common_slot is not None:
+            return self.common_slot + 1
         return rounded_slots(self.offset + (self.max_tokens if self.static else self.longest + tokens))
 
     def rotation(self, slots_BT: torch.Tensor) -> Rotation | None:

@@ -72,7 +72,7 @@ class FeedForward(Joins):
         if self.gate is None:
             return self.down(self.activation(self.up(x_BTD))), {}
         if self.joined is not None:
-            gate_BTF, up_BTF = nn.functional.linear(x_BTD, *self.joined).chunk(2, dim=-1)
+            gate_BTF, up_BTF = self.joined(x_BTD).chunk(2, dim=-1)
         else:
             gate_BTF, up_BTF = self.gate(x_BTD), self.up(x_BTD)
         return self.down(self.activation(gate_BTF) * up_BTF), {}

@@ -8,8 +8,9 @@ import torch
 from model.architectures import ENCODER, Transformer
 from model.cache import Cache
 from model.errors import ModelError
-from model.joined import joined_projections
+from model.joined import arranged_products
 from model.modalities.base import Source
+from model.packed import Packing
 from model.sampling import Sampling, allowed, choose
 
 __all__ = ["Sampling", "choose", "generate", "read_prompts", "unpadded"]
@@ -49,14 +50,16 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with joined_projections(model):
+        packing = Packing() if static else Packing(len(prompts), max(budgets))  # compiled steps read weights as stored
+        with arranged_products(model, packing):
             cache, logits_BV = read_prompts(model, prompts, budgets, static=static, sources=sources)
             rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
             for step in range(max(budgets)):
                 if sampling.reads_text:
                     whole = [[*prompts[row], *texts[row]] for row in rows]
                     logits_BV = allowed(logits_BV, whole, [step] * len(rows), sampling, stop_ids)
-                next_B = choose(logits_BV, sampling, draws_BT[rows, step].to(logits_BV.device))
+                draws_B = draws_BT[rows, step] if sampling.temperature else draws_BT[0]
+                next_B = choose(logits_BV, sampling, draws_B.to(logits_BV.device))
                 running = []
                 for place, (row, token) in enumerate(zip(rows, next_B.tolist(), strict=True)):
                     if token in stop_ids:
@@ -160,9 +163,9 @@ def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
 
 
 def _uniform_draws(sampling: Sampling, rows: int) -> torch.Tensor:
-    """fp64 [rows, max_new_tokens] in [0, 1): each row from its own generator."""
+    """fp64 [rows, max_new_tokens] in [0, 1): each row from its own generator; where nothing is drawn, [1, 0]."""
     if sampling.temperature == 0:
-        return torch.zeros(rows, sampling.max_new_tokens, dtype=torch.float64)
+        return torch.empty(1, 0, dtype=torch.float64)
     draws = []
     for row in range(rows):
         key = hashlib.sha256(f"{sampling.seed}/{row}".encode()).digest()

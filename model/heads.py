@@ -9,7 +9,7 @@ from torch import nn
 
 from model.errors import ModelError
 from model.ffn import ACTIVATIONS, Activation
-from model.init import Declared, Linear, Parameter, declare
+from model.init import Declared, Linear, Multiplies, Parameter, declare
 from model.loss import capped, chunked_cross_entropy, token_scores
 from model.norm import NormConfig, build_norm
 from model.slots import SlotCosts
@@ -90,7 +90,7 @@ class Head(Declared):
         return (counted if counted.dtype == torch.bool else counted >= 0).view(len(counted), -1).sum(1)
 
 
-class LanguageHead(Head):
+class LanguageHead(Head, Multiplies):
     """Vocabulary logits, and their cross-entropy without ever holding them all.
 
     A tied head registers the embedding's own parameter as its `weight`, so that it reads nothing but its own inside
@@ -150,7 +150,7 @@ class LanguageHead(Head):
                 smoothing=self.smoothing,
                 weights_N=self._weights(targets_BT.flatten()),
             )
-        logits_BTV = nn.functional.linear(x_BTD, self.weight, self.bias)
+        logits_BTV = self.multiply(x_BTD)
         if self.soft_cap is not None:
             logits_BTV = capped(logits_BTV, self.soft_cap)
         return {"logits": logits_BTV}

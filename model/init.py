@@ -7,7 +7,7 @@ device or initialising only the parameters of one rank changes no other value.
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,7 +89,28 @@ class Declared(nn.Module):
     declared: Mapping[str, Parameter] = declare()
 
 
-class Linear(Declared):
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""x -> x Wᵀ + b."""
+
+
+class Multiplies(Declared):
+    """A module with a `weight` [out, in] and perhaps a `bias` [out], which it multiplies with what it is given.
+
+    product: what does so in its place while `model.joined.arranged_products` lasts, else None.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    product: Product | None = None
+
+    def multiply(self, x_BTI: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ + b."""
+        if self.product is not None:
+            return self.product(x_BTI)
+        return nn.functional.linear(x_BTI, self.weight, self.bias)
+
+
+class Linear(Multiplies):
     """y = x Wᵀ + b, with `weight` [out, in]; `residual` marks a map that writes into the residual stream."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False, residual: bool = False) -> None:
@@ -103,7 +124,7 @@ class Linear(Declared):
         )
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x_BTI, self.weight, self.bias)
+        return self.multiply(x_BTI)
 
     @property
     def like(self) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Products that read the same input, taken as one while decoding.
+"""Products arranged for decoding, which multiplies few rows with every weight.
 
-A step of decoding multiplies few rows with every weight, so that starting a product costs as much as the product. Here
-the weights of several maps are laid one after the other in one matrix, of which each becomes a view: nothing is held twice.
+Starting such a product costs as much as the product itself, so maps that read the same input are taken as one: their
+weights are laid one after the other in one matrix, of which each becomes a view, and nothing is held twice. Of large
+matrices copies are made besides in the order that few rows read fastest (`model.packed`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,16 +11,17 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from model.init import Linear
+from model.init import Linear, Product
+from model.packed import Packing, as_stored
 
 
 class Joins(nn.Module):
     """A module that can take some of its maps together.
 
-    joined: [outputs of all, I] and their offsets while `joined_projections` lasts, else None.
+    joined: what multiplies with all of them while `arranged_products` lasts, their outputs side by side; else None.
     """
 
-    joined: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    joined: Product | None = None
 
     def joinable(self) -> Sequence[nn.Module]:
         """The maps whose outputs the module wants side by side, in this order."""
@@ -27,19 +29,31 @@ class Joins(nn.Module):
 
 
 @contextmanager
-def joined_projections(model: nn.Module) -> Iterator[None]:
-    """Join what can be joined, for as long as weights stay as they are; maps with adapters stay by themselves."""
+def arranged_products(model: nn.Module, packing: Packing | None = None) -> Iterator[None]:
+    """Join what can be joined, for as long as weights stay as they are; maps with adapters stay by themselves.
+
+    packing: copies the large ones among the products that each step computes; null copies none.
+    """
+    packing = Packing() if packing is None else packing
+    every_step = set(packing.every_step(model))
     chosen = [module for module in model.modules() if isinstance(module, Joins) and _plain(module.joinable())]
+    joined: set[nn.Module] = set()
     try:
         for module in chosen:
             maps = [part for part in module.joinable() if isinstance(part, Linear)]
-            weight = _joined([part.weight for part in maps])
             biases = [part.bias for part in maps if part.bias is not None]
-            module.joined = weight, _joined(biases) if biases else None
+            weight_OI, bias_O = _joined([part.weight for part in maps]), _joined(biases) if biases else None
+            make = packing.product if every_step.issuperset(maps) else as_stored
+            module.joined = make(weight_OI, bias_O)
+            joined.update(maps)
+        for part in every_step - joined:
+            part.product = packing.product(part.weight.detach(), part.bias)
         yield
     finally:
         for module in chosen:
             module.joined = None
+        for part in every_step:
+            part.product = None
 
 
 def _plain(maps: Sequence[nn.Module]) -> bool:

@@ -26,7 +26,7 @@ class Mask:
     bias_HL: added to the scores by distance: entry [h, key - query + (L - 1) / 2]; L is odd and at least 2S - 1.
         Gradients flow into it.
     slots_BT: for cached decoding, the cache slot of every query, its place among the keys.
-    keys: in cached decoding, how many slots are looked at.
+    keys: in cached decoding, how many slots are looked at; at_end: the last of them is every query's own.
     """
 
     causal: bool = True
@@ -41,6 +41,7 @@ class Mask:
     bias_HL: torch.Tensor | None = None
     slots_BT: torch.Tensor | None = None
     keys: int = 0
+    at_end: bool = False
     _lowered: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +54,12 @@ class Mask:
         """Nothing but the direction decides who sees whom."""
         parts = (self.documents_BT, self.key_documents_BS, self.prefix_B, self.globals_BT, self.layout_HQJ, self.grid)
         return self.window is None and self.slots_BT is None and all(part is None for part in parts)
+
+    @property
+    def full(self) -> bool:
+        """In cached decoding: every query sees all that is looked at."""
+        parts = (self.key_documents_BS, self.layout_HQJ, self.grid)
+        return self.at_end and (self.window or self.keys) >= self.keys and all(part is None for part in parts)
 
     @property
     def only_key_padding(self) -> bool:

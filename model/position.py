@@ -211,9 +211,8 @@ class Rotation:
         if self.interleaved:
             swapped_BTHC = x_BTHC.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
         else:
-            low_BTHC, high_BTHC = x_BTHC.chunk(2, dim=-1)
-            swapped_BTHC = torch.cat((high_BTHC, low_BTHC), dim=-1)
-        return (x_BTHC * self.cos_BT1C + swapped_BTHC * self.sin_BT1C).to(x_BTHC.dtype)
+            swapped_BTHC = x_BTHC.roll(channels // 2, -1)  # the halves in the other order
+        return torch.addcmul(x_BTHC * self.cos_BT1C, swapped_BTHC, self.sin_BT1C).to(x_BTHC.dtype)
 
     def between(self, first: int, end: int) -> "Rotation":
         """Of angles of positions 0, 1, 2 …, those of some, without a copy."""

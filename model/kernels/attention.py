@@ -58,19 +58,33 @@ def cached_attention(
 ) -> torch.Tensor:
     """Few queries against many remembered keys: two batched products, all heads that share a key in one matrix.
 
-    The fused CPU kernel takes ten times as long for a single query of each row.
+    A single query of each row is computed in fp32 on a CPU: keys and values are read once in either case, and PyTorch's
+    products in bf16 copy them for oneDNN, which compiles a product anew for every number of keys.
     """
     rows, tokens, heads, channels = q_BTHC.shape
-    kv_heads = k_BSKC.shape[2]
-    q_BKMC = (q_BTHC * scale).view(rows, tokens, kv_heads, -1, channels).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    scores_BKMS = q_BKMC @ k_BSKC.permute(0, 2, 3, 1)
-    scores_BKGTS = scores_BKMS.unflatten(2, (-1, tokens))
-    sizes = tokens, k_BSKC.shape[1], q_BTHC.device
-    hidden_BHTS, bias_BHTS = mask.lowered("hidden", lambda: ~dense(mask, *sizes)), dense_bias(mask, *sizes)
+    keys, kv_heads = k_BSKC.shape[1], k_BSKC.shape[2]
+    q_BTKGC = (q_BTHC * scale).view(rows, tokens, kv_heads, -1, channels)
+    q_NMC = q_BTKGC.permute(0, 2, 3, 1, 4).reshape(rows * kv_heads, -1, channels)
+    k_NSC, v_NSC = k_BSKC.transpose(1, 2).flatten(0, 1), v_BSKC.transpose(1, 2).flatten(0, 1)
+    if tokens == 1 and q_BTHC.device.type == "cpu":
+        q_NMC, k_NSC, v_NSC = q_NMC.float(), k_NSC.float(), v_NSC.float()
+    scores_NMS = torch.bmm(q_NMC, k_NSC.transpose(1, 2))
+    if not mask.full or mask.bias_HL is not None:
+        _discount(scores_NMS.view(rows, kv_heads, -1, tokens, keys), mask, heads)
+    out_NMC = torch.bmm(scores_NMS.softmax(-1), v_NSC).to(q_BTHC.dtype)
+    out_BKGTC = out_NMC.view(rows, kv_heads, heads // kv_heads, tokens, -1)
+    return out_BKGTC.permute(0, 3, 1, 2, 4).reshape(rows, tokens, heads, -1)
+
+
+def _discount(scores_BKGTS: torch.Tensor, mask: Mask, heads: int) -> None:
+    """Add the mask's bias to scores, and hide what no query may see, in place."""
+    _, kv_heads, _, tokens, keys = scores_BKGTS.shape
+    sizes = tokens, keys, scores_BKGTS.device
+    bias_BHTS = dense_bias(mask, *sizes)
     if bias_BHTS is not None:
         scores_BKGTS.add_(bias_BHTS.unflatten(1, (kv_heads, -1)))
+    if mask.full:
+        return
+    hidden_BHTS = mask.lowered("hidden", lambda: ~dense(mask, *sizes))
     grouped = (kv_heads, -1) if hidden_BHTS.shape[1] == heads else (1, 1)
     scores_BKGTS.masked_fill_(hidden_BHTS.unflatten(1, grouped), float("-inf"))
-    out_BKMC = scores_BKMS.softmax(-1, dtype=torch.float32).to(v_BSKC.dtype) @ v_BSKC.transpose(1, 2)
-    out_BKGTC = out_BKMC.unflatten(2, (-1, tokens))
-    return out_BKGTC.permute(0, 3, 1, 2, 4).reshape(rows, tokens, heads, -1)

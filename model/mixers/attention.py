@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from model.errors import ModelError
 from model.init import Linear, Parameter, declare
@@ -194,7 +193,7 @@ class Attention(Mixer, Joins):
         """q_BTHC, k_BTKC and v_BTKC, normalised and rotated where the model does that."""
         rows, tokens, _ = x_BTD.shape
         if self.joined is not None:
-            all_BTHC = linear(x_BTD, *self.joined).view(rows, tokens, -1, self.head_dim)
+            all_BTHC = self.joined(x_BTD).view(rows, tokens, -1, self.head_dim)
             if self.q_norm is None and shared.rotation is not None:
                 turned = self.heads + self.kv_heads
                 turned_BTHC = shared.rotation(all_BTHC[:, :, :turned])

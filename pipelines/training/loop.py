@@ -250,7 +250,7 @@ class Trainer:
                 self.save()
             if result.wish == STOP:
                 raise TrainingStopped(
-                    f"Stopped by a signal after step {self.step} of {self.plan.total_steps}, and saved. Run the same "
+                    f"Stopped as asked after step {self.step} of {self.plan.total_steps}, and saved. Run the same "
                     "command again to go on from there."
                 )
 
@@ -355,7 +355,7 @@ class Trainer:
             (self.run.out_dir / "ds_config.json").write_text(json.dumps(self.engine.config, indent=2) + "\n")
 
     def _wish(self, signals: Signals) -> int:
-        if signals.caught is not None:
+        if signals.asks_to_stop:
             return STOP
         clock = self.settings.checkpoint
         if clock.every_steps is not None and (self.step + 1) % clock.every_steps == 0:

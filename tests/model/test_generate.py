@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from model.build import build_model
 from model.config import ModelConfig, ModelError
 from model.generate import Sampling, choose, generate, unpadded
-from model.joined import joined_projections
+from model.joined import arranged_products
 from tests.model.configurations import (
     ALIBI,
     FALCON,
@@ -64,7 +64,7 @@ def test_cached_logits_are_those_of_the_whole_pass(
     tokens = torch.randint(0, config.vocab_size, (rows, sum(steps)), generator=torch.Generator().manual_seed(seed))
     whole = model(tokens)["logits"]
     cache = model.new_cache(rows, sum(steps), static=static)
-    with joined_projections(model) if joined else nullcontext():
+    with arranged_products(model) if joined else nullcontext():
         pieces = [model(piece, cache=cache)["logits"] for piece in tokens.split(steps, dim=1)]
     assert (torch.cat(pieces, dim=1) - whole).abs().max() <= 2e-5 * whole.abs().max()
     assert cache.lengths == [sum(steps)] * rows
