@@ -13,7 +13,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ STATISTICS_FILE = "statistics.json"
 PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 CONTROL_PIECES = (PAD, UNK, BOS, EOS, SYSTEM, USER, ASSISTANT, END)  # ids 0 … 7
+MASK, SENTINEL = "<mask>", "<extra_id_{}>"
+"""Control pieces that some objectives hide text with; behind the eight where they are wanted, sentinel 0 last, as in T5."""
 
 # How a conversation is written, here and in every exported tokenizer. The generation block is what the assistant is
 # trained on.
@@ -76,6 +78,10 @@ class TokenizerSettings:
     """At most about this much text is learned from, chosen by hash from all of it."""
     seed: int = 0
     """Which sample, when there is more text than training_bytes."""
+    mask_piece: bool = field(default=False, metadata={"absent_at_default": True})
+    """A control piece `<mask>`; an objective that hides with it sets this."""
+    sentinel_pieces: int = field(default=0, metadata={"absent_at_default": True})
+    """Control pieces `<extra_id_0>` …; span denoising takes 100 where this is 0."""
 
     def __post_init__(self) -> None:
         if self.vocab_size % 128 or self.vocab_size < 384:
@@ -83,6 +89,12 @@ class TokenizerSettings:
             raise DataError(
                 f"tokenizer.vocab_size = {self.vocab_size}: must be a multiple of 128 and at least 384 "
                 f"(8 control pieces and 256 bytes come first). Try {near}."
+            )
+        if self.sentinel_pieces < 0 or self.vocab_size < 384 + self.sentinel_pieces:
+            raise DataError(
+                f"tokenizer.sentinel_pieces = {self.sentinel_pieces} with tokenizer.vocab_size = {self.vocab_size}: they "
+                "are part of the vocabulary and leave room for 384 pieces at least. Try tokenizer.vocab_size="
+                f"{max(512, -(-(384 + self.sentinel_pieces) // 128) * 128)}."
             )
         if not 0.9 <= self.character_coverage <= 1:
             raise DataError(f"tokenizer.character_coverage = {self.character_coverage}: must lie between 0.9 and 1.")
@@ -93,6 +105,12 @@ class TokenizerSettings:
         if self.training_bytes < 1:
             raise DataError(f"tokenizer.training_bytes = {self.training_bytes}: must be at least 1.")
 
+    @property
+    def more_control_pieces(self) -> tuple[str, ...]:
+        """Those behind the eight that every tokenizer has, in the order of their ids."""
+        sentinels = (SENTINEL.format(number) for number in reversed(range(self.sentinel_pieces)))
+        return (*((MASK,) if self.mask_piece else ()), *sentinels)
+
 
 class Tokenizer:
     """A trained vocabulary. Load with `Tokenizer.load`; safe to pickle and to share between threads."""
@@ -101,7 +119,13 @@ class Tokenizer:
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.chat_template = chat_template
         self.vocab_size: int = self._pieces.vocab_size()
+        ends = (number for number in range(len(CONTROL_PIECES), self.vocab_size) if not self._pieces.is_control(number))
+        self.control_pieces = tuple(self.piece(number) for number in range(next(ends, self.vocab_size)))
         self.control_ids = {piece: number for number, piece in enumerate(CONTROL_PIECES)}
+        """Of the eight that a chat template may hold."""
+        hiding = {piece: number for number, piece in enumerate(self.control_pieces)}
+        self._mask_id, self._sentinel_id = hiding.get(MASK), hiding.get(SENTINEL.format(0))
+        self.sentinels = sum(SENTINEL.format(number) in hiding for number in range(len(hiding)))
         self.pad_id, self.unk_id, self.bos_id, self.eos_id = (self.control_ids[p] for p in (PAD, UNK, BOS, EOS))
         self.end_id = self.control_ids[END]
         self._model = model
@@ -124,6 +148,18 @@ class Tokenizer:
                 "with it."
             )
         return tokenizer
+
+    def require_mask_id(self) -> int:
+        """The id of `<mask>`. Raises DataError for a tokenizer without one."""
+        if self._mask_id is None:
+            raise DataError(f"The tokenizer has no {MASK}: train one with tokenizer.mask_piece=true.")
+        return self._mask_id
+
+    def require_sentinel_id(self) -> int:
+        """The id of `<extra_id_0>`; the next ones count down. Raises DataError for a tokenizer without sentinels."""
+        if self._sentinel_id is None:
+            raise DataError("The tokenizer has no sentinels: train one with tokenizer.sentinel_pieces=100.")
+        return self._sentinel_id
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes, str]]:
         return type(self), (self._model, self.chat_template)
@@ -160,11 +196,11 @@ class Tokenizer:
         Ids that end within a character give U+FFFD in its place.
         """
         if not show_control:
-            return self._decode_text([number for number in ids if number >= len(CONTROL_PIECES)])
+            return self._decode_text([number for number in ids if number >= len(self.control_pieces)])
         parts, start = [], 0
         for at, number in enumerate(ids):
-            if number < len(CONTROL_PIECES):
-                parts += [self._decode_text(ids[start:at]), CONTROL_PIECES[number]]
+            if number < len(self.control_pieces):
+                parts += [self._decode_text(ids[start:at]), self.control_pieces[number]]
                 start = at + 1
         return "".join([*parts, self._decode_text(ids[start:])])
 
@@ -183,6 +219,11 @@ class Tokenizer:
         """Whether a piece was learned from text: neither control, unknown nor byte, nor a run of tabs."""
         special = self._pieces.is_control(number) or self._pieces.is_unknown(number) or self._pieces.is_byte(number)
         return not special and self.piece(number) not in TAB_RUNS
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that `Tokenizer.load` reads."""
+    return [folder / MODEL_FILE, folder / TEMPLATE_FILE]
 
 
 def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings, out_dir: Path) -> dict[str, Any]:
@@ -239,7 +280,7 @@ def _train(sample: list[str], settings: TokenizerSettings) -> bytes:
             bos_id=2,
             eos_id=3,
             pad_piece=PAD,
-            control_symbols=[SYSTEM, USER, ASSISTANT, END],
+            control_symbols=[SYSTEM, USER, ASSISTANT, END, *settings.more_control_pieces],
             user_defined_symbols=list(TAB_RUNS),
             num_threads=1,  # the number is written into the model, so it would change the artifact's bytes
             minloglevel=2,

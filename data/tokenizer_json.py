@@ -10,24 +10,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer import (
-    ASSISTANT,
-    BOS,
-    CONTROL_PIECES,
-    END,
-    EOS,
-    PAD,
-    SPACE_MARK,
-    SYSTEM,
-    TAB_RUNS,
-    UNK,
-    USER,
-    Tokenizer,
-)
+from data.tokenizer import BOS, EOS, MASK, PAD, SPACE_MARK, TAB_RUNS, UNK, Tokenizer
 
 
-def export_tokenizer(tokenizer_dir: Path, out_dir: Path, *, max_tokens: int | None = None) -> None:
+def export_tokenizer(
+    tokenizer_dir: Path, out_dir: Path, *, max_tokens: int | None = None, left_padded: bool = True
+) -> None:
     """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja to `out_dir`.
+
+    left_padded: for decoders, which continue what stands last.
 
     `AutoTokenizer.from_pretrained(out_dir)` then gives Tokenizer.encode's ids, with `<s>` before them unless
     add_special_tokens=False. Two differences remain: transformers reads control pieces spelled out in a text as such
@@ -36,20 +27,21 @@ def export_tokenizer(tokenizer_dir: Path, out_dir: Path, *, max_tokens: int | No
     tokenizer = Tokenizer.load(tokenizer_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD}
+    if MASK in tokenizer.control_pieces:
+        special["mask_token"] = MASK
+    additional = [piece for piece in tokenizer.control_pieces if piece not in special.values()]
     config = {
         **special,
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "additional_special_tokens": [SYSTEM, USER, ASSISTANT, END],
+        "additional_special_tokens": additional,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_tokens if max_tokens is not None else int(1e30),
-        "padding_side": "left",
+        "padding_side": "left" if left_padded else "right",
         "chat_template": tokenizer.chat_template,
     }
     _write(out_dir / "tokenizer.json", tokenizer_json(tokenizer))
     _write(out_dir / "tokenizer_config.json", config)
-    _write(
-        out_dir / "special_tokens_map.json", {**special, "additional_special_tokens": [SYSTEM, USER, ASSISTANT, END]}
-    )
+    _write(out_dir / "special_tokens_map.json", {**special, "additional_special_tokens": additional})
     (out_dir / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
@@ -65,7 +57,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(tokenizer.control_ids[piece], piece, special=True) for piece in CONTROL_PIECES]
+        "added_tokens": [_added(number, piece, special=True) for number, piece in enumerate(tokenizer.control_pieces)]
         + [_added(pieces.index(run), run, special=False) for run in TAB_RUNS],
         "normalizer": None,
         "pre_tokenizer": None,

@@ -138,6 +138,12 @@ class ModelConfig:
                 "noise is a function of a row's tokens, and here there are none; set jitter to 0 and second_by_chance to "
                 "false."
             )
+        for weight in getattr(self.head, "weights", ()):
+            if self.vocab_size is not None and weight.first >= self.vocab_size:
+                raise ModelError(
+                    f"head.weights has first={weight.first} with vocab_size={self.vocab_size}: no target reaches it; name "
+                    "an entry of the vocabulary."
+                )
         if self.encoder is not None:
             self._check_encoder(self.encoder)
         self._check_tower(self.tower)

@@ -31,7 +31,7 @@ from model.mixers.mamba import MambaConfig
 from pipelines.engine import runner
 from pipelines.engine.step import Step
 from pipelines.engine.store import open_store
-from pipelines.execution import execute
+from pipelines.execution import execute, named
 from pipelines.graph import build
 from pipelines.settings import Settings, SettingsError, compose
 
@@ -49,6 +49,7 @@ def certify_resume(overrides: Sequence[str]) -> int:
     if "://" in settings.store:
         raise SettingsError(f"store={settings.store}: certify compares files on this machine; add store=FOLDER.")
     steps = build(settings)
+    named(steps, "pretrain")
     folder = Path(settings.store).absolute() / ".certify" / settings.experiment
     if folder.exists():
         shutil.rmtree(folder)
@@ -89,6 +90,9 @@ def scaled_down(settings: Settings) -> list[str]:
         small.append("model.mixer.n_kv_heads=2")
     if isinstance(model.ffn, FfnConfig):
         small.append("model.ffn.d_ff=256")
+    fewer = [f"model.n_layers={min(2, model.n_layers)}"]
+    if model.d_model > 128 and not model.pattern:  # a pattern's parts have widths of their own
+        fewer += small
     return [
         f"pretrain.global_batch_tokens={tokens}",
         f"pretrain.total_tokens={tokens * STEPS}",
@@ -96,8 +100,7 @@ def scaled_down(settings: Settings) -> list[str]:
         "pretrain.compile=off",
         "pretrain.checkpoint.every_steps=3",
         "tracking.mode=off",
-        f"model.n_layers={min(2, model.n_layers)}",
-        *(small if model.d_model > 128 and not model.pattern else []),  # a pattern's parts have widths of their own
+        *([] if settings.start else fewer),  # weights to start from are as large as they are
     ]
 
 

@@ -85,6 +85,7 @@ def print_json(value: Any) -> None:
 # What one line of the summary says of a step: the first of these figures that the step reports.
 _FIGURES: tuple[tuple[str, str], ...] = (
     ("bits_per_byte", "{:.3f} bits/byte"),
+    ("hidden_token_loss", "hidden tokens {:.3f} nats"),
     ("max_logit_error", "logits agree to {:.1e}"),
     ("loss", "loss {:.3f}"),
     ("pairs", "{:,} pairs"),

@@ -15,10 +15,24 @@ from typing import Any
 from data.corpus import CorpusSettings, corpus_files
 from data.errors import DataError
 from data.instructions import instruction_files
+from data.objective_settings import check_pieces
 from data.sources import SourceFile
+from data.tokenizer import Tokenizer
 from pipelines.engine.step import StageFn, Step
 from pipelines.settings import Settings
-from pipelines.stages import corpus, evaluate, export, finetune, instructions, pretrain, report, shards, tokenizer
+from pipelines.stages import (
+    corpus,
+    denoise,
+    evaluate,
+    export,
+    finetune,
+    instructions,
+    pretrain,
+    report,
+    shards,
+    start,
+    tokenizer,
+)
 from pipelines.stages.launch import VOLATILE
 
 
@@ -37,13 +51,26 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
         name: add(name, corpus.run, source, {}, files={"text": text_of(source, may_be_missing=corpus_may_be_missing)})
         for name, source in s.corpora().items()
     }
-    words = add("tokenizer", tokenizer.run, s.tokenizer, corpora)
+    begun = {}
+    if s.start is not None:
+        begun["start"] = add("start", start.run, s.start.settings, {}, files={"weights": s.start.weights})
+    if s.start is not None and s.start.tokenizer:
+        taken = tokenizer.TakenTokenizer(folder=str(s.start.folder))
+        check_pieces(s.objective, Tokenizer.load(s.start.folder), s.shards.seq_len)
+        words = add("tokenizer", tokenizer.take, taken, {}, files={"tokenizer": s.start.tokenizer})
+    else:
+        words = add("tokenizer", tokenizer.run, s.resolved_tokenizer(), corpora)
     rows = {
         name: add(name, shards.run, s.shards, {"corpus": step, "tokenizer": words}, self_checking=("*.tar",))
         for name, step in (("shards" + name.removeprefix("corpus"), step) for name, step in corpora.items())
     }
     training = {"volatile": VOLATILE, "resumes": True, "cpus": s.compute.cpus, "gpus": s.compute.gpus}
-    models = {"pretrain": add("pretrain", pretrain.run, s.pretraining(), {**rows, "tokenizer": words}, **training)}
+    if s.pretrains:
+        sources = {**rows, "tokenizer": words, **begun}
+        models = {"pretrain": add("pretrain", pretrain.run, s.pretraining(), sources, **training)}
+    else:
+        s.resolved_model()  # raises where folder, rows and tokenizer do not fit
+        models = {"pretrain": begun["start"]}
 
     if s.finetune is not None:
         chats = add(
@@ -58,7 +85,11 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
         models["finetune"] = add("finetune", finetune.run, s.finetuning(), pair, **training)
 
     held_out = {**corpora, **rows, "tokenizer": words, **models}
-    add("evaluate", evaluate.run, s.evaluate, held_out, files={"tasks": evaluate.task_files(s.evaluate)})
+    if corpora and not s.writes_from_left_to_right():
+        asked = denoise.DenoiseSettings(evaluate=s.evaluate, objective=s.objective, seq_len=s.shards.seq_len)
+        add("evaluate", denoise.run, asked, {**corpora, "tokenizer": words, **models})
+    elif corpora:
+        add("evaluate", evaluate.run, s.evaluate, held_out, files={"tasks": evaluate.task_files(s.evaluate)})
     add("export", export.run, s.export, {**corpora, "tokenizer": words, **models})
     add("report", report.run, s.report, dict(steps), volatile=("report.html",))  # it shows seconds
     return steps

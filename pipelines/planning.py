@@ -19,6 +19,7 @@ from pipelines import console
 from pipelines.console import count, duration, size
 from pipelines.engine.events import StepReport
 from pipelines.settings import Settings
+from pipelines.training.objective import flops_per_token
 from pipelines.training.settings import BatchPlan, TrainSettings
 
 TEXT_BYTES_PER_TOKEN = 3.6
@@ -28,16 +29,16 @@ TEXT_BYTES_PER_TOKEN = 3.6
 def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any]:
     """Figures for `plan`. Raises the rooms' errors for a combination that could not run."""
     from model.build import build_model
-    from model.costs import activation_bytes, parameter_counts, train_flops_per_token
+    from model.costs import activation_bytes, parameter_counts
 
     settings.check_batches()
-    run = settings.pretraining()
-    model, train, seq_len = run.model, run.train, settings.shards.seq_len
+    name, train = settings.first_training()
+    model, seq_len, ranks = settings.resolved_model(), settings.shards.seq_len, settings.compute.ranks
     build_model(model, device="meta")  # proves that it can be built at this size, without its memory
-    batch = BatchPlan.derive(train, seq_len=seq_len, world_size=run.compute.ranks, largest_rows=8)
+    batch = BatchPlan.derive(train, seq_len=seq_len, world_size=ranks, largest_rows=8)
     counts = parameter_counts(model)
-    flops = train_flops_per_token(model, seq_len)
-    memory = memory_per_rank(counts.total, ranks=run.compute.ranks, stage=train.zero.stage)
+    flops = flops_per_token(model, settings.objective.widths(seq_len), seq_len)
+    memory = memory_per_rank(counts.total, ranks=ranks, stage=train.zero.stage)
     memory["activations"] = activation_bytes(
         model,
         micro_batch_rows=batch.micro_batch_rows,
@@ -47,11 +48,12 @@ def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any
     )
     tokens = batch.total_steps * batch.tokens_per_step
     return {
+        "step": name,
         "parameters": {"total": counts.total, "active": counts.active, "embedding": counts.embedding},
         "tokens": tokens,
         "tokens_per_step": batch.tokens_per_step,
         "steps": batch.total_steps,
-        "ranks": run.compute.ranks,
+        "ranks": ranks,
         "micro_batch_rows": batch.micro_batch_rows,
         "accumulation": batch.accumulation,
         "zero_stage": train.zero.stage,
@@ -60,7 +62,7 @@ def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any
         "memory_per_rank": {**memory, "total": sum(memory.values())},
         "disk": disk(counts.total, train, reports),
         "data": data(settings, tokens, reports),
-        "time": {gpu: flops * tokens / (peak * 0.4 * run.compute.ranks) for gpu, peak in _PEAKS.items()},
+        "time": {gpu: flops * tokens / (peak * 0.4 * ranks) for gpu, peak in _PEAKS.items()},
     }
 
 
@@ -110,6 +112,7 @@ def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
     out.print(console.table(None, ("step", "state", "digest", "path"), rows))
     out.print()
     memory, room = costs["memory_per_rank"], costs["disk"]
+    at_most = "at most " if costs["step"] == "finetune" else ""  # its epochs end it earlier
     lines = [
         (
             "parameters",
@@ -117,10 +120,13 @@ def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
         ),
         (
             "tokens",
-            f"{count(costs['tokens'])} = {costs['steps']:,} steps of {count(costs['tokens_per_step'])}",
+            f"{at_most}{count(costs['tokens'])} = {costs['steps']:,} steps of {count(costs['tokens_per_step'])}",
         ),
         ("batch", f"{costs['ranks']} ranks x {costs['micro_batch_rows']} rows x {costs['accumulation']} accumulated"),
-        ("data", _data_words(costs["data"])),
+        (
+            "data",
+            _data_words(costs["data"]) if costs["step"] == "pretrain" else "the conversations, finetune.epochs times",
+        ),
         (
             "FLOPs",
             f"{costs['flops']:.3g} = {costs['flops_per_token']:.3g} a token (forward and backward, masked as trained)",
@@ -132,7 +138,7 @@ def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
         ("memory per rank", f"{size(memory['total'])} at ZeRO-{costs['zero_stage']}: " + _parts(memory)),
         ("disk", f"{size(room['checkpoints'])} of checkpoints, {size(room['weights'])} of weights"),
     ]
-    out.print(console.table(None, ("pretrain", ""), lines))
+    out.print(console.table(None, (costs["step"], ""), lines))
 
 
 def _data_words(amount: dict[str, Any]) -> str:

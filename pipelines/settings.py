@@ -13,13 +13,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import conf
 from data.corpus import CorpusSettings
 from data.mixture import MixtureSettings
+from data.objective_settings import NextTokenSettings, ObjectiveChoice, check_sentinels
 from data.order import OrderSettings
 from data.shards import ShardSettings
 from data.tokenizer import TokenizerSettings
@@ -32,7 +34,9 @@ from pipelines.stages.finetune import FinetuneRun, FinetuneSettings
 from pipelines.stages.launch import ComputeSettings
 from pipelines.stages.pretrain import PretrainSettings
 from pipelines.stages.report import ReportSettings
+from pipelines.stages.start import Start
 from pipelines.training.errors import TrainingError
+from pipelines.training.objective import check_suits
 from pipelines.training.settings import (
     AdamWSettings,
     BatchPlan,
@@ -44,6 +48,7 @@ from pipelines.training.settings import (
 )
 
 CONF_DIR = Path(conf.__file__).parent
+SENTINELS = 100  # as many as T5 has
 T = TypeVar("T")
 _EXECUTION: Any = {"execution": True}
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[\w./@-]+?)(?:=(?P<value>.*))?$", re.DOTALL)
@@ -53,6 +58,19 @@ class SettingsError(Exception):
     """A setting that cannot be: offending value, rule, remedy."""
 
     exit_code = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainGroup(TrainSettings):
+    """What stands under `pretrain`: a training run, and what it begins with."""
+
+    init_from: str | None = field(default=None, metadata=_EXECUTION)
+    """A Hugging Face folder of weights; null starts anew. Its files' content enters digests, not where it lies."""
+
+    def run(self, **elsewhere: Any) -> TrainSettings:
+        """The training run alone, with what other groups say of it."""
+        own = {f.name: getattr(self, f.name) for f in fields(TrainSettings)}
+        return TrainSettings(**{**own, **elsewhere})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +90,9 @@ class Settings:
     mixture: MixtureSettings = field(default_factory=MixtureSettings)
     order: OrderSettings = field(default_factory=OrderSettings)
     model: ModelConfig
-    pretrain: TrainSettings
+    objective: ObjectiveChoice = field(default_factory=NextTokenSettings)
+    """What pretraining asks of a row; the tokenizer gets the pieces it hides with."""
+    pretrain: PretrainGroup
     optim: AdamWSettings | MuonSettings
     schedule: ScheduleSettings
     zero: ZeroSettings = field(metadata=_EXECUTION)
@@ -83,30 +103,98 @@ class Settings:
     tracking: TrackingSettings = field(metadata=_EXECUTION)
 
     def corpora(self) -> dict[str, CorpusSettings]:
-        """Corpus settings by step name: `corpus` alone, or `corpus-NAME` for each of `sources`."""
+        """Corpus settings by step name: `corpus` alone, or `corpus-NAME` for each of `sources`; none where only weights
+        from outside are fine-tuned and no text is named, which then are not evaluated."""
         if not self.sources:
+            if self.corpus.kind == "files" and not self.corpus.paths and self.start is not None and not self.pretrains:
+                return {} if self.start.tokenizer else {"corpus": self.corpus}
             return {"corpus": self.corpus}
         return {f"corpus-{name}": source for name, source in self.sources.items()}
 
+    @property
+    def pretrains(self) -> bool:
+        """Whether there is a pretraining; fine-tuning may begin with a folder of weights instead."""
+        return self.finetune is None or self.finetune.init_from is None
+
+    @property
+    def starts_from(self) -> str | None:
+        """The folder of weights that the first training begins with, if there is one."""
+        return self.pretrain.init_from if self.finetune is None else self.finetune.init_from or self.pretrain.init_from
+
+    @cached_property
+    def start(self) -> Start | None:
+        """That folder, looked at. Raises SettingsError, EngineError or ModelError."""
+        if self.starts_from is None:
+            return None
+        if not self.pretrains and self.pretrain.init_from is not None:
+            raise SettingsError(
+                f"finetune.init_from={self.starts_from} and pretrain.init_from={self.pretrain.init_from}: fine-tuning "
+                "begins with what pretraining made, or with a folder and then nothing is pretrained; set one of the two."
+            )
+        return Start.open("pretrain.init_from" if self.pretrains else "finetune.init_from", self.starts_from)
+
     def resolved_model(self) -> ModelConfig:
-        """The model with what others decide filled in: the tokenizer's vocabulary, the rows' length."""
+        """The model with what others decide filled in: a folder to start from, or the tokenizer's vocabulary and the
+        rows' length."""
+        if self.start is not None:
+            self.start.check_vocabulary(self.tokenizer.vocab_size)
+            return self.start.model(self.model, self.shards.seq_len)
+        encoder = self.model.encoder
+        if encoder is not None:
+            longest, _ = self.objective.widths(self.shards.seq_len) or (0, 0)
+            encoder = replace(encoder, max_seq_len=max(encoder.max_seq_len, longest))
         return replace(
             self.model,
             vocab_size=self.model.vocab_size or self.tokenizer.vocab_size,
             max_seq_len=max(self.model.max_seq_len, self.shards.seq_len),
+            encoder=encoder,
         )
 
+    def writes_from_left_to_right(self) -> bool:
+        """Whether the model is a decoder alone, which has bits per byte and continues texts."""
+        model = self.resolved_model()
+        return model.causal and model.encoder is None
+
+    def resolved_tokenizer(self) -> TokenizerSettings:
+        """The tokenizer with the pieces that the objective hides with. Raises DataError where sentinels are too few."""
+        given, seq_len = self.tokenizer, self.shards.seq_len
+        sentinels = given.sentinel_pieces or (SENTINELS if self.objective.sentinels(seq_len) else 0)
+        check_sentinels(self.objective, sentinels, seq_len)
+        mask = given.mask_piece or self.objective.needs_mask
+        return replace(given, mask_piece=mask, sentinel_pieces=sentinels)
+
     def pretraining(self) -> PretrainSettings:
-        """What the pretrain step is told: the groups that stand beside `pretrain` put in their places."""
-        train = replace(self.pretrain, optim=self.optim, schedule=self.schedule, **self._everywhere())
+        """What the pretrain step is told: the groups that stand beside `pretrain` put in their places.
+
+        Raises TrainingError where the objective does not suit the model.
+        """
+        model = self.resolved_model()
+        check_suits(self.objective.kind, model)
+        train = self.pretrain.run(optim=self.optim, schedule=self.schedule, **self._everywhere())
         return PretrainSettings(
-            model=self.resolved_model(), train=train, order=self.order, mixture=self.mixture, compute=self.compute
+            model=model,
+            train=train,
+            order=self.order,
+            mixture=self.mixture,
+            objective=self.objective,
+            compute=self.compute,
         )
+
+    def first_training(self) -> tuple[str, TrainSettings]:
+        """The first step that trains, and how: pretraining, or fine-tuning of weights from outside."""
+        tuning = None if self.pretrains else self.finetuning()
+        return ("pretrain", self.pretraining().train) if tuning is None else ("finetune", tuning.train)
 
     def finetuning(self) -> FinetuneRun | None:
         """What the finetune step is told, or None where there is none."""
         if self.finetune is None:
             return None
+        if not self.writes_from_left_to_right():
+            raise SettingsError(
+                f"finetune={'…' if self.pretrains else f'… finetune.init_from={self.starts_from}'}: fine-tuning teaches a "
+                "causal decoder to answer, and this model is an encoder or has one; set finetune=none, or take the model "
+                "that pretraining leaves (model/ in its artifact) to your own task."
+            )
         return FinetuneRun(
             train=replace(self.finetune.train, **self._everywhere()),
             epochs=self.finetune.epochs,
@@ -117,12 +205,12 @@ class Settings:
         )
 
     def check_batches(self) -> None:
-        """Refuse at once a batch that pretraining would refuse after hours of corpus work. Raises TrainingError."""
-        train, seq_len, ranks = self.pretraining().train, self.shards.seq_len, self.compute.ranks
+        """Refuse at once a batch that training would refuse after hours of corpus work. Raises TrainingError."""
+        (name, train), seq_len, ranks = self.first_training(), self.shards.seq_len, self.compute.ranks
         try:
             BatchPlan.derive(train, seq_len=seq_len, world_size=ranks, largest_rows=1)
         except TrainingError as error:
-            raise TrainingError(f"pretrain.{error}") from error
+            raise TrainingError(f"{name if name == 'pretrain' else 'finetune.train'}.{error}") from error
 
     def _everywhere(self) -> dict[str, Any]:
         """Execution settings that every training step shares."""
@@ -136,7 +224,11 @@ class Settings:
 
 def compose(overrides: Sequence[str]) -> Settings:
     """Settings from overrides. Raises SettingsError for a mistake in them, naming the nearest right word."""
-    return typed(plain(overrides))
+    settings = typed(plain(overrides))
+    if settings.starts_from is not None and Path(settings.starts_from).expanduser().is_dir() and settings.start:
+        # A folder that is not here may be where the command is sent to; `build` says so if it is needed here.
+        settings.start.check_model(settings.model, chosen_fields(overrides))
+    return settings
 
 
 def plain(overrides: Sequence[str]) -> dict[str, Any]:
@@ -168,6 +260,7 @@ def typed(config: Mapping[str, Any]) -> Settings:
 
 
 SET_ELSEWHERE = {
+    ("pretrain", "objective"): "objective.KEY or objective=NAME",
     ("pretrain", "optim"): "optim.KEY or optim=NAME",
     ("pretrain", "schedule"): "schedule.KEY or schedule=NAME",
     ("pretrain", "zero"): "zero=0|1|2|3",
@@ -205,6 +298,26 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
         known = ", ".join(options("experiment"))
         raise SettingsError(f"no experiment chosen; add experiment=NAME, one of {known}.")
     return words
+
+
+def chosen_fields(overrides: Sequence[str]) -> list[str]:
+    """The dotted fields of `model` that overrides set, one by one or by choosing a preset."""
+    import yaml
+
+    chosen: list[str] = []
+    for key, _, value in (word.lstrip("+").partition("=") for word in overrides):
+        if key == "model":
+            preset = yaml.safe_load((CONF_DIR / "model" / f"{value}.yaml").read_text(encoding="utf-8"))
+            chosen += _leaves(preset, "")
+        elif key.startswith("model."):
+            chosen.append(key.removeprefix("model."))
+    return chosen
+
+
+def _leaves(plain: Any, path: str) -> list[str]:
+    if not isinstance(plain, Mapping):
+        return [path]
+    return [leaf for key, value in plain.items() for leaf in _leaves(value, f"{path}.{key}" if path else key)]
 
 
 def section(cls: type[T], file: str, values: Mapping[str, str]) -> T:

@@ -26,7 +26,7 @@ from pipelines.execution import execute, make_backend, named
 from pipelines.graph import build
 from pipelines.settings import CONF_DIR, Settings, SettingsError, compose, hydra_overrides, typed
 
-METRICS = (("evaluate", "bits_per_byte"), ("pretrain", "loss"))
+METRICS = (("evaluate", "bits_per_byte"), ("evaluate", "hidden_token_loss"), ("pretrain", "loss"))
 """(step, figure) a sweep is sorted by: the first that a trial has; smaller is better."""
 
 LOST = "not finished: its process or that of another trial died, and the launcher gave up."

@@ -19,7 +19,11 @@ def settings_help() -> str:
     lines += [f"  experiment={name:<12} {first_comment(name)}" for name in options("experiment")]
     lines += ["", "groups: GROUP=OPTION"]
     lines += [f"  {group:<11} {', '.join(options(group))}" for group in groups() if group not in NOT_TAUGHT]
-    lines += ["", "settings: KEY=VALUE   (* changes where or how fast, never what is made)"]
+    lines += [
+        "",
+        "settings: KEY=VALUE   (* changes where or how fast, never what is made)",
+        "          init_from=DIR: a Hugging Face folder to begin with; what lies in it counts, not where it lies",
+    ]
     lines += [f"  {line}" for line in keys(Settings, "", execution=False)]
     lines += [
         "",

@@ -23,6 +23,7 @@ from pipelines.engine.backend import Poll
 from pipelines.engine.gang import Gang
 from pipelines.engine.local_backend import LocalBackend
 from pipelines.engine.store import open_store
+from pipelines.execution import named
 from pipelines.graph import build
 from pipelines.settings import Settings
 
@@ -47,7 +48,7 @@ def pretrain(settings: Settings) -> int:
         dist.init_process_group(gloo_too, timeout=INPUTS_MAY_TAKE)
     if rank > 0:
         return _follow()
-    step = build(settings)["pretrain"]
+    step = named(build(settings), "pretrain")
     backend = TorchrunBackend() if world_size > 1 else LocalBackend(in_process=True)
     try:
         with console.Display() as display:

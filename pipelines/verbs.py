@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     out.print(console.summary(reports))
     out.print()
     prompt = (*settings.evaluate.samples.prompts, "Once ")[0].partition("\n")[0]
+    prompt = prompt if settings.writes_from_left_to_right() else ""
     out.print(_next_words(arguments.overrides, reports, prompt), markup=False)
     return 0
 
@@ -55,6 +56,7 @@ SHORT_ENOUGH = 70  # characters of overrides that are worth repeating in a sugge
 
 
 def _next_words(overrides: Sequence[str], reports: Sequence[StepReport], prompt: str) -> str:
+    """What to type next; `prompt` is empty for a model that continues none."""
     paths = {report.name: console.shown_path(report.path) for report in reports}
     same = " ".join(overrides)
     if len(same) > SHORT_ENOUGH:
@@ -62,12 +64,16 @@ def _next_words(overrides: Sequence[str], reports: Sequence[StepReport], prompt:
     lines = []
     if "report" in paths:
         lines.append(f"open     {paths['report']}/report.html")
-    if "pretrain" in paths:
+    if prompt and ("pretrain" in paths or "finetune" in paths):
         lines.append(f"try      athanor generate {same} --prompt {shlex.quote(prompt)}")
+    if "pretrain" in paths:
         lines.append(f"look     athanor trace {same} --step 1")
     if "export" in paths:
-        lines.append(f"load     transformers.AutoModelForCausalLM.from_pretrained('{paths['export']}/model')")
-    lines.append(f"change   athanor run {same} optim.lr=1e-3      (athanor why pretrain … says what reruns)")
+        loader = "AutoModelForCausalLM" if prompt else "AutoModel"
+        lines.append(f"load     transformers.{loader}.from_pretrained('{paths['export']}/model')")
+    only_tuned = "finetune" in paths and "pretrain" not in paths
+    change, step = ("finetune.train.optim.lr", "finetune") if only_tuned else ("optim.lr", "pretrain")
+    lines.append(f"change   athanor run {same} {change}=1e-3      (athanor why {step} … says what reruns)")
     return "\n".join(lines)
 
 
@@ -150,9 +156,8 @@ def _model_folders(arguments: argparse.Namespace) -> tuple[Path, Path | None]:
         return Path(arguments.source), None
     settings = compose(arguments.overrides)
     steps = build(settings)
-    wanted = arguments.source or next(
-        (name for name in ("finetune", "pretrain") if name in steps and found(settings, steps[name])), "pretrain"
-    )
+    trained = [name for name in ("finetune", "pretrain") if name in steps]
+    wanted = arguments.source or next((name for name in trained if found(settings, steps[name])), trained[-1])
     return made(settings, named(steps, wanted)) / "model", made(settings, steps["tokenizer"])
 
 
@@ -185,8 +190,9 @@ def trace(arguments: argparse.Namespace) -> int:
     from pipelines.stages.pretrain import source_of
 
     settings = compose(arguments.overrides)
-    steps, run_settings = build(settings), settings.pretraining()
-    rows_steps = {name: step for name, step in steps["pretrain"].inputs.items() if name.startswith("shards")}
+    steps = build(settings)
+    pretrain_step, run_settings = named(steps, "pretrain"), settings.pretraining()
+    rows_steps = {name: step for name, step in pretrain_step.inputs.items() if name.startswith("shards")}
     shard_sets = {source_of(name): ShardSet.open(made(settings, step)) for name, step in rows_steps.items()}
     corpora = {source_of(name): made(settings, step.inputs["corpus"]) / "train" for name, step in rows_steps.items()}
     tokens_per_step = run_settings.train.global_batch_tokens
@@ -249,7 +255,7 @@ def check_sent(verb: str, arguments: argparse.Namespace) -> None:
     looked at. Raises SettingsError."""
     if verb in ("run", "train", "plan", "certify") and not getattr(arguments, "multirun", False):
         settings = compose(arguments.overrides)
-        if verb != "plan":
+        if verb != "plan" and settings.pretrains:
             for name, source in settings.corpora().items():
                 if source.kind == "files" and not source.paths:
                     raise SettingsError(f"{name}.paths is empty: nothing to read; set {name}.paths=[DIR or globs].")

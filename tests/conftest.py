@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples every time: a run says what a change did. HYPOTHESIS_PROFILE=default looks for new ones.
+settings.register_profile("athanor", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "athanor"))
 
 ROOT = Path(__file__).parents[1]
 

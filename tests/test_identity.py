@@ -15,9 +15,9 @@ from typing import Any, Literal, Union
 import pytest
 
 from data.mixture import MixturePhase
-from model.config import LayerChange, ModelConfig
+from model.config import LayerChange
 from model.ffn import FfnConfig
-from model.heads import NoHeadConfig, TargetWeight
+from model.heads import TargetWeight
 from model.norm import NormConfig
 from model.peft import LoraConfig
 from model.position import LinearScaling
@@ -34,6 +34,7 @@ OWNER = {
     "mixture": {"pretrain"},
     "order": {"pretrain"},
     "model": {"pretrain"},
+    "objective": {"pretrain"},
     "pretrain": {"pretrain"},
     "optim": {"pretrain"},
     "schedule": {"pretrain"},
@@ -98,7 +99,6 @@ KNOWN = {
     "mixture.phases": (MixturePhase(weights={"corpus": 2.0}),),
     "model.norm": NormConfig(kind="layer", bias=True),
     "model.pattern": (LayerChange(every=2, ffn=FfnConfig(d_ff=64)),),
-    "model.encoder": ModelConfig(d_model=160, causal=False, head=NoHeadConfig()),
     "model.head.weights": (TargetWeight(weight=0.5),),
     "model.position.scaling": LinearScaling(factor=4.0),
     "finetune.data.tasks": ("write",),
@@ -109,7 +109,11 @@ KNOWN = {
 }
 """Other values of fields for which none can be guessed."""
 
-ONE_VALUE = {"corpus.kind", "model.tower", "finetune.data.kind", "model.norm.bias"}
+ONE_VALUE = {
+    *("corpus.kind", "model.tower", "finetune.data.kind", "model.norm.bias"),
+    *("model.causal", "model.encoder"),  # another objective: tests/test_objective.py
+    *("pretrain.init_from", "finetune.init_from"),  # a folder that has to be there: tests/test_start.py
+}
 """Fields that cannot change alone: another kind needs other fields too. `…kind` of a union has one value for each class."""
 
 

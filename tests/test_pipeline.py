@@ -276,18 +276,27 @@ def test_a_full_disk_is_said_and_the_same_command_continues(corpus_dir: Path, tm
     assert again.returncode == 0 and re.search(r"^corpus\s+cached", second, re.MULTILINE), second
 
 
-def test_ctrl_c_leaves_a_clean_state_and_says_how_to_continue(corpus_dir: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipelines", "run", *tiny(corpus_dir, tmp_path), "--until", "pretrain"]
+@pytest.mark.parametrize(
+    ("number", "backend"), [(signal.SIGINT, "ray"), (signal.SIGTERM, "ray"), (signal.SIGINT, "local")]
+)
+def test_ctrl_c_saves_leaves_a_clean_state_and_says_how_to_continue(
+    corpus_dir: Path, tmp_path: Path, number: signal.Signals, backend: str
+) -> None:
+    more = ["pretrain.total_tokens=1e6", "pretrain.checkpoint.every_steps=null", f"compute.backend={backend}"]
+    command = [sys.executable, "-m", "pipelines", "run", *tiny(corpus_dir, tmp_path, *more), "--until", "pretrain"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".work/pretrain-*/*/out/metrics.jsonl")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert "the same command again continues" in said and "Traceback" not in said
     assert list(tmp_path.glob("shards/*/manifest.json"))
+    (out,) = tmp_path.glob(".work/pretrain-*/*/out")
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert (out / "checkpoints" / f"step-{steps[-1]:08d}").is_dir(), "not a step is lost"
     assert not [p for p in tmp_path.glob(".leases/*.json") if json.loads(p.read_text()).get("owner")]
 
 

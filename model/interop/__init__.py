@@ -2,15 +2,17 @@
 
 from model.interop.adapters import save_adapter, save_virtual_tokens
 from model.interop.convert import config_from_hf, family_of, from_hf, hf_config, to_hf
-from model.interop.files import has_hf_class, load_pretrained, save_pretrained
+from model.interop.files import checkpoint_files, has_hf_class, load_pretrained, read_config, save_pretrained
 
 __all__ = [
+    "checkpoint_files",
     "config_from_hf",
     "family_of",
     "from_hf",
     "has_hf_class",
     "hf_config",
     "load_pretrained",
+    "read_config",
     "save_adapter",
     "save_pretrained",
     "save_virtual_tokens",

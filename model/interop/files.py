@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from model.build import build_model
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.interop.convert import State, check_tensors, family_of, from_hf, hf_config, to_hf
+from model.interop.convert import State, check_tensors, config_from_hf, family_of, from_hf, hf_config, to_hf
 from model.interop.native import MODEL_TYPE, config_from_native, native_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -61,6 +61,25 @@ def load_pretrained(directory: Path) -> tuple[ModelConfig, State]:
     return config, tensors
 
 
+def read_config(directory: Path) -> ModelConfig:
+    """The ModelConfig of a checkpoint folder, from its config.json alone. Raises ModelError as `load_pretrained` does."""
+    described = _read_json(directory / "config.json")
+    return config_from_native(described) if described.get("model_type") == MODEL_TYPE else config_from_hf(described)
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """What `load_pretrained` reads: config.json, the index of shards if there is one, the safetensors.
+
+    Raises ModelError where one is missing, or where there are pickles only.
+    """
+    files = [directory / "config.json", *([directory / INDEX] if (directory / INDEX).exists() else [])]
+    files += [directory / name for name in _shards(directory)]
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{file} does not exist: the checkpoint is not complete; copy or download it again.")
+    return files
+
+
 def has_hf_class(config: ModelConfig) -> bool:
     """Whether a Hugging Face class computes this model, so that `save_pretrained` writes what transformers loads."""
     try:
@@ -92,20 +111,32 @@ def _write_tensors(tensors: State, directory: Path, max_shard_bytes: int) -> Non
     _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def _read_tensors(directory: Path) -> State:
+def _shards(directory: Path) -> list[str]:
+    """Names of the files with tensors."""
     if (directory / INDEX).exists():
-        files = sorted(set(_read_json(directory / INDEX)["weight_map"].values()))
-    elif (directory / WEIGHTS).exists():
-        files = [WEIGHTS]
-    else:
-        pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
-        found = f"only {', '.join(pickles)}" if pickles else "no weights"
-        raise ModelError(
-            f"{directory} holds {found}: weights are read from {WEIGHTS} (or its index of shards), because opening a "
-            "pickle runs whatever code is in it; convert the checkpoint with save_pretrained(safe_serialization=True)."
-        )
+        places = _read_json(directory / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not all(_is_name(file) for file in places.values()):
+            raise ModelError(
+                f"{directory / INDEX} has no weight_map of names of files beside it: copy or download it again."
+            )
+        return sorted(set(places.values()))
+    if (directory / WEIGHTS).exists():
+        return [WEIGHTS]
+    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+    found = f"only {', '.join(pickles)}" if pickles else "no weights"
+    raise ModelError(
+        f"{directory} holds {found}: weights are read from {WEIGHTS} (or its index of shards), because opening a "
+        "pickle runs whatever code is in it; convert the checkpoint with save_pretrained(safe_serialization=True)."
+    )
+
+
+def _is_name(file: Any) -> bool:
+    return isinstance(file, str) and Path(file).name == file
+
+
+def _read_tensors(directory: Path) -> State:
     tensors: State = {}
-    for file in files:
+    for file in _shards(directory):
         try:
             tensors |= load_file(directory / file)
         except (SafetensorError, OSError) as error:

@@ -52,14 +52,27 @@ class Scatter(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """(y_QD, weights_NJ) -> y_ND: the sum of a token's copies, weighted."""
+    """(y_QD, weights_NJ) -> y_ND: the sum of a token's copies, weighted.
+
+    whole: the weights of a token are known to sum to one. Then the sum is taken as the first copy plus weighted distances
+    from it, so that equal copies give what they are to the last bit, however the weights are rounded. The gradients are
+    those of the plain sum, whose difference no weights that sum to one can tell.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, y_QD: torch.Tensor, weights_NJ: torch.Tensor, order_Q: torch.Tensor, place_Q: torch.Tensor
+        ctx: Any,
+        y_QD: torch.Tensor,
+        weights_NJ: torch.Tensor,
+        order_Q: torch.Tensor,
+        place_Q: torch.Tensor,
+        whole: bool = False,
     ) -> torch.Tensor:
         ctx.save_for_backward(y_QD, weights_NJ, order_Q, place_Q)
         y_NJD = y_QD.index_select(0, place_Q).view(*weights_NJ.shape, -1)
+        if whole:
+            y_NJD[:, 1:].sub_(y_NJD[:, :1]).mul_(weights_NJ[:, 1:, None].to(y_QD.dtype))
+            return y_NJD.sum(1)
         return y_NJD.mul_(weights_NJ[..., None].to(y_QD.dtype)).sum(1)
 
     @staticmethod
@@ -68,7 +81,13 @@ class Gather(torch.autograd.Function):
         grad_QD = grads[0].index_select(0, order_Q // weights_NJ.shape[1])
         grad_weights_Q = (grad_QD * y_QD).sum(-1, dtype=torch.float32)
         grad_QD *= weights_NJ.flatten().index_select(0, order_Q)[:, None].to(grad_QD.dtype)
-        return grad_QD, grad_weights_Q.index_select(0, place_Q).view_as(weights_NJ).to(weights_NJ.dtype), None, None
+        return (
+            grad_QD,
+            grad_weights_Q.index_select(0, place_Q).view_as(weights_NJ).to(weights_NJ.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 @torch.library.custom_op("athanor::grouped_matmul", mutates_args=())
@@ -97,6 +116,8 @@ def grouped_outer(grad_QF: torch.Tensor, x_QD: torch.Tensor, ends_E: torch.Tenso
 
 def _runs(x_QD: torch.Tensor, outputs: int) -> bool:
     """Whether grouped_mm takes these: on CUDA bf16 only, and rows in steps of 16 bytes."""
+    if not len(x_QD):
+        return False
     aligned = all(width * x_QD.element_size() % 16 == 0 for width in (x_QD.shape[1], outputs))
     return aligned and (x_QD.device.type == "cpu" or x_QD.dtype == torch.bfloat16)
 

@@ -1,6 +1,6 @@
 """The mixture of experts itself: router, dispatch, experts, and what the layer tells about both."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,7 +48,13 @@ class _WideLinear(torch.autograd.Function):
 
 
 class Experts(Declared):
-    """All experts' weights, fused: `gate_up` [E, 2F, D] (gates first; `up` [E, F, D] without them), `down` [E, D, F]."""
+    """All experts' weights, fused: `gate_up` [E, 2F, D] (gates first; `up` [E, F, D] without them), `down` [E, D, F].
+
+    elsewhere: set from outside where this process does not hold the experts: (x_QD, ends_E) -> y_QD by way of those
+    that do.
+    """
+
+    elsewhere: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, config: MoeConfig, d_model: int) -> None:
         super().__init__()
@@ -64,14 +70,22 @@ class Experts(Declared):
         """y_QD, row by row of the expert it is sorted to."""
         device = x_QD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_QD.dtype
-        x_QD = x_QD.to(dtype)
-        hidden_QF = grouped_matmul(x_QD, self.get_parameter("gate_up" if self.gated else "up").to(dtype), ends_E)
+        if self.elsewhere is not None:
+            return self.elsewhere(x_QD.to(dtype), ends_E)
+        first_EFD = self.get_parameter("gate_up" if self.gated else "up")
+        return self.through(x_QD.to(dtype), ends_E, first_EFD, self.down)
+
+    def through(
+        self, x_QD: torch.Tensor, ends_E: torch.Tensor, first_EFD: torch.Tensor, down_EDF: torch.Tensor
+    ) -> torch.Tensor:
+        """y_QD by these weights, of any number of experts."""
+        hidden_QF = grouped_matmul(x_QD, first_EFD.to(x_QD.dtype), ends_E)
         if self.gated:
             gate_QF, up_QF = hidden_QF.chunk(2, dim=-1)
             hidden_QF = self.activation(gate_QF) * up_QF
         else:
             hidden_QF = self.activation(hidden_QF)
-        return grouped_matmul(hidden_QF, self.down.to(dtype), ends_E)
+        return grouped_matmul(hidden_QF, down_EDF.to(x_QD.dtype), ends_E)
 
 
 class MixtureOfExperts(nn.Module):
@@ -111,7 +125,9 @@ class MixtureOfExperts(nn.Module):
         x_ND, top_k = x_BTD.flatten(0, 1), self.config.top_k
         to = by_expert(choices.experts_BTJ.view(-1, top_k), choices.kept_BTJ.view(-1, top_k), self.config.n_experts)
         y_QD = self.experts(Scatter.apply(x_ND, to.order_Q, to.place_Q), to.ends_E)
-        y_ND = Gather.apply(y_QD, choices.weights_BTJ.view(-1, top_k), to.order_Q, to.place_Q)
+        router = self.config.router
+        whole = router.renormalize and router.scale == 1.0
+        y_ND = Gather.apply(y_QD, choices.weights_BTJ.view(-1, top_k), to.order_Q, to.place_Q, whole)
         y_BTD = y_ND.view_as(x_BTD)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD, shared)[0]

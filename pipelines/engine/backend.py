@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.engine.errors import EngineError
-from pipelines.engine.gang import Gang, run_rank
+from pipelines.engine.gang import SAVING_SECONDS, Gang, run_rank
 from pipelines.engine.outcome import WorkerDiedError, guarded_call, log_tail, opened, portable_call
 
 Poll = Callable[[], None]
@@ -182,7 +183,7 @@ class RayBackend:
                 thread.join(POLL_SECONDS)
         except BaseException:
             gang.stop()
-            thread.join(20)
+            thread.join(SAVING_SECONDS + POLL_SECONDS)
             raise
         if not answer:
             raise WorkerDiedError("the gang ended without an answer: Ray itself went away.")
@@ -210,6 +211,7 @@ class RayBackend:
                     _check_address(self._address)
                 if not ray.is_initialized():
                     _in_lasting_thread(self._connect)
+                    _take_back_sigterm()
                     self._owned = True
                 elif self._address is not None:
                     _check_same(self._address, ray.get_runtime_context().gcs_address)
@@ -272,6 +274,13 @@ def _in_lasting_thread(connect: Callable[[], None]) -> None:
         if isinstance(error, EngineError):
             raise error
         raise EngineError(f"Ray could not be started or joined: {error}") from error
+
+
+def _take_back_sigterm() -> None:
+    """Let SIGTERM do again what this process had it do: Ray put a handler in its place that prints a stack and ends."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _check_address(address: str) -> None:

@@ -30,7 +30,11 @@ def canonical(value: Any, where: str = "settings") -> bytes:
 
 
 def identity(value: Any, where: str = "settings") -> Any:
-    """``value`` as plain JSON data without its execution fields; a field left at its default is part of it."""
+    """``value`` as plain JSON data without its execution fields.
+
+    A field left at its default is part of it, unless it is declared ``metadata={"absent_at_default": True}``: a field that
+    came later, whose default is what was always made, then moves no digest.
+    """
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
@@ -38,7 +42,7 @@ def identity(value: Any, where: str = "settings") -> Any:
             raise EngineError(f"{where} = {value!r} has no stable bytes; use a finite number or null.")
         return int(value) if value.is_integer() and abs(value) < 2**53 else value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = [field for field in dataclasses.fields(value) if not is_execution(field)]
+        kept = [field for field in dataclasses.fields(value) if not (is_execution(field) or is_absent(field, value))]
         return {field.name: identity(getattr(value, field.name), f"{where}.{field.name}") for field in kept}
     if isinstance(value, Mapping):
         for key in value:
@@ -57,3 +61,11 @@ def identity(value: Any, where: str = "settings") -> Any:
 def is_execution(field: dataclasses.Field[Any]) -> bool:
     """Whether a settings field only says where or how fast."""
     return bool(field.metadata.get("execution", False))
+
+
+def is_absent(field: dataclasses.Field[Any], settings: Any) -> bool:
+    """Whether a settings field is left out because it was added later and still has its default."""
+    if not field.metadata.get("absent_at_default", False):
+        return False
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return bool(getattr(settings, field.name) == default)

@@ -28,16 +28,15 @@ class Gang:
     """Folder where each rank's output goes to rank-N.log; when it is gone, the ranks end."""
 
     def stop(self) -> None:
-        """Make the ranks end by themselves, soon, wherever they are."""
+        """Ask the ranks, wherever they are, to save and leave; after SAVING_SECONDS they end as they are."""
         (self.logs / STOP).touch()
-
-    def goes_on(self) -> bool:
-        """Whether the ranks should live."""
-        return self.logs.is_dir() and not (self.logs / STOP).exists()
 
 
 STOP = "stop"
+STOP_FILE = "ATHANOR_STOP_FILE"
+"""Environment variable of a rank: the file that is there once the ranks are to leave."""
 GRACE_SECONDS = 2.0
+SAVING_SECONDS = 20.0
 
 
 def run_rank(gang: Gang) -> bytes:
@@ -45,7 +44,8 @@ def run_rank(gang: Gang) -> bytes:
     rank = os.environ["RANK"]
     if gang.logs.is_dir():
         _send_output_to(gang.logs / f"rank-{rank}.log")
-        _end_unless(gang.goes_on)
+        os.environ[STOP_FILE] = str(gang.logs / STOP)
+        _end_with(gang.logs)
     outcome = guarded(_run, gang)
     if gang.workers > 1 and failed(outcome):
         # A rank whose peer was killed fails with a network error, often before anyone noticed the kill, which is the
@@ -69,16 +69,19 @@ def _send_output_to(log: Path) -> None:
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
 
 
-def _end_unless(alive: Callable[[], bool], every_seconds: float = 2.0) -> None:
-    """End this process at once when ``alive()`` turns false.
+def _end_with(logs: Path, every_seconds: float = 1.0) -> None:
+    """End this process when the work folder goes, or some time after it was asked to leave.
 
     The work folder moves when another process takes the step over; ranks of the former owner must not go on training
     in a place that is not theirs any more, whether or not anyone could tell them.
     """
 
     def watch() -> None:
-        while alive():
+        asked_at: float | None = None
+        while logs.is_dir() and (asked_at is None or time.monotonic() - asked_at < SAVING_SECONDS):
             time.sleep(every_seconds)
+            if asked_at is None and (logs / STOP).exists():
+                asked_at = time.monotonic()
         os._exit(1)
 
     threading.Thread(target=watch, name="ends with the work folder", daemon=True).start()

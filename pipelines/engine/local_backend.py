@@ -14,12 +14,13 @@ import queue
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from pipelines.engine.backend import MAX_RETRIES, Poll, Resources, check_feasible
-from pipelines.engine.gang import Gang, run_rank
+from pipelines.engine.gang import SAVING_SECONDS, Gang, run_rank
 from pipelines.engine.outcome import WorkerDiedError, describe_exit, guarded_call, log_tail, opened, portable_call
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork of a process with threads or torch in it may hang
@@ -201,7 +202,12 @@ def _first_result(ranks: list[_Worker], gang: Gang, poll: Poll) -> Any:
     """Rank 0's result once every rank has returned. Raises a rank's error, or WorkerDiedError if one was killed."""
     results: dict[int, Any] = {}
     while len(results) < len(ranks):
-        poll()
+        try:
+            poll()
+        except BaseException:
+            gang.stop()
+            _wait_for_all(ranks)
+            raise
         pending = {rank.pipe: number for number, rank in enumerate(ranks) if number not in results}
         for pipe in wait(list(pending), timeout=POLL_SECONDS):
             number = pending[pipe]  # type: ignore[index]
@@ -212,6 +218,13 @@ def _first_result(ranks: list[_Worker], gang: Gang, poll: Poll) -> Any:
                 raise WorkerDiedError(f"rank {number} {how}.{log_tail(gang.logs / f'rank-{number}.log')}")
             results[number] = opened(opened(outcome))
     return results[0]
+
+
+def _wait_for_all(ranks: list[_Worker]) -> None:
+    """Until every rank has answered or ended, or the time to save is over."""
+    waiting, deadline = {rank.pipe for rank in ranks}, time.monotonic() + SAVING_SECONDS
+    while waiting and time.monotonic() < deadline:
+        waiting -= set(wait(list(waiting), timeout=POLL_SECONDS))
 
 
 def _rank_environment(rank: int, port: int, gang: Gang) -> dict[str, str]:

@@ -256,6 +256,9 @@ class _Run:
     def _abandon(self) -> None:
         """After Ctrl-C: let running steps notice, then give their leases back so that the next run starts at once."""
         self._cancelled.set()
+        for node, _ in self._running.values():
+            if node.step.resumes:
+                self._tell(node, "said", line="saving before it leaves; Ctrl-C again leaves at once")
         deadline = time.monotonic() + GOODBYE_SECONDS
         for _, thread in self._running.values():
             thread.join(max(0.0, deadline - time.monotonic()))

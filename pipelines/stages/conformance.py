@@ -1,4 +1,4 @@
-"""Ours against transformers, on one exported folder: tokens, chat, logits, greedy continuations.
+"""Ours against transformers, on one exported folder: tokens, chat, logits, greedy continuations (not of an encoder).
 
 The measure for "the same logits" is our own rounding: the model is run in fp32 and in fp64, and transformers in fp32
 may differ from ours by a few times what these two do. A wrong epsilon, a rotated pair or a transposed matrix differs by
@@ -23,15 +23,18 @@ from model.architectures import Transformer
 from model.build import build_model
 from model.config import ModelConfig
 from model.generate import Sampling, generate
-from model.interop import has_hf_class, load_pretrained
+from model.interop import has_hf_class, hf_config, load_pretrained
 from pipelines.engine.step import EngineError
 from pipelines.stages.weights import DTYPES
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+SAMPLE = "The sum of 17 and 25 is 42.\nLes œufs coûtent 3,50 €; 値段は変わらない。\n\tdef f(x): return x\n"
+"""What is compared on where nothing was held out: weights from outside that are fine-tuned on conversations alone."""
 ROUNDING_MULTIPLE = 8
 UNIT_ROUNDOFF = 2.0**-24
 COMPARED_TOKENS = 256
@@ -58,7 +61,7 @@ def check_export(
     tokenizer = Tokenizer.load(tokenizer_dir)
     theirs_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     documents = sorted((d for place in held_out for d in read_documents(place)), key=lambda document: document.id)
-    texts = [document.text for document in documents[:sample_documents]]
+    texts = [document.text for document in documents[:sample_documents]] or [SAMPLE]
     report = check_tokens(tokenizer, theirs_tokenizer, texts)
 
     config, state = load_pretrained(source)
@@ -66,14 +69,18 @@ def check_export(
         return report
     rounded = {name: tensor.to(DTYPES[precision]).float() for name, tensor in state.items()}
     ours, exact = (_ready(config, rounded, dtype) for dtype in (torch.float32, torch.float64))
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    theirs = _class_of(config).from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    begin = None if config.encoder is None else int(theirs.config.decoder_start_token_id)
     length = min(config.max_seq_len, COMPARED_TOKENS)
     samples = [[tokenizer.bos_id, *ids][:length] for ids in tokenizer.encode_batch(texts)]
-    logits = check_logits(ours, exact, theirs, samples)
+    logits = check_logits(ours, exact, theirs, samples, begin)
+    if not config.causal:
+        return report | logits
     prompts = [ids[: min(PROMPT_TOKENS, length // 2)] for ids in samples]
     new_tokens = min(generated_tokens, config.max_seq_len - max(map(len, prompts)))
     stop_ids = (tokenizer.eos_id, tokenizer.end_id)
-    return report | logits | check_continuations(ours, theirs, prompts, new_tokens, stop_ids, logits["tolerance"])
+    continued = check_continuations(ours, theirs, prompts, new_tokens, stop_ids, logits["tolerance"], begin)
+    return report | logits | continued
 
 
 def check_tokens(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> dict[str, Any]:
@@ -102,18 +109,19 @@ def check_tokens(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> dict[str
 
 @torch.inference_mode()
 def check_logits(
-    ours: Transformer, exact: Transformer, theirs: Any, samples: Sequence[Sequence[int]]
+    ours: Transformer, exact: Transformer, theirs: Any, samples: Sequence[Sequence[int]], begin: int | None = None
 ) -> dict[str, Any]:
     """Largest difference over all logits of the samples, beside the rounding of fp32; and the share of equal argmaxes.
 
-    `exact` is our model in fp64. Where two logits lie closer than the tolerance, either may win.
+    `exact` is our model in fp64. Where two logits lie closer than the tolerance, either may win. begin: what the decoder
+    behind an encoder starts with; both then read the sample.
     """
     error = rounding = largest = 0.0
     positions = agreed = 0
     for ids in samples:
-        tokens_BT = torch.tensor([ids])
-        ours_TV, exact_TV = ours(tokens_BT)["logits"][0], exact(tokens_BT)["logits"][0]
-        theirs_TV = theirs(tokens_BT).logits[0]
+        mine, yours = _inputs(ids, begin)
+        ours_TV, exact_TV = ours(**mine)["logits"][0], exact(**mine)["logits"][0]
+        theirs_TV = theirs(**yours).logits[0]
         error = max(error, float((theirs_TV - ours_TV).abs().max()))
         rounding = max(rounding, float((exact_TV - ours_TV).abs().max()))
         largest = max(largest, float(ours_TV.abs().max()))
@@ -144,13 +152,18 @@ def check_continuations(
     new_tokens: int,
     stop_ids: tuple[int, ...],
     tolerance: float,
+    begin: int | None = None,
 ) -> dict[str, Any]:
     """Greedy continuations of every prompt, ours with our cache and theirs with theirs: equal, token by token.
 
-    They may part where the two likeliest tokens are closer than rounding; such ties are counted.
+    begin: as in `check_logits`; an encoder reads the prompt, and the decoder continues from this token. They may part
+    where the two likeliest tokens are closer than rounding; such ties are counted.
     """
     ties = 0
-    mine = generate(ours, prompts, Sampling(max_new_tokens=new_tokens, temperature=0), stop_ids=stop_ids)
+    sampling = Sampling(max_new_tokens=new_tokens, temperature=0)
+    sources = None if begin is None else prompts
+    starts = prompts if begin is None else [[begin]] * len(prompts)
+    mine = generate(ours, starts, sampling, stop_ids=stop_ids, sources=sources)
     for number, (prompt, ids) in enumerate(zip(prompts, mine, strict=True)):
         tokens_BT = torch.tensor([prompt])
         out_BT = theirs.generate(
@@ -159,12 +172,14 @@ def check_continuations(
             max_new_tokens=new_tokens,
             do_sample=False,
             eos_token_id=list(stop_ids),
+            **({} if begin is None else {"forced_eos_token_id": None}),
         )
-        found = [token for token in out_BT[0, len(prompt) :].tolist() if token not in stop_ids]
+        found = [token for token in out_BT[0, len(starts[number]) :].tolist() if token not in stop_ids]
         if found == ids:
             continue
         parted = _parting(found, ids)
-        logits_V = ours(torch.tensor([[*prompt, *ids[:parted]]]))["logits"][0, -1]
+        memory = {} if begin is None else {"encoder_tokens_BT": tokens_BT}
+        logits_V = ours(torch.tensor([[*starts[number], *ids[:parted]]]), **memory)["logits"][0, -1]
         first, second = logits_V.topk(2).values.tolist()
         if first - second > 2 * tolerance:
             raise EngineError(
@@ -174,6 +189,23 @@ def check_continuations(
             )
         ties += 1
     return {"greedy_continuations": len(prompts), "greedy_ties": ties}
+
+
+def _class_of(config: ModelConfig) -> Any:
+    """The class of transformers that has this model's head."""
+    if config.causal and config.encoder is None:
+        return AutoModelForCausalLM
+    return getattr(transformers, hf_config(config)["architectures"][0])
+
+
+def _inputs(ids: Sequence[int], begin: int | None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What a pass over a sample is given, in our words and in theirs."""
+    tokens_BT = torch.tensor([ids])
+    if begin is None:
+        return {"tokens_BT": tokens_BT}, {"input_ids": tokens_BT}
+    said_BT = torch.tensor([[begin, *ids[:-1]]])
+    ours = {"tokens_BT": said_BT, "encoder_tokens_BT": tokens_BT}
+    return ours, {"input_ids": tokens_BT, "decoder_input_ids": said_BT}
 
 
 def _ready(config: ModelConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> Transformer:

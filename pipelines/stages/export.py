@@ -59,21 +59,31 @@ def write_model(settings: ExportSettings, source: Artifact, tokenizer: Artifact,
     from data.tokenizer import Tokenizer
     from data.tokenizer_json import export_tokenizer
     from model.interop import has_hf_class, hf_config, load_pretrained, save_pretrained
+    from model.position import LearnedPositionConfig
     from pipelines.stages.weights import DTYPES
 
     config, state = load_pretrained(source.path / "model")
     pieces = Tokenizer.load(tokenizer.path)
     ids = {"bos_token_id": pieces.bos_id, "eos_token_id": pieces.eos_id, "pad_token_id": pieces.pad_id}
+    if not config.causal and isinstance(config.position, LearnedPositionConfig) and config.position.offset:
+        ids["pad_token_id"] = config.position.offset - 1  # RoBERTa counts positions from behind this id
+    described = json.loads((source.path / "model" / "config.json").read_text(encoding="utf-8"))
+    if config.encoder is not None and (begin := described.get("decoder_start_token_id")) is not None:
+        ids["decoder_start_token_id"] = begin
     state = {name: tensor.to(DTYPES[settings.precision]) for name, tensor in state.items()}
     save_pretrained(state, config, folder, extra=ids)
-    # A document ends with </s>, a message with <|end|>: generation has to stop at either.
-    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
-    _write_json(folder / "generation_config.json", {**ids, "eos_token_id": [pieces.eos_id, pieces.end_id], **sampling})
-    export_tokenizer(tokenizer.path, folder, max_tokens=config.max_seq_len)
+    writes = config.causal and config.encoder is None
+    if config.causal:
+        # A document ends with </s>, a message with <|end|>: generation has to stop at either.
+        sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95} if writes else {}
+        ends = {"eos_token_id": [pieces.eos_id, pieces.end_id]}
+        _write_json(folder / "generation_config.json", {**ids, **ends, **sampling})
+    export_tokenizer(tokenizer.path, folder, max_tokens=config.max_seq_len, left_padded=writes)
     shutil.copyfile(tokenizer.path / "tokenizer.model", folder / "tokenizer.model")
     origin = f"from step {source.step} ({source.digest[:16]})"
     if has_hf_class(config):
-        card = f"# {hf_config(config)['architectures'][0]} {origin}\n\n{TRANSFORMERS_USE}"
+        name = hf_config(config)["architectures"][0]
+        card = f"# {name} {origin}\n\n{TRANSFORMERS_USE if writes else OTHER_USE.replace('CLASS', name)}"
     else:
         card = f"# A model in this program's own format, {origin}\n\nNo Hugging Face class computes it.\n"
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -124,4 +134,16 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0], skip_special
 Texts begin with `<s>`, which the tokenizer adds. Messages: `tokenizer.apply_chat_template(messages,
 add_generation_prompt=True)`. Text that may contain control pieces such as `<|end|>` has to be tokenized with
 `split_special_tokens=True`, so that it stays text.
+"""
+
+OTHER_USE = """\
+```python
+from transformers import AutoTokenizer, CLASS
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = CLASS.from_pretrained(".")
+```
+
+Texts begin with `<s>`, which the tokenizer adds. It was trained on rows of packed text by the objective that hides and asks
+back; `<mask>` or `<extra_id_0>` … stand where text is hidden.
 """

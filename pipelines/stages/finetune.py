@@ -24,6 +24,8 @@ from pipelines.training.settings import TrainSettings
 class FinetuneSettings:
     """Supervised fine-tuning on conversations, loss on the assistant's tokens only."""
 
+    init_from: str | None = field(default=None, metadata={"execution": True})
+    """A Hugging Face folder of weights to tune instead of a pretrained model; its content enters digests."""
     data: InstructionSettings = field(default_factory=InstructionSettings)
     too_long: Literal["truncate", "drop"] = "drop"
     epochs: float = 1.0
@@ -60,7 +62,8 @@ class FinetuneRun:
 
 
 def run(settings: FinetuneRun, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
-    """Inputs: pretrain, instructions, tokenizer. Writes model/ (adapters merged), adapter/ with LoRA, metrics.jsonl."""
+    """Inputs: pretrain (or the start that stands for it), instructions, tokenizer. Writes model/ (adapters merged),
+    adapter/ with LoRA, metrics.jsonl."""
     rows = inputs["instructions"]
     job = {
         "label": "finetune",

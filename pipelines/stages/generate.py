@@ -83,6 +83,11 @@ class TextGenerator:
         from pipelines.stages.weights import load_model
 
         model = load_model(model_dir, precision=precision, device=device)
+        if not model.config.causal or model.config.encoder is not None:
+            raise EngineError(
+                f"{model_dir} holds an encoder, or a decoder with one: it fills in what is hidden and continues no prompt. "
+                "Load its export with transformers, or generate with a decoder."
+            )
         return cls(model, Tokenizer.load(tokenizer_dir or model_dir))
 
     def quantize(self, kind: Quantization) -> str:

@@ -1,4 +1,4 @@
-"""Pretrain: packed rows → a trained decoder, by the loop in `training/loop.py` in several processes at once.
+"""Pretrain: packed rows → a trained model, by the loop in `training/loop.py` in several processes at once.
 
 The stage says what to train on and where to write. `training` knows neither the engine nor where rows come from.
 """
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from data.mixture import MixtureSettings
+from data.objective_settings import NextTokenSettings, ObjectiveChoice
 from data.order import OrderSettings
+from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from pipelines.engine.step import Artifact, Context
 from pipelines.engine.typed import to_plain
@@ -27,21 +29,28 @@ class PretrainSettings:
     train: TrainSettings
     order: OrderSettings = field(default_factory=OrderSettings)
     mixture: MixtureSettings = field(default_factory=MixtureSettings)
+    objective: ObjectiveChoice = field(default_factory=NextTokenSettings, metadata={"absent_at_default": True})
     compute: ComputeSettings = field(default_factory=ComputeSettings, metadata={"execution": True})
 
 
 def run(settings: PretrainSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
-    """Inputs: tokenizer, and shards (or shards-NAME for each source). Writes model/, metrics.jsonl, the last checkpoint."""
+    """Inputs: tokenizer, shards (or shards-NAME for each source), perhaps start, whose weights it begins with. Writes
+    model/, metrics.jsonl, the last checkpoint."""
     return train(job(settings, inputs, out_dir), settings.compute, out_dir, ctx)
 
 
 def job(settings: PretrainSettings, inputs: Mapping[str, Artifact], out_dir: Path) -> dict[str, Any]:
     """What every rank is told: plain data, so that it can be written down and run without the engine."""
+    asks = None
+    if not isinstance(settings.objective, NextTokenSettings):
+        asks = settings.objective.over(Tokenizer.load(inputs["tokenizer"].path), settings.order.seed)
     shards = {source_of(name): str(a.path) for name, a in inputs.items() if name.startswith("shards")}
     return {
         "label": "pretrain",
         "train": to_plain(settings.train),
         "model": to_plain(settings.model),
+        "init": str(inputs["start"].path / "model") if "start" in inputs else None,
+        "objective": to_plain(asks),
         "order": to_plain(settings.order),
         "mixture": to_plain(settings.mixture),
         "shards": shards,

@@ -42,13 +42,14 @@ def run(settings: ReportSettings, inputs: Mapping[str, Artifact], out_dir: Path,
         lstrip_blocks=True,
     )
     environment.filters |= {"count": charts.count, "bytes": bytes_text, "seconds": seconds_text, "figure": figure}
+    evaluated = inputs["evaluate"].metrics if "evaluate" in inputs else {}
     page = environment.get_template(TEMPLATE).render(
         title=settings.title,
         tiles=tiles(inputs),
         trainings=[training(name, inputs[name]) for name in ("pretrain", "finetune") if name in inputs],
         corpora=[corpus(name, artifact) for name, artifact in named(inputs, "corpus").items()],
         counts={name: numbers(inputs[name].metrics) for name in inputs if name.split("-")[0] in COUNTED},
-        evaluation=evaluation(inputs["evaluate"]) if "evaluate" in inputs else None,
+        evaluation=evaluation(inputs["evaluate"]) if "bits_per_byte" in evaluated else None,
         export=inputs["export"].metrics if "export" in inputs else None,
         lineage=[lineage(name, artifact) for name, artifact in inputs.items()],
         environment=next((artifact.manifest for artifact in inputs.values()), {}),
@@ -73,6 +74,11 @@ def tiles(inputs: Mapping[str, Artifact]) -> list[dict[str, str]]:
         remark = ", ".join(f"{name} {value:.2f}" for name, value in rivals.items())
         tile("clearly better than", ", ".join(beaten) or "none of them", remark)
         tile("perplexity", f"{scores['perplexity']:.1f}", "per token")
+    if "hidden_token_loss" in scores:
+        low, high = scores["hidden_token_loss_low"], scores["hidden_token_loss_high"]
+        remark = f"nats, held out; 95 % interval {low:.3f} – {high:.3f}"
+        tile("loss of a hidden token", f"{scores['hidden_token_loss']:.3f}", remark)
+        tile("hidden tokens found", f"{scores['hidden_token_accuracy']:.1%}", f"of {scores['scored_targets']:,}")
     trained = inputs["pretrain"].metrics if "pretrain" in inputs else {}
     if "parameters" in trained:
         tile("parameters", charts.count(trained["parameters"]))

@@ -1,8 +1,12 @@
-"""Tokenizer: a SentencePiece vocabulary trained on the cleaned training documents, held-out text never seen."""
+"""Tokenizer: a SentencePiece vocabulary trained on the cleaned training documents, held-out text never seen.
+
+Or, where training starts from a folder of weights that brings its tokenizer, that one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,25 @@ from pipelines.engine.step import Artifact, Context
 def run(settings: TokenizerSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Writes the model, its vocabulary and the chat template. Several corpora are read one after the other."""
     return dict(ctx.call(train, settings, [inputs[name] for name in sorted(inputs)], out_dir))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenTokenizer:
+    """Where the tokenizer lies; its files say what it is."""
+
+    folder: str = field(metadata={"execution": True})
+
+
+def take(settings: TakenTokenizer, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
+    """Copies the tokenizer that belongs to weights from outside."""
+    import shutil
+
+    from data.tokenizer import Tokenizer, tokenizer_files
+
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for file in tokenizer_files(Path(settings.folder)):
+        shutil.copyfile(file, out_dir / file.name)
+    return {"vocab_size": Tokenizer.load(out_dir).vocab_size}
 
 
 def train(settings: TokenizerSettings, corpora: list[Artifact], out_dir: Path) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 {"train": {…}, "out_dir": "…", "shards": {"corpus": "…"}, "order": {…}, "mixture": {…},
   "model": {…} | null, "init": "folder of weights" | null, "lora": {…} | null, "freeze": [patterns],
   "objective": {"kind": …} | null, "digests": {"shards": "…", "tokenizer": "…"}, "run_id": "…", "label": "pretrain"}
+
+With `model` and `init`, these weights in that model.
 """
 
 from __future__ import annotations
@@ -15,22 +17,22 @@ from typing import Any
 
 import torch
 
-from data.denoising import AnyObjective, MaskedToken, ObjectiveSettings
+from data.denoising import AnyObjective, ObjectiveSettings, SpanDenoising, TextInfilling
 from data.loader import Loader, order_over
 from data.mixture import MixtureSettings
-from data.objectives import NextToken
 from data.order import OrderSettings
 from data.shard_set import ShardSet
 from model.architectures import Transformer
 from model.build import build_model
 from model.config import ModelConfig
-from model.costs import FLOP_FORMULA, activation_bytes, forward_flops, train_flops_per_token
+from model.costs import FLOP_FORMULA, activation_bytes
 from model.interop import load_pretrained, save_adapter, save_pretrained
 from model.peft import LoraConfig, attach_lora, freeze, merged
 from pipelines.engine.typed import from_plain, to_plain
 from pipelines.training.errors import TrainingError
 from pipelines.training.hardware import keep_freed_memory
 from pipelines.training.loop import Run, train
+from pipelines.training.objective import check_suits, flops_per_token
 from pipelines.training.settings import BatchPlan, TrainSettings
 
 LARGEST_TOKENS = {"cpu": 8192, "cuda": 65536}
@@ -50,6 +52,8 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
     seq_len = next(iter(shard_sets.values())).seq_len
     model = _starting_model(job, settings)
     objective = _objective(job, model.config)
+    two_sided = objective if isinstance(objective, SpanDenoising | TextInfilling) else None
+    widths = None if two_sided is None else two_sided.widths(seq_len)
 
     def loader_factory(plan: BatchPlan, rank: int) -> Loader:
         return Loader(
@@ -72,7 +76,9 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
         if lora is not None:
             save_adapter(state, model.config, lora, folder.parent / "adapter")
             state = merged(state, lora)
-        save_pretrained(_finished(state, model.config, settings), model.config, folder)
+        # A decoder that begins with another piece than it was trained to continues with noise.
+        begins = {} if two_sided is None else {"decoder_start_token_id": two_sided.start_id}
+        save_pretrained(_finished(state, model.config, settings), model.config, folder, extra=begins)
 
     digests = {
         **job.get("digests", {}),
@@ -92,7 +98,7 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
         label=label,
         # Frozen weights have no gradient of their own, which is a third of the work.
         flops_per_token=(1 if lora is None else 2 / 3)
-        * _flops_per_token(model.config, objective, seq_len, _mean_piece_tokens(shard_sets)),
+        * flops_per_token(model.config, widths, seq_len, _mean_piece_tokens(shard_sets)),
         flop_formula=FLOP_FORMULA + ("" if lora is None else "; of that 2/3, as only adapters are trained"),
         largest_rows=_largest_rows(model.config, settings, seq_len),
         config={name: job[name] for name in ("train", "model", "order", "mixture", "digests") if name in job},
@@ -103,7 +109,9 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
 def _starting_model(job: Mapping[str, Any], settings: TrainSettings) -> Transformer:
     if job.get("init"):
         config, state = load_pretrained(Path(job["init"]))
-        model = build_model(config, device="meta")
+        model = build_model(
+            from_plain(ModelConfig, job["model"], "model") if job.get("model") else config, device="meta"
+        )
         model.load_state_dict({name: x.float() for name, x in state.items()}, assign=True)
         model.tie_weights()
         return model
@@ -113,28 +121,11 @@ def _starting_model(job: Mapping[str, Any], settings: TrainSettings) -> Transfor
 
 
 def _objective(job: Mapping[str, Any], config: ModelConfig) -> AnyObjective:
-    """What the rows ask, if it suits the model: an encoder is not asked for the next token, which it sees."""
+    """What the rows ask, if it suits the model."""
     asked = {"objective": job["objective"]} if job.get("objective") else {}
     objective = from_plain(ObjectiveSettings, asked, "job").objective
-    suits = {"next_token": "a causal model", "masked_token": "an encoder (model.causal=false)"}
-    is_one = (
-        "an encoder-decoder" if config.encoder is not None else suits["next_token" if config.causal else "masked_token"]
-    )
-    needs = suits.get(objective.kind, "an encoder-decoder")
-    if needs != is_one:
-        raise TrainingError(
-            f"objective.kind={objective.kind} trains {needs}, and this model is {is_one}: choose another objective or "
-            "another model."
-        )
+    check_suits(objective.kind, config)
     return objective
-
-
-def _flops_per_token(config: ModelConfig, objective: AnyObjective, seq_len: int, mean_piece_tokens: float) -> float:
-    """Forward and backward FLOPs for each token of a row, which a denoising objective shares out over both stacks."""
-    if isinstance(objective, NextToken | MaskedToken):
-        return train_flops_per_token(config, seq_len, mean_piece_tokens)
-    encoder_len, decoder_len = objective.widths(seq_len)
-    return 3 * forward_flops(config, rows=1, seq_len=decoder_len, encoder_len=encoder_len) / seq_len
 
 
 def _finished(state: dict[str, torch.Tensor], config: ModelConfig, settings: TrainSettings) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from model.stack import Stack
 from pipelines.training.checkpoint import Checkpoint, Checkpoints
 from pipelines.training.compile import compile_blocks
 from pipelines.training.errors import TrainingError, TrainingStopped
+from pipelines.training.expert_parallel import share_experts
 from pipelines.training.hardware import peak_flops
 from pipelines.training.metrics import (
     METRICS,
@@ -201,8 +202,9 @@ class Trainer:
         if saved is not None:
             saved.load_weights(model)
         compiled = self._prepare(model)
+        experts = share_experts(model, settings, ranks)
         optimizer = build_optimizer(model, settings.optim)
-        self.engine = ZeroEngine(model, optimizer, settings=settings, plan=plan, ranks=ranks)
+        self.engine = ZeroEngine(model, optimizer, settings=settings, plan=plan, ranks=ranks, experts=experts)
         self.first_step = self._restore(saved)
         self.step = self.first_step
         self._saved_step, self._saved_at = self.step if saved else -1, time.monotonic()
@@ -248,7 +250,7 @@ class Trainer:
                 self.save()
             if result.wish == STOP:
                 raise TrainingStopped(
-                    f"Stopped by a signal after step {self.step} of {self.plan.total_steps}, and saved. Run the same "
+                    f"Stopped as asked after step {self.step} of {self.plan.total_steps}, and saved. Run the same "
                     "command again to go on from there."
                 )
 
@@ -334,11 +336,12 @@ class Trainer:
         peak, source = peak_flops(self.ranks.device, self.settings.precision, self.ranks.threads)
         peaks = self.ranks.gather(torch.tensor([peak], dtype=torch.float64))
         self.speed = Speed(self.run.flops_per_token, float(peaks.sum()))
-        plan = self.plan
+        plan, shared = self.plan, self.settings.zero.expert_parallel
         self.say(
             f"{self.parameters / 1e6:,.1f} M parameters, {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens "
             f"({plan.micro_batch_rows} rows x {plan.accumulation} micro-batches x {plan.world_size} ranks), "
-            f"{self.settings.precision}, ZeRO {self.settings.zero.stage}, {self.ranks.device.type}, "
+            f"{self.settings.precision}, ZeRO {self.settings.zero.stage}, "
+            f"{'' if shared == 1 else f'experts shared by {shared} ranks, '}{self.ranks.device.type}, "
             f"{self.ranks.threads} threads a rank"
         )
         self.say(compiled)
@@ -352,7 +355,7 @@ class Trainer:
             (self.run.out_dir / "ds_config.json").write_text(json.dumps(self.engine.config, indent=2) + "\n")
 
     def _wish(self, signals: Signals) -> int:
-        if signals.caught is not None:
+        if signals.asks_to_stop:
             return STOP
         clock = self.settings.checkpoint
         if clock.every_steps is not None and (self.step + 1) % clock.every_steps == 0:

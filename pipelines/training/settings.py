@@ -90,14 +90,22 @@ class ZeroSettings:
     """What DeepSpeed's ranks share out: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters.
 
     bucket_elements: elements reduced or gathered in one message.
+    expert_parallel: how many ranks hold the experts of each layer together; each holds all of them at 1. In stages 0 to 2.
     """
 
     stage: int = 0
     bucket_elements: int = 50_000_000
+    expert_parallel: int = 1
 
     def __post_init__(self) -> None:
         _require("stage", self.stage, self.stage in (0, 1, 2, 3), "0, 1, 2 or 3")
         _require("bucket_elements", self.bucket_elements, self.bucket_elements > 0, "a count above 0")
+        _require("expert_parallel", self.expert_parallel, self.expert_parallel >= 1, "a number of ranks, at least 1")
+        if self.expert_parallel > 1 and self.stage == 3:
+            raise TrainingError(
+                f"expert_parallel = {self.expert_parallel} with stage = 3: in stage 3 DeepSpeed clips by the norm of what "
+                "it holds itself, and shared-out experts are not among that. Set stage=2, or expert_parallel=1."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

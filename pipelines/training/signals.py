@@ -1,7 +1,8 @@
-"""Leaving at the end of a step when asked to."""
+"""Leaving at the end of a step when asked to, by a signal or by a file."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -9,14 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SECONDS_OF_ONE_WISH = 2.0
+STOP_FILE = "ATHANOR_STOP_FILE"
+"""Environment variable: the file that is there once the ranks are to leave; set by whoever started them."""
 
 
 class Signals:
-    """The first SIGTERM or SIGINT, remembered until a step ends."""
+    """The first SIGTERM or SIGINT, remembered until a step ends; or the file that stands for one."""
 
     def __init__(self) -> None:
         self.caught: int | None = None
         self.caught_at = 0.0
+        self._file = os.environ.get(STOP_FILE)
+
+    @property
+    def asks_to_stop(self) -> bool:
+        return self.caught is not None or (self._file is not None and os.path.exists(self._file))
 
 
 @contextmanager
@@ -27,7 +35,7 @@ def catch_signals() -> Iterator[Signals]:
     """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
-        # Ray Train runs this in a thread, where no handler can be set; there the driver ends the ranks.
+        # Ray Train runs this in a thread, where no handler can be set; there the driver asks by file.
         yield signals
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -13,30 +13,15 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipelines.training.expert_parallel import ExpertParallel
+from pipelines.training.pieces import Piece
 from pipelines.training.ranks import Ranks
 from pipelines.training.settings import BatchPlan, TrainSettings
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of one parameter, counted over its flattened elements, that this rank keeps and updates.
-
-    weight: the fp32 master weights of the stretch, [numel]. owner: the tensor the optimizer knows, and under which its
-    state is kept; the stretch starts at element `offset` of it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    weight: torch.Tensor
-    owner: torch.Tensor
-    offset: int
 
 
 class ZeroEngine:
@@ -50,17 +35,25 @@ class ZeroEngine:
         settings: TrainSettings,
         plan: BatchPlan,
         ranks: Ranks,
+        experts: ExpertParallel | None = None,
     ) -> None:
+        """experts: those that were taken out of `model` to be shared out."""
         self._deepspeed = _import_deepspeed(ranks.device)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.config = ds_config(settings, plan, parameters=trained)
-        self.optimizer = optimizer
+        self.optimizer = optimizer if experts is None else experts.together(optimizer)
+        self._experts = experts
         self._stage, self._ranks, self._clip_norm = settings.zero.stage, ranks, settings.clip_norm
         with _quiet():
             self._engine = self._deepspeed.initialize(model=model, optimizer=optimizer, config=dict(self.config))[0]
         # Alone there is nothing to reduce, and stage 0 would copy every gradient to a bucket and back.
         self._engine.enable_backward_allreduce = self._stage > 0 or ranks.world_size > 1
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if experts is not None and self._stage > 0:
+            # DeepSpeed clips by, and drops an update for, the norm of what it holds; here is more.
+            wrapper = self._engine.optimizer
+            of_the_rest = wrapper.scaled_global_norm
+            wrapper.scaled_global_norm = lambda *_, **__: experts.total_norm(of_the_rest())
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The model's answer to one micro-batch; the keys of `batch` are its keyword names."""
@@ -81,10 +74,21 @@ class ZeroEngine:
 
         An update with an infinite or NaN gradient is dropped.
         """
+        if self._experts is not None:
+            self._experts.reduce()
+        norm, applied = self._step_of_the_rest()
+        if self._experts is not None:
+            self._experts.step(norm) if applied else self._experts.zero_grad()
+        return norm, applied
+
+    def _step_of_the_rest(self) -> tuple[float, bool]:
         if self._stage == 0:
             # DeepSpeed's stage 0 clips without telling the norm, and applies an update that is not finite.
             limit = float("inf") if self._clip_norm is None else self._clip_norm
-            norm = nn.utils.clip_grad_norm_(self._named.values(), limit).item()
+            total = nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
+            total = total if self._experts is None else self._experts.total_norm(total)
+            nn.utils.clip_grads_with_norm_(self._named.values(), limit, total)
+            norm = total.item()
             if not torch.isfinite(torch.tensor(norm)):
                 self._engine.zero_grad()
                 return norm, False
@@ -94,7 +98,10 @@ class ZeroEngine:
         return float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied())
 
     def pieces(self) -> list[Piece]:
-        """The stretches this rank updates; in stage 0 they are all there is, in every rank."""
+        """The stretches this rank updates; in stage 0 they are all there is, in every rank, but for experts."""
+        return self._pieces_of_the_rest() + ([] if self._experts is None else self._experts.pieces())
+
+    def _pieces_of_the_rest(self) -> list[Piece]:
         if self._stage == 0:
             return [Piece(name, tuple(p.shape), 0, p.data.view(-1), p, 0) for name, p in self._named.items()]
         find = _sharded_piece if self._stage == 3 else _flat_piece
@@ -103,8 +110,9 @@ class ZeroEngine:
 
     def pieces_to_write(self) -> list[Piece]:
         """This rank's share of them: over all ranks, each element of each trained parameter exactly once."""
-        pieces = self.pieces()
-        return pieces[self._ranks.rank :: self._ranks.world_size] if self._stage == 0 else pieces
+        pieces = self._pieces_of_the_rest()
+        pieces = pieces[self._ranks.rank :: self._ranks.world_size] if self._stage == 0 else pieces
+        return pieces + ([] if self._experts is None else self._experts.pieces_to_write())
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every buffer and parameter by name, whole, in rank 0. Other ranks must iterate along; in stage 3 they get no
@@ -116,6 +124,8 @@ class ZeroEngine:
                 continue
             with self._deepspeed.zero.GatheredParameters([parameter]):
                 yield name, parameter.detach() if self._ranks.is_first else torch.empty(0)
+        if self._experts is not None:
+            yield from self._experts.full_weights()
 
     @property
     def model(self) -> nn.Module:

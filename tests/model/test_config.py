@@ -14,7 +14,7 @@ from model.costs import parameter_counts
 from model.ffn import FfnConfig
 from model.generate import Sampling
 from model.grid import GridPositionConfig
-from model.heads import TargetWeight
+from model.heads import LanguageHeadConfig, TargetWeight
 from model.init import InitConfig
 from model.kernels.select import CAN
 from model.mixers.attention import AttentionConfig
@@ -102,6 +102,10 @@ PUBLISHED = {
         (lambda: GridAttentionConfig(text=0), "text is 0"),
         (lambda: GridAttentionConfig(kernel=4), "kernel is 4"),
         (lambda: GridPositionConfig(width=0), "width is 0"),
+        (
+            lambda: ModelConfig(vocab_size=8, head=LanguageHeadConfig(weights=(TargetWeight(first=8, weight=7.0),))),
+            "first=8",
+        ),
         (lambda: ModelConfig(mixer=GridAttentionConfig()), "position.kind is rope"),
         (lambda: replace(DALLE, causal=False), "causal is false with mixer.kind=grid"),
         (lambda: replace(MAMBA, causal=False), "causal is false with mixer.kind=mamba, which looks back only: set"),

@@ -37,7 +37,7 @@ CLASS = transformers.SwitchTransformersForConditionalGeneration
 
 
 @st.composite
-def described(draw: st.DrawFn) -> transformers.SwitchTransformersConfig:
+def described(draw: st.DrawFn, capacities: tuple[int, ...] = (2, 4, 64)) -> transformers.SwitchTransformersConfig:
     """A Switch Transformer of theirs of any shape that is small, some so short of capacity that tokens pass by."""
     layers = draw(st.integers(2, 4))
     sparse = {f"num_sparse_{stack}_layers": draw(st.integers(1, layers)) for stack in ("encoder", "decoder")}
@@ -51,7 +51,7 @@ def described(draw: st.DrawFn) -> transformers.SwitchTransformersConfig:
         num_decoder_layers=layers,
         **sparse,
         num_experts=draw(st.integers(2, 5)),
-        expert_capacity=draw(st.sampled_from([2, 4, 64])),
+        expert_capacity=draw(st.sampled_from(capacities)),
         relative_attention_num_buckets=draw(st.sampled_from([4, 8, 32])),
         relative_attention_max_distance=40,
         dense_act_fn=draw(st.sampled_from(["relu", "gelu_new"])),
@@ -78,11 +78,12 @@ def inputs(vocab_size: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_logits_gradients_and_bytes_are_the_references() -> None:
+@pytest.mark.parametrize("capacity", [2, 64])
+def test_logits_gradients_and_bytes_are_the_references(capacity: int) -> None:
     dropped = []
 
-    @settings(max_examples=5, deadline=None, phases=[Phase.generate])
-    @given(config=described())
+    @settings(max_examples=3, deadline=None, phases=[Phase.generate])
+    @given(config=described((capacity,)))
     def check(config: transformers.SwitchTransformersConfig) -> None:
         theirs = made(config)
         ours, given_ = imported(theirs), inputs(config.vocab_size)
@@ -109,7 +110,7 @@ def test_logits_gradients_and_bytes_are_the_references() -> None:
         assert_same_gradients(saved_gradients(theirs), gradients_of(ours))
 
     check()
-    assert max(dropped) > 0.2 and min(dropped) == 0  # both kinds of capacity were among them
+    assert max(dropped) > 0.2 if capacity == 2 else max(dropped) == 0
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -1,6 +1,7 @@
 """A dense model becomes one with experts without changing a logit, or is refused."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,22 @@ def test_logits_at_step_zero_are_the_dense_models(
     tokens_BT = torch.randint(0, config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
     expected, found = dense(tokens_BT)["logits"], sparse(tokens_BT)["logits"]
     assert (expected - found).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 2), (8, 3), (8, 8)])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_at_even_widths_they_are_so_to_the_last_bit(experts: int, top_k: int, scores: Any) -> None:
+    config = replace(LLAMA, d_model=64, ffn=replace(LLAMA.ffn, d_ff=192))
+    moe = MoeConfig(n_experts=experts, top_k=top_k, d_ff=192, shared_d_ff=64, router=RouterConfig(scores=scores))
+    target = replace(config, ffn=moe)
+    dense, sparse = build_model(config, seed=3).eval(), build_model(target).eval()
+    sparse.load_state_dict(upcycled(dense.state_dict(), config, target, seed=5))
+    tokens_BT = torch.randint(0, 97, (3, 50), generator=torch.Generator().manual_seed(0))
+    documents_BT = torch.ones_like(tokens_BT).int()
+    documents_BT[1, 31:] = 0
+    real_BT = documents_BT != 0
+    expected, found = (model(tokens_BT, documents_BT=documents_BT)["logits"] for model in (dense, sparse))
+    assert torch.equal(expected[real_BT], found[real_BT])
 
 
 def test_routers_differ_by_seed_and_layer_and_experts_are_copies() -> None:

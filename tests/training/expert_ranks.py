@@ -1,4 +1,5 @@
-"""A model with experts trained by two ranks, under each stage that shares; `test_experts.py` compares what they leave.
+"""A model with experts trained by two ranks, under each stage that shares and with experts shared out, and by four;
+`test_experts.py` compares what they leave. FOLDER has a run of one process already, `alone`, with its checkpoints.
 
 python -m tests.training.expert_ranks SHARDS FOLDER
 """
@@ -6,6 +7,7 @@ python -m tests.training.expert_ranks SHARDS FOLDER
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -36,23 +38,51 @@ def experts_job(make: Callable[..., dict[str, Any]], *args: Any, **settings: Any
     return {**make(*args, steps=5, precision="fp32", **settings), "model": MOE}
 
 
-def ranks_run(rank: int, port: int, shards: Path, folder: Path) -> None:
-    """One of two ranks, through all stages that share."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+def ranks_run(rank: int, world_size: int, port: int, shards: Path, folder: Path) -> None:
+    """One of two ranks, through all stages that share; or of four, where two hold all experts and two are their replica."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in names.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     from pipelines.training.job import run_rank
 
+    if world_size == 4:
+        zero = {"stage": 1, "expert_parallel": 2}
+        run_rank(experts_job(make_job, shards, folder / "four", zero=zero, micro_batch_rows=1))
+        torch.distributed.barrier()
+        return
     for stage in (1, 2, 3):
         # Two micro-batches on each rank, recomputed in stage 2.
         settings = {"zero": {"stage": stage}, "micro_batch_rows": 2, "recompute": stage == 2}
         run_rank(experts_job(make_job, shards, folder / f"z{stage}", **settings))
+    for stage, precision in ((0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16")):
+        zero = {"stage": stage, "expert_parallel": 2}
+        job = experts_job(make_job, shards, folder / f"e{stage}-{precision}", zero=zero, micro_batch_rows=2)
+        job["train"] |= {"precision": precision, "recompute": stage == 2, "checkpoint": CHECKPOINTS}
+        run_rank(job)
+    for begin, zero in (("alone", {"stage": 0, "expert_parallel": 2}), ("e1-fp32", {"stage": 1})):
+        if rank == 0:
+            copied(folder / begin, folder / f"from-{begin}")
+        torch.distributed.barrier()
+        job = experts_job(make_job, shards, folder / f"from-{begin}", zero=zero, micro_batch_rows=2)
+        run_rank({**job, "train": {**job["train"], "checkpoint": CHECKPOINTS}})
     torch.distributed.barrier()
 
 
+CHECKPOINTS = {"every_steps": 3, "every_seconds": None, "keep": 9, "keep_finished": True}
+
+
+def copied(begin: Path, out: Path) -> None:
+    """A run that has come as far as step 3 of another."""
+    shutil.copytree(begin / "checkpoints" / "step-00000003", out / "checkpoints" / "step-00000003")
+    rows = (begin / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(rows[:3]))
+
+
 if __name__ == "__main__":
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        free_port = free.getsockname()[1]
-    torch.multiprocessing.spawn(ranks_run, (free_port, Path(sys.argv[1]), Path(sys.argv[2])), nprocs=2)
+    for ranks in (2, 4):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            free_port = free.getsockname()[1]
+        arguments = (ranks, free_port, Path(sys.argv[1]), Path(sys.argv[2]))
+        torch.multiprocessing.spawn(ranks_run, arguments, nprocs=ranks)

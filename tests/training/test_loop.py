@@ -222,7 +222,7 @@ def test_killed_anywhere_a_run_ends_with_the_same_losses_and_weights(job: Make) 
     second.send_signal(signal.SIGTERM)
     _, said = second.communicate(timeout=60)
     assert second.returncode == 143, said
-    stopped_after = int(said.split("Stopped by a signal after step ")[1].split()[0])
+    stopped_after = int(said.split("Stopped as asked after step ")[1].split()[0])
     assert (out / f"checkpoints/step-{stopped_after:08d}/state.json").exists()
     assert start(killed).wait(timeout=300) == 0
     assert reference.wait(timeout=300) == 0

@@ -1,0 +1,172 @@
+"""Evaluate a model that fills in what is hidden: its own objective, asked of held-out documents.
+
+Encoders and encoder-decoders give no probability to a text from left to right, so they have no bits per byte. What they can
+be asked is the loss of each hidden token (each token the decoder says) and how often the likeliest is right. What is hidden
+hangs on `evaluate.seed` and the document alone: models of one tokenizer and objective are asked the same.
+
+Writes results.json, results.md and documents.parquet (one row per document).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.denoising import AnyObjective
+from data.document import Document, read_documents
+from data.objective_settings import ObjectiveChoice
+from data.objectives import Examples
+from data.packing import TokenDocument, pack_stream, token_dtype
+from data.tokenizer import Tokenizer
+from pipelines.engine.step import Artifact, Context
+from pipelines.engine.typed import to_plain
+from pipelines.stages.evaluate_settings import EvaluateSettings
+from pipelines.stages.inputs import named
+from pipelines.stages.intervals import interval, resample_sums
+
+if TYPE_CHECKING:
+    from model.architectures import Transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiseSettings:
+    """What is asked, in rows of how many tokens; of `evaluate`: documents, bytes, resamples, seed and precision count."""
+
+    evaluate: EvaluateSettings
+    objective: ObjectiveChoice
+    seq_len: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One worker's part: some held-out documents, by their ids."""
+
+    settings: DenoiseSettings
+    tokenizer: Artifact
+    model: Artifact
+    corpora: tuple[Artifact, ...]
+    ids: tuple[str, ...]
+
+
+def run(settings: DenoiseSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
+    """Inputs: corpus (or several, corpus-NAME), tokenizer, pretrain. Returns the figures of results.json."""
+    from pipelines.stages import held_out
+
+    asked = settings.evaluate
+    corpora = named(inputs, "corpus")
+    chosen = {name: held_out.choose(artifact.path, asked) for name, artifact in corpora.items()}
+    documents = list({document.id: document for part in chosen.values() for document in part.documents}.values())
+    groups = held_out.group_by_bytes(documents, asked.bytes_per_shard)
+    work = {
+        f"hidden-{number:03d}": Work(
+            settings=settings,
+            tokenizer=inputs["tokenizer"],
+            model=inputs["pretrain"],
+            corpora=tuple(corpora.values()),
+            ids=tuple(documents[place].id for place in group),
+        )
+        for number, group in enumerate(groups)
+    }
+    done = ctx.map_shards(measure, work, label="measurements", gpus=asked.gpus_per_task)
+    columns = {
+        name: np.array([value for shard in work for value in done[shard][name]])
+        for name in ("id", "targets", "nats", "right")
+    }
+    table_NK = np.column_stack([columns["targets"], columns["nats"], columns["right"]]).astype(np.float64)
+    targets, nats, right = table_NK.sum(0)
+    draws_RK = resample_sums(table_NK, resamples=asked.bootstrap_resamples, seed=asked.seed)
+    loss = interval(nats / targets, draws_RK[:, 1] / draws_RK[:, 0])
+    accuracy = interval(right / targets, draws_RK[:, 2] / draws_RK[:, 0])
+    scored = {"documents": len(documents), "targets": int(targets)}
+    results = {
+        "objective": to_plain(settings.objective),
+        "held_out": {name: part.card() for name, part in chosen.items()},
+        "scored": scored,
+        "hidden_token_loss": asdict(loss),
+        "hidden_token_accuracy": asdict(accuracy),
+    }
+    (out_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    words = (
+        f"{settings.objective.kind} on {len(documents)} held-out documents, {int(targets):,} hidden tokens: loss "
+        f"{loss.value:.4f} nats [{loss.low:.4f}, {loss.high:.4f}], {accuracy.value:.1%} right "
+        f"[{accuracy.low:.1%}, {accuracy.high:.1%}]"
+    )
+    (out_dir / "results.md").write_text(f"{words}. Brackets: 95 %, bootstrap over documents.\n", encoding="utf-8")
+    pq.write_table(pa.table(columns), out_dir / "documents.parquet", compression="zstd")
+    ctx.say(f"{words}; bits per byte, tasks and samples are for models that write from left to right")
+    return {
+        "hidden_token_loss": loss.value,
+        "hidden_token_loss_low": loss.low,
+        "hidden_token_loss_high": loss.high,
+        "hidden_token_perplexity": math.exp(loss.value),
+        "hidden_token_accuracy": accuracy.value,
+        **{f"scored_{unit}": count for unit, count in scored.items()},
+    }
+
+
+def measure(work: Work, out_dir: Path) -> dict[str, Any]:
+    """Targets, nats and likeliest tokens that are right, of each document of this part."""
+    from pipelines.stages.weights import load_model
+
+    asked = work.settings.evaluate
+    tokenizer = Tokenizer.load(work.tokenizer.path)
+    objective = work.settings.objective.over(tokenizer, asked.seed)
+    device = "cuda" if asked.gpus_per_task else "cpu"
+    model = load_model(work.model.path / "model", precision=asked.precision, device=device)
+    wanted = set(work.ids)
+    found = {
+        document.id: document
+        for corpus in work.corpora
+        for document in read_documents(corpus.path / "heldout")
+        if document.id in wanted
+    }
+    at_once = max(1, asked.tokens_per_batch // work.settings.seq_len)
+    sums = [
+        score(model, hidden(found[identity], tokenizer, objective, work.settings.seq_len), at_once)
+        for identity in work.ids
+    ]
+    targets, nats, right = zip(*sums, strict=True)
+    return {"id": list(work.ids), "targets": list(targets), "nats": list(nats), "right": list(right)}
+
+
+def hidden(document: Document, tokenizer: Tokenizer, objective: AnyObjective, seq_len: int) -> Examples:
+    """A document cut into rows as shards are, and what the objective makes of them."""
+    tokens = TokenDocument(id=document.id, source="", position=0, tokens=tokenizer.encode(document.text))
+    rows = pack_stream(
+        [tokens],
+        seq_len=seq_len,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        dtype=token_dtype(tokenizer.vocab_size),
+    )
+    first = int(hashlib.sha256(document.id.encode()).hexdigest()[:12], 16)
+    return objective(rows, first + np.arange(len(rows)))
+
+
+def score(model: Transformer, examples: Examples, rows_at_once: int) -> tuple[int, float, int]:
+    """(targets, their nats, likeliest tokens that are right) of some rows."""
+    import torch
+
+    from data.batch import collate
+
+    device = next(model.parameters()).device
+    targets, nats, right = 0, 0.0, 0
+    with torch.inference_mode():
+        for start in range(0, len(examples.tokens_RT), rows_at_once):
+            batch = {name: x.to(device) for name, x in collate(examples, start, start + rows_at_once).items()}
+            said = model(**batch, per_token=True)
+            is_target_BT = batch["targets_BT"] >= 0
+            targets += int(is_target_BT.sum())
+            nats += float(said["nll"][is_target_BT].double().sum())
+            right += int(said["is_top"][is_target_BT].sum())
+    return targets, nats, right

@@ -1,0 +1,162 @@
+"""Start: a folder of weights from outside, checked and taken into the store, for training to begin with.
+
+    start = Start.open("pretrain.init_from", "weights/gpt2")      # looks at config.json and which files there are
+    start.config                                                  # the ModelConfig that the folder describes
+
+What the folder holds enters digests by its bytes and never by where it lies. The artifact has the folder's own safetensors
+and config.json in model/, where a pretrained model's lie too: fine-tuning and evaluation take the one for the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.tokenizer import Tokenizer, tokenizer_files
+from model.config import ModelConfig
+from model.interop import checkpoint_files, config_from_hf, has_hf_class, hf_config, read_config
+from model.position import LearnedPositionConfig
+from pipelines.engine.step import Artifact, Context, EngineError
+from pipelines.engine.typed import to_plain
+
+TRAINING_ONLY = ("dropout", "z_loss")
+"""Fields of a model that are no part of what its weights compute: what the settings say of them holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartSettings:
+    """Where the folder lies, and whether its tokenizer is used: where and how, never what."""
+
+    folder: str = field(metadata={"execution": True})
+    brings_tokenizer: bool = field(default=False, metadata={"execution": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A folder of weights, as far as it can be told without reading them.
+
+    setting: what names it, for messages. tokenizer: its files, none where it has no tokenizer that this program reads.
+    """
+
+    setting: str
+    folder: Path
+    config: ModelConfig
+    weights: tuple[Path, ...]
+    tokenizer: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, setting: str, folder: str) -> Start:
+        """Raises EngineError or ModelError for a folder that no training can begin with."""
+        path = Path(folder).expanduser().absolute()
+        if not path.is_dir():
+            raise EngineError(
+                f"{setting}={folder}: no such folder; give a Hugging Face checkpoint on this disk, with config.json and "
+                "safetensors."
+            )
+        config, weights = read_config(path), tuple(checkpoint_files(path))
+        if not config.frontend.uses_vocabulary or config.head.kind != "language":
+            raise EngineError(
+                f"{setting}={folder}: its model has frontend.kind={config.frontend.kind} and "
+                f"head.kind={config.head.kind}, and rows of text train one that reads tokens and has head.kind=language; "
+                "give a checkpoint of a language model."
+            )
+        try:
+            held = Tokenizer.load(path).vocab_size
+        except DataError:
+            return cls(setting=setting, folder=path, config=config, weights=weights, tokenizer=())
+        if held > config.require_vocab_size():
+            raise EngineError(
+                f"{setting}={folder}: its tokenizer has {held:,} pieces and its model vocab_size "
+                f"{config.vocab_size:,}; a model has a row for each piece at least. Give the folder's own tokenizer."
+            )
+        files = tuple(tokenizer_files(path))
+        return cls(setting=setting, folder=path, config=config, weights=weights, tokenizer=files)
+
+    @property
+    def settings(self) -> StartSettings:
+        """What the step is told."""
+        return StartSettings(folder=str(self.folder), brings_tokenizer=bool(self.tokenizer))
+
+    def model(self, asked: ModelConfig, seq_len: int) -> ModelConfig:
+        """The folder's model with what only training looks at as `asked` has it, for rows of `seq_len`."""
+        for stack in (self.config, self.config.encoder):
+            if stack is not None and isinstance(stack.position, LearnedPositionConfig) and stack.n_positions < seq_len:
+                raise EngineError(
+                    f"shards.seq_len = {seq_len:,}: the model of {self.setting}={self.folder} has learned "
+                    f"{stack.n_positions:,} positions and knows none beyond; use shards.seq_len={stack.n_positions}."
+                )
+        said = {name: getattr(asked, name) for name in TRAINING_ONLY}
+        encoder = self.config.encoder
+        if encoder is not None:
+            encoder = replace(encoder, dropout=asked.dropout, max_seq_len=max(encoder.max_seq_len, seq_len))
+        return replace(self.config, **said, encoder=encoder, max_seq_len=max(self.config.max_seq_len, seq_len))
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Whether a tokenizer trained here fits the model; it has a multiple of 128 pieces. Raises EngineError."""
+        rows = self.config.require_vocab_size()
+        if not self.tokenizer and vocab_size != (fitting := rows // 128 * 128):
+            raise EngineError(
+                f"tokenizer.vocab_size = {vocab_size:,} and {self.setting}={self.folder} with vocab_size {rows:,}: the "
+                "folder has no tokenizer that this program reads (a tokenizer.model and chat_template.jinja of its own "
+                "making), so one is trained here and has to fill the model's vocabulary. Set "
+                f"tokenizer.vocab_size={fitting}, or add the tokenizer that belongs to the weights."
+            )
+
+    def check_model(self, given: ModelConfig, chosen: Iterable[str]) -> None:
+        """Whether what was chosen by hand is what the folder says; `chosen`: the dotted fields that were.
+
+        Raises EngineError with the first field that differs and both values.
+        """
+        theirs, ours = to_plain(as_told(self.config, self.config)), to_plain(as_told(given, self.config))
+        for path in chosen:
+            if {*TRAINING_ONLY, "init"} & set(path.split(".")):
+                continue
+            here, there = _at(ours, path), _at(theirs, path)
+            if here != there:
+                raise EngineError(
+                    f"model.{path} = {here!r}, and {self.setting}={self.folder} has {there!r}: a model that starts from "
+                    "weights is what they are. Leave out model=… and model.…, or start from other weights."
+                )
+
+
+def as_told(config: ModelConfig, like: ModelConfig) -> ModelConfig:
+    """A model in the words of an imported one, so that what computes the same compares equal."""
+    if config.vocab_size is None:
+        config = replace(config, vocab_size=like.vocab_size)
+    return config_from_hf(hf_config(config)) if has_hf_class(config) else config
+
+
+def run(settings: StartSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
+    """Writes model/. Raises ModelError listing the tensors that are missing, not expected or of another shape."""
+    ctx.say(
+        f"the tokenizer is that of {settings.folder}; none is trained, whatever tokenizer.* says"
+        if settings.brings_tokenizer
+        else f"{settings.folder} has no tokenizer that this program reads: one is trained here, and its pieces begin with "
+        "embeddings that stood for others"
+    )
+    return dict(ctx.call(take, settings.folder, out_dir / "model"))
+
+
+def take(folder: str, out_dir: Path) -> dict[str, Any]:
+    """Check every tensor, then copy the files. Runs in a worker: it reads all weights."""
+    import shutil
+
+    from model.interop import load_pretrained
+
+    source = Path(folder)
+    config, state = load_pretrained(source)
+    out_dir.mkdir(parents=True)
+    for file in checkpoint_files(source):
+        shutil.copyfile(file, out_dir / file.name)
+    held = {name: tensor for name, tensor in state.items() if name not in config.tied_weights}
+    return {"parameters": sum(tensor.numel() for tensor in held.values()), "tensors": len(held)}
+
+
+def _at(plain: Any, path: str) -> Any:
+    """A value of nested mappings by its dotted path; None where there is none."""
+    for name in path.split("."):
+        plain = plain.get(name) if isinstance(plain, Mapping) else None
+    return plain

@@ -1,0 +1,53 @@
+"""Which objective suits which model, and what a token of a row costs under it."""
+
+from __future__ import annotations
+
+from model.config import ModelConfig
+from model.costs import forward_flops, train_flops_per_token
+from pipelines.training.errors import TrainingError
+
+NEEDS = {
+    "next_token": "a causal model",
+    "masked_token": "an encoder (model.causal=false)",
+    "span_denoising": "an encoder-decoder",
+    "text_infilling": "an encoder-decoder",
+}
+REMEDIES = {
+    "a causal model": "objective=next_token",
+    "an encoder (model.causal=false)": "objective=masked_token",
+    "an encoder-decoder": "objective=span_denoising or objective=text_infilling",
+}
+PRESETS = {
+    "a causal model": "model=gpt2-124m",
+    "an encoder (model.causal=false)": "model=bert-base",
+    "an encoder-decoder": "model=t5-small",
+}
+
+
+def check_suits(kind: str, config: ModelConfig) -> None:
+    """Whether an objective trains such a model: an encoder is not asked for the next token, which it sees.
+
+    Raises TrainingError.
+    """
+    needs = NEEDS[kind]
+    is_one = "an encoder (model.causal=false)" if not config.causal else "a causal model"
+    if config.encoder is not None:
+        is_one = "an encoder-decoder"
+    if needs != is_one:
+        raise TrainingError(
+            f"objective.kind={kind} trains {needs}, and this model is {is_one}: set {REMEDIES[is_one]}, or choose a "
+            f"model that is {needs}, such as {PRESETS[needs]}."
+        )
+
+
+def flops_per_token(
+    config: ModelConfig, widths: tuple[int, int] | None, seq_len: int, mean_piece_tokens: float | None = None
+) -> float:
+    """Forward and backward FLOPs for each token of a row.
+
+    widths: tokens of a row that encoder and decoder read, over which a denoising objective shares it out.
+    """
+    if widths is None:
+        return train_flops_per_token(config, seq_len, mean_piece_tokens)
+    encoder_len, decoder_len = widths
+    return 3 * forward_flops(config, rows=1, seq_len=decoder_len, encoder_len=encoder_len) / seq_len

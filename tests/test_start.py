@@ -1,0 +1,164 @@
+"""`init_from=DIR` through the command line: what moves, what is refused, and whole runs from a folder of weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from pipelines.engine.files import FileHashes
+from pipelines.engine.resolve import resolve
+from pipelines.graph import build
+from pipelines.settings import compose
+from tests.conftest import athanor, tiny
+from tests.stages.conftest import save_model
+from tests.test_bad_input import LOCAL, complaint
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of 512 pieces, as a Hugging Face folder without a tokenizer."""
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    save_model(folder, seed=3, vocab_size=512)
+    return folder
+
+
+def digests(*overrides: str) -> dict[str, str]:
+    hashes = FileHashes(Path(tempfile.mkdtemp()) / "hashes.json")
+    return {node.name: node.digest for node in resolve(list(build(compose(overrides)).values()), hashes).nodes}
+
+
+def with_weights(corpus_dir: Path, folder: Path, *more: str) -> list[str]:
+    words = tiny(corpus_dir, Path("runs"), f"pretrain.init_from={folder}", *more)
+    return [word for word in words if word != "model=tiny"]
+
+
+def test_one_byte_of_the_weights_moves_what_begins_with_them_and_what_follows(
+    corpus_dir: Path, weights: Path, tmp_path: Path
+) -> None:
+    before = digests(*with_weights(corpus_dir, weights))
+    moved = shutil.copytree(weights, tmp_path / "elsewhere")
+    assert digests(*with_weights(corpus_dir, moved)) == before
+    file = moved / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    after = digests(*with_weights(corpus_dir, moved))
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"start", "pretrain", "finetune", "evaluate", "export", "report"}
+
+
+def test_without_a_folder_nothing_of_it_is_in_the_graph(corpus_dir: Path, tmp_path: Path) -> None:
+    assert "start" not in digests(*tiny(corpus_dir, tmp_path))
+
+
+def test_fine_tuning_of_a_folder_pretrains_nothing(corpus_dir: Path, weights: Path, tmp_path: Path) -> None:
+    words = [word for word in tiny(corpus_dir, tmp_path, f"finetune.init_from={weights}") if word != "model=tiny"]
+    steps = build(compose(words))
+    assert "pretrain" not in steps
+    assert steps["finetune"].inputs["pretrain"] is steps["evaluate"].inputs["pretrain"] is steps["start"]
+
+
+def test_mistakes_are_told_with_the_value_and_the_remedy(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, weights: Path, tmp_path: Path
+) -> None:
+    def said(folder: Path, *more: str) -> str:
+        return complaint(capsys, "run", *with_weights(corpus_dir, folder, f"store={tmp_path / 'store'}", LOCAL, *more))
+
+    assert "no such folder" in said(tmp_path / "none")
+    empty, pickled = tmp_path / "empty", tmp_path / "pickled"
+    for folder in (empty, pickled):
+        folder.mkdir()
+    assert f"{empty / 'config.json'} does not exist" in said(empty)
+    shutil.copy(weights / "config.json", pickled / "config.json")
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    assert "only pytorch_model.bin" in said(pickled)
+    assert "model.d_model = 96, and pretrain.init_from" in said(weights, "model.d_model=96")
+    assert "has 64" in said(weights, "model=demo")
+    assert "Set tokenizer.vocab_size=512" in said(weights, "tokenizer.vocab_size=640")
+    assert "set one of the two" in said(weights, f"finetune.init_from={weights}")
+    pictures = tmp_path / "pictures"
+    shutil.copytree(weights, pictures)
+    vit = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "num_labels": 3}
+    (pictures / "config.json").write_text(json.dumps(vit))
+    assert "reads tokens" in said(pictures)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_folder_with_another_tokenizer_than_its_model_is_refused(
+    capsys: pytest.CaptureFixture[str], weights: Path, small_tokenizer: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(weights, tmp_path / "both")
+    for file in small_tokenizer.iterdir():
+        shutil.copy(file, folder / file.name)
+    said = complaint(capsys, "plan", *with_weights(corpus_dir, folder))
+    assert "its tokenizer has 640 pieces and its model vocab_size 512" in said
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 640 pieces."""
+    from data.tokenizer import TokenizerSettings, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = [path.read_text() for path in corpus_dir.glob("json-*.py")]
+    train_tokenizer(texts, TokenizerSettings(vocab_size=640), folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_an_exported_model_is_trained_further_and_tuned_without_pretraining(corpus_dir: Path, tmp_path: Path) -> None:
+    first = tiny(corpus_dir, tmp_path / "first", LOCAL, "finetune=none")
+    athanor("run", *first)
+    [exported] = (tmp_path / "first").glob("export/*/model")
+    words = [word for word in tiny(corpus_dir, tmp_path / "second", LOCAL) if word != "model=tiny"]
+
+    further = athanor("run", *words, f"pretrain.init_from={exported}")
+    assert "the tokenizer is that of" in further.stderr
+    begins = {}
+    for name in ("first", "second"):
+        [path] = (tmp_path / name).glob("pretrain/*/metrics.jsonl")
+        begins[name] = json.loads(path.read_text().splitlines()[0])["loss"]
+    assert begins["second"] < begins["first"] - 0.5  # it goes on where the first ended
+    [taken] = (tmp_path / "second").glob("tokenizer/*/tokenizer.model")
+    assert taken.read_bytes() == (exported / "tokenizer.model").read_bytes()
+
+    tuned = athanor("run", *words, f"finetune.init_from={exported}")
+    assert re.search("^finetune +made", tuned.stdout, re.MULTILINE) and "\npretrain" not in tuned.stdout
+    [start] = {path.parent for path in (tmp_path / "second").glob("start/*/model")}
+    newest = max((tmp_path / "second").glob("evaluate/*/results.json"), key=lambda path: path.stat().st_mtime)
+    assert {"base", "finetuned"} <= set(json.loads(newest.read_text())["scores"])
+    assert (start / "manifest.json").exists()
+
+    # Conversations alone are enough: no corpus, so nothing is evaluated, and the export is still proven.
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"prompt": f"Say {n}.", "completion": f"{n}!"}) + "\n" for n in range(60)))
+    alone = [
+        *(word for word in words if not word.startswith(("corpus.", "finetune=", "finetune.data"))),
+        *("finetune=chat", f"finetune.data.paths=[{chats}]", f"finetune.init_from={exported}"),
+    ]
+    said = athanor("run", *alone).stdout
+    assert re.search("^export +made", said, re.MULTILINE) and "\nevaluate" not in said
+    answer = athanor("generate", *alone, "--chat", "--prompt", "Say 3.", "--max-tokens", "4")
+    assert answer.returncode == 0
+
+
+@pytest.mark.slow
+def test_tensors_that_do_not_fit_are_listed_through_the_command_line(
+    corpus_dir: Path, weights: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    folder = shutil.copytree(weights, tmp_path / "broken")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != "model.norm.weight"}  # noqa: SIM118
+    save_file(tensors, folder / "model.safetensors")
+    words = with_weights(corpus_dir, folder, f"store={tmp_path / 'store'}", LOCAL)
+    refused = athanor("run", *words, "--until", "pretrain", check=False)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "1 missing: model.norm.weight" in refused.stderr
