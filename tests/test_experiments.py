@@ -13,6 +13,7 @@ from pipelines.engine.store import open_store
 from pipelines.graph import build
 from pipelines.planning import estimate, memory_per_rank
 from pipelines.settings import compose, options
+from pipelines.teach import settings_help
 from tests.conftest import ROOT
 
 PARAMETERS = {"gpt2-124m": 124.5e6, "llama-1b": 1.236e9, "llama-8b": 8.03e9}
@@ -46,3 +47,9 @@ def test_plan_loads_neither_the_compiler_nor_anything_that_runs() -> None:
     )
     said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.strip() == "[]"
+
+
+def test_help_beside_an_experiment_shows_its_values_and_the_kinds_it_chose() -> None:
+    plain, demo = settings_help().splitlines(), settings_help(["experiment=demo", "optim=adamw"]).splitlines()
+    assert "  shards.seq_len = 1024" in plain and "  shards.seq_len = 256" in demo
+    assert any("with optim.kind=muon" in line for line in plain) and not any("optim.kind=muon" in line for line in demo)
