@@ -111,7 +111,17 @@ def timed(command: list[str], overrides: list[str]) -> dict[str, object]:
         subprocess.run([*command, *overrides, f"store={store}"], check=True, stdout=sys.stderr)
         seconds = time.perf_counter() - began
         manifests = [json.loads(path.read_text()) for path in Path(store).glob("*/*/manifest.json")]
-    return {"seconds": seconds, "steps": {manifest["step"]: manifest["seconds"] for manifest in manifests}}
+    return {
+        "seconds": seconds,
+        "steps": {manifest["step"]: manifest["seconds"] for manifest in manifests},
+        "figures": {
+            f"{manifest['step']}.{name}": value
+            for manifest in manifests
+            if manifest["step"] in ("pretrain", "evaluate")
+            for name, value in manifest["metrics"].items()
+            if isinstance(value, int | float)
+        },
+    }
 
 
 if __name__ == "__main__":
