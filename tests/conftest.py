@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,10 @@ settings.register_profile("athanor", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "athanor"))
 
 ROOT = Path(__file__).parents[1]
+
+if "ATHANOR_CACHE" not in os.environ:  # of this machine's user; workers and commands inherit ours
+    os.environ["ATHANOR_CACHE"] = tempfile.mkdtemp(prefix="athanor-cache-")
+    atexit.register(shutil.rmtree, os.environ["ATHANOR_CACHE"], ignore_errors=True)
 
 TINY = (
     "experiment=text",
