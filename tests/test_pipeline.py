@@ -154,6 +154,39 @@ def test_two_ranks_under_torchrun_see_the_same_batches_and_nearly_the_same_losse
     assert max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(one, two, strict=True)) < 2e-2
 
 
+ADAMW = ("optim=adamw", "pretrain.precision=fp32", "--until", "pretrain")
+
+
+@pytest.fixture(scope="module")
+def one_rank(finished: dict[str, Any], corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a pretraining with AdamW in fp32 by one process, over the shards that are there."""
+    store = tmp_path_factory.mktemp("one-rank")
+    copy_shards(finished["store"], store)
+    athanor("run", *tiny(corpus_dir, store, "compute.backend=local", "compute.cpus_per_rank=1"), *ADAMW)
+    return store
+
+
+def copy_shards(source: Path, target: Path) -> None:
+    for step in ("corpus", "tokenizer", "shards"):
+        shutil.copytree(source / step, target / step)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_under_ray_share_the_state_out_and_train_the_same(
+    one_rank: Path, corpus_dir: Path, tmp_path: Path, stage: int
+) -> None:
+    copy_shards(one_rank, tmp_path)
+    athanor("run", *tiny(corpus_dir, tmp_path, "compute.ranks=2", "compute.cpus_per_rank=1", f"zero={stage}"), *ADAMW)
+    [told] = tmp_path.glob("pretrain/*/ds_config.json")
+    config = json.loads(told.read_text())
+    rows_a_rank = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    assert (config["zero_optimization"]["stage"], config["train_batch_size"]) == (stage, 2 * rows_a_rank)
+    one, two = metrics(one_rank), metrics(tmp_path)
+    assert len(one) == 20 and [m["batch_digest"] for m in one] == [m["batch_digest"] for m in two]
+    # A sum of 1,024 fp32 terms in any order is off by at most 1,024 eps; so are the gradients that twenty updates use.
+    assert max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(one, two, strict=True)) < 1024 * 2.0**-24
+
+
 def test_several_sources_are_mixed_in_the_proportion_asked_for(corpus_dir: Path, tmp_path: Path) -> None:
     overrides = (
         *tiny(corpus_dir, tmp_path, "compute.backend=local"),
