@@ -55,6 +55,12 @@ TINY = (
 )
 """Overrides under which every step of the pipeline runs, in seconds."""
 
+METRICS_KEYS = {
+    *("step", "loss", "grad_norm", "lr", "tokens", "rows", "batch_digest", "step_seconds", "data_seconds"),
+    *("step_tokens", "targets", "tokens_per_second", "mfu", "z_loss", "aux_loss", "skipped", "time"),
+}
+"""Of a row of metrics.jsonl, for a model without experts: whoever reads these files counts on them."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """To each worker of pytest-xdist whole files, whose tests share fixtures; and to one of them, in turn, all slow tests,
