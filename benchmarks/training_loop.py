@@ -4,14 +4,16 @@
 
 Both sides train the same model in the same precision with the same optimizer, micro-batches, clipping and loader, on
 one rank. Ours is `pipelines.training.loop` whole: DeepSpeed, digests, metrics.jsonl. The plain loop is what one writes
-by hand: autocast, backward, clip, step. They take turns, so that what else the machine does falls on both. Wall time is
-the fastest tenth of the steps, to which other work on the machine has added least; CPU time is that of a long run less
-that of a short one, so that starting up drops out.
+by hand: autocast, backward, clip, step. They take turns, so that what else the machine does falls on both. A step of ours
+lasts until the next one's record, so that writing it counts. `ratio` is of medians over all steps; of the fastest tenth,
+to which other work on the machine has added least, as well. CPU time is that of a long run less that of a short one, so
+that starting up drops out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -69,7 +71,8 @@ def main() -> None:
                     wall[side] += seconds[2:]
                     cpu[side].append((spent[long] - spent[short]) / (long - short))
     tokens = train["global_batch_tokens"]
-    rates = {side: tokens / statistics.quantiles(times, n=10)[0] for side, times in wall.items()}
+    rates = {side: tokens / statistics.median(times) for side, times in wall.items()}
+    fastest = {side: tokens / statistics.quantiles(times, n=10)[0] for side, times in wall.items()}
     cpu_rates = {side: tokens / statistics.median(times) for side, times in cpu.items()}
     result = {
         "claim": "the training loop makes at least 0.97 of the tokens/s of a plain PyTorch loop",
@@ -79,6 +82,7 @@ def main() -> None:
         "load": os.getloadavg()[0],
         "tokens_per_second": {side: round(rate) for side, rate in rates.items()},
         "ratio": round(rates["ours"] / rates["plain"], 3),
+        "ratio_of_the_fastest_tenth": round(fastest["ours"] / fastest["plain"], 3),
         "tokens_per_cpu_second": {side: round(rate) for side, rate in cpu_rates.items()},
         "cpu_ratio": round(cpu_rates["ours"] / cpu_rates["plain"], 3),
     }
@@ -90,7 +94,8 @@ def main() -> None:
 def our_loop(job: dict[str, Any]) -> list[float]:
     """Seconds of each step of ours."""
     run_rank(job)
-    return [row["step_seconds"] for row in read_metrics(Path(job["out_dir"]) / "metrics.jsonl")]
+    times = [row["time"] for row in read_metrics(Path(job["out_dir"]) / "metrics.jsonl")]
+    return [later - before for before, later in itertools.pairwise(times)]
 
 
 def plain_loop(job: dict[str, Any]) -> list[float]:

@@ -24,8 +24,8 @@ LAID_OUT_ROWS = 16
 FROM_TOKENS = 32
 """A copy costs as much as the tokens it speeds up gain within 2 to 16 steps."""
 
-FROM_ELEMENTS = {torch.float32: 1 << 17, torch.bfloat16: 1 << 16}
-"""Of smaller matrices a cache holds enough; starting oneDNN then takes longer than it spares."""
+FROM_PRODUCTS = {torch.float32: 1 << 19, torch.bfloat16: 1 << 16}
+"""Rows times elements of the weight; below that, starting oneDNN takes longer than it spares."""
 
 
 class Packing:
@@ -57,9 +57,9 @@ class Packing:
     def _kind(self, weight_OI: torch.Tensor) -> Literal["stored", "transposed", "packed"]:
         """How the weight is best held."""
         dtype, (outputs, inputs) = weight_OI.dtype, weight_OI.shape
-        if weight_OI.device.type != "cpu" or weight_OI.nbytes > self.left_bytes or dtype not in FROM_ELEMENTS:
+        if weight_OI.device.type != "cpu" or weight_OI.nbytes > self.left_bytes or dtype not in FROM_PRODUCTS:
             return "stored"
-        if weight_OI.numel() < FROM_ELEMENTS[dtype]:
+        if self.rows * weight_OI.numel() < FROM_PRODUCTS[dtype]:
             return "stored"
         if dtype == torch.float32 and self.rows == 1:
             return "transposed" if outputs >= inputs else "stored"

@@ -32,12 +32,12 @@ verbs (athanor VERB --help tells more)
 @dataclass(frozen=True, kw_only=True)
 class Verb:
     """One verb: `options` adds its arguments, `function` does it and returns the exit code, `teaches` writes the end of
-    its --help."""
+    its --help from the overrides that stand beside it."""
 
     help: str
     function: Callable[[argparse.Namespace], int]
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
-    teaches: Callable[[], str] | None = None
+    teaches: Callable[[Sequence[str]], str] | None = None
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +176,7 @@ def _parse(name: str, arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"athanor {name}",
         description=verb.help,
-        epilog=verb.teaches() if verb.teaches and wants_help else None,
+        epilog=verb.teaches([word for word in arguments[:at] if "=" in word]) if verb.teaches and wants_help else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.options(parser)

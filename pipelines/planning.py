@@ -20,7 +20,7 @@ from pipelines.console import count, duration, size
 from pipelines.engine.events import StepReport
 from pipelines.settings import Settings
 from pipelines.training.objective import flops_per_token
-from pipelines.training.settings import BatchPlan, TrainSettings
+from pipelines.training.settings import BatchPlan, TrainSettings, largest_rows
 
 TEXT_BYTES_PER_TOKEN = 3.6
 """A guess until the shards step has counted; English and code lie between 3 and 4.5 at 4k to 128k pieces."""
@@ -35,7 +35,10 @@ def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any
     name, train = settings.first_training()
     model, seq_len, ranks = settings.resolved_model(), settings.shards.seq_len, settings.compute.ranks
     build_model(model, device="meta")  # proves that it can be built at this size, without its memory
-    batch = BatchPlan.derive(train, seq_len=seq_len, world_size=ranks, largest_rows=8)
+    dtype_bytes, on_gpu = 2 if train.precision == "bf16" else 4, settings.compute.gpus_per_rank > 0
+    row_bytes = activation_bytes(model, 1, seq_len, dtype_bytes, train.recompute)
+    rows = largest_rows(seq_len, row_bytes=row_bytes, gpu_bytes=_GPU_BYTES if on_gpu else None)
+    batch = BatchPlan.derive(train, seq_len=seq_len, world_size=ranks, largest_rows=rows)
     counts = parameter_counts(model)
     flops = flops_per_token(model, settings.objective.widths(seq_len), seq_len)
     memory = memory_per_rank(counts.total, ranks=ranks, stage=train.zero.stage)
@@ -43,10 +46,11 @@ def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any
         model,
         micro_batch_rows=batch.micro_batch_rows,
         seq_len=seq_len,
-        dtype_bytes=2 if train.precision == "bf16" else 4,
+        dtype_bytes=dtype_bytes,
         recompute=train.recompute,
     )
     tokens = batch.total_steps * batch.tokens_per_step
+    there = data(settings, tokens, reports)
     return {
         "step": name,
         "parameters": {"total": counts.total, "active": counts.active, "embedding": counts.embedding},
@@ -60,14 +64,22 @@ def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any
         "flops_per_token": flops,
         "flops": flops * tokens,
         "memory_per_rank": {**memory, "total": sum(memory.values())},
-        "disk": disk(counts.total, train, reports),
-        "data": data(settings, tokens, reports),
+        "disk": {
+            **disk(counts.total, train, reports),
+            "shards": int(there["tokens"] or 0) * (2 if (model.vocab_size or 0) < 2**16 else 4),
+            "export": 4 * counts.total,
+        },
+        "data": there,
         "time": {gpu: flops * tokens / (peak * 0.4 * ranks) for gpu, peak in _PEAKS.items()},
     }
 
 
 _PEAKS = {"A100": 312e12, "H100": 989e12}
 """Dense bf16 FLOP/s of one GPU, from NVIDIA's data sheets; `plan` assumes 40 % of it."""
+
+
+_GPU_BYTES = 80 * 10**9
+"""Memory of the GPU that `plan` has in mind, an A100 or H100; a run looks at the one it has."""
 
 
 def data(settings: Settings, tokens: int, reports: Sequence[StepReport]) -> dict[str, Any]:
@@ -132,11 +144,15 @@ def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
             f"{costs['flops']:.3g} = {costs['flops_per_token']:.3g} a token (forward and backward, masked as trained)",
         ),
         (
-            "time",
+            "time on GPUs",
             ", ".join(f"{duration(s)} on {costs['ranks']} {gpu} at 40 % MFU" for gpu, s in costs["time"].items()),
         ),
         ("memory per rank", f"{size(memory['total'])} at ZeRO-{costs['zero_stage']}: " + _parts(memory)),
-        ("disk", f"{size(room['checkpoints'])} of checkpoints, {size(room['weights'])} of weights"),
+        (
+            "disk",
+            f"{size(room['checkpoints'])} of checkpoints, {size(room['weights'])} of weights, as much in the export, "
+            f"{size(room['shards'])} of shards",
+        ),
     ]
     out.print(console.table(None, (costs["step"], ""), lines))
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipelines.engine.typed import field_types
-from pipelines.settings import CONF_DIR, SET_ELSEWHERE, Settings, groups, options
+from pipelines.settings import CONF_DIR, SET_ELSEWHERE, Settings, groups, options, plain
 
 NOT_TAUGHT = ("experiment", "hydra")
 
 
-def settings_help() -> str:
-    """The text below a verb's options."""
+def settings_help(overrides: Sequence[str] = ()) -> str:
+    """The text below a verb's options. Where `overrides` choose an experiment, its values stand in place of defaults."""
+    chosen = any(word.startswith("experiment=") for word in overrides)
+    values = dict(_flat(plain(overrides), "")) if chosen else {}
     lines = ["experiments"]
     lines += [f"  experiment={name:<12} {first_comment(name)}" for name in options("experiment")]
     lines += ["", "groups: GROUP=OPTION"]
@@ -22,9 +24,12 @@ def settings_help() -> str:
     lines += [
         "",
         "settings: KEY=VALUE   (* changes where or how fast, never what is made)",
+        "          with the values of this command"
+        if chosen
+        else "          with defaults; name an experiment before --help and its values are shown",
         "          init_from=DIR: a Hugging Face folder to begin with; what lies in it counts, not where it lies",
     ]
-    lines += [f"  {line}" for line in keys(Settings, "", execution=False)]
+    lines += [f"  {line}" for line in keys(Settings, "", values, execution=False)]
     lines += [
         "",
         "lists: corpus.paths=['a/*.txt',b]   nothing: null   sweep: run -m optim.lr=1e-3,3e-3 model=tiny,demo",
@@ -32,7 +37,7 @@ def settings_help() -> str:
     return "\n".join(lines)
 
 
-def cluster_help() -> str:
+def cluster_help(overrides: Sequence[str] = ()) -> str:
     """The settings of each kind of cluster, as conf/cluster says them."""
     files = (CONF_DIR / "cluster" / f"{name}.yaml" for name in options("cluster"))
     told = [file.read_text(encoding="utf-8").strip().replace("\nkind: ", "\ncluster=") for file in files]
@@ -48,8 +53,10 @@ def first_comment(experiment: str) -> str:
     return ""
 
 
-def keys(cls: type, prefix: str, *, execution: bool, above: tuple[type, ...] = ()) -> Iterator[str]:
-    """One line for each key under a dataclass: its name, its default, and when it applies.
+def keys(
+    cls: type, prefix: str, values: Mapping[str, Any], *, execution: bool, above: tuple[type, ...] = ()
+) -> Iterator[str]:
+    """One line for each key under a dataclass: its name, its value in `values` or its default, and when it applies.
 
     above: the dataclasses that this one is part of; a field of one of these types is told in one line.
     """
@@ -61,17 +68,20 @@ def keys(cls: type, prefix: str, *, execution: bool, above: tuple[type, ...] = (
         if tuple(name.split(".", 1)) in SET_ELSEWHERE:
             continue
         if any(arm in (*above, cls) for arm in inner):
-            yield f"{name} (another {inner[0].__name__}){_default(field)}"
+            yield f"{name} (another {inner[0].__name__}){_shown(field, name, values)}"
             continue
         if typing.get_origin(hint) in (dict, tuple) and inner:
             yield f"{name}{'.NAME' if typing.get_origin(hint) is dict else ''} (each a {inner[0].__name__})"
         elif not inner:
-            yield f"{name}{'*' if aside else ''}{_default(field)}"
+            yield f"{name}{'*' if aside else ''}{_shown(field, name, values)}"
         for arm in inner if typing.get_origin(hint) not in (dict, tuple) else []:
-            when = f"   with {name}.kind={typing.get_args(field_types(arm)['kind'])[0]}" if len(inner) > 1 else ""
+            kind = typing.get_args(field_types(arm)["kind"])[0] if len(inner) > 1 else None
+            if kind is not None and values.get(f"{name}.kind", kind) != kind:
+                continue  # another kind is chosen
+            when = f"   with {name}.kind={kind}" if kind is not None else ""
             yield from (
                 line if "   with " in line or line.startswith(f"{name}.kind") else line + when
-                for line in keys(arm, name + ".", execution=aside, above=(*above, cls))
+                for line in keys(arm, name + ".", values, execution=aside, above=(*above, cls))
             )
 
 
@@ -80,9 +90,17 @@ def _arms(hint: Any) -> list[Any]:
     return [hint] if isinstance(hint, type) and not arms else arms
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is dataclasses.MISSING:
+def _flat(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _shown(field: dataclasses.Field[Any], name: str, values: Mapping[str, Any]) -> str:
+    value = values.get(name, field.default)
+    if value is dataclasses.MISSING:
         return ""
-    value = field.default
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
     return f" = {shown}"

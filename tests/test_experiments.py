@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from pipelines.engine.store import open_store
 from pipelines.graph import build
 from pipelines.planning import estimate, memory_per_rank
 from pipelines.settings import compose, options
+from pipelines.teach import settings_help
+from tests.conftest import ROOT
 
 PARAMETERS = {"gpt2-124m": 124.5e6, "llama-1b": 1.236e9, "llama-8b": 8.03e9}
 """Published sizes; GPT-2's vocabulary is rounded up to 50,304 here."""
@@ -32,3 +36,20 @@ def test_an_experiment_can_be_planned_before_there_is_a_corpus(name: str, tmp_pa
 @pytest.mark.parametrize(("stage", "bytes_each"), [(0, 16), (1, 8 + 12 / 4), (2, 4 + 16 / 4), (3, 16 / 4)])
 def test_a_zero_stage_divides_what_its_paper_says(stage: int, bytes_each: float) -> None:
     assert sum(memory_per_rank(1000, ranks=4, stage=stage).values()) == 1000 * bytes_each
+
+
+def test_plan_loads_neither_the_compiler_nor_anything_that_runs() -> None:
+    """What makes `plan` answer within three seconds (benchmarks/latency.py measures it)."""
+    program = (
+        "import sys; from pipelines.planning import estimate; from pipelines.settings import compose;"
+        "estimate(compose(['experiment=gpt2-124m', 'corpus.paths=[none]']), []);"
+        "print([m for m in ('torch._dynamo', 'deepspeed', 'ray', 'transformers') if m in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "[]"
+
+
+def test_help_beside_an_experiment_shows_its_values_and_the_kinds_it_chose() -> None:
+    plain, demo = settings_help().splitlines(), settings_help(["experiment=demo", "optim=adamw"]).splitlines()
+    assert "  shards.seq_len = 1024" in plain and "  shards.seq_len = 256" in demo
+    assert any("with optim.kind=muon" in line for line in plain) and not any("optim.kind=muon" in line for line in demo)

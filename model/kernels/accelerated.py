@@ -14,6 +14,7 @@ import torch
 from model.errors import ModelError
 from model.kernels.columns import by_columns
 from model.masks import Mask
+from model.uncompiled import uncompiled
 
 HALF = (torch.bfloat16, torch.float16)
 SEQUENCES_QUANTUM = 64  # counts of packed documents are rounded up to it, so that shapes repeat
@@ -47,7 +48,7 @@ def flash_installed() -> bool:
     return any(importlib.util.find_spec(name) is not None for name in FLASH_PACKAGES)
 
 
-@torch.compiler.disable
+@uncompiled
 def packed_attention(
     q_BTHC: torch.Tensor, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, mask: Mask, scale: float, attend: Packed
 ) -> torch.Tensor:

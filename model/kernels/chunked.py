@@ -17,6 +17,7 @@ import torch
 from model.kernels.columns import by_columns
 from model.kernels.documents import rounded
 from model.masks import Mask
+from model.uncompiled import uncompiled
 
 CHUNK_ELEMENTS = 1 << 20  # scores held at a time, unless those of one block are more
 
@@ -45,7 +46,7 @@ class Plan:
     by_head: bool
 
 
-@torch.compiler.disable
+@uncompiled
 def chunked_attention(
     q_BTHC: torch.Tensor, k_BSKC: torch.Tensor, v_BSKC: torch.Tensor, mask: Mask, scale: float
 ) -> torch.Tensor:

@@ -14,6 +14,7 @@ from model.mixers.attention import Attention, AttentionConfig
 from model.mixers.base import MixerInput
 from model.norm import NormConfig
 from model.slots import SlotCosts
+from model.uncompiled import uncompiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class BigBirdAttention(Attention):
         self.config = config
         self.seed = 0
 
-    @torch.compiler.disable  # it draws, and it remembers
+    @uncompiled  # it draws, and it remembers
     def mask(self, shared: MixerInput, tokens: int) -> Mask:
         config, mask = self.config, shared.mask
         if tokens <= (5 + 2 * config.random_blocks) * config.block:

@@ -14,6 +14,7 @@ from model.mixers.attention import Attention, AttentionConfig
 from model.mixers.base import MixerInput
 from model.norm import NormConfig
 from model.slots import SlotCosts
+from model.uncompiled import uncompiled
 
 BLOCK = 32
 """Tokens of a block where a kernel goes by blocks."""
@@ -87,7 +88,7 @@ class GridAttention(Attention):
         return of_layers_alike
 
 
-@torch.compiler.disable
+@uncompiled
 def _refuse_packed(documents_BT: torch.Tensor) -> None:
     before_BT, after_BT = documents_BT[:, :-1], documents_BT[:, 1:]
     if ((before_BT != after_BT) & (after_BT != 0)).any():

@@ -15,10 +15,21 @@ def row_keys(tokens_BT: torch.Tensor) -> torch.Tensor:
 
 def uniform(keys_B: torch.Tensor, *, seed: int, layer: int, tokens: int, draws: int) -> torch.Tensor:
     """fp32 [B, tokens, draws] in [0, 1), a function of (key of the row, seed, layer, place) alone."""
+    return _uniform(keys_B, seed, layer, tokens, draws)
+
+
+# One operator, because torch.compile would take the places for indices and fail where their products pass 64 bits.
+@torch.library.custom_op("athanor::uniform_noise", mutates_args=())
+def _uniform(keys_B: torch.Tensor, seed: int, layer: int, tokens: int, draws: int) -> torch.Tensor:
     keys_B = _mixed(_mixed(keys_B ^ _mixed(torch.full_like(keys_B, seed))) + layer)
     place_TD = torch.arange(tokens * draws, device=keys_B.device).view(tokens, draws)
     bits_BTD = _mixed(keys_B[:, None, None] + place_TD * _GOLDEN)
     return ((bits_BTD >> 40) & 0xFFFFFF).float() * 2.0**-24
+
+
+@_uniform.register_fake
+def _(keys: torch.Tensor, seed: int, layer: int, tokens: int, draws: int) -> torch.Tensor:
+    return keys.new_empty(keys.shape[0], tokens, draws, dtype=torch.float32)
 
 
 def _mixed(x_BTD: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ the order of their numbers, so it is read at any size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,10 +24,13 @@ from pipelines.training.ranks import Ranks
 from pipelines.training.settings import TrainSettings
 
 
-def share_experts(model: nn.Module, settings: TrainSettings, ranks: Ranks) -> ExpertParallel | None:
-    """Take the experts out of `model` and share them out; none where each rank keeps all (zero.expert_parallel=1).
+def share_experts(
+    model: nn.Module, settings: TrainSettings, ranks: Ranks, say: Callable[[str], None]
+) -> ExpertParallel | None:
+    """Take the experts out of `model` and share them out; none where each rank keeps all: with zero.expert_parallel=1,
+    and frozen ones, which `say` hears of.
 
-    Raises TrainingError where the ranks or the experts do not divide, or there are none to train.
+    Raises TrainingError where the ranks or the experts do not divide, or there are none.
     """
     size = settings.zero.expert_parallel
     if size == 1:
@@ -42,10 +45,11 @@ def share_experts(model: nn.Module, settings: TrainSettings, ranks: Ranks) -> Ex
         problem = f"{ranks.world_size} ranks do not divide into groups of {size}: use as many ranks, or a multiple"
     elif uneven:
         problem = f"a layer has {uneven[0]} experts, which {size} ranks cannot hold equally: choose a divisor of that"
-    elif not all(parameter.requires_grad for module in found.values() for parameter in module.parameters()):
-        problem = "the experts are frozen, and what is not trained needs no sharing out: set zero.expert_parallel=1"
     if problem is not None:
         raise TrainingError(f"zero.expert_parallel = {size}: {problem}.")
+    if not all(parameter.requires_grad for module in found.values() for parameter in module.parameters()):
+        say(f"zero.expert_parallel = {size} is left: experts are frozen, so each rank keeps all of them")
+        return None
     return ExpertParallel(found, settings, ranks)
 
 

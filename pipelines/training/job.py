@@ -33,10 +33,7 @@ from pipelines.training.errors import TrainingError
 from pipelines.training.hardware import keep_freed_memory
 from pipelines.training.loop import Run, train
 from pipelines.training.objective import check_suits, flops_per_token
-from pipelines.training.settings import BatchPlan, TrainSettings
-
-LARGEST_TOKENS = {"cpu": 8192, "cuda": 65536}
-"""Of one forward pass where nothing is set: beyond these, rows only cost memory."""
+from pipelines.training.settings import BatchPlan, TrainSettings, largest_rows
 
 
 def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,11 +143,9 @@ def _digest(plain: Any) -> str:
 
 
 def _largest_rows(config: ModelConfig, settings: TrainSettings, seq_len: int) -> int:
-    """Rows of a forward pass whose tokens are at most LARGEST_TOKENS and whose activations fit in half the memory."""
-    cuda = settings.device != "cpu" and torch.cuda.is_available()
-    by_tokens = LARGEST_TOKENS["cuda" if cuda else "cpu"] // seq_len
-    if not cuda:
-        return max(1, by_tokens)
+    """As `largest_rows`, for the memory that is free here."""
+    if settings.device == "cpu" or not torch.cuda.is_available():
+        return largest_rows(seq_len)
     dtype_bytes = 2 if settings.precision == "bf16" else 4
-    row = activation_bytes(config, 1, seq_len, dtype_bytes, settings.recompute)
-    return max(1, min(by_tokens, torch.cuda.mem_get_info()[1] // 2 // row))
+    row_bytes = activation_bytes(config, 1, seq_len, dtype_bytes, settings.recompute)
+    return largest_rows(seq_len, row_bytes=row_bytes, gpu_bytes=torch.cuda.mem_get_info()[1])

@@ -202,7 +202,7 @@ class Trainer:
         if saved is not None:
             saved.load_weights(model)
         compiled = self._prepare(model)
-        experts = share_experts(model, settings, ranks)
+        experts = share_experts(model, settings, ranks, self.say)
         optimizer = build_optimizer(model, settings.optim)
         self.engine = ZeroEngine(model, optimizer, settings=settings, plan=plan, ranks=ranks, experts=experts)
         self.first_step = self._restore(saved)

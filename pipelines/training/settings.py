@@ -259,6 +259,17 @@ class BatchPlan:
         )
 
 
+LARGEST_TOKENS = {"cpu": 8192, "cuda": 65536}
+"""Of one forward pass where nothing is set: beyond these, rows only cost memory."""
+
+
+def largest_rows(seq_len: int, *, row_bytes: int = 0, gpu_bytes: int | None = None) -> int:
+    """Rows of a forward pass: at most LARGEST_TOKENS, on a GPU with activations in at most half of its memory."""
+    if gpu_bytes is None:
+        return max(1, LARGEST_TOKENS["cpu"] // seq_len)
+    return max(1, min(LARGEST_TOKENS["cuda"] // seq_len, gpu_bytes // 2 // max(1, row_bytes)))
+
+
 def _largest_divisor(number: int, *, at_most: int) -> int:
     return next(k for k in range(max(1, min(number, at_most)), 0, -1) if number % k == 0)
 

@@ -145,3 +145,16 @@ def test_experts_are_refused_where_their_losses_or_noise_have_no_meaning() -> No
     tower = replace(LLAMA, ffn=replace(EXPERTS, router=RouterConfig()), head=EmbeddingHeadConfig(width=8))
     with pytest.raises(ModelError, match=r"model\.tower has ffn\.kind=moe"):
         replace(LLAMA, head=EmbeddingHeadConfig(width=8, contrast=True), tower=tower)
+
+
+@pytest.mark.slow
+def test_a_layer_whose_router_draws_noise_compiles_and_draws_the_same() -> None:
+    model = build_model(replace(LLAMA, ffn=replace(EXPERTS, gated=False))).train()
+    tokens_BT = batch()["tokens_BT"]
+    expected = model(tokens_BT, targets_BT=tokens_BT)["loss_sum"].detach()
+    for block in model.stack.layers:
+        block.compile(dynamic=False)
+    found = model(tokens_BT, targets_BT=tokens_BT)["loss_sum"]
+    found.backward()
+    found = found.detach()
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)

@@ -98,6 +98,13 @@ def test_prompts_that_begin_alike_are_begun_once_and_continue_as_alone(config: M
     assert together == [greedy_by_whole_passes(model, prompt, 12) for prompt in prompts]
 
 
+@FAMILIES
+def test_prompts_of_one_length_continue_as_alone(config: ModelConfig) -> None:
+    model, prompts = build_model(config), [[5, 3, 9, 2], [7, 90, 4, 1]]
+    expected = [greedy_by_whole_passes(model, prompt, 12) for prompt in prompts]
+    assert generate(model, prompts, GREEDY) == expected
+
+
 def test_one_prompt_has_many_continuations_and_is_read_once() -> None:
     model = build_model(LLAMA)
     read = []

@@ -27,7 +27,7 @@ PROMPTS = [[5, 6, 7], [8, 9, 10]]
 
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "FROM_ELEMENTS", dict.fromkeys(packed.FROM_ELEMENTS, 1))
+    monkeypatch.setattr(packed, "FROM_PRODUCTS", dict.fromkeys(packed.FROM_PRODUCTS, 1))
 
 
 @settings(max_examples=30, deadline=None)
@@ -88,7 +88,7 @@ def test_copies_do_not_outlive_the_batch_and_changed_weights_are_seen() -> None:
 
 
 def test_copies_are_bounded_and_made_only_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight_OI = torch.zeros(512, 512)
+    weight_OI = torch.zeros(1024, 1024)
     monkeypatch.setattr(packed, "COPIED_BYTES", weight_OI.nbytes + 1)
     packing = Packing(rows=4, tokens=packed.FROM_TOKENS)
     kinds = [packing._kind(weight_OI)]
@@ -98,7 +98,7 @@ def test_copies_are_bounded_and_made_only_where_they_pay(monkeypatch: pytest.Mon
     assert Packing(4, packed.FROM_TOKENS - 1)._kind(weight_OI) == "stored"
     assert Packing(4, packed.FROM_TOKENS)._kind(weight_OI[:10]) == "stored"
     assert Packing(1, packed.FROM_TOKENS)._kind(weight_OI) == "transposed"
-    assert Packing(1, packed.FROM_TOKENS)._kind(weight_OI[:400]) == "stored"
+    assert Packing(1, packed.FROM_TOKENS)._kind(weight_OI[:1000]) == "stored"
 
 
 @pytest.mark.usefixtures("any_size")

@@ -122,16 +122,16 @@ def test_what_cannot_be_shared_out_is_refused(job: Make, zero: dict[str, int], s
 
 def test_sharing_out_needs_experts_that_divide_and_are_trained() -> None:
     config = ModelConfig(vocab_size=64, d_model=16, n_layers=1, mixer=AttentionConfig(n_heads=2))
-    ranks = Ranks(0, 3, 0, torch.device("cpu"), 1)
+    ranks, said = Ranks(0, 3, 0, torch.device("cpu"), 1), list[str]()
     settings = TrainSettings(total_tokens=1, global_batch_tokens=1, zero=ZeroSettings(expert_parallel=3))
     with pytest.raises(TrainingError, match="no layer with experts"):
-        share_experts(build_model(config), settings, ranks)
+        share_experts(build_model(config), settings, ranks, said.append)
     model = build_model(replace(config, ffn=MoeConfig(n_experts=4, d_ff=8)))
     with pytest.raises(TrainingError, match="a layer has 4 experts, which 3 ranks cannot hold equally"):
-        share_experts(model, settings, ranks)
+        share_experts(model, settings, ranks, said.append)
     frozen = build_model(replace(config, ffn=MoeConfig(n_experts=6, d_ff=8))).requires_grad_(False)
-    with pytest.raises(TrainingError, match="the experts are frozen"):
-        share_experts(frozen, settings, ranks)
+    assert share_experts(frozen, settings, ranks, said.append) is None
+    assert said == ["zero.expert_parallel = 3 is left: experts are frozen, so each rank keeps all of them"]
 
 
 def test_a_run_tells_of_its_routing_and_resumes_with_its_biases(job: Make, tmp_path: Path) -> None:
