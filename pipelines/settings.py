@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -239,16 +240,22 @@ def plain(overrides: Sequence[str]) -> dict[str, Any]:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     words = hydra_overrides(overrides)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
             config = hydra_compose(config_name="config", overrides=words)
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+        return resolved(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise SettingsError(_one_line(error)) from error
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """What Hydra composed as a plain dict. Raises OmegaConf's errors for a value that is missing or refers to nothing."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
 def typed(config: Mapping[str, Any]) -> Settings:
@@ -311,6 +318,40 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
         known = ", ".join(options("experiment"))
         raise SettingsError(f"no experiment chosen; add experiment=NAME, one of {known}.")
     return words
+
+
+def points_of(overrides: Sequence[str]) -> list[tuple[str, ...]]:
+    """The overrides of each point of a sweep, in Hydra's own order."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides([word for word in overrides if not word.startswith("hydra")])
+    [points] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return [tuple(point) for point in points]
+
+
+def multirun(words: Sequence[str], trial: Callable[[Any], T]) -> list[T]:
+    """What `trial` answered to each composed point of a sweep, in order, through Hydra's launcher.
+
+    Not through `hydra.main`: it throws away what the trials returned, and of a worker that was lost it makes a
+    traceback and an exit.
+    """
+    from hydra import version
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.global_hydra import GlobalHydra
+
+    quiet = ("hydra/output=scratch", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+    # Our conf/hydra/launcher/ray.yaml takes the name of the plugin's schema on purpose: it fills in that schema.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/ray' is validated against ConfigStore schema")
+    version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    hydra = Hydra.create_main_hydra2("athanor", create_config_search_path(str(CONF_DIR)))
+    try:
+        batches = hydra.multirun(config_name="config", task_function=trial, overrides=[*quiet, *words])
+    finally:
+        GlobalHydra.instance().clear()
+    return [job.return_value for batch in batches for job in batch]
 
 
 def chosen_fields(overrides: Sequence[str]) -> list[str]:

@@ -14,7 +14,6 @@ import json
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from pipelines.engine.step import EngineError
 from pipelines.engine.store import open_store
 from pipelines.execution import execute, make_backend, named
 from pipelines.graph import build
-from pipelines.settings import CONF_DIR, Settings, SettingsError, compose, hydra_overrides, typed
+from pipelines.settings import Settings, SettingsError, compose, hydra_overrides, multirun, points_of, resolved, typed
 
 METRICS = (("evaluate", "bits_per_byte"), ("evaluate", "hidden_token_loss"), ("pretrain", "loss"))
 """(step, figure) a sweep is sorted by: the first that a trial has; smaller is better."""
@@ -65,11 +64,8 @@ class Trial:
     """All trials of the sweep at Weights & Biases, unless the settings name one."""
 
     def __call__(self, config: Any) -> float | str | None:
-        from omegaconf import OmegaConf
-
         try:
-            plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-            settings = typed(plain)
+            settings = typed(resolved(config))
             tracking = settings.tracking
             settings = replace(settings, tracking=replace(tracking, group=tracking.group or self.group))
             steps = build(settings)
@@ -126,12 +122,7 @@ def _outcome(point: Combination, answer: float | str | None) -> Outcome:
 
 def combinations(overrides: Sequence[str]) -> list[Combination]:
     """The points of the sweep in Hydra's own order."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    parsed = OverridesParser.create().parse_overrides([word for word in overrides if not word.startswith("hydra")])
-    [points] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return [_combination(tuple(point)) for point in points]
+    return [_combination(point) for point in points_of(overrides)]
 
 
 def _combination(words: tuple[str, ...]) -> Combination:
@@ -146,32 +137,14 @@ def _combination(words: tuple[str, ...]) -> Combination:
 
 
 def launch(words: Sequence[str], trial: Trial) -> list[float | str | None] | None:
-    """Hand the sweep to Hydra; what the trials answered, in order, or None when the launcher was lost on the way.
-
-    Not through `hydra.main`: it throws away what the trials returned, and of a worker that was lost it makes a
-    traceback and an exit.
-    """
-    from hydra import version
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path
-    from hydra.core.global_hydra import GlobalHydra
-
-    quiet = ("hydra/output=scratch", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
-    # Our conf/hydra/launcher/ray.yaml takes the name of the plugin's schema on purpose: it fills in that schema.
-    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/ray' is validated against ConfigStore schema")
-    version.setbase("1.3")
-    GlobalHydra.instance().clear()
-    hydra = Hydra.create_main_hydra2("athanor", create_config_search_path(str(CONF_DIR)))
+    """Hand the sweep to Hydra; what the trials answered, in order, or None when the launcher was lost on the way."""
     try:
-        batches = hydra.multirun(config_name="config", task_function=trial, overrides=[*quiet, *words])
+        return multirun(words, trial)
     except Exception as error:
         if not type(error).__module__.startswith("ray."):
             raise
         tell(f"the launcher gave up: {str(error).strip().splitlines()[-1]}")
         return None
-    finally:
-        GlobalHydra.instance().clear()
-    return [job.return_value for batch in batches for job in batch]
 
 
 @contextmanager

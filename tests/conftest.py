@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +21,10 @@ settings.register_profile("athanor", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "athanor"))
 
 ROOT = Path(__file__).parents[1]
+
+if "ATHANOR_CACHE" not in os.environ:  # of this machine's user; workers and commands inherit ours
+    os.environ["ATHANOR_CACHE"] = tempfile.mkdtemp(prefix="athanor-cache-")
+    atexit.register(shutil.rmtree, os.environ["ATHANOR_CACHE"], ignore_errors=True)
 
 TINY = (
     "experiment=text",
@@ -44,6 +54,12 @@ TINY = (
     "tracking=off",
 )
 """Overrides under which every step of the pipeline runs, in seconds."""
+
+METRICS_KEYS = {
+    *("step", "loss", "grad_norm", "lr", "tokens", "rows", "batch_digest", "step_seconds", "data_seconds"),
+    *("step_tokens", "targets", "tokens_per_second", "mfu", "z_loss", "aux_loss", "skipped", "time"),
+}
+"""Of a row of metrics.jsonl, for a model without experts: whoever reads these files counts on them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -87,3 +103,45 @@ def athanor(*arguments: str, check: bool = True, **environment: str) -> subproce
     if check:
         assert result.returncode == 0, result.stderr[-4000:]
     return result
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """An S3 server process on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            break
+        except OSError:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+    yield f"http://127.0.0.1:{port}"
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def bucket(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh bucket; this process and its children talk to the server, and cache under tmp_path."""
+    environment = {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "ATHANOR_CACHE": str(tmp_path / "machine1"),
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    import s3fs
+
+    name = f"bucket-{os.urandom(6).hex()}"
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
+    s3fs.S3FileSystem.clear_instance_cache()
+    return f"s3://{name}"

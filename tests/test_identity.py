@@ -17,10 +17,11 @@ import pytest
 from data.mixture import MixturePhase
 from model.config import LayerChange
 from model.ffn import FfnConfig
-from model.heads import TargetWeight
+from model.heads import LanguageHeadConfig, TargetWeight
+from model.moe.config import CapacityConfig, RouterConfig
 from model.norm import NormConfig
 from model.peft import LoraConfig
-from model.position import LinearScaling
+from model.position import YarnScaling
 from pipelines.engine.files import FileHashes
 from pipelines.engine.resolve import resolve
 from pipelines.engine.step import Step
@@ -52,10 +53,41 @@ DERIVED = {"seed", "sources"}
 """`seed` is a default that YAML copies to `order.seed` and `pretrain.seed`; `sources` replaces `corpus` (tested below)."""
 
 
+BASES = {
+    # AdamW, as Muon allows one ZeRO stage only.
+    "demo": ("optim=adamw",),
+    "arms": (
+        "optim=muon-small",
+        "finetune=chat-lora",
+        "finetune.data.paths=[CONVERSATIONS]",
+        "model=mixtral-tiny",
+        "model.ffn.capacity={factor: 2.0}",
+        "model.position.scaling={kind: llama3, factor: 8.0}",
+    ),
+    "mamba": ("model=mamba-130m", "finetune=none"),
+    "linear": ("model=linear-transformer", "finetune=none"),
+    "favor": ("model=performer", "finetune=none"),
+    "latent": ("model=deepseek-v3", "finetune=none"),
+    "dalle": ("model=dalle-tiny", "shards.seq_len=96", "finetune=none"),
+    "masked": ("model=bert-base", "objective=masked_token", "finetune=none"),
+    "spans": ("model=t5-small", "objective=span_denoising", "finetune=none"),
+    "infilling": ("model=bart-base", "objective=text_infilling", "finetune=none"),
+}
+"""Settings whose fields are changed one by one: the demo, and what other arms of its unions have that it has not."""
+
+
 @cache
-def base() -> Settings:
-    """The demo with AdamW (Muon allows one ZeRO stage only), over one small file: its digests are made 400 times here."""
-    return compose(["experiment=demo", "optim=adamw", "corpus=text", f"corpus.paths=[{text_file()}]"])
+def base(name: str) -> Settings:
+    """One of BASES over one small file: its digests are made hundreds of times here."""
+    words = [word.replace("CONVERSATIONS", str(conversations())) for word in BASES[name]]
+    return compose(["experiment=demo", "corpus=text", f"corpus.paths=[{text_file()}]", *words])
+
+
+def conversations() -> Path:
+    """A file of one conversation, another path each time."""
+    path = Path(tempfile.mkdtemp()) / "chats.jsonl"
+    path.write_text('{"prompt": "Say hello.", "completion": "Hello."}\n')
+    return path
 
 
 def text_file() -> Path:
@@ -70,8 +102,8 @@ def hashes() -> FileHashes:
 
 
 @cache
-def base_digests() -> dict[str, str]:
-    return graph_digests(build(base()))
+def base_digests(name: str) -> dict[str, str]:
+    return graph_digests(build(base(name)))
 
 
 def graph_digests(steps: dict[str, Step]) -> dict[str, str]:
@@ -80,8 +112,8 @@ def graph_digests(steps: dict[str, Step]) -> dict[str, str]:
 
 def leaves(
     value: Any, hint: Any, path: tuple[str, ...], execution: bool
-) -> Iterator[tuple[tuple[str, ...], Any, Any, bool]]:
-    """(path, value, type, execution?) of every field that is not itself a dataclass."""
+) -> Iterator[tuple[type, tuple[str, ...], Any, Any, bool]]:
+    """(its class, path, value, type, execution?) of every field that is not itself a dataclass."""
     hints = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):
         inner, here = getattr(value, field.name), (*path, field.name)
@@ -89,21 +121,32 @@ def leaves(
         if dataclasses.is_dataclass(inner):
             yield from leaves(inner, hints[field.name], here, is_execution)
         else:
-            yield here, inner, hints[field.name], is_execution
+            yield type(value), here, inner, hints[field.name], is_execution
 
+
+WHOLE = (
+    ("demo", ("model", "norm"), NormConfig(kind="layer", bias=True)),
+    ("arms", ("model", "ffn", "capacity"), CapacityConfig(tokens=64)),
+    ("arms", ("model", "ffn", "router"), RouterConfig(groups=4, top_groups=2)),
+    ("arms", ("model", "position", "scaling"), YarnScaling(factor=4.0)),
+    ("dalle", ("model", "head"), LanguageHeadConfig()),
+)
+"""(base, path, value): classes of which several fields change at once."""
 
 KNOWN = {
     "corpus.paths": (str(text_file()),),
     "corpus.reader.max_document_characters": 5000,
     "tokenizer.character_coverage": 0.9995,
     "mixture.phases": (MixturePhase(weights={"corpus": 2.0}),),
-    "model.norm": NormConfig(kind="layer", bias=True),
+    **{".".join(path): value for _, path, value in WHOLE},
     "model.pattern": (LayerChange(every=2, ffn=FfnConfig(d_ff=64)),),
+    "model.encoder.pattern": (LayerChange(every=2, ffn=FfnConfig(d_ff=64)),),
+    "model.mixer.kernel": 13,
     "model.head.weights": (TargetWeight(weight=0.5),),
-    "model.position.scaling": LinearScaling(factor=4.0),
     "finetune.data.tasks": ("write",),
     "finetune.lora": LoraConfig(),
     "finetune.freeze": ("frontend.*",),
+    "finetune.data.paths": (str(conversations()),),
     "evaluate.compressors": ("gzip",),
     "evaluate.tasks": ("held_out_rolling",),
 }
@@ -113,6 +156,12 @@ ONE_VALUE = {
     *("corpus.kind", "model.tower", "finetune.data.kind", "model.norm.bias"),
     *("model.causal", "model.encoder"),  # another objective: tests/test_objective.py
     *("pretrain.init_from", "finetune.init_from"),  # a folder that has to be there: tests/test_start.py
+    "finetune",  # null in some of BASES, and a group: whole in another
+    *("model.encoder.encoder", "model.encoder.tower", "model.encoder.norm.bias"),
+    *("model.encoder.d_model", "model.encoder.vocab_size"),  # those of the decoder, whose table it reads
+    *("model.position.text", "model.position.height", "model.position.width"),  # one image for positions and mixers
+    *("model.mixer.text", "model.mixer.width"),
+    *("model.ffn.capacity.tokens", "model.ffn.router.top_groups"),  # with another of their class: WHOLE
 }
 """Fields that cannot change alone: another kind needs other fields too. `…kind` of a union has one value for each class."""
 
@@ -149,12 +198,12 @@ def with_value(node: Any, path: tuple[str, ...], value: Any) -> Any:
     return dataclasses.replace(node, **{path[0]: with_value(getattr(node, path[0]), path[1:], value)})
 
 
-def changed(path: tuple[str, ...], value: Any, hint: Any) -> Settings | None:
+def changed(name: str, path: tuple[str, ...], value: Any, hint: Any) -> Settings | None:
     """The settings with one field changed to a value that its class allows, or None where none was found."""
     known = KNOWN.get(".".join(path))
     for other in [known] if known is not None else itertools.islice(others(value, hint), 12):
         try:
-            settings: Settings = with_value(base(), path, other)
+            settings: Settings = with_value(base(name), path, other)
             build(settings)
             return settings
         except Exception as error:
@@ -163,10 +212,10 @@ def changed(path: tuple[str, ...], value: Any, hint: Any) -> Settings | None:
     return None
 
 
-def followers(names: set[str]) -> set[str]:
+def followers(name: str, names: set[str]) -> set[str]:
     """The steps and everything made from them."""
     found = set(names)
-    for step in build(base()).values():  # in order: inputs first
+    for step in build(base(name)).values():  # in order: inputs first
         if any(parent.name in found for parent in step.inputs.values()):
             found.add(step.name)
     return found
@@ -177,30 +226,55 @@ def set_elsewhere(path: tuple[str, ...]) -> bool:
     return any(".".join(path[:length]) in SET_ELSEWHERE for length in range(1, len(path) + 1))
 
 
-FIELDS = [field for field in leaves(base(), Settings, (), False) if not set_elsewhere(field[0])]
-FIELDS.append((("model", "norm"), base().model.norm, NormConfig, False))
+def fields() -> Iterator[tuple[str, tuple[str, ...], Any, Any, bool]]:
+    """(base, path, value, type, execution?): each field of each class once for every place where it may stand."""
+    seen = set()
+    for name in BASES:
+        for owner, path, *rest in leaves(base(name), Settings, (), False):
+            if not set_elsewhere(path) and (owner, path) not in seen:
+                seen.add((owner, path))
+                yield (name, path, *rest)  # type: ignore[misc]
+    for name, path, value in WHOLE:
+        yield name, path, None, type(value), False
 
 
-@pytest.mark.parametrize(("path", "value", "hint", "execution"), FIELDS, ids=[".".join(field[0]) for field in FIELDS])
-def test_a_setting_moves_exactly_what_it_changes(path: tuple[str, ...], value: Any, hint: Any, execution: bool) -> None:
+FIELDS = list(fields())
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "hint", "execution"), FIELDS, ids=[f"{field[0]}-{'.'.join(field[1])}" for field in FIELDS]
+)
+def test_a_setting_moves_exactly_what_it_changes(
+    name: str, path: tuple[str, ...], value: Any, hint: Any, execution: bool
+) -> None:
     if path[0] in DERIVED:
         pytest.skip("copied into other settings, which have their own test")
-    settings = changed(path, value, hint)
+    settings = changed(name, path, value, hint)
     if settings is None:
         assert ".".join(path) in ONE_VALUE or len(typing.get_args(hint)) == 1, "no other value of this field was found"
         pytest.skip("cannot change alone")
-    before, after = base_digests(), graph_digests(build(settings))
-    moved = {name for name in before if before[name] != after[name]}
+    before, after = base_digests(name), graph_digests(build(settings))
+    moved = {step for step in before if before[step] != after[step]}
     if execution:
         assert moved == set()
         return
     owner = OWNER.get(".".join(path[:2])) or OWNER[path[0]]
-    assert moved == followers(owner)
+    assert moved == followers(name, owner)
 
 
 def test_the_seed_reaches_order_and_initialization() -> None:
     settings = compose(["experiment=demo", "seed=7"])
     assert settings.order.seed == settings.pretrain.seed == 7
+
+
+def test_where_conversations_lie_does_not_matter_but_their_text_does() -> None:
+    def digest(path: Path) -> str:
+        words = ("finetune=chat", f"finetune.data.paths=[{path}]", "corpus=text", f"corpus.paths=[{text_file()}]")
+        return graph_digests(build(compose(["experiment=demo", *words])))["instructions"]
+
+    one, moved, other = conversations(), conversations(), conversations()
+    other.write_text(other.read_text().replace("Hello", "Hi"))
+    assert digest(one) == digest(moved) != digest(other)
 
 
 def test_where_a_corpus_lies_does_not_matter_but_its_text_does(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, TINY, athanor, tiny
+from tests.conftest import METRICS_KEYS, ROOT, TINY, athanor, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +51,14 @@ def test_a_run_makes_every_step_and_ends_with_a_table_and_what_to_type_next(fini
     for step in STEPS:
         assert re.search(rf"^{step}\s+made\s", finished["stdout"], re.MULTILINE), finished["stdout"]
     assert "athanor generate" in finished["stdout"]
+
+
+@pytest.mark.parametrize("step", ["pretrain", "finetune"])
+def test_each_step_of_training_leaves_a_row_with_all_its_figures(finished: dict[str, Any], step: str) -> None:
+    rows = metrics(finished["store"], step)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert all(set(row) == METRICS_KEYS for row in rows)
+    assert all(row["grad_norm"] > 0 and row["lr"] >= 0 and 0 < row["mfu"] <= 1 and row["skipped"] == 0 for row in rows)
 
 
 def test_the_same_command_again_runs_nothing(finished: dict[str, Any], corpus_dir: Path) -> None:
@@ -152,6 +160,38 @@ def test_two_ranks_under_torchrun_see_the_same_batches_and_nearly_the_same_losse
     assert [m["batch_digest"] for m in one] == [m["batch_digest"] for m in two]
     # Products are rounded to bf16 (2^-8); rows are grouped differently, and twenty updates feed the difference back.
     assert max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(one, two, strict=True)) < 2e-2
+
+
+ADAMW = ("optim=adamw", "pretrain.precision=fp32", "--until", "pretrain")
+
+
+@pytest.fixture(scope="module")
+def one_rank(finished: dict[str, Any], corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a pretraining with AdamW in fp32 by one process, over the shards that are there."""
+    store = tmp_path_factory.mktemp("one-rank")
+    copy_shards(finished["store"], store)
+    athanor("run", *tiny(corpus_dir, store, "compute.backend=local", "compute.cpus_per_rank=1"), *ADAMW)
+    return store
+
+
+def copy_shards(source: Path, target: Path) -> None:
+    for step in ("corpus", "tokenizer", "shards"):
+        shutil.copytree(source / step, target / step)
+
+
+def test_two_ranks_under_ray_share_the_state_out_and_train_the_same(
+    one_rank: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
+    copy_shards(one_rank, tmp_path)
+    athanor("run", *tiny(corpus_dir, tmp_path, "compute.ranks=2", "compute.cpus_per_rank=1", "zero=3"), *ADAMW)
+    [told] = tmp_path.glob("pretrain/*/ds_config.json")
+    config = json.loads(told.read_text())
+    rows_a_rank = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    assert (config["zero_optimization"]["stage"], config["train_batch_size"]) == (3, 2 * rows_a_rank)
+    one, two = metrics(one_rank), metrics(tmp_path)
+    assert len(one) == 20 and [m["batch_digest"] for m in one] == [m["batch_digest"] for m in two]
+    # A sum of 1,024 fp32 terms in any order is off by at most 1,024 eps; so are the gradients that twenty updates use.
+    assert max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(one, two, strict=True)) < 1024 * 2.0**-24
 
 
 def test_several_sources_are_mixed_in_the_proportion_asked_for(corpus_dir: Path, tmp_path: Path) -> None:

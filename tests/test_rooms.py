@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections import deque
 from pathlib import Path
 
@@ -20,9 +21,29 @@ FORBIDDEN: dict[str, set[str]] = {
     "pipelines/engine": {"torch", "model", "data", "deepspeed", "hydra", "omegaconf", "ray", "cluster", "wandb"},
     "pipelines/training": {"ray", "hydra", "omegaconf", "deepspeed", "cluster"},
     "pipelines/stages": {"hydra", "omegaconf", "cluster", "deepspeed", "ray", "wandb"},
+    "pipelines": {"torch", "ray", "deepspeed", "hydra", "omegaconf", "wandb", "cluster"},  # the files beside the rooms
 }
-DOORS = {"pipelines/engine/backend.py": {"ray"}, "pipelines/training/zero.py": {"deepspeed"}}
+DOORS = {
+    "pipelines/engine/backend.py": {"ray"},
+    "pipelines/training/zero.py": {"deepspeed"},
+    "pipelines/settings.py": {"hydra", "omegaconf"},
+    "pipelines/torchrun.py": {"torch"},  # process groups, no tensors
+    "pipelines/verbs.py": {"cluster"},
+}
 """The one file of a room that may import what the rest of it may not."""
+
+LIBRARIES = {
+    "model": {"torch", "safetensors"},
+    "data": {"numpy", "pyarrow", "sentencepiece", "jinja2", "torch"},
+    "cluster": {"yaml", "ray", "requests"},
+    "pipelines/engine": {"fsspec", "ray"},
+}
+"""What the rooms with a list of their own may import beside the standard library."""
+
+READ_BY_TRAINING = {
+    "pipelines/training/job.py": {"data.denoising", "data.mixture", "data.order", "data.shard_set"},
+}
+"""Beside data.batch and data.loader: where a job's plain values become dataclasses."""
 
 INSIDE_PIPELINES = {
     "pipelines/engine": {"pipelines.engine"},
@@ -50,7 +71,7 @@ def imports(path: Path, *, run: bool = False) -> set[str]:
 
 def room_of(path: Path) -> str:
     relative = path.relative_to(ROOT).as_posix()
-    return next(room for room in sorted(FORBIDDEN, key=len, reverse=True) if relative.startswith(room + "/"))
+    return next((room for room in sorted(FORBIDDEN, key=len, reverse=True) if relative.startswith(room + "/")), "conf")
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if any(p.is_relative_to(ROOT / r) for r in FORBIDDEN)], ids=str)
@@ -67,6 +88,32 @@ def test_a_room_imports_only_what_it_may_know(path: Path) -> None:
         }
         parents = {".".join(a.split(".")[:-1]) for a in allowed}
         assert not strangers - parents
+
+
+@pytest.mark.parametrize("room", LIBRARIES)
+def test_a_room_with_a_list_of_libraries_imports_no_other(room: str) -> None:
+    found = {name.split(".")[0] for path in SOURCES if room_of(path) == room for name in imports(path)}
+    assert found - set(ROOMS) - set(sys.stdlib_module_names) - {""} <= LIBRARIES[room]
+
+
+def test_training_knows_of_data_its_batches_and_its_loader() -> None:
+    for path in (ROOT / "pipelines/training").rglob("*.py"):
+        allowed = {"data.batch", "data.loader"} | READ_BY_TRAINING.get(path.relative_to(ROOT).as_posix(), set())
+        read = {".".join(name.split(".")[:2]) for name in imports(path) if name.startswith("data.")}
+        assert read <= allowed, path
+
+
+OUTSIDE = {"os", "pathlib", "io", "shutil", "tempfile", "subprocess", "socket", "glob", "fsspec", "safetensors"}
+CALLS = {"open", "torch.load", "torch.save"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "model").rglob("*.py")), ids=str)
+def test_the_model_touches_no_files_and_no_environment_but_in_interop(path: Path) -> None:
+    if path.is_relative_to(ROOT / "model/interop"):
+        return
+    assert not {name.split(".")[0] for name in imports(path)} & OUTSIDE
+    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+    assert not called & CALLS
 
 
 def test_torch_enters_data_only_through_batches() -> None:

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.engine.errors import EngineError
+from pipelines.engine.fingerprint import SHORT
 
 CHUNK_BYTES = 1 << 20
 RACY_SECONDS = 2.0  # a file written this recently may change again without its mtime moving
@@ -114,6 +116,19 @@ def locked(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def cache_folder(store_url: str) -> Path:
+    """This machine's folder for a store: hashes of files; of one in S3 also work in progress and copies of artifacts.
+
+    In ``ATHANOR_CACHE`` or ``~/.cache/athanor``; where there is no home, among the temporary files.
+    """
+    try:
+        base = Path(os.environ.get("ATHANOR_CACHE") or Path.home() / ".cache" / "athanor")
+    except RuntimeError:  # a user without a home
+        base = Path(tempfile.gettempdir()) / f"athanor-{os.getuid()}"
+    where = f"{os.environ.get('AWS_ENDPOINT_URL', '')} {store_url}"
+    return base / hashlib.sha256(where.encode()).hexdigest()[:SHORT]
 
 
 class FileHashes:

@@ -14,7 +14,7 @@ from pipelines.engine import lease as leases
 from pipelines.engine import manifest as manifests
 from pipelines.engine.base_store import Store
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import FileHashes, fsync, read_json, tree, write_json
+from pipelines.engine.files import FileHashes, cache_folder, fsync, read_json, tree, write_json
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.lease import Lease
 from pipelines.engine.records import FileRecords
@@ -30,7 +30,7 @@ class LocalStore(Store):
         self.url = str(root)
         self.root = root
         self.records = FileRecords(root / ".leases")
-        self.file_hashes = root / ".file-hashes.jsonl"
+        self.file_hashes = cache_folder(str(root.absolute())) / "file-hashes.jsonl"
 
     def address(self, step: str, digest: str) -> str:
         return str(self._folder(step, digest))

@@ -22,10 +22,10 @@ from pipelines.engine import lease as leases
 from pipelines.engine import manifest as manifests
 from pipelines.engine.base_store import Store
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import tree
+from pipelines.engine.files import cache_folder, tree
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.lease import Lease
-from pipelines.engine.objects import Objects, cache_folder, data_folder, move_into_cache
+from pipelines.engine.objects import Objects, data_folder, move_into_cache
 from pipelines.engine.records import S3Records
 from pipelines.engine.step import Artifact
 from pipelines.engine.work import Work, attempt_name, newest_attempt, work_name

@@ -20,7 +20,7 @@ import fsspec
 
 from pipelines.engine import manifest as manifests
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import in_parallel, json_bytes, locked, read_json, sha256_of, write_json
+from pipelines.engine.files import cache_folder, in_parallel, json_bytes, locked, read_json, sha256_of, write_json
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.work import attempt_name
 
@@ -144,10 +144,3 @@ def move_into_cache(source: Path, store_url: str, manifest: Mapping[str, Any]) -
 def cached_folder(store_url: str, manifest: Mapping[str, Any]) -> Path:
     """Where this machine keeps its copy of an artifact."""
     return cache_folder(store_url) / "artifacts" / manifest["step"] / manifest["digest"][:SHORT]
-
-
-def cache_folder(store_url: str) -> Path:
-    """This machine's folder for a store: work in progress, downloaded artifacts, hashes of files."""
-    base = Path(os.environ.get("ATHANOR_CACHE") or Path.home() / ".cache" / "athanor")
-    where = f"{os.environ.get('AWS_ENDPOINT_URL', '')} {store_url}"
-    return base / hashlib.sha256(where.encode()).hexdigest()[:SHORT]

@@ -1,4 +1,4 @@
-"""What a training run can be told. Light to import: `plan` reads these without torch.
+"""What a training run can be told: values and their rules, no tensor and no torch.
 
 A field marked execution says where or how fast a run goes and never what comes out of it, so it enters no digest.
 """

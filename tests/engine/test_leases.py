@@ -130,11 +130,12 @@ def test_two_digests_under_one_name_are_refused(records: FileRecords) -> None:
 
 
 def test_time_spent_is_summed_over_attempts(records: FileRecords) -> None:
+    began = time.monotonic()
     first = take(records)
     time.sleep(0.2)
     first.release()
     second = take(records)
-    assert 0.2 <= second.seconds < 0.4
+    assert 0.2 <= second.seconds <= time.monotonic() - began + 0.01
     second.release(published=True)
     third = take(records)
     assert third.seconds < 0.1

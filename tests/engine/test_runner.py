@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -86,10 +87,33 @@ def test_a_second_run_makes_nothing_and_says_so(store: LocalStore, backend: Back
     assert Path(str(second[2].path), "letters.txt").read_text() == "aaabbb"
 
 
-def test_nothing_is_written_by_plan_and_status(store: LocalStore) -> None:
-    plan([joined(letters())], store=store)
-    status([joined(letters())], store=store)
-    assert not store.root.exists()
+def test_nothing_is_written_by_plan_and_status(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a tale")
+    os.utime(text, (1e9, 1e9))  # not so young that its hash is not remembered
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    step = replace(letters(), files={"text": (text,)})
+    for made in (store, open_store("runs")):
+        plan([joined(step)], store=made)
+        status([joined(step)], store=made)
+    assert not store.root.exists() and list(here.iterdir()) == []
+    assert json.loads(store.file_hashes.read_text())[0] == str(text)  # among what this machine remembers
+
+
+def test_where_hashes_cannot_be_remembered_files_are_hashed_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "no-folder").write_text("")
+    monkeypatch.setenv("ATHANOR_CACHE", str(tmp_path / "no-folder"))
+    text = tmp_path / "text.txt"
+    text.write_text("a tale")
+    os.utime(text, (1e9, 1e9))
+    [report] = plan([replace(letters(), files={"text": (text,)})], store=open_store(tmp_path / "store"))
+    assert report.state == "to make"
 
 
 def test_an_input_that_is_gone_is_not_made_when_nothing_asks_for_it(store: LocalStore, backend: Backend) -> None:

@@ -5,12 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,47 +23,6 @@ from pipelines.engine.runner import plan, run, status
 from pipelines.engine.store import open_store
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            break
-        except OSError:
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}"
-    process.kill()
-    process.wait()
-
-
-@pytest.fixture
-def bucket(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A fresh bucket; this process and its children talk to the server, and cache under tmp_path."""
-    environment = {
-        "AWS_ENDPOINT_URL": server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "ATHANOR_CACHE": str(tmp_path / "machine1"),
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    import s3fs
-
-    name = f"bucket-{os.urandom(6).hex()}"
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
-    s3fs.S3FileSystem.clear_instance_cache()
-    return f"s3://{name}"
 
 
 @pytest.fixture

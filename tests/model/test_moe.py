@@ -447,7 +447,7 @@ def test_experts_learn_and_stay_balanced() -> None:
         assert rows[f"routing/{number}/effective_k"] == 2
 
 
-@pytest.mark.parametrize("name", ["mixtral-tiny", "switch-tiny", "gshard-tiny", "deepseek-moe-tiny"])
+@pytest.mark.parametrize("name", ["mixtral-tiny", "switch-tiny", "gshard-tiny", "deepseek-moe-tiny", "moe-small"])
 def test_a_preset_with_experts_learns_and_uses_them_all(name: str) -> None:
     values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
     config = from_plain(ModelConfig, {**values, "vocab_size": 97, "d_model": 32, "n_layers": 2}, "model")
@@ -476,6 +476,15 @@ def test_counted_published_sizes_have_the_published_active_share() -> None:
         values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
         config = from_plain(ModelConfig, {**values, "vocab_size": vocab_size}, "model")
         assert parameter_counts(config).active == pytest.approx(active, rel=5e-3)
+
+
+def test_the_small_model_with_experts_works_as_hard_for_a_token_as_the_one_without() -> None:
+    counts = {}
+    for name in ("small", "moe-small"):
+        values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+        counts[name] = parameter_counts(from_plain(ModelConfig, {**values, "vocab_size": 4096}, "model"))
+    assert counts["moe-small"].active == pytest.approx(counts["small"].active, rel=5e-3)
+    assert counts["moe-small"].total > 2.5 * counts["small"].total
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from model.kernels.select import KERNELS
 from pipelines.training.errors import TrainingError
 from pipelines.training.job import run_rank
 from pipelines.training.metrics import read_metrics
+from tests.conftest import METRICS_KEYS
 
 Make = Callable[..., dict[str, Any]]
 
@@ -41,6 +42,8 @@ def test_a_run_learns_and_says_what_it_did(job: Make, capsys: pytest.CaptureFixt
     assert [row["step"] for row in rows] == list(range(1, 61))
     assert [row["tokens"] for row in rows] == [256 * step for step in range(1, 61)]
     assert [row["rows"] for row in rows] == [8 * step for step in range(1, 61)]
+    assert all(set(row) == METRICS_KEYS for row in rows)
+    assert all(0 <= row["data_seconds"] <= row["step_seconds"] and row["targets"] <= 256 for row in rows)
     assert rows[0]["loss"] == pytest.approx(math.log(256), abs=0.1)
     assert figures["final_loss"] < rows[0]["loss"] - 1
     assert figures["skipped_steps"] == 0
