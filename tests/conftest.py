@@ -63,11 +63,9 @@ METRICS_KEYS = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """To each worker of pytest-xdist whole files, whose tests share fixtures; and to one of them, in turn, all slow tests,
-    which start processes of their own."""
+    """To each worker of pytest-xdist whole files, whose tests share fixtures."""
     for item in items:
-        group = "slow" if "slow" in item.keywords else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")
