@@ -255,7 +255,7 @@ def resolved(config: Any) -> dict[str, Any]:
     """What Hydra composed as a plain dict. Raises OmegaConf's errors for a value that is missing or refers to nothing."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
 def typed(config: Mapping[str, Any]) -> Settings:

@@ -36,6 +36,8 @@ from tests.model.parity import (
     stirred_ours,
 )
 
+pytestmark = pytest.mark.slow  # whole models beside transformers' own
+
 END, LARGEST = 30, 40
 NORM = NormConfig(kind="layer", bias=True)
 MIXER = AttentionConfig(n_heads=4, qkv_bias=True, out_bias=True)

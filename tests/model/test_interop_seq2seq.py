@@ -23,6 +23,8 @@ from model.norm import NormConfig
 from model.position import LearnedPositionConfig, PositionConfig, RelativePositionConfig, SinusoidalPositionConfig
 from tests.model.configurations import LIVELY
 
+pytestmark = pytest.mark.slow  # whole models beside transformers' own
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

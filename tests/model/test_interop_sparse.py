@@ -20,6 +20,8 @@ from model.mixers.longformer import LongformerConfig
 from model.position import LearnedPositionConfig
 from tests.model.configurations import ALIBI, BERT, MISTRAL
 
+pytestmark = pytest.mark.slow  # whole models beside transformers' own
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

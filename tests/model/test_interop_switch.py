@@ -32,6 +32,8 @@ from tests.model.parity import (
     stirred,
 )
 
+pytestmark = pytest.mark.slow  # whole models beside transformers' own
+
 SOURCE, TARGET = 14, 11
 CLASS = transformers.SwitchTransformersForConditionalGeneration
 

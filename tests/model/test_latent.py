@@ -37,6 +37,8 @@ from tests.model.parity import (
     stirred,
 )
 
+pytestmark = pytest.mark.slow  # whole models beside transformers' own
+
 CLASS = transformers.DeepseekV3ForCausalLM
 TOKENS = 15
 

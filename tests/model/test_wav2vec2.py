@@ -35,6 +35,8 @@ from tests.model.parity import (
     stirred_ours,
 )
 
+pytestmark = pytest.mark.slow  # whole models beside transformers' own
+
 SPEECH = ModelConfig(
     vocab_size=11,
     d_model=32,

@@ -32,6 +32,8 @@ from tests.model.parity import (
 )
 from tests.model.test_wav2vec2 import SPEECH, STABLE, samples
 
+pytestmark = pytest.mark.slow  # whole models beside transformers' own
+
 BOOK = CodebookConfig(groups=2, entries=5, width=12)
 LISTENING = replace(
     SPEECH,

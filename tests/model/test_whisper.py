@@ -42,6 +42,8 @@ from tests.model.parity import (
     trimmed,
 )
 
+pytestmark = pytest.mark.slow  # whole models beside transformers' own
+
 NORM = NormConfig(kind="layer", bias=True)
 MIXER = AttentionConfig(n_heads=4, qkv_bias=True, k_bias=False, out_bias=True)
 FFN = FfnConfig(d_ff=48, activation="gelu", gated=False, bias=True)

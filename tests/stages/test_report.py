@@ -13,6 +13,8 @@ import pytest
 from pipelines.stages import charts, evaluate, export, report
 from pipelines.stages.generate import GenerateSettings
 
+pytestmark = pytest.mark.slow
+
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 

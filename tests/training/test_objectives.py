@@ -14,6 +14,8 @@ from pipelines.training.errors import TrainingError
 from pipelines.training.job import run_rank
 from tests.training.conftest import MODEL, VOCAB_SIZE
 
+pytestmark = pytest.mark.slow
+
 ENCODER: dict[str, Any] = {**MODEL, "causal": False}
 SEQ2SEQ: dict[str, Any] = {**MODEL, "encoder": {**ENCODER, "vocab_size": None, "head": {"kind": "none"}}}
 MASKED = {"kind": "masked_token", "mask_id": 1, "random_ids": [8, VOCAB_SIZE], "kept_ids": [2, 3], "rate": 0.3}
