@@ -124,6 +124,10 @@ class Watch:
             return None
         if not whole:
             return None
+        last = whole.rsplit(b"\n", 1)[-1]
+        if not last.startswith(b"{"):
+            self._offset = 0  # a resumed run has cut the file and written on, so that this is the end of another line
+            return None
         self._offset += len(whole) + 1
-        newest: dict[str, Any] = json.loads(whole.rsplit(b"\n", 1)[-1])
+        newest: dict[str, Any] = json.loads(last)
         return newest

@@ -76,3 +76,15 @@ def test_notes_are_told_and_checkpoints_kept_once(tmp_path: Path) -> None:
     watch.look()
     assert context.said == ["continuing after step 3"]
     assert context.kept == ["checkpoints/step-00000003", METRICS]
+
+
+def test_a_file_that_a_resumed_run_has_cut_and_written_on_is_read_from_its_lines(tmp_path: Path) -> None:
+    watch = Watch({"train": {"total_tokens": 20480.0}}, tmp_path, Shown(console.Display()))  # type: ignore[arg-type]
+    path = tmp_path / METRICS
+    path.write_text('{"step": 1, "loss": 4.25}\n{"step": 2, "loss": 4.125}\n')
+    assert (watch._newest_record() or {})["step"] == 2
+    path.write_text(
+        '{"step": 1, "loss": 4.25}\n{"step": 2, "loss": 4.0625000001}\n'
+    )  # where it stopped is within a line now
+    assert watch._newest_record() is None
+    assert (watch._newest_record() or {})["loss"] == 4.0625000001
