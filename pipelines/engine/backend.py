@@ -34,8 +34,7 @@ ANSWER_SECONDS = 6.0  # for an existing cluster to connect, and as long again to
 OBJECT_STORE_BYTES = 128 * 2**20  # results only; Ray's default would claim 30 % of the memory
 PACKAGES = ("pipelines", "model", "data", "conf", "cluster")
 
-# Ray Train: stay in the driver's working folder, and start none of the actors that feed a dashboard. Ray: count nothing for
-# a dashboard that is not there. Each process of Ray's wakes 100 times a second whatever it does, which costs 0.8 % of a
+# Ray Train: stay in the driver's working folder, and start none of the actors that feed a dashboard. Each process of Ray's wakes 100 times a second whatever it does, which costs 0.8 % of a
 # core; two ranks of a gang have ten of them beside them.
 #
 # Workers keep their priority: at Ray's niceness of 15, one busy process beside a rank of two threads starved one of them
@@ -48,9 +47,6 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_enable_metrics_collection": "false",
-    "RAY_task_events_report_interval_ms": "0",
-    "RAY_event_stats": "false",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
