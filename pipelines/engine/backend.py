@@ -34,8 +34,9 @@ ANSWER_SECONDS = 6.0  # for an existing cluster to connect, and as long again to
 OBJECT_STORE_BYTES = 128 * 2**20  # results only; Ray's default would claim 30 % of the memory
 PACKAGES = ("pipelines", "model", "data", "conf", "cluster")
 
-# Ray Train: stay in the driver's working folder, and start none of the actors that feed a dashboard. Each process of Ray's wakes 100 times a second whatever it does, which costs 0.8 % of a
-# core; two ranks of a gang have ten of them beside them.
+# Ray Train: stay in the driver's working folder, and start none of the actors that feed a dashboard. Each process of
+# Ray's wakes 100 times a second whatever it does, which costs 0.8 % of a core; two ranks of a gang have ten of them
+# beside them.
 #
 # Workers keep their priority: at Ray's niceness of 15, one busy process beside a rank of two threads starved one of them
 # and made a training step thirty times slower, where sharing fairly costs a factor of two.
