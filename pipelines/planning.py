@@ -18,7 +18,7 @@ from data.errors import DataError
 from pipelines import console
 from pipelines.console import count, duration, size
 from pipelines.engine.events import StepReport
-from pipelines.settings import Settings
+from pipelines.settings import Settings, corpus_key
 from pipelines.training.objective import flops_per_token
 from pipelines.training.settings import BatchPlan, TrainSettings, largest_rows
 
@@ -96,8 +96,13 @@ def data(settings: Settings, tokens: int, reports: Sequence[StepReport]) -> dict
         basis = f"guessed at {TEXT_BYTES_PER_TOKEN} bytes a token"
         if not text_bytes:
             named = [path for source in settings.corpora().values() for path in source.paths]
-            basis = f"no text at {', '.join(named)}" if named else "set corpus.paths=[DIR or globs]"
+            basis = f"no text at {', '.join(named)}" if named else _unset(settings)
     return {"tokens": there, "shards": shards, "epochs": tokens / there if there else None, "basis": basis}
+
+
+def _unset(settings: Settings) -> str:
+    """What to set where no corpus names any text."""
+    return " ".join(["set", *(f"{corpus_key(step)}.paths=[DIR or globs]" for step in settings.corpora())])
 
 
 def corpus_bytes(settings: CorpusSettings) -> int:

@@ -208,6 +208,26 @@ def test_conversations_that_are_not_there_are_named_by_their_own_key(
     assert "corpus.paths" not in said
 
 
+def test_a_source_that_cannot_be_read_is_named_by_its_own_key(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
+) -> None:
+    words = tiny(corpus_dir, tmp_path / "store", LOCAL)
+    for setting, problem in (
+        (
+            f"sources.web.paths=[{tmp_path / 'none'}]",
+            f"sources.web.paths names {tmp_path / 'none'}, which does not exist",
+        ),
+        ("sources.web.paths=[]", "sources.web.paths is empty"),
+        ("sources.web.shard_bytes=0", "sources.web.shard_bytes = 0"),
+    ):
+        said = complaint(capsys, "run", *words, setting)
+        assert problem in said and "corpus" not in said
+    excluded = (f"sources.web.paths=[{corpus_dir}]", "sources.web.exclude=['*']")
+    assert "sources.web.exclude = ['*'] leaves none" in complaint(capsys, "run", *words, *excluded)
+    sent = ("submit", "cluster=slurm", "store=/shared/runs", "--dry-run", "--", "run", "experiment=text")
+    assert "sources.web.paths is empty" in complaint(capsys, *sent, "sources.web.paths=[]")
+
+
 def test_more_ranks_than_rows_in_a_batch(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
     overrides = tiny(corpus_dir, tmp_path / "store", LOCAL, "compute.ranks=32", "compute.cpus_per_rank=1")
     assert "32 ranks" in complaint(capsys, "plan", *overrides)
