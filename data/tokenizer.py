@@ -58,7 +58,6 @@ RESERVED = re.compile("[\0\u2581\u2585]")
 SPACE_MARK = "\u2581"
 SURROGATES = re.compile("[\ud800-\udfff]")
 TAB_RUNS = ("\t", "\t\t", "\t\t\t", "\t\t\t\t")
-BYTE_PIECES = 256
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,10 +80,7 @@ def test_experts_shared_out_over_two_ranks_give_what_one_process_gives(runs: Pat
         found = load_file(runs / f"e{stage}-fp32/model/model.safetensors")
         assert found.keys() == weights.keys()
         assert torch.equal(found[BIAS], weights[BIAS])
-        for (
-            name,
-            weight,
-        ) in weights.items():  # five updates of at most 0.003 each; an expert's sign of gradient may waver
+        for name, weight in weights.items():  # five updates of at most 0.003; an expert's sign of gradient may waver
             assert (found[name] - weight).abs().mean() < 1e-5, name
     assert_same_course(runs / "e1-bf16", runs / "alone-bf16", within=5e-3)
     assert_same_course(runs / "four", runs / "alone")  # two that hold all experts, and their replica
