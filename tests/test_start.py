@@ -15,9 +15,8 @@ from pipelines.engine.files import FileHashes
 from pipelines.engine.resolve import resolve
 from pipelines.graph import build
 from pipelines.settings import compose
-from tests.conftest import athanor, tiny
+from tests.conftest import LOCAL, athanor, complaint, tiny
 from tests.stages.conftest import save_model
-from tests.test_bad_input import LOCAL, complaint
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +113,11 @@ def small_tokenizer(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.slow
 def test_an_exported_model_is_trained_further_and_tuned_without_pretraining(corpus_dir: Path, tmp_path: Path) -> None:
     first = tiny(corpus_dir, tmp_path / "first", LOCAL, "finetune=none")
-    athanor("run", *first)
+    athanor("run", *first, "--until", "export")
     [exported] = (tmp_path / "first").glob("export/*/model")
     words = [word for word in tiny(corpus_dir, tmp_path / "second", LOCAL) if word != "model=tiny"]
 
-    further = athanor("run", *words, f"pretrain.init_from={exported}")
+    further = athanor("run", *words, f"pretrain.init_from={exported}", "--until", "pretrain")
     assert "the tokenizer is that of" in further.stderr
     begins = {}
     for name in ("first", "second"):
@@ -131,8 +130,8 @@ def test_an_exported_model_is_trained_further_and_tuned_without_pretraining(corp
     tuned = athanor("run", *words, f"finetune.init_from={exported}")
     assert re.search("^finetune +made", tuned.stdout, re.MULTILINE) and "\npretrain" not in tuned.stdout
     [start] = {path.parent for path in (tmp_path / "second").glob("start/*/model")}
-    newest = max((tmp_path / "second").glob("evaluate/*/results.json"), key=lambda path: path.stat().st_mtime)
-    assert {"base", "finetuned"} <= set(json.loads(newest.read_text())["scores"])
+    [results] = (tmp_path / "second").glob("evaluate/*/results.json")
+    assert {"base", "finetuned"} <= set(json.loads(results.read_text())["scores"])
     assert (start / "manifest.json").exists()
 
     # Conversations alone are enough: no corpus, so nothing is evaluated, and the export is still proven.
@@ -144,8 +143,7 @@ def test_an_exported_model_is_trained_further_and_tuned_without_pretraining(corp
     ]
     said = athanor("run", *alone).stdout
     assert re.search("^export +made", said, re.MULTILINE) and "\nevaluate" not in said
-    answer = athanor("generate", *alone, "--chat", "--prompt", "Say 3.", "--max-tokens", "4")
-    assert answer.returncode == 0
+    athanor("generate", *alone, "--chat", "--prompt", "Say 3.", "--max-tokens", "4")
 
 
 @pytest.mark.slow
