@@ -18,7 +18,6 @@ class Ranks:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
     threads: int
     words: dist.ProcessGroup | None = None
@@ -84,7 +83,7 @@ def join(settings: TrainSettings) -> Ranks:
     os.environ["LOCAL_SIZE"] = str(local_world_size)
     # Ray starts an nccl group that takes no CPU tensors; every rank comes here, so each can make the second group.
     words = dist.new_group(backend="gloo") if world_size > 1 and "gloo" not in str(dist.get_backend_config()) else None
-    return Ranks(rank, world_size, local_rank, device, threads, words)
+    return Ranks(rank, world_size, device, threads, words)
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:

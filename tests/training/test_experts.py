@@ -119,7 +119,7 @@ def test_what_cannot_be_shared_out_is_refused(job: Make, zero: dict[str, int], s
 
 def test_sharing_out_needs_experts_that_divide_and_are_trained() -> None:
     config = ModelConfig(vocab_size=64, d_model=16, n_layers=1, mixer=AttentionConfig(n_heads=2))
-    ranks, said = Ranks(0, 3, 0, torch.device("cpu"), 1), list[str]()
+    ranks, said = Ranks(0, 3, torch.device("cpu"), 1), list[str]()
     settings = TrainSettings(total_tokens=1, global_batch_tokens=1, zero=ZeroSettings(expert_parallel=3))
     with pytest.raises(TrainingError, match="no layer with experts"):
         share_experts(build_model(config), settings, ranks, said.append)
