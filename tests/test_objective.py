@@ -158,6 +158,9 @@ def test_hidden_tokens_are_the_same_on_two_ranks(corpus_dir: Path, shards: Path,
 
 
 @pytest.mark.slow
-def test_hidden_spans_are_the_same_after_a_stop(corpus_dir: Path, tmp_path: Path) -> None:
+def test_hidden_spans_are_the_same_after_a_kill_and_on_two_ranks(
+    corpus_dir: Path, shards: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
     said = athanor("certify", "resume", *words(corpus_dir, tmp_path, LOCAL, *T5)).stdout
     assert said.count("holds ") == 2, said

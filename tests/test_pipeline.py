@@ -334,7 +334,8 @@ def test_ctrl_c_saves_leaves_a_clean_state_and_says_how_to_continue(
     assert not [p for p in tmp_path.glob(".leases/*.json") if json.loads(p.read_text()).get("owner")]
 
 
-def test_certify_resume_prints_a_verdict_that_holds(corpus_dir: Path, tmp_path: Path) -> None:
+def test_certify_resume_prints_a_verdict_that_holds(finished: dict[str, Any], corpus_dir: Path, tmp_path: Path) -> None:
+    copy_shards(finished["store"], tmp_path)
     said = athanor("certify", "resume", *tiny(corpus_dir, tmp_path, "compute.backend=local")).stdout
     assert said.count("holds ") == 2, said
     assert "bit for bit" in said
