@@ -171,7 +171,7 @@ def one_rank(finished: dict[str, Any], corpus_dir: Path, tmp_path_factory: pytes
     """The store of a pretraining with AdamW in fp32 by one process, over the shards that are there."""
     store = tmp_path_factory.mktemp("one-rank")
     copy_shards(finished["store"], store)
-    athanor("run", *tiny(corpus_dir, store, "compute.backend=local", "compute.cpus_per_rank=1"), *ADAMW)
+    athanor("run", *tiny(corpus_dir, store, LOCAL, "compute.cpus_per_rank=1"), *ADAMW)
     return store
 
 
@@ -302,7 +302,7 @@ def test_a_full_disk_is_said_and_the_same_command_continues(corpus_dir: Path, tm
     in_namespace = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
     if subprocess.run([*in_namespace, "mount -t tmpfs none /mnt"], capture_output=True).returncode != 0:
         pytest.skip("no mount namespaces here")
-    command = [sys.executable, "-m", "pipelines", "run", *TINY, f"corpus.paths=[{corpus_dir}]", "compute.backend=local"]
+    command = [sys.executable, "-m", "pipelines", "run", *TINY, f"corpus.paths=[{corpus_dir}]", LOCAL]
     script = [*in_namespace, RUN_ON_A_SMALL_DISK, "bash", str(disk), *command, "--until", "pretrain"]
     again = subprocess.run(script, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
     first, second = (tmp_path / "disk.first").read_text(), (tmp_path / "disk.second").read_text()
@@ -336,6 +336,6 @@ def test_ctrl_c_saves_leaves_a_clean_state_and_says_how_to_continue(
 
 def test_certify_resume_prints_a_verdict_that_holds(finished: dict[str, Any], corpus_dir: Path, tmp_path: Path) -> None:
     copy_shards(finished["store"], tmp_path)
-    said = athanor("certify", "resume", *tiny(corpus_dir, tmp_path, "compute.backend=local")).stdout
+    said = athanor("certify", "resume", *tiny(corpus_dir, tmp_path, LOCAL)).stdout
     assert said.count("holds ") == 2, said
     assert "bit for bit" in said
