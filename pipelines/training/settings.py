@@ -5,9 +5,10 @@ A field marked execution says where or how fast a run goes and never what comes 
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from pipelines.engine.typed import default_of
 from pipelines.training.errors import TrainingError
 
 _EXECUTION: Any = {"execution": True}
@@ -204,11 +205,7 @@ class TrainSettings:
 
     def identity(self) -> TrainSettings:
         """These settings with every execution field at its default: equal for runs that make the same thing."""
-        return replace(self, **{f.name: _default(f) for f in fields(self) if f.metadata.get("execution")})
-
-
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+        return replace(self, **{f.name: default_of(f) for f in fields(self) if f.metadata.get("execution")})
 
 
 @dataclass(frozen=True, kw_only=True)
