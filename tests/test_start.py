@@ -15,7 +15,7 @@ from pipelines.engine.files import FileHashes
 from pipelines.engine.resolve import resolve
 from pipelines.graph import build
 from pipelines.settings import compose
-from tests.conftest import LOCAL, athanor, complaint, tiny
+from tests.conftest import LOCAL, answer, athanor, complaint, tiny
 from tests.stages.conftest import save_model
 
 
@@ -111,7 +111,9 @@ def small_tokenizer(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.slow
-def test_an_exported_model_is_trained_further_and_tuned_without_pretraining(corpus_dir: Path, tmp_path: Path) -> None:
+def test_an_exported_model_is_trained_further_and_tuned_without_pretraining(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
+) -> None:
     first = tiny(corpus_dir, tmp_path / "first", LOCAL, "finetune=none")
     athanor("run", *first, "--until", "export")
     [exported] = (tmp_path / "first").glob("export/*/model")
@@ -127,7 +129,7 @@ def test_an_exported_model_is_trained_further_and_tuned_without_pretraining(corp
     [taken] = (tmp_path / "second").glob("tokenizer/*/tokenizer.model")
     assert taken.read_bytes() == (exported / "tokenizer.model").read_bytes()
 
-    tuned = athanor("run", *words, f"finetune.init_from={exported}")
+    tuned = athanor("run", *words, f"finetune.init_from={exported}", "--until", "evaluate")
     assert re.search("^finetune +made", tuned.stdout, re.MULTILINE) and "\npretrain" not in tuned.stdout
     [start] = {path.parent for path in (tmp_path / "second").glob("start/*/model")}
     [results] = (tmp_path / "second").glob("evaluate/*/results.json")
@@ -143,7 +145,7 @@ def test_an_exported_model_is_trained_further_and_tuned_without_pretraining(corp
     ]
     said = athanor("run", *alone).stdout
     assert re.search("^export +made", said, re.MULTILINE) and "\nevaluate" not in said
-    athanor("generate", *alone, "--chat", "--prompt", "Say 3.", "--max-tokens", "4")
+    answer(capsys, "generate", *alone, "--chat", "--prompt", "Say 3.", "--max-tokens", "4")
 
 
 @pytest.mark.slow
