@@ -114,6 +114,7 @@ class GridPositions(Declared):
         self.columns = nn.Parameter(torch.empty(config.width, d_model))
 
     def forward(self, positions_BT: torch.Tensor) -> torch.Tensor:
+        """int64 positions from 0, the text's first; of the image in the order of its rows. [B or 1, T, D]."""
         texts, width = len(self.text), len(self.columns)
         place_BT = (positions_BT - texts).clamp(min=0)
         of_text_BTD = nn.functional.embedding(positions_BT.clamp(max=texts - 1), self.text)

@@ -83,6 +83,7 @@ class LatentState(MixerState):
         self.latent_BSR = latent_BSR
 
     def append(self, new_BTR: torch.Tensor, shared: MixerInput) -> None:
+        """Write the latents of new tokens into the slots that `shared` names."""
         assert shared.slots_BT is not None
         if shared.common_slot is not None:
             self.latent_BSR[:, shared.common_slot : shared.common_slot + new_BTR.shape[1]] = new_BTR
@@ -117,6 +118,7 @@ class LatentAttention(Mixer):
         self.out = Linear(self.heads * config.v_dim, d_model, bias=config.bias, residual=True)
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
+        """Behind remembered tokens by their latents (`_remembered`), else by the keys and values of every head."""
         q_BTHC, latent_BTR = self._queries(x_BTD, shared), self._latents(x_BTD, shared)
         if state is not None:
             assert isinstance(state, LatentState)

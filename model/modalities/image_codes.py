@@ -61,6 +61,7 @@ class Convolution(Declared):
         self.bias = nn.Parameter(torch.empty(out))
 
     def forward(self, x_BCYX: torch.Tensor) -> torch.Tensor:
+        """[B, channels out, Y, X]; zeros stand around the image."""
         return nn.functional.conv2d(x_BCYX, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
 
 
@@ -74,6 +75,7 @@ class Residual(nn.Module):
         self.gain = gain
 
     def forward(self, x_BCYX: torch.Tensor) -> torch.Tensor:
+        """[B, channels out, Y, X]."""
         out_BCYX: torch.Tensor = self.straight(x_BCYX) + self.gain * self.path(x_BCYX)
         return out_BCYX
 

@@ -42,6 +42,7 @@ class PatchFrontendConfig:
 
     @property
     def n_patches(self) -> int:
+        """Whole patches of an image; what remains at its right and lower edge is left out."""
         return (self.image_size // self.patch_size) ** 2
 
     @property

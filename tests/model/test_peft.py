@@ -225,6 +225,17 @@ def test_freezing_nothing_or_everything_is_refused(patterns: tuple[str, ...], sa
         freeze(build_model(LLAMA), patterns)
 
 
+def test_a_prefix_is_learned_where_activations_are_recomputed_too() -> None:
+    model = build_model(LLAMA, seed=1)
+    attach(model, "prefix")
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    plain = torch.autograd.grad(loss_of(model, "prefix", tokens()), learned)
+    model.stack.recompute = True
+    again = torch.autograd.grad(loss_of(model, "prefix", tokens()), learned)
+    assert any(gradient.any() for gradient in plain)
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
 def test_a_model_with_a_prefix_says_how_it_wants_to_be_called() -> None:
     model = build_model(LLAMA)
     attach(model, "prefix")
