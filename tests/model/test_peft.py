@@ -31,6 +31,7 @@ from model.peft import (
 )
 from model.position import LearnedPositionConfig
 from tests.model.configurations import any_config
+from tests.model.learning import learn
 
 LLAMA = ModelConfig(
     vocab_size=96, d_model=32, n_layers=2, max_seq_len=32, mixer=AttentionConfig(n_heads=4, n_kv_heads=2)
@@ -138,14 +139,7 @@ def test_any_family_learns_by_what_is_attached_alone(kind: str, config: ModelCon
         trained == {name for name, role in roles.items() if role == "adapter"} == trained_state(model).keys() != set()
     )
     row = torch.randint(0, config.require_vocab_size(), (2, 8), generator=torch.Generator().manual_seed(seed))
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
-    losses = []
-    for _ in range(12):
-        loss = loss_of(model, kind, row)
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    losses = learn(model, lambda: loss_of(model, kind, row), steps=12, lr=0.03)
     assert min(losses[1:]) < losses[0]
     state = model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in before.items())
