@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from model.errors import check_counts
 from model.init import Declared, Parameter, declare
 
 GridPattern = Literal["row", "column", "convolution", "transposed"]
@@ -83,9 +83,7 @@ class GridPositionConfig:
     width: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("text", "height", "width"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"position.{name} is {getattr(self, name)}: it counts tokens; use at least 1.")
+        check_counts("position", self, "text", "height", "width")
 
     @property
     def tokens(self) -> int:

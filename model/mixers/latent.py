@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from model.errors import ModelError
+from model.errors import ModelError, check_counts
 from model.init import Linear
 from model.kernels.attention import AttentionKernel
 from model.mixers.base import Mixer, MixerInput, MixerState
@@ -35,10 +35,7 @@ class LatentAttentionConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("n_heads", "q_rank", "kv_rank", "plain_dim", "rope_dim", "v_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ModelError(f"mixer.{name} is {value}: it counts something and must be at least 1.")
+        check_counts("mixer", self, "n_heads", "q_rank", "kv_rank", "plain_dim", "rope_dim", "v_dim")
         if self.rope_dim % 2:
             raise ModelError(f"mixer.rope_dim is {self.rope_dim}: pairs of channels are turned, so make it even.")
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from model.errors import ModelError, check_counts
 from model.init import Declared, Linear, Parameter, declare
 from model.kernels.linear_attention import (
     CHUNK,
@@ -67,10 +67,7 @@ class LinearAttentionConfig:
     features: EluConfig | FavorConfig = field(default_factory=EluConfig)
 
     def __post_init__(self) -> None:
-        for name in ("n_heads", "head_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ModelError(f"mixer.{name} is {value}: it counts something and must be at least 1.")
+        check_counts("mixer", self, "n_heads", "head_dim")
 
     def channels(self, d_model: int) -> int:
         """Channels of one head."""

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from model.errors import ModelError, check_counts
 from model.init import Declared, Linear, Parameter, declare
 from model.kernels.causal_conv import causal_conv
 from model.kernels.selective_scan import CHUNK, recurrent_scan, selective_scan
@@ -33,10 +33,7 @@ class MambaConfig:
     conv_bias: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("expand", "d_state", "d_conv", "dt_rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ModelError(f"mixer.{name} is {value}: it counts something and must be at least 1.")
+        check_counts("mixer", self, "expand", "d_state", "d_conv", "dt_rank")
 
     def rank(self, d_model: int) -> int:
         """Rank of the map to time steps."""
