@@ -265,7 +265,7 @@ def _slices(counts: tuple[int, int, int], budget: int) -> Iterator[tuple[slice, 
 
 
 class _Chunked(torch.autograd.Function):
-    """(q_BTHC, k_BTKC, v_BTKC, bias_HL) -> out_BTHC by a plan; the backward pass computes the weights again, piece by piece."""
+    """(q_BTHC, k_BTKC, v_BTKC, bias_HL) -> out_BTHC by a plan; `backward` computes the weights again, a piece at a time."""
 
     @staticmethod
     def forward(
