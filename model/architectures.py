@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
+from model.block import BlockState
 from model.cache import Cache, rounded_slots
 from model.config import ModelConfig
 from model.errors import ModelError
@@ -179,7 +180,8 @@ class Transformer(nn.Module):
         angles = self._rotation(torch.arange(slots, device=device)[None])
         states = self.stack.new_states(rows, slots)
         if self.prefix is not None:
-            for state, (k_KSC, v_KSC) in zip(states, self.prefix(), strict=True):
+            own = [state.mixer if isinstance(state, BlockState) else state for state in states]
+            for state, (k_KSC, v_KSC) in zip(own, self.prefix(), strict=True):
                 assert isinstance(state, KeyValueState)
                 state.begin(k_KSC, v_KSC)
         return Cache(states, rows, max_tokens, device, angles=angles, static=static, offset=offset)

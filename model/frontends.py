@@ -91,8 +91,15 @@ class TokenFrontend(Frontend):
     def forward(
         self, positions_BT: torch.Tensor, tokens_BT: torch.Tensor, token_types_BT: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """token_types_BT: int64 segment of each token; null is segment 0 everywhere."""
-        x_BTD = self.tokens(tokens_BT)
+        """token_types_BT: int64 segment of each token; null is segment 0 everywhere. Raises ModelError for unknown ids."""
+        try:
+            x_BTD = self.tokens(tokens_BT)
+        except IndexError as error:
+            raise ModelError(
+                f"token ids from {int(tokens_BT.min())} to {int(tokens_BT.max())} were given, the vocabulary is 0 to "
+                f"{self.tokens.weight.shape[0] - 1}: check the tokenizer. Ids below 0 are virtual tokens, which "
+                "attach_prompt teaches one text only: the encoder's, where the model has one that reads text."
+            ) from error
         if self.scale != 1.0:
             x_BTD = x_BTD * self.scale
         if self.types is not None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -11,34 +12,44 @@ from model.config import ModelConfig
 from model.errors import ModelError
 from model.interop.convert import State, family_of, spelled_weights
 from model.interop.tables import dotted
+from model.mixers.attention import AttentionConfig
 from model.peft.lora import LORA_A, LORA_B, LoraConfig, adapted_layers
+
+PROMPT = "frontend.tokens.prompt"
 
 
 def save_adapter(state: Mapping[str, torch.Tensor], model: ModelConfig, config: LoraConfig, folder: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json, which the `peft` package loads over the exported model.
 
     Where their layer is several of ours side by side (GPT-2's fused projection), its adapter is the block-diagonal one
-    of all of them: rank times as many, scale the same. Raises ModelError where no Hugging Face class matches.
+    of all of them: rank times as many, scale the same. Raises ModelError where no Hugging Face class matches, and for
+    adapted layers that peft could not load.
     """
-    adapted = set(adapted_layers(state))
+    family, adapted = family_of(model), set(adapted_layers(state))
     tensors: State = {}
     ranks: dict[str, int] = {}
     transposed = False
-    for weight in spelled_weights(family_of(model), model):
+    unwritten = set(adapted)
+    for weight in spelled_weights(family, model, in_memory=True):
         ours = [name.removesuffix(".weight") for name in weight.ours]
-        if not weight.theirs.endswith(".weight") or not adapted & set(ours):
-            continue
         theirs = weight.theirs.removesuffix(".weight")
+        refused = theirs.rpartition(".")[2] in family.peft_refuses
+        if refused or not weight.theirs.endswith(".weight") or not adapted & set(ours):
+            continue
+        unwritten -= set(ours)
         pairs = [_pair(state, name, config) for name in ours]
         tensors[f"base_model.model.{theirs}.{LORA_A}.weight"] = torch.cat([a for a, _ in pairs]).contiguous()
         tensors[f"base_model.model.{theirs}.{LORA_B}.weight"] = torch.block_diag(*[b for _, b in pairs]).contiguous()
         ranks[theirs] = config.rank * len(ours)
         transposed |= weight.transposed
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if unwritten or not tensors:
+        raise ModelError(
+            f"peft could not load the adapters of {', '.join(sorted(unwritten)) or 'no layer'} over {family.architecture}: "
+            "leave these out of lora.targets, or write the whole model with save_pretrained(merged(state, config))."
+        )
     described = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": family.peft_task,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
@@ -49,33 +60,49 @@ def save_adapter(state: Mapping[str, torch.Tensor], model: ModelConfig, config: 
         "alpha_pattern": {name: config.scale * rank for name, rank in ranks.items() if rank != config.rank},
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    _write(tensors, described, folder)
 
 
 def save_virtual_tokens(state: Mapping[str, torch.Tensor], model: ModelConfig, folder: Path) -> None:
     """Write a learned prompt or prefix, whichever the state dict has, as the `peft` package loads it.
 
-    Raises ModelError where there is neither.
+    Raises ModelError where there is neither, no Hugging Face class matches, or peft has no task for it.
     """
-    kinds = {"frontend.tokens.prompt": "PROMPT_TUNING", "prefix.weight": "PREFIX_TUNING"}
+    kinds = {PROMPT: "PROMPT_TUNING", f"encoder.{PROMPT}": "PROMPT_TUNING", "prefix.weight": "PREFIX_TUNING"}
     name = next((name for name in kinds if name in state), None)
     if name is None:
         raise ModelError(
             f"the state dict has none of {', '.join(kinds)}: attach a prompt or a prefix before saving it."
         )
+    family = family_of(model)
+    if family.peft_task is None:
+        raise ModelError(
+            f"{kinds[name]} over {family.architecture}: peft puts virtual tokens before texts that are continued only; "
+            "adapt with lora, or keep trained_state(model)."
+        )
+    mixer = model.layers[0].mixer
+    assert isinstance(mixer, AttentionConfig) or kinds[name] == "PROMPT_TUNING"
+    heads, width = dotted(model, "mixer.n_heads"), model.d_model
+    if kinds[name] == "PREFIX_TUNING" and isinstance(mixer, AttentionConfig):
+        heads, width = mixer.kv_heads, mixer.kv_heads * mixer.channels(model.d_model)
     learned = state[name].detach().float().contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({"prompt_embeddings": learned}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     described = {
         "peft_type": kinds[name],
-        "task_type": "CAUSAL_LM",
+        "task_type": family.peft_task,
         "num_virtual_tokens": learned.shape[0],
         "num_layers": model.n_layers,
-        "num_attention_heads": dotted(model, "mixer.n_heads"),
-        "token_dim": model.d_model,
-        "num_transformer_submodules": 1,
+        "num_attention_heads": heads,
+        "token_dim": width,
+        # A prefix of a decoder with an encoder is doubled by peft, which drops the half for the attention between them.
+        "num_transformer_submodules": 2 if kinds[name] == "PREFIX_TUNING" and model.encoder is not None else 1,
         "inference_mode": True,
     }
+    _write({"prompt_embeddings": learned}, described, folder)
+
+
+def _write(tensors: State, described: Mapping[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 

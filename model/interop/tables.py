@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -96,6 +96,8 @@ class Family:
     copies: tensors of theirs that are always another one of theirs under a second name, which not every file stores.
     token_ids: the special tokens that its published checkpoints have, written unless others are given.
     in_memory: the weights as the class itself holds them, where a saved checkpoint has them otherwise; read too.
+    peft_task: what the peft package is to wrap the class as; null where it only needs the adapted layers.
+    peft_refuses: last names of layers that peft does not adapt in this class.
     layers: how the class says that its layers differ; null where they are all alike.
     write_position, read_position: the positional keys, where they are too tangled for `settings`.
     faults: what else keeps the class from computing a model.
@@ -119,6 +121,8 @@ class Family:
     copies: Mapping[str, str] = field(default_factory=dict)
     token_ids: Mapping[str, int | None] = field(default_factory=dict)
     in_memory: tuple[Weight, ...] = ()
+    peft_task: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"] | None = None
+    peft_refuses: tuple[str, ...] = ()
     layers: LayerTable | None = None
     write_position: Callable[[PositionConfig], dict[str, Any]] | None = None
     read_position: Callable[[Mapping[str, Any]], PositionConfig] | None = None

@@ -45,11 +45,19 @@ class Bottleneck(nn.Module):
 
 
 def attach_bottlenecks(model: nn.Module, config: BottleneckConfig, *, seed: int = 0) -> list[str]:
-    """Put an adapter behind the chosen sublayers of every block and freeze everything else; the adapters' names."""
-    model.requires_grad_(False)
+    """Put an adapter behind the chosen sublayers of every block and freeze everything else; the adapters' names.
+
+    Raises ModelError where no block has such a sublayer.
+    """
     places = ("mixer", "ffn") if config.placement == "houlsby" else ("ffn",)
     names = []
     blocks = [(name, block) for name, block in model.named_modules() if isinstance(block, Block)]
+    if not any(getattr(block, place) is not None for _, block in blocks for place in places):
+        raise ModelError(
+            f"bottleneck.placement is {config.placement}, behind the ffn, and no block of this model has one: use houlsby, "
+            "which adapts mixers too."
+        )
+    model.requires_grad_(False)
     for name, block in blocks:
         for place in places:
             sublayer = getattr(block, place)

@@ -15,6 +15,8 @@ from torch import nn
 
 from model.errors import ModelError
 from model.init import InitConfig, Linear, Parameter, declare, initial_value
+from model.mixers.mamba import Mamba
+from model.quantize import QuantizedLinear
 
 LORA_A, LORA_B = "lora_A", "lora_B"
 State = dict[str, torch.Tensor]
@@ -24,7 +26,9 @@ State = dict[str, torch.Tensor]
 class LoraConfig:
     """rank: of B A. alpha: the update is scaled by alpha / rank. dropout: on the adapters' input, in training.
 
-    targets: patterns over module names such as `stack.layers.0.mixer.q`; null adapts every matrix of the blocks.
+    targets: patterns over module names such as `stack.layers.0.mixer.q`; null adapts every linear map of the blocks, an
+    encoder's and a tower's too, but Mamba's output, which the peft package does not adapt. Routers and the experts'
+    weights, which are held together in one tensor, are no such maps: they stay frozen.
     """
 
     rank: int = 8
@@ -70,17 +74,17 @@ class LoraLinear(Linear):
 def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> list[str]:
     """Give the target layers adapters and freeze everything else; the names of the adapted modules.
 
-    Raises ModelError where a pattern matches no linear map.
+    Raises ModelError where a pattern matches no linear map, or null finds none.
     """
     linear = {name: module for name, module in model.named_modules() if type(module) is Linear}
-    chosen = [name for name in linear if _is_target(name, config)]
-    if config.targets is not None:
-        for pattern in config.targets:
-            if not any(fnmatch.fnmatch(name, pattern) for name in linear):
-                raise ModelError(
-                    f"lora.targets has {pattern!r}, which matches no layer: a layer's name is like "
-                    f"{next(iter(linear))!r}, and * stands for any part of it."
-                )
+    kept = {f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, Mamba)}
+    patterns = ("*stack.layers.*",) if config.targets is None else config.targets
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(name, pattern) for name in linear):
+            raise ModelError(_no_match(pattern, model, linear))
+    chosen = [name for name in linear if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    if config.targets is None:
+        chosen = [name for name in chosen if name not in kept]
     model.requires_grad_(False)
     draw = InitConfig(std=None)
     for name in chosen:
@@ -111,6 +115,17 @@ def adapted_layers(state: Mapping[str, torch.Tensor]) -> list[str]:
     return [name.removesuffix(f".{LORA_A}") for name in state if name.endswith(f".{LORA_A}")]
 
 
-def _is_target(name: str, config: LoraConfig) -> bool:
-    patterns = ("*stack.layers.*",) if config.targets is None else config.targets
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+def _no_match(pattern: str, model: nn.Module, linear: Mapping[str, nn.Module]) -> str:
+    """What is said where a pattern matches no linear map."""
+    found = [name for name, _ in model.named_modules() if fnmatch.fnmatch(name, pattern)]
+    if any(isinstance(model.get_submodule(name), QuantizedLinear) for name in found):
+        return (
+            f"lora.targets has {pattern!r}, whose layers are quantized, such as {found[0]!r}: an adapter is trained beside "
+            "whole weights, so attach it before quantize(), and merge it."
+        )
+    example = f": a layer's name is like {next(iter(linear))!r}, and * stands for any part of it" if linear else ""
+    if found:
+        example = (
+            f": {found[0]!r} is no linear map, and routers and the experts' joint weights have no adapters{example}"
+        )
+    return f"lora.targets has {pattern!r}, which matches no layer{example}."

@@ -1,6 +1,7 @@
 """Prefix tuning (Li & Liang 2021, https://arxiv.org/abs/2101.00190): learned keys and values before every layer's own.
 
-They stand in the first slots of the cache, so that an adapted model computes through one, in training too:
+They stand in the first slots of the cache, so that an adapted model computes through one, in training too; of a model
+with an encoder it is the decoder's own:
 
     model(tokens_BT, cache=model.new_cache(rows, tokens))
 """
@@ -50,8 +51,15 @@ class Prefix(Declared):
 def attach_prefix(model: Transformer, config: PrefixConfig, *, seed: int = 0) -> list[str]:
     """Give the model a prefix and freeze everything else; the names of what is trained.
 
-    Raises ModelError where a layer has no keys and values, or their shapes differ.
+    The keys and values of a decoder that has an encoder stand before its own tokens, not before the encoder's output.
+    Raises ModelError where a layer has no keys and values, or their shapes differ, and for a model that computes through
+    no cache.
     """
+    if not model.config.causal:
+        raise ModelError(
+            "a prefix stands in the first slots of a cache, and model.causal is false: an encoder has none; use lora, "
+            "bottlenecks or prompt tuning."
+        )
     mixers = [block.mixer for block in model.stack.layers]
     shapes = {(mixer.kv_heads, mixer.head_dim) for mixer in mixers if isinstance(mixer, Attention)}
     if len(shapes) != 1 or not all(isinstance(mixer, Attention) for mixer in mixers):

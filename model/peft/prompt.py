@@ -51,16 +51,25 @@ class PromptedEmbedding(Embedding):
 def attach_prompt(model: Transformer, config: PromptConfig, *, seed: int = 0) -> list[str]:
     """Let the model know virtual tokens, and freeze everything else; the names of what is trained.
 
-    Raises ModelError for a model whose input is not tokens.
+    Where an encoder reads a text, as in the paper's T5, they stand before that one. Raises ModelError for a model whose
+    input is not tokens.
     """
-    if not isinstance(model.frontend, TokenFrontend):
-        raise ModelError(f"virtual tokens need a frontend of tokens, this model has {type(model.frontend).__name__}.")
+    within, reader = ("encoder.", model.encoder) if _reads_text(model.encoder) else ("", model)
+    if reader is None or not isinstance(reader.frontend, TokenFrontend):
+        raise ModelError(
+            f"virtual tokens need a frontend of tokens, this model has {type(model.frontend).__name__}: use lora or "
+            "bottlenecks."
+        )
     model.requires_grad_(False)
-    base = model.frontend.tokens
+    base = reader.frontend.tokens
     vocab_size = base.weight.shape[0]
     drawn = torch.randint(0, vocab_size, (config.tokens,), generator=torch.Generator().manual_seed(seed))
-    model.frontend.tokens = PromptedEmbedding(base, base.weight[drawn.to(base.weight.device)].clone())
-    return ["frontend.tokens.prompt"]
+    reader.frontend.tokens = PromptedEmbedding(base, base.weight[drawn.to(base.weight.device)].clone())
+    return [f"{within}frontend.tokens.prompt"]
+
+
+def _reads_text(encoder: Transformer | None) -> bool:
+    return encoder is not None and isinstance(encoder.frontend, TokenFrontend)
 
 
 def with_prompt(prompt: Sequence[int], tokens: int) -> list[int]:

@@ -114,6 +114,7 @@ def _read_position(theirs: Mapping[str, Any]) -> PositionConfig:
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
+    peft_task="CAUSAL_LM",
     base_prefix="model.",
     weights=(*_WEIGHTS, *stored_experts("mlp", "gate_proj", "up_proj", "down_proj")),
     in_memory=(*_WEIGHTS, *IN_MEMORY),

@@ -48,6 +48,7 @@ _WEIGHTS = (
 FALCON = Family(
     model_type="falcon",
     architecture="FalconForCausalLM",
+    peft_task="CAUSAL_LM",
     base_prefix="transformer.",
     weights=(*_WEIGHTS, *_norm("input_layernorm", "mixer_norm")),
     settings=(

@@ -9,6 +9,7 @@ _GPT2 = "transformer.h.{layer}"
 GPT2 = Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
+    peft_task="CAUSAL_LM",
     base_prefix="transformer.",
     weights=(
         Weight("transformer.wte.weight", ("frontend.tokens.weight",)),

@@ -17,6 +17,7 @@ def _read_position(theirs: Mapping[str, Any]) -> PositionConfig:
 GPTJ = Family(
     model_type="gptj",
     architecture="GPTJForCausalLM",
+    peft_task="CAUSAL_LM",
     base_prefix="transformer.",
     weights=(
         Weight("transformer.wte.weight", ("frontend.tokens.weight",)),

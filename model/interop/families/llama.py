@@ -41,6 +41,7 @@ LLAMA_SETTINGS = (
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
+    peft_task="CAUSAL_LM",
     base_prefix="model.",
     weights=LLAMA_WEIGHTS,
     settings=(*LLAMA_SETTINGS, Setting("mlp_bias", ("ffn.bias",), False)),

@@ -17,6 +17,8 @@ def _rank(config: ModelConfig) -> int:
 MAMBA = Family(
     model_type="mamba",
     architecture="MambaForCausalLM",
+    peft_task="CAUSAL_LM",
+    peft_refuses=("out_proj",),
     base_prefix="backbone.",
     weights=(
         Weight("backbone.embeddings.weight", ("frontend.tokens.weight",)),

@@ -60,6 +60,7 @@ def _settings(experts: Setting, d_ff: Setting, *left_out: str) -> tuple[Setting,
 MIXTRAL = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
+    peft_task="CAUSAL_LM",
     base_prefix="model.",
     weights=(*LLAMA_WEIGHTS, *stored_experts("block_sparse_moe", "w1", "w3", "w2")),
     in_memory=(*LLAMA_WEIGHTS, *IN_MEMORY),
@@ -117,6 +118,7 @@ def _read_layers(theirs: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
+    peft_task="CAUSAL_LM",
     base_prefix="model.",
     weights=(*QWEN3.weights, *stored_experts("mlp", "gate_proj", "up_proj", "down_proj")),
     in_memory=(*QWEN3.weights, *IN_MEMORY),

@@ -111,6 +111,7 @@ _WRITTEN = {
 MARIAN = Family(
     model_type="marian",
     architecture="MarianMTModel",
+    peft_task="SEQ_2_SEQ_LM",
     base_prefix="model.",
     weights=_WEIGHTS,
     settings=_settings(58101, 1024),
@@ -126,6 +127,7 @@ MARIAN = Family(
 BART = Family(
     model_type="bart",
     architecture="BartForConditionalGeneration",
+    peft_task="SEQ_2_SEQ_LM",
     base_prefix="model.",
     weights=(
         *_WEIGHTS,

@@ -85,6 +85,7 @@ _DEFAULTS = {"d_model": 768, "num_layers": 12, "num_decoder_layers": 12, "num_he
 SWITCH = Family(
     model_type="switch_transformers",
     architecture="SwitchTransformersForConditionalGeneration",
+    peft_task="SEQ_2_SEQ_LM",
     base_prefix="",
     weights=t5_weights(
         {

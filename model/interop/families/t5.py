@@ -78,6 +78,7 @@ def _t5(their_word: str, activation: Activation, *, gated: bool) -> Family:
     return Family(
         model_type="t5",
         architecture="T5ForConditionalGeneration",
+        peft_task="SEQ_2_SEQ_LM",
         base_prefix="",
         weights=t5_weights({f"DenseReluDense.{their}.weight": f"{our}.weight" for their, our in names.items()}),
         settings=(

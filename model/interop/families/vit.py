@@ -22,22 +22,36 @@ def _modernised(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
     return modern
 
 
-def _weights(prefix: str) -> tuple[Weight, ...]:
-    layer = f"{prefix}encoder.layer.{{layer}}"
+_STORED = {
+    "encoder.layer.{layer}.layernorm_before": f"{OURS}.mixer_norm",
+    "encoder.layer.{layer}.attention.attention.query": f"{OURS}.mixer.q",
+    "encoder.layer.{layer}.attention.attention.key": f"{OURS}.mixer.k",
+    "encoder.layer.{layer}.attention.attention.value": f"{OURS}.mixer.v",
+    "encoder.layer.{layer}.attention.output.dense": f"{OURS}.mixer.out",
+    "encoder.layer.{layer}.layernorm_after": f"{OURS}.ffn_norm",
+    "encoder.layer.{layer}.intermediate.dense": f"{OURS}.ffn.up",
+    "encoder.layer.{layer}.output.dense": f"{OURS}.ffn.down",
+}
+_IN_MEMORY = {
+    "layers.{layer}.layernorm_before": f"{OURS}.mixer_norm",
+    "layers.{layer}.attention.q_proj": f"{OURS}.mixer.q",
+    "layers.{layer}.attention.k_proj": f"{OURS}.mixer.k",
+    "layers.{layer}.attention.v_proj": f"{OURS}.mixer.v",
+    "layers.{layer}.attention.o_proj": f"{OURS}.mixer.out",
+    "layers.{layer}.layernorm_after": f"{OURS}.ffn_norm",
+    "layers.{layer}.mlp.fc1": f"{OURS}.ffn.up",
+    "layers.{layer}.mlp.fc2": f"{OURS}.ffn.down",
+}
+
+
+def _weights(prefix: str, layers: Mapping[str, str] = _STORED) -> tuple[Weight, ...]:
     return (
         Weight(f"{prefix}embeddings.cls_token", ("frontend.class_token",), lead=2),
         Weight(f"{prefix}embeddings.position_embeddings", ("frontend.positions.weight",), lead=1),
         *pairs(
             {
                 f"{prefix}embeddings.patch_embeddings.projection": "frontend",
-                f"{layer}.layernorm_before": f"{OURS}.mixer_norm",
-                f"{layer}.attention.attention.query": f"{OURS}.mixer.q",
-                f"{layer}.attention.attention.key": f"{OURS}.mixer.k",
-                f"{layer}.attention.attention.value": f"{OURS}.mixer.v",
-                f"{layer}.attention.output.dense": f"{OURS}.mixer.out",
-                f"{layer}.layernorm_after": f"{OURS}.ffn_norm",
-                f"{layer}.intermediate.dense": f"{OURS}.ffn.up",
-                f"{layer}.output.dense": f"{OURS}.ffn.down",
+                **{f"{prefix}{theirs}": ours for theirs, ours in layers.items()},
                 f"{prefix}layernorm": "stack.final_norm",
             }
         ),
@@ -87,6 +101,7 @@ VIT = Family(
     architecture="ViTForImageClassification",
     base_prefix="vit.",
     weights=(*_weights("vit."), *pairs({"classifier": "head.out"})),
+    in_memory=(*_weights("vit.", _IN_MEMORY), *pairs({"classifier": "head.out"})),
     settings=(*_SETTINGS, Setting("num_labels", ("head.classes",), 2)),
     fixed={**_FIXED, "head.kind": "classifier", "head.pool": "first", "head.hidden": None},
     constants={"architectures": ["ViTForImageClassification"]},
@@ -99,6 +114,7 @@ VIT_MODEL = Family(
     architecture="ViTModel",
     base_prefix="",
     weights=_weights(""),
+    in_memory=_weights("", _IN_MEMORY),
     settings=_SETTINGS,
     fixed={**_FIXED, "head.kind": "none"},
     constants={"architectures": ["ViTModel"]},
