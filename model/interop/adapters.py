@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.interop.convert import State, family_of, spelled_weights
+from model.interop.convert import State, family_of, side_by_side, spelled_weights
 from model.interop.tables import dotted
 from model.mixers.attention import AttentionConfig
 from model.peft.lora import LORA_A, LORA_B, LoraConfig, adapted_layers
@@ -38,8 +38,9 @@ def save_adapter(state: Mapping[str, torch.Tensor], model: ModelConfig, config: 
             continue
         unwritten -= set(ours)
         pairs = [_pair(state, name, config) for name in ours]
+        blocks = torch.block_diag(*[b for _, b in pairs]).split([len(b) for _, b in pairs])
         tensors[f"base_model.model.{theirs}.{LORA_A}.weight"] = torch.cat([a for a, _ in pairs]).contiguous()
-        tensors[f"base_model.model.{theirs}.{LORA_B}.weight"] = torch.block_diag(*[b for _, b in pairs]).contiguous()
+        tensors[f"base_model.model.{theirs}.{LORA_B}.weight"] = side_by_side(blocks, weight, model).contiguous()
         ranks[theirs] = config.rank * len(ours)
         transposed |= weight.transposed
     if unwritten or not tensors:
@@ -47,15 +48,19 @@ def save_adapter(state: Mapping[str, torch.Tensor], model: ModelConfig, config: 
             f"peft could not load the adapters of {', '.join(sorted(unwritten)) or 'no layer'} over {family.architecture}: "
             "leave these out of lora.targets, or write the whole model with save_pretrained(merged(state, config))."
         )
+    parameters = {name for name in ranks if name.rpartition(".")[2] in family.peft_parameters}
     described = {
         "peft_type": "LORA",
         "task_type": family.peft_task,
         "r": config.rank,
         "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
+        "lora_dropout": 0.0
+        if parameters
+        else config.dropout,  # of training, which peft cannot do with weights' adapters
         "bias": "none",
         "fan_in_fan_out": transposed,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(ranks.keys() - parameters),
+        **({"target_parameters": [f"{name}.weight" for name in sorted(parameters)]} if parameters else {}),
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.rank},
         "alpha_pattern": {name: config.scale * rank for name, rank in ranks.items() if rank != config.rank},
         "inference_mode": True,

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ def _renamed(
             continue
         parts = [state[name] for name in weight.ours if name in state]
         if len(parts) == len(weight.ours):
-            joined = weight.of(parts[0]) if len(parts) == 1 else _joined(parts, weight, config)
+            joined = weight.of(parts[0]) if len(parts) == 1 else side_by_side(parts, weight, config)
             stored = joined.T if weight.transposed else joined
             theirs[weight.theirs] = stored[(None,) * weight.lead].contiguous()
     return theirs
@@ -179,14 +179,14 @@ def spelled_weights(family: Family, config: ModelConfig, *, in_memory: bool = Fa
     return list(spelled.values())
 
 
-def _joined(parts: list[torch.Tensor], weight: Weight, config: ModelConfig) -> torch.Tensor:
+def side_by_side(parts: Sequence[torch.Tensor], weight: Weight, config: ModelConfig) -> torch.Tensor:
     """Theirs of ours, along the output axis: one after the other, or group by group."""
     groups = 1 if weight.groups is None else dotted(config, weight.groups)
     return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
 def _parted(stored: torch.Tensor, shapes: list[torch.Size], weight: Weight, config: ModelConfig) -> list[torch.Tensor]:
-    """Ours of theirs, the inverse of `_joined`."""
+    """Ours of theirs, the inverse of `side_by_side`."""
     if len(shapes) == 1:
         return [stored]
     groups = 1 if weight.groups is None else dotted(config, weight.groups)

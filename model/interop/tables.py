@@ -97,7 +97,8 @@ class Family:
     token_ids: the special tokens that its published checkpoints have, written unless others are given.
     in_memory: the weights as the class itself holds them, where a saved checkpoint has them otherwise; read too.
     peft_task: what the peft package is to wrap the class as; null where it only needs the adapted layers.
-    peft_refuses: last names of layers that peft does not adapt in this class.
+    peft_refuses: last names of layers that peft does not adapt in this class. peft_parameters: of those that it takes for
+        experts' and adapts by their weights only.
     layers: how the class says that its layers differ; null where they are all alike.
     write_position, read_position: the positional keys, where they are too tangled for `settings`.
     faults: what else keeps the class from computing a model.
@@ -123,6 +124,7 @@ class Family:
     in_memory: tuple[Weight, ...] = ()
     peft_task: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"] | None = None
     peft_refuses: tuple[str, ...] = ()
+    peft_parameters: tuple[str, ...] = ()
     layers: LayerTable | None = None
     write_position: Callable[[PositionConfig], dict[str, Any]] | None = None
     read_position: Callable[[Mapping[str, Any]], PositionConfig] | None = None

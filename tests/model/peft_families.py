@@ -93,6 +93,7 @@ CLASSES: tuple[tuple[Any, Any], ...] = (
     (tf.Qwen3ForCausalLM, tf.Qwen3Config(**GQA, head_dim=8)),
     (tf.MixtralForCausalLM, tf.MixtralConfig(**GQA, num_local_experts=4)),
     (tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig(**GQA, **EXPERTS, head_dim=8)),
+    (tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig(**GQA, **EXPERTS, head_dim=8, mlp_only_layers=[0])),
     (tf.DeepseekV3ForCausalLM, tf.DeepseekV3Config(**DECODER, **LATENT)),
     (tf.GPT2LMHeadModel, tf.GPT2Config(**GPT)),
     (tf.GPTJForCausalLM, tf.GPTJConfig(**GPT, rotary_dim=4, tie_word_embeddings=False)),

@@ -115,6 +115,7 @@ DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     peft_task="CAUSAL_LM",
+    peft_parameters=("gate_proj", "up_proj", "down_proj"),
     base_prefix="model.",
     weights=(*_WEIGHTS, *stored_experts("mlp", "gate_proj", "up_proj", "down_proj")),
     in_memory=(*_WEIGHTS, *IN_MEMORY),

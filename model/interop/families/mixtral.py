@@ -119,6 +119,7 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     peft_task="CAUSAL_LM",
+    peft_parameters=("gate_proj", "up_proj", "down_proj"),
     base_prefix="model.",
     weights=(*QWEN3.weights, *stored_experts("mlp", "gate_proj", "up_proj", "down_proj")),
     in_memory=(*QWEN3.weights, *IN_MEMORY),
