@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.interop.convert import State, family_of, side_by_side, spelled_weights
-from model.interop.tables import dotted
+from model.interop.tables import Family, dotted
 from model.mixers.attention import AttentionConfig
 from model.peft.lora import LORA_A, LORA_B, LoraConfig, adapted_layers
 
@@ -82,27 +82,43 @@ def save_virtual_tokens(state: Mapping[str, torch.Tensor], model: ModelConfig, f
     family = family_of(model)
     if family.peft_task is None:
         raise ModelError(
-            f"{kinds[name]} over {family.architecture}: peft puts virtual tokens before texts that are continued only; "
-            "adapt with lora, or keep trained_state(model)."
+            f"{kinds[name]} over {family.architecture}: peft puts virtual tokens before no text of this class; adapt it "
+            "with lora, or keep trained_state(model)."
         )
-    mixer = model.layers[0].mixer
-    assert isinstance(mixer, AttentionConfig) or kinds[name] == "PROMPT_TUNING"
-    heads, width = dotted(model, "mixer.n_heads"), model.d_model
-    if kinds[name] == "PREFIX_TUNING" and isinstance(mixer, AttentionConfig):
-        heads, width = mixer.kv_heads, mixer.kv_heads * mixer.channels(model.d_model)
-    learned = state[name].detach().float().contiguous()
+    learned, layers = state[name].detach().float().contiguous(), model.n_layers
+    heads, width = dotted(model, "mixer.n_heads") or 1, model.d_model
+    if kinds[name] == "PREFIX_TUNING":
+        learned, layers, heads, width = _peft_prefix(learned, model, family)
     described = {
         "peft_type": kinds[name],
         "task_type": family.peft_task,
         "num_virtual_tokens": learned.shape[0],
-        "num_layers": model.n_layers,
+        "num_layers": layers,
         "num_attention_heads": heads,
         "token_dim": width,
-        # A prefix of a decoder with an encoder is doubled by peft, which drops the half for the attention between them.
         "num_transformer_submodules": 2 if kinds[name] == "PREFIX_TUNING" and model.encoder is not None else 1,
         "inference_mode": True,
     }
     _write({"prompt_embeddings": learned}, described, folder)
+
+
+def _peft_prefix(learned: torch.Tensor, model: ModelConfig, family: Family) -> tuple[torch.Tensor, int, int, int]:
+    """A prefix as peft lays it out, and what it calls num_layers, num_attention_heads and token_dim.
+
+    Before a decoder with an encoder peft lays the prefix out twice and gives layer i the keys and values of layer 2i,
+    taking those of 2i + 1 for its attention to the encoder, where they are dropped: there ours have zeros between them.
+    """
+    mixer = model.layers[0].mixer
+    assert isinstance(mixer, AttentionConfig)
+    heads, channels, layers = mixer.kv_heads, mixer.channels(model.d_model), model.n_layers
+    whole = learned.view(len(learned), layers, 2, heads, channels)
+    if family.caches_every_head:
+        whole = whole.repeat_interleave(mixer.n_heads // heads, dim=3)
+        heads = mixer.n_heads
+    if model.encoder is not None:
+        whole = torch.stack((whole, torch.zeros_like(whole)), dim=2)
+        layers *= 2
+    return whole.reshape(len(learned), -1).contiguous(), layers, heads, heads * channels
 
 
 def _write(tensors: State, described: Mapping[str, Any], folder: Path) -> None:

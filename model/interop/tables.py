@@ -99,6 +99,7 @@ class Family:
     peft_task: what the peft package is to wrap the class as; null where it only needs the adapted layers.
     peft_refuses: last names of layers that peft does not adapt in this class. peft_parameters: of those that it takes for
         experts' and adapts by their weights only.
+    caches_every_head: the class caches keys and values for every query head, whichever of them are the same.
     layers: how the class says that its layers differ; null where they are all alike.
     write_position, read_position: the positional keys, where they are too tangled for `settings`.
     faults: what else keeps the class from computing a model.
@@ -125,6 +126,7 @@ class Family:
     peft_task: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"] | None = None
     peft_refuses: tuple[str, ...] = ()
     peft_parameters: tuple[str, ...] = ()
+    caches_every_head: bool = False
     layers: LayerTable | None = None
     write_position: Callable[[PositionConfig], dict[str, Any]] | None = None
     read_position: Callable[[Mapping[str, Any]], PositionConfig] | None = None

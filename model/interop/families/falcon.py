@@ -49,6 +49,7 @@ FALCON = Family(
     model_type="falcon",
     architecture="FalconForCausalLM",
     peft_task="CAUSAL_LM",
+    caches_every_head=True,
     base_prefix="transformer.",
     weights=(*_WEIGHTS, *_norm("input_layernorm", "mixer_norm")),
     settings=(

@@ -70,6 +70,7 @@ LLAMA = Family(
 QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
+    peft_task="CAUSAL_LM",
     base_prefix="model.",
     weights=LLAMA_WEIGHTS,
     settings=tuple(setting for setting in LLAMA_SETTINGS if setting.theirs != "attention_bias"),
@@ -82,6 +83,7 @@ QWEN2 = Family(
 QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
+    peft_task="CAUSAL_LM",
     base_prefix="model.",
     weights=(
         *LLAMA_WEIGHTS,
@@ -100,6 +102,7 @@ QWEN3 = Family(
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
+    peft_task="CAUSAL_LM",
     base_prefix="model.",
     weights=LLAMA_WEIGHTS,
     settings=(
