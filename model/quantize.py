@@ -2,9 +2,11 @@
 
     names = quantize(model, "int8")     # in place; for inference only
 
-The maps of the blocks are quantized; embeddings, norms and the head stay as they are. PyTorch's own kernels compute on CPUs.
+The maps of the blocks are quantized, an encoder's, a tower's and every expert's among them; embeddings, norms, routers,
+convolutions and heads stay as they are. PyTorch's own kernels compute on CPUs.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from model.errors import ModelError
 from model.init import Linear
+from model.moe.layer import Experts
 
 Quantization = Literal["int8", "int4", "int8_dynamic"]
 GROUP = 32
@@ -25,11 +28,11 @@ class QuantizedLinear(nn.Module):
     scales: torch.Tensor
     like: torch.Tensor
 
-    def __init__(self, base: Linear, kind: Quantization) -> None:
+    def __init__(self, weight_FI: torch.Tensor, bias_F: torch.Tensor | None, kind: Quantization) -> None:
         super().__init__()
         self.kind = kind
-        self.bias = None if base.bias is None else nn.Parameter(base.bias.detach(), requires_grad=False)
-        weight_FI = base.weight.detach().float()
+        self.bias = None if bias_F is None else nn.Parameter(bias_F.detach(), requires_grad=False)
+        like, weight_FI = weight_FI, weight_FI.detach().float()
         if kind == "int4":
             packed, scales = _int4(weight_FI)
         else:
@@ -37,8 +40,8 @@ class QuantizedLinear(nn.Module):
             packed, scales = (weight_FI / scale_F[:, None]).round().to(torch.int8), scale_F
         self.register_buffer("packed", packed)
         # A product of integers is scaled in fp32 before it is rounded.
-        self.register_buffer("scales", scales if kind == "int8_dynamic" else scales.to(base.weight.dtype))
-        self.register_buffer("like", base.weight.new_empty(0), persistent=False)
+        self.register_buffer("scales", scales if kind == "int8_dynamic" else scales.to(like.dtype))
+        self.register_buffer("like", like.new_empty(0), persistent=False)
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
         """y_BTF in the precision of the input; `int8_dynamic` quantizes each token as it comes."""
@@ -55,30 +58,89 @@ class QuantizedLinear(nn.Module):
         return y_BTF if self.bias is None else y_BTF + self.bias
 
 
+class QuantizedExperts(nn.Module):
+    """The experts of a layer, each with maps of its own; they are gone through one after the other."""
+
+    def __init__(self, base: Experts, kind: Quantization) -> None:
+        super().__init__()
+        self.activation, self.gated = base.activation, base.gated
+        self.first = nn.ModuleList(QuantizedLinear(weight_FD, None, kind) for weight_FD in _first(base))
+        self.down = nn.ModuleList(QuantizedLinear(weight_DF, None, kind) for weight_DF in base.down)
+
+    def forward(self, x_QD: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+        """y_QD, row by row of the expert it is sorted to; 0 behind the last expert's."""
+        y_QD, begin = torch.zeros_like(x_QD), 0
+        for first, down, end in zip(self.first, self.down, ends_E.tolist(), strict=True):
+            if end > begin:
+                hidden_QF = first(x_QD[begin:end])
+                if self.gated:
+                    gate_QF, up_QF = hidden_QF.chunk(2, dim=-1)
+                    y_QD[begin:end] = down(self.activation(gate_QF) * up_QF)
+                else:
+                    y_QD[begin:end] = down(self.activation(hidden_QF))
+            begin = end
+        return y_QD
+
+
 def quantize(model: nn.Module, kind: Quantization) -> list[str]:
-    """Quantize the maps inside the blocks, in place; the names of those that were.
+    """Quantize the maps inside the blocks, in place; the names of those that were, experts of a layer under one name.
 
     int8: one scale for each output. int4: a scale and an offset for every 32 inputs; maps whose inputs are no multiple of
     that, or outputs of 16, stay. int8_dynamic: inputs are rounded too, a scale for each token, and the product is one of
-    integers. Raises ModelError for other kinds, for a model none of whose maps fits, and off the CPU, where these kernels
-    do not run.
+    integers. Raises ModelError for other kinds, for a model that
+    has adapters or is quantized already, where no map fits, and off the CPU, where these kernels do not run.
     """
     if kind not in ("int8", "int4", "int8_dynamic"):
         raise ModelError(f"quantization is {kind!r}: choose int8, int4 or int8_dynamic.")
-    maps = [(n, m) for n, m in model.named_modules() if type(m) is Linear and n.startswith("stack.")]
-    if any(part.weight.device.type != "cpu" for _, part in maps):
+    named = dict(model.named_modules())
+    for name, part in named.items():
+        if getattr(part, "lora_A", None) is not None:
+            raise ModelError(
+                f"quantization is {kind}, and {name} has an adapter: quantized weights take none; load "
+                "merged(model.state_dict(), lora) into a model without adapters and quantize that."
+            )
+        if isinstance(part, QuantizedLinear):
+            raise ModelError(f"quantization is {kind}, and {name} is {part.kind} already: start from whole weights.")
+    maps = {
+        name: part
+        for name, part in named.items()
+        if "stack" in name.split(".") and (type(part) is Linear or isinstance(part, Experts))
+    }
+    if any(parameter.device.type != "cpu" for part in maps.values() for parameter in part.parameters()):
         raise ModelError("quantize runs on the CPU only: move the model there first.")
-    if kind == "int4":
-        maps = [(name, part) for name, part in maps if not (part.weight.shape[1] % GROUP or part.weight.shape[0] % 16)]
-    if not maps:
+    fitting = {name: part for name, part in maps.items() if kind != "int4" or all(map(_fits_int4, _weights(part)))}
+    if not fitting:
         raise ModelError(
             f"quantization is {kind}, and no map of the blocks fits it: int4 takes a multiple of {GROUP} inputs and of 16 "
             "outputs; choose int8, or leave the weights as they are."
         )
-    for name, part in maps:
+    for name, part in fitting.items():
         parent, _, local = name.rpartition(".")
-        setattr(model.get_submodule(parent), local, QuantizedLinear(part, kind))
-    return [name for name, _ in maps]
+        quantized: nn.Module
+        if isinstance(part, Experts):
+            quantized = QuantizedExperts(part, kind)
+        else:
+            assert isinstance(part, Linear)
+            quantized = QuantizedLinear(part.weight, part.bias, kind)
+        setattr(model.get_submodule(parent), local, quantized)
+    return list(fitting)
+
+
+def _first(experts: Experts) -> torch.Tensor:
+    """weight_EFD of the maps into the hidden layer."""
+    return experts.get_parameter("gate_up" if experts.gated else "up")
+
+
+def _weights(part: nn.Module) -> Sequence[torch.Tensor]:
+    """The matrices of a map; of experts those of one, which are as large as the others'."""
+    if isinstance(part, Experts):
+        return _first(part)[0], part.down[0]
+    assert isinstance(part, Linear)
+    return (part.weight,)
+
+
+def _fits_int4(weight_FI: torch.Tensor) -> bool:
+    return weight_FI.shape[1] % GROUP == 0 and weight_FI.shape[0] % 16 == 0
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -30,8 +30,10 @@ def save_pretrained(
     """Write config.json and safetensors of a model's state dict, each tensor in its own precision.
 
     The names and layout are those of the matching Hugging Face class, or ours where there is none (`family_of` tells).
-    extra: further keys of config.json, such as bos_token_id and eos_token_id.
+    extra: further keys of config.json, such as bos_token_id and eos_token_id. Raises ModelError, and writes nothing, for
+    a state dict that is not the model's: with adapters, quantized, or not whole.
     """
+    _check_state(state, config)
     directory.mkdir(parents=True, exist_ok=True)
     if has_hf_class(config):
         described, tensors = hf_config(config), to_hf(state, config)
@@ -42,6 +44,22 @@ def save_pretrained(
     precision = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     _write_json(directory / "config.json", {**described, "dtype": precision, "torch_dtype": precision, **(extra or {})})
     _write_tensors(tensors, directory, max_shard_bytes)
+
+
+def _check_state(state: Mapping[str, torch.Tensor], config: ModelConfig) -> None:
+    """Raise ModelError where a tensor would not be written, or is not there to be."""
+    expected = build_model(config, device="meta").state_dict().keys()
+    strange, missing = sorted(state.keys() - expected), sorted(expected - state.keys() - config.tied_weights.keys())
+    told = [
+        f"{len(names)} {what} ({', '.join(names[:4])}{', …' if names[4:] else ''})"
+        for names, what in ((strange, "tensors that the model's configuration does not have"), (missing, "missing"))
+        if names
+    ]
+    if told:
+        raise ModelError(
+            f"the state dict has {' and '.join(told)}: a checkpoint is the whole model and nothing else. With adapters save "
+            "merged(state, lora), or the adapter alone by save_adapter; save before quantize()."
+        )
 
 
 def load_pretrained(directory: Path) -> tuple[ModelConfig, State]:

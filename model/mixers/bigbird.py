@@ -74,7 +74,7 @@ class BigBirdAttention(Attention):
 
         def lower() -> Mask:
             layout_HQJ = layout(self.heads, blocks, config.random_blocks, seed)
-            return replace(mask, layout_HQJ=layout_HQJ.to(self.q.weight.device), block=config.block)
+            return replace(mask, layout_HQJ=layout_HQJ.to(self.q.like.device), block=config.block)
 
         sparse: Mask = mask.lowered((config, self.heads, tokens, seed), lower)
         return sparse

@@ -184,7 +184,7 @@ class LinearAttention(Mixer):
 
     def new_state(self, rows: int, max_tokens: int) -> LinearState:
         shape = (rows, self.heads, self.n_features, self.head_dim + 1)
-        return LinearState(self.q.weight.new_zeros(shape, dtype=torch.float32))
+        return LinearState(self.q.like.new_zeros(shape, dtype=torch.float32))
 
 
 class EluFeatures(nn.Module):

@@ -80,8 +80,18 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> list[
     kept = {f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, Mamba)}
     patterns = ("*stack.layers.*",) if config.targets is None else config.targets
     for pattern in patterns:
-        if not any(fnmatch.fnmatch(name, pattern) for name in linear):
-            raise ModelError(_no_match(pattern, model, linear))
+        found = [name for name, _ in model.named_modules() if fnmatch.fnmatch(name, pattern)]
+        if quantized := [name for name in found if isinstance(model.get_submodule(name), QuantizedLinear)]:
+            raise ModelError(
+                f"lora.targets has {pattern!r}, and {quantized[0]!r} is quantized: an adapter is trained beside whole "
+                "weights; attach it to the model as it was, merge it, and quantize then."
+            )
+        if linear.keys().isdisjoint(found):
+            other = f"; {found[0]!r} is no linear map, nor are routers and the experts' joint weights" if found else ""
+            raise ModelError(
+                f"lora.targets has {pattern!r}, which matches no layer{other}: a layer's name is like "
+                f"{next(iter(linear), 'none')!r}, and * stands for any part of it."
+            )
     chosen = [name for name in linear if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     if config.targets is None:
         chosen = [name for name in chosen if name not in kept]
@@ -113,19 +123,3 @@ def merged(state: Mapping[str, torch.Tensor], config: LoraConfig) -> State:
 def adapted_layers(state: Mapping[str, torch.Tensor]) -> list[str]:
     """Names of the layers that have adapters in a state dict."""
     return [name.removesuffix(f".{LORA_A}") for name in state if name.endswith(f".{LORA_A}")]
-
-
-def _no_match(pattern: str, model: nn.Module, linear: Mapping[str, nn.Module]) -> str:
-    """What is said where a pattern matches no linear map."""
-    found = [name for name, _ in model.named_modules() if fnmatch.fnmatch(name, pattern)]
-    if any(isinstance(model.get_submodule(name), QuantizedLinear) for name in found):
-        return (
-            f"lora.targets has {pattern!r}, whose layers are quantized, such as {found[0]!r}: an adapter is trained beside "
-            "whole weights, so attach it before quantize(), and merge it."
-        )
-    example = f": a layer's name is like {next(iter(linear))!r}, and * stands for any part of it" if linear else ""
-    if found:
-        example = (
-            f": {found[0]!r} is no linear map, and routers and the experts' joint weights have no adapters{example}"
-        )
-    return f"lora.targets has {pattern!r}, which matches no layer{example}."
