@@ -92,8 +92,7 @@ def quantize(model: nn.Module, kind: Quantization) -> list[str]:
     """
     if kind not in ("int8", "int4", "int8_dynamic"):
         raise ModelError(f"quantization is {kind!r}: choose int8, int4 or int8_dynamic.")
-    named = dict(model.named_modules())
-    for name, part in named.items():
+    for name, part in model.named_modules():
         if getattr(part, "lora_A", None) is not None:
             raise ModelError(
                 f"quantization is {kind}, and {name} has an adapter: quantized weights take none; load "
@@ -101,11 +100,7 @@ def quantize(model: nn.Module, kind: Quantization) -> list[str]:
             )
         if isinstance(part, QuantizedLinear):
             raise ModelError(f"quantization is {kind}, and {name} is {part.kind} already: start from whole weights.")
-    maps = {
-        name: part
-        for name, part in named.items()
-        if "stack" in name.split(".") and (type(part) is Linear or isinstance(part, Experts))
-    }
+    maps = whole_maps(model)
     if any(parameter.device.type != "cpu" for part in maps.values() for parameter in part.parameters()):
         raise ModelError("quantize runs on the CPU only: move the model there first.")
     fitting = {name: part for name, part in maps.items() if kind != "int4" or all(map(_fits_int4, _weights(part)))}
@@ -124,6 +119,15 @@ def quantize(model: nn.Module, kind: Quantization) -> list[str]:
             quantized = QuantizedLinear(part.weight, part.bias, kind)
         setattr(model.get_submodule(parent), local, quantized)
     return list(fitting)
+
+
+def whole_maps(model: nn.Module) -> dict[str, nn.Module]:
+    """The maps inside blocks, by name, whose weights are not quantized; the experts of a layer are one of them."""
+    return {
+        name: part
+        for name, part in model.named_modules()
+        if "stack" in name.split(".") and (type(part) is Linear or isinstance(part, Experts))
+    }
 
 
 def _first(experts: Experts) -> torch.Tensor:

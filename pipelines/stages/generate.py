@@ -92,14 +92,16 @@ class TextGenerator:
 
     def quantize(self, kind: Quantization) -> str:
         """Fewer bits a weight (see `model.quantize`); in one line, what was done. Raises ModelError where it cannot be."""
-        from model.quantize import held_bytes, quantize
+        from model.quantize import QuantizedLinear, held_bytes, quantize, whole_maps
 
         before = held_bytes(self.model)
-        count = len(quantize(self.model, kind))
+        quantize(self.model, kind)
         now = held_bytes(self.model)
+        count, left = sum(isinstance(part, QuantizedLinear) for part in self.model.modules()), whole_maps(self.model)
+        others = f"{len(left)} whose sizes do not fit, " if left else ""
         return (
-            f"{kind}: {count} maps of the blocks are quantized, embeddings, norms and head are not; the weights take "
-            f"{now / 1e6:.1f} MB instead of {before / 1e6:.1f} MB"
+            f"{kind}: {count} maps of the blocks are quantized, {others}embeddings, norms and head are not; the weights "
+            f"take {now / 1e6:.1f} MB instead of {before / 1e6:.1f} MB"
         )
 
     def generate(

@@ -1,6 +1,7 @@
 """Adapters: attaching changes nothing, merging changes nothing, and the peft package reads what is written."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from model.build import build_model
 from model.config import ModelConfig, ModelError, parameter_roles
 from model.ffn import FfnConfig
 from model.generate import Sampling, generate
+from model.init import Linear
 from model.interop import save_adapter, save_pretrained, save_virtual_tokens
 from model.mixers.attention import AttentionConfig
 from model.norm import NormConfig
@@ -30,7 +32,8 @@ from model.peft import (
     with_prompt,
 )
 from model.position import LearnedPositionConfig
-from tests.model.configurations import any_config
+from model.quantize import quantize
+from tests.model.configurations import BERT, HYBRID, MAMBA, MIXTRAL, VASWANI, any_config
 from tests.model.learning import learn
 
 LLAMA = ModelConfig(
@@ -235,3 +238,99 @@ def test_a_model_with_a_prefix_says_how_it_wants_to_be_called() -> None:
     attach(model, "prefix")
     with pytest.raises(ModelError, match="new_cache"):
         model(tokens())
+
+
+def test_a_pattern_that_names_experts_or_routers_is_told_what_adapters_take() -> None:
+    model = build_model(MIXTRAL)
+    for pattern in ("*experts*", "*router*"):
+        with pytest.raises(ModelError, match="is no linear map, nor are routers"):
+            attach_lora(model, LoraConfig(targets=(pattern,)))
+    names = attach_lora(model, LORA)
+    assert names == [f"stack.layers.{layer}.mixer.{part}" for layer in (0, 1) for part in ("q", "k", "v", "out")]
+
+
+def test_null_targets_adapt_every_map_of_encoders_too_but_what_peft_refuses() -> None:
+    model = build_model(VASWANI)
+    maps = {name for name, part in model.named_modules() if "stack" in name.split(".") and type(part) is Linear}
+    assert set(attach_lora(model, LORA)) == maps
+    assert any(name.startswith("encoder.") for name in maps)
+    assert not [name for name in attach_lora(build_model(MAMBA), LORA) if name.endswith("out_proj")]
+    chosen = build_model(MAMBA)
+    assert attach_lora(chosen, LoraConfig(targets=("*out_proj",)))
+    with pytest.raises(ModelError, match=r"peft could not load the adapters of .*out_proj.*targets"):
+        save_adapter(chosen.state_dict(), MAMBA, LoraConfig(), Path("nowhere"))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_adapters_beside_quantized_weights_are_refused(kind: Any) -> None:
+    model = build_model(LLAMA)
+    quantize(model, kind)
+    with pytest.raises(ModelError, match="is quantized"):
+        attach_lora(model, LORA)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_placement_without_a_sublayer_is_refused() -> None:
+    with pytest.raises(ModelError, match="use houlsby"):
+        attach(build_model(MAMBA), "pfeiffer")
+    assert attach(build_model(MAMBA), "houlsby") == [f"stack.layers.{layer}.mixer.adapter" for layer in (0, 1)]
+
+
+def test_a_prefix_stands_before_a_decoder_that_has_an_encoder_and_learns() -> None:
+    model, row = build_model(VASWANI), tokens()
+    [name] = attach(model, "prefix")
+
+    def loss() -> torch.Tensor:
+        cache = model.new_cache(*row.shape)
+        result = model(row, encoder_tokens_BT=row.flip(1), targets_BT=row.roll(-1, 1), cache=cache)
+        return result["loss_sum"] / row.numel()
+
+    losses = learn(model, loss, steps=8, lr=0.03)
+    assert min(losses[1:]) < losses[0]
+    assert name == "prefix.weight"
+    whole = model(row, encoder_tokens_BT=row.flip(1), cache=model.new_cache(*row.shape))["logits"]
+    cache = model.new_cache(*row.shape)
+    steps = [model(row[:, :1], encoder_tokens_BT=row.flip(1), cache=cache)["logits"]]
+    steps += [model(piece, cache=cache)["logits"] for piece in row[:, 1:].split(1, dim=1)]
+    assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-5)
+
+
+def test_an_encoder_takes_no_prefix() -> None:
+    with pytest.raises(ModelError, match="causal is false"):
+        attach(build_model(BERT), "prefix")
+
+
+def test_virtual_tokens_stand_before_the_encoders_text_and_are_unknown_elsewhere() -> None:
+    model, row = build_model(VASWANI), tokens()
+    virtual = torch.tensor([with_prompt(ids, 3) for ids in row.tolist()])
+    with pytest.raises(ModelError, match=r"from -3 to .*attach_prompt"):
+        model(row, encoder_tokens_BT=virtual)
+    assert attach(model, "prompt") == ["encoder.frontend.tokens.prompt"]
+    assert model(row, encoder_tokens_BT=virtual)["logits"].shape == (*row.shape, 97)
+    with pytest.raises(ModelError, match="the encoder's, where the model has one"):
+        model(virtual, encoder_tokens_BT=row)
+    with pytest.raises(ModelError, match="vocabulary is 0 to 96"):
+        model(row, encoder_tokens_BT=row + 97)
+
+
+@pytest.mark.parametrize("change", ["lora", "prompt", "int8", "missing"])
+@pytest.mark.parametrize("config", [LLAMA, HYBRID], ids=["with a class", "without"])
+def test_a_state_dict_that_is_not_the_whole_model_alone_is_not_written(
+    config: ModelConfig, change: str, tmp_path: Path
+) -> None:
+    model = build_model(config)
+    state = dict(model.state_dict())
+    if change == "missing":
+        del state["stack.final_norm.weight"]
+    elif change == "int8":
+        quantize(model, "int8")
+        state = model.state_dict()
+    else:
+        attach(model, change)
+        state = model.state_dict()
+    said = {"lora": "lora_A", "prompt": "tokens.prompt", "int8": "packed", "missing": r"1 missing \(stack.final_norm"}
+    with pytest.raises(ModelError, match=said[change]):
+        save_pretrained(state, config, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    if change == "lora":
+        save_pretrained(merged(state, LORA), config, tmp_path / "model")
