@@ -1,7 +1,7 @@
 """Adapters in the folder format of the peft package: LoRA, prompt tuning, prefix tuning."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.interop.convert import State, family_of, side_by_side, spelled_weights
-from model.interop.tables import Family, dotted
+from model.interop.tables import Family, Weight, dotted
 from model.mixers.attention import AttentionConfig
 from model.peft.lora import LORA_A, LORA_B, LoraConfig, adapted_layers
 
@@ -25,38 +25,26 @@ def save_adapter(state: Mapping[str, torch.Tensor], model: ModelConfig, config: 
     of all of them: rank times as many, scale the same. Raises ModelError where no Hugging Face class matches, and for
     adapted layers that peft could not load.
     """
-    family, adapted = family_of(model), set(adapted_layers(state))
+    family, weights = family_of(model), adapted_weights(adapted_layers(state), model)
     tensors: State = {}
     ranks: dict[str, int] = {}
     transposed = False
-    unwritten = set(adapted)
-    for weight in spelled_weights(family, model, in_memory=True):
-        ours = [name.removesuffix(".weight") for name in weight.ours]
-        theirs = weight.theirs.removesuffix(".weight")
-        refused = theirs.rpartition(".")[2] in family.peft_refuses
-        if refused or not weight.theirs.endswith(".weight") or not adapted & set(ours):
-            continue
-        unwritten -= set(ours)
+    for weight in weights:
+        ours, theirs = _layers(weight), weight.theirs.removesuffix(".weight")
         pairs = [_pair(state, name, config) for name in ours]
         blocks = torch.block_diag(*[b for _, b in pairs]).split([len(b) for _, b in pairs])
         tensors[f"base_model.model.{theirs}.{LORA_A}.weight"] = torch.cat([a for a, _ in pairs]).contiguous()
         tensors[f"base_model.model.{theirs}.{LORA_B}.weight"] = side_by_side(blocks, weight, model).contiguous()
         ranks[theirs] = config.rank * len(ours)
         transposed |= weight.transposed
-    if unwritten or not tensors:
-        raise ModelError(
-            f"peft could not load the adapters of {', '.join(sorted(unwritten)) or 'no layer'} over {family.architecture}: "
-            "leave these out of lora.targets, or write the whole model with save_pretrained(merged(state, config))."
-        )
     parameters = {name for name in ranks if name.rpartition(".")[2] in family.peft_parameters}
+    dropout = 0.0 if parameters else config.dropout  # it matters in training only, and peft has none beside parameters
     described = {
         "peft_type": "LORA",
         "task_type": family.peft_task,
         "r": config.rank,
         "lora_alpha": config.alpha,
-        "lora_dropout": 0.0
-        if parameters
-        else config.dropout,  # of training, which peft cannot do with weights' adapters
+        "lora_dropout": dropout,
         "bias": "none",
         "fan_in_fan_out": transposed,
         "target_modules": sorted(ranks.keys() - parameters),
@@ -66,6 +54,34 @@ def save_adapter(state: Mapping[str, torch.Tensor], model: ModelConfig, config: 
         "inference_mode": True,
     }
     _write(tensors, described, folder)
+
+
+def adapted_weights(adapted: Sequence[str], model: ModelConfig) -> list[Weight]:
+    """The weights of the Hugging Face class beside which adapters of these layers of ours stand.
+
+    Raises ModelError where no class matches, and for layers that peft could not load: what `save_adapter` would raise
+    after training, told before.
+    """
+    family = family_of(model)
+    weights = [
+        weight
+        for weight in spelled_weights(family, model, in_memory=True)
+        if weight.theirs.endswith(".weight")
+        and weight.theirs.split(".")[-2] not in family.peft_refuses
+        and not set(adapted).isdisjoint(_layers(weight))
+    ]
+    unwritten = set(adapted) - {name for weight in weights for name in _layers(weight)}
+    if unwritten or not weights:
+        raise ModelError(
+            f"peft could not load the adapters of {', '.join(sorted(unwritten)) or 'no layer'} over {family.architecture}: "
+            "leave these out of lora.targets, or write the whole model with save_pretrained(merged(state, config))."
+        )
+    return weights
+
+
+def _layers(weight: Weight) -> list[str]:
+    """Our layers whose weights are in that one."""
+    return [name.removesuffix(".weight") for name in weight.ours]
 
 
 def save_virtual_tokens(state: Mapping[str, torch.Tensor], model: ModelConfig, folder: Path) -> None:

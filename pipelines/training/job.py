@@ -27,7 +27,7 @@ from model.architectures import Transformer
 from model.build import build_model
 from model.config import ModelConfig
 from model.costs import FLOP_FORMULA, activation_bytes
-from model.interop import load_pretrained, save_adapter, save_pretrained
+from model.interop import adapted_weights, load_pretrained, save_adapter, save_pretrained
 from model.peft import LoraConfig, attach_lora, freeze, merged
 from pipelines.engine.typed import from_plain, to_plain
 from pipelines.training.errors import TrainingError
@@ -54,7 +54,9 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
     widths = None if two_sided is None else two_sided.widths(seq_len)
     lora = from_plain(LoraConfig, job["lora"], "lora") if job.get("lora") else None
     if lora is not None:
-        attach_lora(model, lora, seed=settings.seed)
+        adapted_weights(
+            attach_lora(model, lora, seed=settings.seed), model.config
+        )  # refuses now what could not be saved
     if job.get("freeze"):
         freeze(model, job["freeze"])
 

@@ -14,7 +14,7 @@ from model.config import ModelConfig, ModelError, parameter_roles
 from model.ffn import FfnConfig
 from model.generate import Sampling, generate
 from model.init import Linear
-from model.interop import save_adapter, save_pretrained, save_virtual_tokens
+from model.interop import adapted_weights, save_adapter, save_pretrained, save_virtual_tokens
 from model.mixers.attention import AttentionConfig
 from model.norm import NormConfig
 from model.peft import (
@@ -259,6 +259,8 @@ def test_null_targets_adapt_every_map_of_encoders_too_but_what_peft_refuses() ->
     assert attach_lora(chosen, LoraConfig(targets=("*out_proj",)))
     with pytest.raises(ModelError, match=r"peft could not load the adapters of .*out_proj.*targets"):
         save_adapter(chosen.state_dict(), MAMBA, LoraConfig(), Path("nowhere"))
+    with pytest.raises(ModelError, match="over MambaForCausalLM"):
+        adapted_weights(["stack.layers.0.mixer.out_proj"], MAMBA)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
