@@ -57,11 +57,10 @@ class MaskedTokenSettings:
 
     def over(self, tokenizer: Tokenizer, seed: int) -> AnyObjective:
         """Hides any piece of text, no control piece."""
-        first = len(tokenizer.control_pieces)
         return MaskedToken(
             mask_id=tokenizer.require_mask_id(),
-            random_ids=(first, tokenizer.vocab_size),
-            kept_ids=tuple(range(first)),
+            random_ids=tokenizer.text_ids,
+            kept_ids=tuple(tokenizer.control_ids.values()),
             rate=self.rate,
             dynamic=self.dynamic,
             seed=seed,

@@ -103,7 +103,7 @@ def test_a_folder_with_another_tokenizer_than_its_model_is_refused(
 @pytest.fixture(scope="module")
 def small_tokenizer(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of 640 pieces."""
-    from data.tokenizer import TokenizerSettings, train_tokenizer
+    from data.tokenizer_training import TokenizerSettings, train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = [path.read_text() for path in corpus_dir.glob("json-*.py")]

@@ -54,8 +54,6 @@ def run(settings: ExportSettings, inputs: Mapping[str, Artifact], out_dir: Path,
 
 def write_model(settings: ExportSettings, source: Artifact, tokenizer: Artifact, folder: Path) -> None:
     """Write the folder. Runs in a worker: it imports torch."""
-    import shutil
-
     from data.tokenizer import Tokenizer
     from data.tokenizer_json import export_tokenizer
     from model.interop import has_hf_class, hf_config, load_pretrained, save_pretrained
@@ -76,10 +74,9 @@ def write_model(settings: ExportSettings, source: Artifact, tokenizer: Artifact,
     if config.causal:
         # A document ends with </s>, a message with <|end|>: generation has to stop at either.
         sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95} if writes else {}
-        ends = {"eos_token_id": [pieces.eos_id, pieces.end_id]}
+        ends = {"eos_token_id": list(dict.fromkeys((pieces.eos_id, pieces.end_id)))}
         _write_json(folder / "generation_config.json", {**ids, **ends, **sampling})
     export_tokenizer(tokenizer.path, folder, max_tokens=config.max_seq_len, left_padded=writes)
-    shutil.copyfile(tokenizer.path / "tokenizer.model", folder / "tokenizer.model")
     origin = f"from step {source.step} ({source.digest[:16]})"
     if has_hf_class(config):
         name = hf_config(config)["architectures"][0]
