@@ -91,23 +91,27 @@ def check_export(
 
 def check_tokens(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> dict[str, Any]:
     """The same ids for the texts and for conversations made of them, and the same texts from the ids."""
-    compared = 0
+    compared, fault = 0, "This is a fault of the export (data/tokenizer_json), not of the settings."
     options = {"add_special_tokens": False, "split_special_tokens": True}
     if not isinstance(ours, SentencePieceTokenizer):  # T5's vocabulary spells `</s>`, and transformers reads it there
         spelled = re.compile("|".join(map(re.escape, ours.control_pieces)))
         texts = [spelled.sub("", text) for text in texts]
+        fault = (
+            f"The folder's tokenizer.json went out as it came in, and transformers' {type(theirs).__name__} reads it "
+            'otherwise: put "tokenizer_class": "PreTrainedTokenizerFast" into the tokenizer_config.json beside the weights.'
+        )
     for number, text in enumerate(texts):
         ids = ours.encode(text)
-        _same(f"tokens of held-out sample {number}", ids, theirs.encode(text, **options))
+        _same(f"tokens of held-out sample {number}", ids, theirs.encode(text, **options), fault)
         back = theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        _same(f"text of sample {number}", ours.decode(ids), back)
+        _same(f"text of sample {number}", ours.decode(ids), back, fault)
         compared += len(ids)
     conversations = 0
     for messages, prompt in _conversations(ours, texts[0][:200]):
         ids, _ = encode_chat(ours, messages, generation_prompt=prompt)
         with mock.patch.object(chat_template_utils, "datetime", SimpleNamespace(now=lambda: TODAY)):
             rendered = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
-        _same("chat template's tokens", ids, list(rendered))
+        _same("chat template's tokens", ids, list(rendered), fault)
         compared, conversations = compared + len(ids), conversations + 1
     return {"compared_tokens": compared, "compared_conversations": conversations}
 
@@ -236,13 +240,13 @@ def _ready(config: ModelConfig, state: dict[str, torch.Tensor], dtype: torch.dty
     return model.eval()
 
 
-def _same(what: str, ours: Sequence[Any], theirs: Sequence[Any]) -> None:
+def _same(what: str, ours: Sequence[Any], theirs: Sequence[Any], fault: str) -> None:
     if list(ours) == list(theirs):
         return
     at = _parting(ours, theirs)
     raise EngineError(
         f"The exported tokenizer differs: {what} part at position {at}: ours {ours[at : at + 5]!r}, transformers' "
-        f"{theirs[at : at + 5]!r}. This is a fault of the export (data/tokenizer_json or tokenizer_hf), not of the settings."
+        f"{theirs[at : at + 5]!r}. {fault}"
     )
 
 
