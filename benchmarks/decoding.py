@@ -38,7 +38,7 @@ from model.interop import load_pretrained, save_pretrained
 from pipelines.engine.typed import from_plain
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 96
-CHANGES = {
+MODELS = {
     "demo": ("demo", {"vocab_size": 4096}),
     "small": ("small", {"vocab_size": 8192}),
     "llama-100m": (
@@ -58,7 +58,7 @@ CHANGES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(CHANGES))
+    parser.add_argument("--models", default=",".join(MODELS), help="which to measure, by name")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--write", action="store_true")
@@ -89,7 +89,7 @@ def main() -> None:
 
 def configured(name: str) -> ModelConfig:
     """The model of that name, with weights that make it choose different tokens from the start."""
-    preset, changes = CHANGES[name]
+    preset, changes = MODELS[name]
     plain = yaml.safe_load((Path(__file__).parents[1] / "conf" / "model" / f"{preset}.yaml").read_text())
     config = from_plain(ModelConfig, {**plain, **changes}, "model")
     return replace(config, init=InitConfig(std=None, residual="plain"))

@@ -58,16 +58,21 @@ class CorpusSettings:
 
     def __post_init__(self) -> None:
         if self.shard_bytes < 1:
-            raise DataError(f"corpus.shard_bytes = {self.shard_bytes}: must be at least 1; a few million is usual.")
+            raise DataError(f"shard_bytes = {self.shard_bytes}: must be at least 1; a few million is usual.")
 
 
-def corpus_files(settings: CorpusSettings, skipped: Counter[str] | None = None) -> list[SourceFile]:
-    """Return the files of a corpus in name order. Raises DataError when there are none."""
-    found = python_library_files() if settings.kind == "python-library" else list_files(settings.paths, skipped)
+def corpus_files(
+    settings: CorpusSettings, skipped: Counter[str] | None = None, *, key: str = "corpus"
+) -> list[SourceFile]:
+    """Return the files of a corpus in name order. Raises DataError, which calls the settings `key`, when there are none."""
+    if settings.kind == "python-library":
+        found = python_library_files()
+    else:
+        found = list_files(settings.paths, skipped, key=f"{key}.paths")
     files = exclude_files(found, settings.exclude)
     if not files:
         raise DataError(
-            f"corpus.exclude = {list(settings.exclude)} leaves none of the {len(found)} files. Exclude less."
+            f"{key}.exclude = {list(settings.exclude)} leaves none of the {len(found)} files. Exclude less."
         )
     return files
 

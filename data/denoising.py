@@ -40,11 +40,9 @@ class MaskedToken:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_rate("masked_token", self.rate)
+        _check_rate(self.rate)
         if self.random_ids[0] >= self.random_ids[1]:
-            raise DataError(
-                f"masked_token.random_ids={self.random_ids} holds no id: give (first, end) of the text's ids."
-            )
+            raise DataError(f"random_ids = {self.random_ids}: holds no id; give (first, end) of the text's ids.")
 
     def __call__(self, rows: PackedRows, global_rows: Ints) -> Examples:
         numbers_RT = np.ascontiguousarray(rows.document_numbers()[:, :-1])
@@ -88,9 +86,9 @@ class SpanDenoising:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_rate("span_denoising", self.rate)
+        _check_rate(self.rate)
         if self.mean_span < 1:
-            raise DataError(f"span_denoising.mean_span={self.mean_span}: a span has at least one token.")
+            raise DataError(f"mean_span = {self.mean_span}: a span has at least one token.")
 
     def lengths(self, tokens: int) -> tuple[int, int, int]:
         """(hidden tokens, spans, tokens left) of a text of so many tokens; it needs two."""
@@ -146,9 +144,9 @@ class TextInfilling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_rate("text_infilling", self.rate)
+        _check_rate(self.rate)
         if self.mean_span <= 0:
-            raise DataError(f"text_infilling.mean_span={self.mean_span}: a mean length is above 0.")
+            raise DataError(f"mean_span = {self.mean_span}: a mean length is above 0.")
 
     def widths(self, seq_len: int) -> tuple[int, int]:
         """Tokens of a row that the encoder and the decoder read."""
@@ -257,6 +255,6 @@ def _content(tokens_T: Ints) -> int:
     return int(np.bitwise_xor.reduce(mixed(places ^ tokens_T.astype(np.uint64)), initial=np.uint64(0)))
 
 
-def _check_rate(kind: str, rate: float) -> None:
+def _check_rate(rate: float) -> None:
     if not 0 < rate < 1:
-        raise DataError(f"{kind}.rate={rate}: a share between 0 and 1 of the tokens is hidden, such as 0.15.")
+        raise DataError(f"rate = {rate}: a share between 0 and 1 of the tokens is hidden, such as 0.15.")

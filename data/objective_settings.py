@@ -6,7 +6,8 @@ objective.over(tokenizer, seed=0)        # the pure function of (row, seed, glob
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from data.denoising import AnyObjective, MaskedToken, SpanDenoising, TextInfilling
@@ -15,12 +16,11 @@ from data.objectives import NextToken
 from data.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
-class NextTokenSettings:
-    """Predict each token from those before it: decoders."""
+class Asked(ABC):
+    """What there is to know of an objective while no tokenizer has given it ids."""
 
-    kind: Literal["next_token"] = "next_token"
     needs_mask: ClassVar[bool] = False
+    """Whether it hides with `<mask>`."""
 
     def sentinels(self, seq_len: int) -> int:
         """Sentinel pieces that a row of `seq_len` tokens may take."""
@@ -30,13 +30,23 @@ class NextTokenSettings:
         """Tokens of a row that an encoder and its decoder read; None where there is one stack."""
         return None
 
+    @abstractmethod
     def over(self, tokenizer: Tokenizer, seed: int) -> AnyObjective:
         """The objective with this tokenizer's ids. Raises DataError where it lacks a piece."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextTokenSettings(Asked):
+    """Predict each token from those before it: decoders."""
+
+    kind: Literal["next_token"] = "next_token"
+
+    def over(self, tokenizer: Tokenizer, seed: int) -> AnyObjective:
         return NextToken()
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedTokenSettings:
+class MaskedTokenSettings(Asked):
     """Find hidden tokens from both sides (BERT; dynamic: RoBERTa): encoders. See `MaskedToken`."""
 
     kind: Literal["masked_token"] = "masked_token"
@@ -45,65 +55,57 @@ class MaskedTokenSettings:
     needs_mask: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        MaskedToken(mask_id=0, random_ids=(0, 1), rate=self.rate)
-
-    def sentinels(self, seq_len: int) -> int:
-        """None is taken."""
-        return 0
-
-    def widths(self, seq_len: int) -> tuple[int, int] | None:
-        """There is one stack."""
-        return None
+        self._without_ids()
 
     def over(self, tokenizer: Tokenizer, seed: int) -> AnyObjective:
         """Hides any piece of text, no control piece."""
-        return MaskedToken(
+        return replace(
+            self._without_ids(),
             mask_id=tokenizer.require_mask_id(),
             random_ids=tokenizer.text_ids,
             kept_ids=tuple(tokenizer.control_ids.values()),
-            rate=self.rate,
-            dynamic=self.dynamic,
             seed=seed,
         )
 
+    def _without_ids(self) -> MaskedToken:
+        return MaskedToken(mask_id=0, random_ids=(0, 1), rate=self.rate, dynamic=self.dynamic)
+
 
 @dataclass(frozen=True, kw_only=True)
-class SpanDenoisingSettings:
+class SpanDenoisingSettings(Asked):
     """Say what sentinels stand for (T5): encoder-decoders. See `SpanDenoising`."""
 
     kind: Literal["span_denoising"] = "span_denoising"
     rate: float = 0.15
     mean_span: float = 3.0
-    needs_mask: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        self._with_ids(0, 0, 0, 0)
+        self._without_ids()
 
     def sentinels(self, seq_len: int) -> int:
         """One for each span."""
-        return self._with_ids(0, 0, 0, 0).lengths(seq_len)[1]
+        return self._without_ids().lengths(seq_len)[1]
 
     def widths(self, seq_len: int) -> tuple[int, int] | None:
         """What is left with sentinels, and what was hidden with sentinels; both end with `</s>`."""
-        return self._with_ids(0, 0, 0, 0).widths(seq_len)
+        return self._without_ids().widths(seq_len)
 
     def over(self, tokenizer: Tokenizer, seed: int) -> AnyObjective:
         """The decoder begins with the padding piece, as T5's does."""
-        return self._with_ids(tokenizer.require_sentinel_id(), tokenizer.pad_id, tokenizer.eos_id, seed)
-
-    def _with_ids(self, sentinel_id: int, start_id: int, end_id: int, seed: int) -> SpanDenoising:
-        return SpanDenoising(
-            sentinel_id=sentinel_id,
-            start_id=start_id,
-            end_id=end_id,
-            rate=self.rate,
-            mean_span=self.mean_span,
+        return replace(
+            self._without_ids(),
+            sentinel_id=tokenizer.require_sentinel_id(),
+            start_id=tokenizer.pad_id,
+            end_id=tokenizer.eos_id,
             seed=seed,
         )
 
+    def _without_ids(self) -> SpanDenoising:
+        return SpanDenoising(sentinel_id=0, start_id=0, end_id=0, rate=self.rate, mean_span=self.mean_span)
+
 
 @dataclass(frozen=True, kw_only=True)
-class TextInfillingSettings:
+class TextInfillingSettings(Asked):
     """Say a text again of which spans were hidden (BART): encoder-decoders. See `TextInfilling`."""
 
     kind: Literal["text_infilling"] = "text_infilling"
@@ -112,22 +114,18 @@ class TextInfillingSettings:
     needs_mask: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self._with_ids(0, 0, 0)
-
-    def sentinels(self, seq_len: int) -> int:
-        """None is taken."""
-        return 0
+        self._without_ids()
 
     def widths(self, seq_len: int) -> tuple[int, int] | None:
         """Both as long as the row."""
-        return self._with_ids(0, 0, 0).widths(seq_len)
+        return self._without_ids().widths(seq_len)
 
     def over(self, tokenizer: Tokenizer, seed: int) -> AnyObjective:
         """The decoder begins with `</s>`, as BART's does."""
-        return self._with_ids(tokenizer.require_mask_id(), tokenizer.eos_id, seed)
+        return replace(self._without_ids(), mask_id=tokenizer.require_mask_id(), start_id=tokenizer.eos_id, seed=seed)
 
-    def _with_ids(self, mask_id: int, start_id: int, seed: int) -> TextInfilling:
-        return TextInfilling(mask_id=mask_id, start_id=start_id, rate=self.rate, mean_span=self.mean_span, seed=seed)
+    def _without_ids(self) -> TextInfilling:
+        return TextInfilling(mask_id=0, start_id=0, rate=self.rate, mean_span=self.mean_span)
 
 
 ObjectiveChoice = NextTokenSettings | MaskedTokenSettings | SpanDenoisingSettings | TextInfillingSettings

@@ -11,26 +11,23 @@ hold. Those of other models (data/tokenizer_hf.py) may normalize.
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import sentencepiece
 
 from data.errors import DataError
+from data.tokenizer_hf import FILES, HuggingFaceTokenizer, read_foreign
+from data.vocabulary import MASK, READERS, TEMPLATE_FILE, Spans, Tokenizer
+
+__all__ = ["HuggingFaceTokenizer", "SentencePieceTokenizer", "Tokenizer", "tokenizer_files"]
 
 MODEL_FILE = "tokenizer.model"
-TEMPLATE_FILE = "chat_template.jinja"
 
 PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 CONTROL_PIECES = (PAD, UNK, BOS, EOS, SYSTEM, USER, ASSISTANT, END)  # ids 0 … 7
-MASK, SENTINEL = "<mask>", "<extra_id_{}>"
-"""Control pieces that some objectives hide text with; behind the eight where they are wanted, sentinel 0 last, as in T5."""
 
 # How a conversation is written, here and in every exported tokenizer. The generation block is what the assistant is
 # trained on.
@@ -51,140 +48,8 @@ CHAT_TEMPLATE = """\
 """
 
 SPACE_MARK = "\u2581"
-SURROGATES = re.compile("[\ud800-\udfff]")
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 TAB_RUNS = ("\t", "\t\t", "\t\t\t", "\t\t\t\t")
-
-Spans = npt.NDArray[np.int64]
-"""First and past-the-last character of each token, [N, 2]; a character of several tokens is in all of them."""
-
-
-class Tokenizer(ABC):
-    """A vocabulary. Load with `Tokenizer.load`; safe to pickle and to share between threads.
-
-    control_ids: every control piece, by rising id. bos_id, eos_id: what a document begins and ends with, which may be one
-    piece. pad_id: fills rows; it may stand for something else too, because what is padding is told by the rows' document
-    numbers. unk_id: None where every text can be spelled. chat_template: Jinja, as transformers renders it.
-    template_names: what such a template finds beside the messages.
-    """
-
-    vocab_size: int
-    control_ids: dict[str, int]
-    pad_id: int
-    unk_id: int | None
-    bos_id: int
-    eos_id: int
-    chat_template: str
-    template_names: Mapping[str, str]
-    mask_piece: str | None
-
-    @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Read the tokenizer of a folder: this program's where it is one, else tokenizer.json. Raises DataError."""
-        from data.tokenizer_hf import TOKENIZER_FILE, HuggingFaceTokenizer, convertible
-
-        folder = Path(folder)
-        ours, reason = _own(folder)
-        if ours is not None:
-            return ours
-        if (folder / TOKENIZER_FILE).is_file():
-            return HuggingFaceTokenizer.read(folder)
-        raise DataError(
-            f"{folder} holds no tokenizer that can be read ({reason}, and there is no {TOKENIZER_FILE}). "
-            + convertible(folder)
-        )
-
-    @property
-    def control_pieces(self) -> tuple[str, ...]:
-        """Pieces that no text is encoded to, by rising id."""
-        return tuple(self.control_ids)
-
-    @property
-    def text_ids(self) -> tuple[int, int]:
-        """[first, end) of the longest run of ids with no control piece in it: what random pieces of text are drawn from."""
-        edges = pairwise((-1, *self.control_ids.values(), self.vocab_size))
-        return max(((before + 1, after) for before, after in edges), key=lambda run: run[1] - run[0])
-
-    @cached_property
-    def end_id(self) -> int:
-        """The piece that the chat template closes an answer with; `eos_id` where it closes with text."""
-        from data.chat import answer_end
-
-        return answer_end(self)
-
-    def require_mask_id(self) -> int:
-        """The id of the piece that stands for hidden text. Raises DataError for a tokenizer without one."""
-        if self.mask_piece is None:
-            raise DataError(
-                f"The tokenizer has no {MASK}: train one with tokenizer.mask_piece=true, or start from weights with a mask."
-            )
-        return self.control_ids[self.mask_piece]
-
-    def require_sentinel_id(self) -> int:
-        """The id of `<extra_id_0>`; the next ones count down. Raises DataError for a tokenizer without sentinels."""
-        if not self.sentinels:
-            raise DataError(
-                "The tokenizer has no sentinels: train one with tokenizer.sentinel_pieces=100, or start from T5's kin."
-            )
-        return self.control_ids[SENTINEL.format(0)]
-
-    @cached_property
-    def sentinels(self) -> int:
-        """How many pieces `<extra_id_0>` … there are whose ids count down without a gap."""
-        first, number = self.control_ids.get(SENTINEL.format(0)), 0
-        while first is not None and self.control_ids.get(SENTINEL.format(number)) == first - number:
-            number += 1
-        return number
-
-    def encode(self, text: str) -> list[int]:
-        """Return a text's ids, without `<s>` or `</s>`; control pieces spelled out in it are plain text."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text. One call is faster than many. Raises DataError for what UTF-8 cannot hold."""
-        try:
-            return self._encode_batch(texts)
-        except (RuntimeError, TypeError, UnicodeEncodeError) as error:
-            if any(SURROGATES.search(text) for text in texts):
-                message = "A text holds half a surrogate pair, which UTF-8 cannot. Decode it with errors='replace'."
-                raise DataError(message) from error
-            raise
-
-    def decode(self, ids: Sequence[int], *, show_control: bool = False) -> str:
-        """Return the text of ids. Control pieces are left out, or written as in `<|user|>` with `show_control`.
-
-        Ids that end within a character give U+FFFD in its place.
-        """
-        if not show_control:
-            return self._decode_text([number for number in ids if number not in self._control_names])
-        parts, start = [], 0
-        for at, number in enumerate(ids):
-            if number in self._control_names:
-                parts += [self._decode_text(ids[start:at]), self._control_names[number]]
-                start = at + 1
-        return "".join([*parts, self._decode_text(ids[start:])])
-
-    @cached_property
-    def _control_names(self) -> dict[int, str]:
-        return {number: piece for piece, number in self.control_ids.items()}
-
-    @abstractmethod
-    def characters(self, text: str) -> Spans:
-        """Which characters of a text each of its tokens stands for."""
-
-    @abstractmethod
-    def encode_parts(self, parts: Sequence[str | int]) -> tuple[list[int], Spans]:
-        """Ids of texts with control pieces (ids) between them; in the spans a control piece counts as one character."""
-
-    @abstractmethod
-    def piece(self, number: int) -> str:
-        """Return a piece as the files spell it."""
-
-    @abstractmethod
-    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    @abstractmethod
-    def _decode_text(self, ids: Sequence[int]) -> str: ...
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -259,14 +124,12 @@ class SentencePieceTokenizer(Tokenizer):
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files that say what a folder's tokenizer is, those that only other programs read included; none: it has none."""
-    from data.tokenizer_hf import FILES
-
     own, _ = _own(folder)
     names = (MODEL_FILE, TEMPLATE_FILE) if own is not None else FILES
     return [folder / name for name in names if (folder / name).is_file()]
 
 
-def _own(folder: Path) -> tuple[SentencePieceTokenizer | None, str]:
+def _own(folder: Path) -> tuple[Tokenizer | None, str]:
     """The folder's tokenizer if this program made it; else why it is not that."""
     try:
         model, template = ((folder / name).read_bytes() for name in (MODEL_FILE, TEMPLATE_FILE))
@@ -302,3 +165,6 @@ def _bytes_of(piece: str) -> bytes:
     """The text bytes a SentencePiece piece stands for: U+2581 is a space, `<0x0A>` one byte."""
     byte = BYTE_PIECE.fullmatch(piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE_MARK, " ").encode("utf-8")
+
+
+READERS[:] = [_own, read_foreign]

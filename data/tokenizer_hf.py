@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import DataError
-from data.tokenizer import SURROGATES, TEMPLATE_FILE, Spans, Tokenizer
+from data.vocabulary import SURROGATES, TEMPLATE_FILE, Spans, Tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker has the cores it was given, and ranks fork
 
@@ -163,13 +163,15 @@ def config_ids(folder: Path) -> dict[str, int]:
     return said
 
 
-def convertible(folder: Path) -> str:
-    """What to do about a folder that has no tokenizer.json."""
+def read_foreign(folder: Path) -> tuple[Tokenizer | None, str]:
+    """The tokenizer in tokenizer.json; without that file, what to do about it."""
+    if (folder / TOKENIZER_FILE).is_file():
+        return HuggingFaceTokenizer.read(folder), ""
     if not any((folder / name).is_file() for name in (*VOCABULARY_FILES, CONFIG_FILE)):
-        return f"It needs {TOKENIZER_FILE}, or what this program writes."
-    return (
-        'transformers makes one of the files there are: python -c "from transformers import AutoTokenizer as T; '
-        f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        return None, f"there is no {TOKENIZER_FILE}"
+    return None, (
+        f'there is no {TOKENIZER_FILE}. transformers makes one of the files there are: python -c "from transformers import '
+        f"AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\""
     )
 
 

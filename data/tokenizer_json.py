@@ -15,17 +15,16 @@ from typing import Any
 from data.tokenizer import (
     BOS,
     EOS,
-    MASK,
     PAD,
     SPACE_MARK,
     TAB_RUNS,
-    TEMPLATE_FILE,
     UNK,
     SentencePieceTokenizer,
     Tokenizer,
     tokenizer_files,
 )
 from data.tokenizer_hf import HuggingFaceTokenizer
+from data.vocabulary import MASK, TEMPLATE_FILE
 
 
 def export_tokenizer(

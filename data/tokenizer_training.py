@@ -23,16 +23,14 @@ from data.tokenizer import (
     ASSISTANT,
     CHAT_TEMPLATE,
     END,
-    MASK,
     MODEL_FILE,
     PAD,
-    SENTINEL,
     SYSTEM,
     TAB_RUNS,
-    TEMPLATE_FILE,
     USER,
     SentencePieceTokenizer,
 )
+from data.vocabulary import MASK, SENTINEL, TEMPLATE_FILE
 
 STATISTICS_FILE = "statistics.json"
 # SentencePiece leaves out, without a word, training lines longer than this.

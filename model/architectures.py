@@ -11,7 +11,7 @@ from model.cache import Cache, rounded_slots
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.grid import GridPositionConfig
-from model.heads import Head, NoHeadConfig
+from model.heads import Head, NoHead
 from model.masks import Mask
 from model.mixers.attention import KeyValueState
 from model.mixers.base import MixerInput
@@ -34,7 +34,6 @@ from model.stack import Stack
 
 ENCODER = "encoder_"
 """What the names of an encoder's inputs begin with: `encoder_tokens_BT` is its `tokens_BT`."""
-
 
 TOWER = "tower_"
 """The same of a second tower's inputs: `tower_pixels_BAYX`."""
@@ -132,47 +131,24 @@ class Transformer(nn.Module):
         positions_BT = self._positions(tokens_BT, documents_BT, positions_BT, slots_BT)
         if documents_BT is None:
             documents_BT = self.frontend.documents(own)
-        if self.head.reads_codes:
-            x_BTD, codes = self.frontend(positions_BT, with_codes=True, **own)
-            targets |= codes
-        else:
-            x_BTD = self.frontend(positions_BT, **own)
+        x_BTD, codes = self._embedded(positions_BT, own)
         tokens = x_BTD.shape[1]
-        if positions_BT is None:
-            positions_BT = torch.arange(tokens, device=x_BTD.device)[None]
-        mask = Mask(
-            causal=self.config.causal,
-            documents_BT=documents_BT if cache is None else None,
-            prefix_B=prefix_B,
-            globals_BT=globals_BT,
-        )
-        if cache is not None and (cache.longest or cache.static or cache.offset):
-            at_end = tokens == 1 and cache.common_slot is not None
-            mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(tokens), at_end=at_end)
-        shared = self._shared(mask, tokens, positions_BT, slots_BT, cache)
-        if lengths is not None and min(lengths) < tokens:
-            shared = replace(shared, lengths_B=torch.tensor(lengths, device=x_BTD.device))
-        if self._is_random and self.training and tokens_BT is not None and cache is None:
-            shared = replace(shared, row_keys_B=row_keys(tokens_BT))
+        mask = self._mask(tokens, documents_BT, prefix_B, globals_BT, slots_BT, cache)
+        shared = self._shared(mask, x_BTD, tokens_BT, positions_BT, slots_BT, cache, lengths)
         heard: dict[str, torch.Tensor] = {}
         if self.encoder is not None:
             shared, heard = self._with_memory(shared, documents_BT, cache, of_encoder)
         x_BTD, records = self.stack(x_BTD, shared, None if cache is None else cache.states)
         if cache is not None:
             cache.advance([tokens] * x_BTD.shape[0] if lengths is None else lengths)
-        if isinstance(logits_for, torch.Tensor):
-            x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_for][:, None]
-        elif logits_for == "last":
-            x_BTD = x_BTD[:, -1:]
+        targets |= codes
         if self.tower is not None and of_tower:
             targets["other_ND"] = self.tower(**of_tower)["features"]
-        result: dict[str, torch.Tensor] = self.head(x_BTD, documents_BT, per_token, **targets)
+        result: dict[str, torch.Tensor] = self.head(_chosen(x_BTD, logits_for), documents_BT, per_token, **targets)
         if "loss_sum" in result:
             told = with_encoders(heard, _routing(records, documents_BT, x_BTD))
-            result |= _with_auxiliary(result["loss_sum"], told, lambda: self.head.row_targets(targets))
-        elif isinstance(self.config.head, NoHeadConfig):
-            result |= _routing(records, documents_BT, x_BTD)
-        return result
+            return result | _with_auxiliary(result["loss_sum"], told, lambda: self.head.row_targets(targets))
+        return result | _routing(records, documents_BT, x_BTD) if isinstance(self.head, NoHead) else result
 
     def _sorted_out(self, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
         """Whose is what: of the frontend, of the head, of the encoder and of the tower, these under their own names.
@@ -200,7 +176,7 @@ class Transformer(nn.Module):
             )
         offset = 0 if self.prefix is None else self.prefix.tokens
         device, slots = next(self.stack.parameters()).device, rounded_slots(max_tokens + offset)
-        angles = self._rotation(torch.arange(slots, device=device)[None]) if self._rotates else None
+        angles = self._rotation(torch.arange(slots, device=device)[None])
         states = self.stack.new_states(rows, slots)
         if self.prefix is not None:
             for state, (k_KSC, v_KSC) in zip(states, self.prefix(), strict=True):
@@ -208,14 +184,10 @@ class Transformer(nn.Module):
                 state.begin(k_KSC, v_KSC)
         return Cache(states, rows, max_tokens, device, angles=angles, static=static, offset=offset)
 
-    @property
-    def _rotates(self) -> bool:
-        return isinstance(self.config.position, RopeConfig) and self.config.head_dim is not None
-
-    def _rotation(self, positions_BT: torch.Tensor | None) -> Rotation | None:
+    def _rotation(self, positions_BT: torch.Tensor) -> Rotation | None:
         """The angles of those positions, where the model rotates and attends."""
         position, head_dim = self.config.position, self.config.head_dim
-        if not isinstance(position, RopeConfig) or head_dim is None or positions_BT is None:
+        if not isinstance(position, RopeConfig) or head_dim is None:
             return None
         return rotation(position, positions_BT, head_dim)
 
@@ -244,31 +216,68 @@ class Transformer(nn.Module):
             return document_positions(documents_BT)
         return torch.arange(tokens, device=tokens_BT.device)[None] if slots_BT is None else slots_BT
 
+    def _embedded(
+        self, positions_BT: torch.Tensor | None, own: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """x_BTD of the frontend, and what its codebook makes of the input if the head reads that."""
+        if self.head.reads_codes:
+            x_BTD, codes = self.frontend(positions_BT, with_codes=True, **own)
+            return x_BTD, codes
+        return self.frontend(positions_BT, **own), {}
+
+    def _mask(
+        self,
+        tokens: int,
+        documents_BT: torch.Tensor | None,
+        prefix_B: torch.Tensor | None,
+        globals_BT: torch.Tensor | None,
+        slots_BT: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> Mask:
+        """Who sees whom, and the bias on scores of the models whose positions are one. A cache holds one document a row."""
+        mask = Mask(
+            causal=self.config.causal,
+            documents_BT=documents_BT if cache is None else None,
+            prefix_B=prefix_B,
+            globals_BT=globals_BT,
+        )
+        # Of an empty cache the new tokens are all there is to see.
+        if cache is not None and (cache.longest or cache.static or cache.offset):
+            at_end = tokens == 1 and cache.common_slot is not None
+            mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(tokens), at_end=at_end)
+        keys = mask.keys or tokens
+        if isinstance(self.config.position, AlibiConfig):
+            device = next(self.stack.parameters()).device
+            return replace(mask, bias_HL=alibi_bias(self.config.attention_heads, keys, device))
+        return mask if self.distances is None else replace(mask, bias_HL=self.distances(keys))
+
     def _shared(
         self,
         mask: Mask,
-        tokens: int,
+        x_BTD: torch.Tensor,
+        tokens_BT: torch.Tensor | None,
         positions_BT: torch.Tensor | None,
         slots_BT: torch.Tensor | None,
         cache: Cache | None,
+        lengths: Sequence[int] | None,
     ) -> MixerInput:
-        """What all layers share of this pass."""
-        config, position = self.config, self.config.position
+        """What all layers share of this pass; without positions tokens count from 0."""
+        tokens, device = x_BTD.shape[1], x_BTD.device
+        draws = self._is_random and self.training and cache is None
+        if positions_BT is None:
+            positions_BT = torch.arange(tokens, device=device)[None]
         if cache is not None and slots_BT is not None and positions_BT is slots_BT:
             angles = cache.rotation(slots_BT)
         else:
             angles = self._rotation(positions_BT)
-        if isinstance(position, AlibiConfig):
-            device = next(self.stack.parameters()).device
-            mask = replace(mask, bias_HL=alibi_bias(config.attention_heads, mask.keys or tokens, device))
-        if self.distances is not None:
-            mask = replace(mask, bias_HL=self.distances(mask.keys or tokens))
         return MixerInput(
             mask,
             angles,
             slots_BT,
             None if cache is None else cache.common_slot,
-            windowed={window: replace(mask, window=window) for window in config.windows},
+            windowed={window: replace(mask, window=window) for window in self.config.windows},
+            row_keys_B=row_keys(tokens_BT) if draws and tokens_BT is not None else None,
+            lengths_B=None if lengths is None or min(lengths) >= tokens else torch.tensor(lengths, device=device),
         )
 
     def _with_memory(
@@ -296,6 +305,13 @@ class Transformer(nn.Module):
         queries_BT = None if cache is not None or memory_documents_BS is None else documents_BT
         mask = Mask(causal=False, documents_BT=queries_BT, key_documents_BS=memory_documents_BS)
         return replace(shared, memory_BSD=memory_BSD, memory_mask=mask), heard
+
+
+def _chosen(x_BTD: torch.Tensor, logits_for: Literal["all", "last"] | torch.Tensor) -> torch.Tensor:
+    """The tokens whose logits are asked for: [B, T or 1, D]."""
+    if isinstance(logits_for, torch.Tensor):
+        return x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_for][:, None]
+    return x_BTD[:, -1:] if logits_for == "last" else x_BTD
 
 
 def _routing(records: list[Record], documents_BT: torch.Tensor | None, x_BTD: torch.Tensor) -> dict[str, torch.Tensor]:

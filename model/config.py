@@ -7,7 +7,7 @@ from functools import cached_property
 
 from model.block import Layout
 from model.classifiers import ClassifierHeadConfig, SpanHeadConfig, TokenClassifierHeadConfig
-from model.errors import ModelError
+from model.errors import ModelError, check_counts
 from model.ffn import FfnConfig
 from model.ffns import AnyFfnConfig
 from model.frontends import FrontendConfig, TokenFrontendConfig
@@ -112,10 +112,7 @@ class ModelConfig:
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "max_seq_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ModelError(f"model.{name} is {value}: it counts something and must be at least 1.")
+        check_counts("model", self, "vocab_size", "d_model", "n_layers", "max_seq_len")
         for layer in self.layers:
             layer.mixer.check(self.d_model)
         if isinstance(self.position, RopeConfig):

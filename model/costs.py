@@ -15,6 +15,7 @@ from model.slots import SlotCosts
 
 FLOP_FORMULA = (
     "forward FLOPs = 2·(matrix parameters + D·V)·tokens + 4·L·H·C·(query-key pairs the mask lets through); "
+    "latent attention by 2·(C of keys + C of values) in place of 4·C; "
     "state space and linear attention layers by their recurrences instead; "
     "training = 3 × forward; recomputed activations are not counted"
 )

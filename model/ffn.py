@@ -69,6 +69,7 @@ class FeedForward(Joins):
         self.down = Linear(config.d_ff, d_model, bias=config.bias, residual=True)
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput) -> tuple[torch.Tensor, Record]:
+        """(y_BTD, {}); while its maps are joined the gate and what it gates come of one product."""
         if self.gate is None:
             return self.down(self.activation(self.up(x_BTD))), {}
         if self.joined is not None:

@@ -61,6 +61,7 @@ class Embedding(Declared):
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """x_BTD of int64 ids from 0 to V - 1."""
         return nn.functional.embedding(tokens_BT, self.weight)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from model.errors import check_counts
 from model.init import Declared, Parameter, declare
 
 GridPattern = Literal["row", "column", "convolution", "transposed"]
@@ -83,9 +83,7 @@ class GridPositionConfig:
     width: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("text", "height", "width"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"position.{name} is {getattr(self, name)}: it counts tokens; use at least 1.")
+        check_counts("position", self, "text", "height", "width")
 
     @property
     def tokens(self) -> int:
@@ -114,6 +112,7 @@ class GridPositions(Declared):
         self.columns = nn.Parameter(torch.empty(config.width, d_model))
 
     def forward(self, positions_BT: torch.Tensor) -> torch.Tensor:
+        """int64 positions from 0, the text's first; of the image in the order of its rows. [B or 1, T, D]."""
         texts, width = len(self.text), len(self.columns)
         place_BT = (positions_BT - texts).clamp(min=0)
         of_text_BTD = nn.functional.embedding(positions_BT.clamp(max=texts - 1), self.text)

@@ -175,6 +175,7 @@ class Transform(nn.Module):
         self.norm = build_norm(norm, d_model)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """x_BTD of the same shape, in the precision of the input."""
         out_BTD: torch.Tensor = self.norm(self.activation(self.dense(x_BTD)))
         return out_BTD
 

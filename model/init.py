@@ -124,6 +124,7 @@ class Linear(Multiplies):
         )
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
+        """y_BTO, by the product of the moment (`multiply`)."""
         return self.multiply(x_BTI)
 
     @property
@@ -132,6 +133,7 @@ class Linear(Multiplies):
         return self.weight
 
     def extra_repr(self) -> str:
+        """Its sizes, as `print(model)` shows them."""
         return f"{self.in_features} -> {self.out_features}{', bias' if self.bias is not None else ''}"
 
 

@@ -111,6 +111,11 @@ class _HeadLoss(torch.autograd.Function):
         wants_weight: bool,
         wants_bias: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Makes the gradients that are wanted too, for an incoming gradient of 1: sums over chunks in fp32.
+
+        x_ND, weight_VD, bias_V: in one precision. targets_N: int64 from 0 to V - 1, of ignored tokens too. valid_N: bool.
+        weights_N: fp32, 0 where ignored; they weigh the gradients, not the values.
+        """
         nlls, zs, grads_x = [], [], []
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
@@ -136,6 +141,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients made in the forward pass, times that of the loss."""
         scale = grads[0]
         grad_x_ND, grad_weight_VD, grad_bias_V = ctx.saved_tensors
         if grad_x_ND is not None:

@@ -40,6 +40,7 @@ class RMSNorm(Declared):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """In the precision of the input."""
         return nn.functional.rms_norm(x_BTD, self.weight.shape, self.weight.to(x_BTD.dtype), self.eps)
 
 
@@ -55,6 +56,7 @@ class LayerNorm(Declared):
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """In the precision of the input."""
         bias_D = None if self.bias is None else self.bias.to(x_BTD.dtype)
         return nn.functional.layer_norm(x_BTD, self.weight.shape, self.weight.to(x_BTD.dtype), bias_D, self.eps)
 

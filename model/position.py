@@ -272,6 +272,7 @@ class LearnedPositions(Declared):
         self.weight = nn.Parameter(torch.empty(max_seq_len + offset, d_model))
 
     def forward(self, positions_BT: torch.Tensor) -> torch.Tensor:
+        """int64 positions from 0 to max_seq_len - 1: [B or 1, T, D]."""
         return nn.functional.embedding(positions_BT + self.offset, self.weight)
 
 

@@ -41,6 +41,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("like", base.weight.new_empty(0), persistent=False)
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
+        """y_BTF in the precision of the input; `int8_dynamic` quantizes each token as it comes."""
         x_NI = x_BTI.flatten(0, -2).contiguous()
         if self.kind == "int8":
             y_NF = torch.ops.aten._weight_int8pack_mm(x_NI, self.packed, self.scales)

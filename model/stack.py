@@ -13,7 +13,8 @@ class Stack(nn.Module):
     """x_BTD -> x_BTD through every layer, and what each layer records; `final_norm` is the identity in post-norm
     layouts.
 
-    recompute: set from outside to trade a second forward pass for the activations inside each block.
+    recompute: set from outside to trade a second forward pass for the activations inside each block, of passes without
+    states.
     """
 
     def __init__(self, layers: list[Block], final_norm: nn.Module) -> None:
@@ -25,9 +26,14 @@ class Stack(nn.Module):
     def forward(
         self, x_BTD: torch.Tensor, shared: MixerInput, states: list[MixerState] | None = None
     ) -> tuple[torch.Tensor, list[Record]]:
+        """x_BTD after the last norm, and a record for each layer, {} where it has nothing to tell.
+
+        states: one for each layer, continued and updated; such a pass holds its activations, for a layer computed again
+        would append to its state again.
+        """
         records = []
         for index, layer in enumerate(self.layers):
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled() and states is None:
                 x_BTD, record = checkpoint(layer, x_BTD, shared, use_reentrant=False)
             else:
                 x_BTD, record = layer(x_BTD, shared, None if states is None else states[index])

@@ -1,8 +1,8 @@
 """What a person sees: progress while steps run, the table at the end, byte and duration words.
 
-    with Display(names) as display:
+    with Display() as display:
         reports = run(steps, …, on_event=display.event)
-    print_table(reports)
+    console().print(summary(reports))
 
 On a terminal several steps share one live block (rich); in a pipe or a log every line stands alone and progress is told at
 most every ten seconds, so that a cluster's log stays readable.

@@ -19,7 +19,7 @@ from data.objective_settings import check_pieces
 from data.sources import SourceFile
 from data.tokenizer import Tokenizer
 from pipelines.engine.step import StageFn, Step
-from pipelines.settings import Settings
+from pipelines.settings import Settings, corpus_key
 from pipelines.stages import (
     corpus,
     denoise,
@@ -48,7 +48,7 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
         return steps[name]
 
     corpora = {
-        name: add(name, corpus.run, source, {}, files={"text": text_of(source, may_be_missing=corpus_may_be_missing)})
+        name: add(name, corpus.run, source, {}, files={"text": text_of(name, source, corpus_may_be_missing)})
         for name, source in s.corpora().items()
     }
     begun = {}
@@ -95,10 +95,10 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
     return steps
 
 
-def text_of(source: CorpusSettings, *, may_be_missing: bool) -> tuple[Path, ...]:
-    """The files of a corpus, or none where it may be missing and is."""
+def text_of(step: str, source: CorpusSettings, may_be_missing: bool) -> tuple[Path, ...]:
+    """The files of a corpus step, or none where it may be missing and is."""
     try:
-        return paths(corpus_files(source))
+        return paths(corpus_files(source, key=corpus_key(step)))
     except DataError:
         if may_be_missing:
             return ()

@@ -5,7 +5,8 @@
 
 Memory follows the ZeRO paper (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054): a parameter takes 4 bytes of
 fp32 weight, 4 of fp32 gradient and 8 of AdamW's moments, in bf16 too, where only the matrix products are in bf16. Stage 1
-divides the moments by the ranks, stage 2 the gradients too, stage 3 the weights as well.
+divides the moments by the ranks, stage 2 the gradients too, stage 3 the weights as well. Experts that `zero.expert_parallel`
+ranks share are divided by that number.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from data.errors import DataError
 from pipelines import console
 from pipelines.console import count, duration, size
 from pipelines.engine.events import StepReport
-from pipelines.settings import Settings
+from pipelines.settings import Settings, corpus_key
 from pipelines.training.objective import flops_per_token
 from pipelines.training.settings import BatchPlan, TrainSettings, largest_rows
 
@@ -34,14 +35,22 @@ def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any
     settings.check_batches()
     name, train = settings.first_training()
     model, seq_len, ranks = settings.resolved_model(), settings.shards.seq_len, settings.compute.ranks
-    build_model(model, device="meta")  # proves that it can be built at this size, without its memory
+    built = build_model(model, device="meta")  # proves that it can be built at this size, without its memory
     dtype_bytes, on_gpu = 2 if train.precision == "bf16" else 4, settings.compute.gpus_per_rank > 0
     row_bytes = activation_bytes(model, 1, seq_len, dtype_bytes, train.recompute)
     rows = largest_rows(seq_len, row_bytes=row_bytes, gpu_bytes=_GPU_BYTES if on_gpu else None)
     batch = BatchPlan.derive(train, seq_len=seq_len, world_size=ranks, largest_rows=rows)
     counts = parameter_counts(model)
     flops = flops_per_token(model, settings.objective.widths(seq_len), seq_len)
-    memory = memory_per_rank(counts.total, ranks=ranks, stage=train.zero.stage)
+    shared = 0
+    if train.zero.expert_parallel > 1:
+        from pipelines.training.expert_parallel import shared_parameters
+
+        shared = shared_parameters(built, train.zero.expert_parallel, ranks)
+    memory = memory_per_rank(counts.total - shared, ranks=ranks, stage=train.zero.stage)
+    # Those that a rank holds for others to use are in its own keeping, whatever the stage.
+    for part, amount in memory_per_rank(shared // train.zero.expert_parallel, ranks=1, stage=0).items():
+        memory[part] += amount
     memory["activations"] = activation_bytes(
         model,
         micro_batch_rows=batch.micro_batch_rows,
@@ -96,8 +105,13 @@ def data(settings: Settings, tokens: int, reports: Sequence[StepReport]) -> dict
         basis = f"guessed at {TEXT_BYTES_PER_TOKEN} bytes a token"
         if not text_bytes:
             named = [path for source in settings.corpora().values() for path in source.paths]
-            basis = f"no text at {', '.join(named)}" if named else "set corpus.paths=[DIR or globs]"
+            basis = f"no text at {', '.join(named)}" if named else _unset(settings)
     return {"tokens": there, "shards": shards, "epochs": tokens / there if there else None, "basis": basis}
+
+
+def _unset(settings: Settings) -> str:
+    """What to set where no corpus names any text."""
+    return " ".join(["set", *(f"{corpus_key(step)}.paths=[DIR or globs]" for step in settings.corpora() or ["corpus"])])
 
 
 def corpus_bytes(settings: CorpusSettings) -> int:

@@ -226,6 +226,11 @@ class Settings:
         }
 
 
+def corpus_key(step: str) -> str:
+    """What a person calls the settings of a corpus by the name of its step: `corpus`, or `sources.NAME`."""
+    return step.replace("corpus-", "sources.", 1)
+
+
 def compose(overrides: Sequence[str]) -> Settings:
     """Settings from overrides. Raises SettingsError for a mistake in them, naming the nearest right word."""
     settings = typed(plain(overrides))

@@ -26,6 +26,7 @@ from pipelines.engine.store import open_store
 from pipelines.execution import named
 from pipelines.graph import build
 from pipelines.settings import Settings
+from pipelines.training.ranks import leave
 
 INPUTS_MAY_TAKE = timedelta(days=2)  # how long the other ranks wait while rank 0 makes a large corpus
 
@@ -60,7 +61,7 @@ def pretrain(settings: Settings) -> int:
     out = console.console()
     out.print(console.summary(reports))
     if world_size > 1:
-        _end()
+        leave()
     return 0
 
 
@@ -70,13 +71,5 @@ def _follow() -> int:
         call: list[Any] = [None, None]
         dist.broadcast_object_list(call, src=0, device=torch.device("cpu"))
         if call[0] is None:
-            _end()
+            leave()
         call[0](call[1])
-
-
-def _end() -> None:
-    """Leave as a rank of several does."""
-    from pipelines.training.__main__ import leave
-
-    dist.destroy_process_group()
-    leave(0)

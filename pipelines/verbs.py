@@ -16,7 +16,7 @@ from pipelines.engine.events import StepReport
 from pipelines.engine.store import open_store
 from pipelines.execution import execute, found, made, named
 from pipelines.graph import build
-from pipelines.settings import SettingsError, compose, section
+from pipelines.settings import SettingsError, compose, corpus_key, section
 
 if TYPE_CHECKING:
     from cluster.submit import ClusterSettings
@@ -252,9 +252,10 @@ def check_sent(verb: str, arguments: argparse.Namespace) -> None:
     if verb in ("run", "train", "plan", "certify") and not getattr(arguments, "multirun", False):
         settings = compose(arguments.overrides)
         if verb != "plan" and settings.pretrains:
-            for name, source in settings.corpora().items():
+            for step, source in settings.corpora().items():
                 if source.kind == "files" and not source.paths:
-                    raise SettingsError(f"{name}.paths is empty: nothing to read; set {name}.paths=[DIR or globs].")
+                    key = f"{corpus_key(step)}.paths"
+                    raise SettingsError(f"{key} is empty: nothing to read; set {key}=[DIR or globs].")
 
 
 def logs(arguments: argparse.Namespace) -> int:

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from pipelines.__main__ import main
+
 # The same examples every time: a run says what a change did. HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("athanor", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "athanor"))
@@ -54,6 +56,8 @@ TINY = (
     "tracking=off",
 )
 """Overrides under which every step of the pipeline runs, in seconds."""
+
+LOCAL = "compute.backend=local"
 
 METRICS_KEYS = {
     *("step", "loss", "grad_norm", "lr", "tokens", "rows", "batch_digest", "step_seconds", "data_seconds"),
@@ -101,6 +105,25 @@ def athanor(*arguments: str, check: bool = True, **environment: str) -> subproce
     if check:
         assert result.returncode == 0, result.stderr[-4000:]
     return result
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> pytest.CaptureResult[str]:
+    """What a command prints (out, err); run in this process, which has paid for its imports."""
+    with pytest.raises(SystemExit) as left:
+        main(list(arguments))
+    said = capsys.readouterr()
+    assert left.value.code == 0, said.err[-4000:]
+    return said
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command says on stderr when it refuses."""
+    with pytest.raises(SystemExit) as left:
+        main(list(arguments))
+    said = capsys.readouterr().err
+    assert left.value.code == 2, said
+    assert "Traceback" not in said
+    return said[said.index("athanor: ") :]
 
 
 @pytest.fixture(scope="module")

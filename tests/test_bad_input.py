@@ -7,21 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.__main__ import main
 from pipelines.teach import settings_help
-from tests.conftest import tiny
-
-LOCAL = "compute.backend=local"
-
-
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command says on stderr when it refuses."""
-    with pytest.raises(SystemExit) as left:
-        main(list(arguments))
-    said = capsys.readouterr().err
-    assert left.value.code == 2, said
-    assert "Traceback" not in said
-    return said[said.index("athanor: ") :]
+from tests.conftest import LOCAL, answer, complaint, tiny
 
 
 def test_a_misspelled_experiment_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,8 +89,8 @@ def test_malformed_lines_are_counted_and_too_many_are_an_error(
     overrides = tiny(tmp_path / "a.jsonl", tmp_path / "store", LOCAL)
     said = complaint(capsys, "run", *overrides, "--until", "corpus")
     assert f"{tmp_path / 'a.jsonl'}, line 22" in said and "max_malformed_lines_per_file" in said
-    succeed("run", *overrides, "corpus.reader.max_malformed_lines_per_file=30", "--until", "corpus")
-    assert "30 malformed lines" in capsys.readouterr().err
+    made = answer(capsys, "run", *overrides, "corpus.reader.max_malformed_lines_per_file=30", "--until", "corpus")
+    assert "30 malformed lines" in made.err
     [card] = (tmp_path / "store").glob("corpus/*/card.json")
     assert json.loads(card.read_text())["malformed"][0].split("/")[-1].startswith("a.jsonl:2: not JSON")
 
@@ -113,17 +100,10 @@ def test_invalid_utf8_is_read_on_and_counted(capsys: pytest.CaptureFixture[str],
     (tmp_path / "text").mkdir()
     for number, text in enumerate(texts()):
         (tmp_path / "text" / f"{number}.txt").write_bytes(f"Caf\u00e9 {number}\n{text}".encode("latin-1"))
-    succeed("run", *tiny(tmp_path / "text", tmp_path / "store", LOCAL), "--until", "corpus")
-    assert "30 files with invalid utf8" in capsys.readouterr().err
+    made = answer(capsys, "run", *tiny(tmp_path / "text", tmp_path / "store", LOCAL), "--until", "corpus")
+    assert "30 files with invalid utf8" in made.err
     [card] = (tmp_path / "store").glob("corpus/*/card.json")
     assert json.loads(card.read_text())["train_documents"] > 20
-
-
-def succeed(*arguments: str) -> None:
-    """Run a command that is to end well."""
-    with pytest.raises(SystemExit) as left:
-        main(list(arguments))
-    assert left.value.code == 0
 
 
 def texts() -> list[str]:
@@ -208,6 +188,26 @@ def test_conversations_that_are_not_there_are_named_by_their_own_key(
     assert "corpus.paths" not in said
 
 
+def test_a_source_that_cannot_be_read_is_named_by_its_own_key(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
+) -> None:
+    words = tiny(corpus_dir, tmp_path / "store", LOCAL)
+    for setting, problem in (
+        (
+            f"sources.web.paths=[{tmp_path / 'none'}]",
+            f"sources.web.paths names {tmp_path / 'none'}, which does not exist",
+        ),
+        ("sources.web.paths=[]", "sources.web.paths is empty"),
+        ("sources.web.shard_bytes=0", "sources.web.shard_bytes = 0"),
+    ):
+        said = complaint(capsys, "run", *words, setting)
+        assert problem in said and "corpus" not in said
+    excluded = (f"sources.web.paths=[{corpus_dir}]", "sources.web.exclude=['*']")
+    assert "sources.web.exclude = ['*'] leaves none" in complaint(capsys, "run", *words, *excluded)
+    sent = ("submit", "cluster=slurm", "store=/shared/runs", "--dry-run", "--", "run", "experiment=text")
+    assert "sources.web.paths is empty" in complaint(capsys, *sent, "sources.web.paths=[]")
+
+
 def test_more_ranks_than_rows_in_a_batch(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
     overrides = tiny(corpus_dir, tmp_path / "store", LOCAL, "compute.ranks=32", "compute.cpus_per_rank=1")
     assert "32 ranks" in complaint(capsys, "plan", *overrides)
@@ -243,7 +243,7 @@ def test_what_is_submitted_is_looked_at_first(capsys: pytest.CaptureFixture[str]
 @pytest.mark.slow
 def test_a_damaged_manifest_is_named(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
     overrides = tiny(corpus_dir, tmp_path, LOCAL)
-    succeed("run", *overrides, "--until", "corpus")
+    answer(capsys, "run", *overrides, "--until", "corpus")
     [manifest] = tmp_path.glob("corpus/*/manifest.json")
     for damage in ("garbage", "{}"):
         manifest.write_text(damage)
@@ -256,13 +256,13 @@ def test_a_damaged_input_is_found_before_it_is_used(
     capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
 ) -> None:
     overrides = tiny(corpus_dir, tmp_path, LOCAL)
-    succeed("run", *overrides, "--until", "corpus")
+    answer(capsys, "run", *overrides, "--until", "corpus")
     damaged = min(tmp_path.glob("corpus/*/train/*.parquet"))
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-200] + bytes([whole[-200] ^ 1]) + whole[-199:])
     assert f"{damaged} is not what was published" in complaint(capsys, "run", *overrides, "--until", "tokenizer")
     damaged.write_bytes(whole)
-    succeed("run", *overrides, "--until", "tokenizer")
+    answer(capsys, "run", *overrides, "--until", "tokenizer")
 
 
 def test_a_jsonl_without_the_text_field_says_what_it_has(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from model.build import build_model
 from pipelines.engine import runner
 from pipelines.engine.store import open_store
 from pipelines.graph import build
 from pipelines.planning import estimate, memory_per_rank
 from pipelines.settings import compose, options
 from pipelines.teach import settings_help
+from pipelines.training.errors import TrainingError
+from pipelines.training.expert_parallel import layers_with_experts
 from tests.conftest import ROOT
 
 PARAMETERS = {"gpt2-124m": 124.5e6, "llama-1b": 1.236e9, "llama-8b": 8.03e9}
@@ -36,6 +39,30 @@ def test_an_experiment_can_be_planned_before_there_is_a_corpus(name: str, tmp_pa
 @pytest.mark.parametrize(("stage", "bytes_each"), [(0, 16), (1, 8 + 12 / 4), (2, 4 + 16 / 4), (3, 16 / 4)])
 def test_a_zero_stage_divides_what_its_paper_says(stage: int, bytes_each: float) -> None:
     assert sum(memory_per_rank(1000, ranks=4, stage=stage).values()) == 1000 * bytes_each
+
+
+def test_experts_that_ranks_share_are_divided_by_their_number() -> None:
+    def memory(*overrides: str) -> dict[str, float]:
+        asked = [
+            "experiment=text",
+            "corpus.paths=[none]",
+            "model=mixtral-tiny",
+            "optim=adamw",
+            "compute.ranks=4",
+            *overrides,
+        ]
+        return dict(estimate(compose(asked), [])["memory_per_rank"])
+
+    whole, shared = memory("zero=0"), memory("zero=0", "zero.expert_parallel=2")
+    config = compose(["experiment=text", "corpus.paths=[none]", "model=mixtral-tiny"]).resolved_model()
+    layers = layers_with_experts(build_model(config, device="meta")).values()
+    of_experts = sum(weight.numel() for layer in layers for weight in layer.parameters())
+    assert whole["total"] - shared["total"] == 16 * of_experts / 2 > 0
+    # What is shared so is its holder's alone: stage 2 divides only the rest over the four ranks.
+    rest = memory("zero=2", "zero.expert_parallel=2")
+    assert rest["gradients"] == shared["gradients"] - 3 / 4 * (whole["gradients"] - 4 * of_experts)
+    with pytest.raises(TrainingError, match="4 ranks do not divide into groups of 3"):
+        memory("zero.expert_parallel=3")
 
 
 def test_plan_loads_neither_the_compiler_nor_anything_that_runs() -> None:

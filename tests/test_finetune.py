@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
-from tests.conftest import athanor, tiny
+from tests.conftest import LOCAL, athanor, tiny
 from tests.training.test_metrics import history, references, wandb_records
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ def test_lora_on_ones_own_conversations_from_jsonl_to_an_answer_with_its_lineage
 ) -> None:
     kept = [word for word in tiny(corpus_dir, tmp_path / "store") if word not in ("finetune=library", "tracking=off")]
     kept.remove("finetune.data.max_conversations=60")
-    words = [*kept, "compute.backend=local", "finetune=chat-lora", "tracking=wandb", "tracking.mode=offline"]
+    words = [*kept, LOCAL, "finetune=chat-lora", "tracking=wandb", "tracking.mode=offline"]
     words.append(f"finetune.data.paths=[{conversations(tmp_path / 'chats.jsonl')}]")
     result = athanor("run", *words)
     made = {path.parts[-3]: path.parent for path in (tmp_path / "store").glob("*/*/manifest.json")}

@@ -238,7 +238,7 @@ def fields() -> Iterator[tuple[str, tuple[str, ...], Any, Any, bool]]:
         yield name, path, None, type(value), False
 
 
-FIELDS = list(fields())
+FIELDS = [field for field in fields() if field[1][0] not in DERIVED]
 
 
 @pytest.mark.parametrize(
@@ -247,12 +247,10 @@ FIELDS = list(fields())
 def test_a_setting_moves_exactly_what_it_changes(
     name: str, path: tuple[str, ...], value: Any, hint: Any, execution: bool
 ) -> None:
-    if path[0] in DERIVED:
-        pytest.skip("copied into other settings, which have their own test")
     settings = changed(name, path, value, hint)
     if settings is None:
         assert ".".join(path) in ONE_VALUE or len(typing.get_args(hint)) == 1, "no other value of this field was found"
-        pytest.skip("cannot change alone")
+        return
     before, after = base_digests(name), graph_digests(build(settings))
     moved = {step for step in before if before[step] != after[step]}
     if execution:

@@ -15,10 +15,9 @@ from pipelines.engine.files import FileHashes
 from pipelines.engine.resolve import resolve
 from pipelines.graph import build
 from pipelines.settings import compose
-from tests.conftest import athanor, tiny
+from tests.conftest import LOCAL, answer, athanor, complaint, tiny
 from tests.data.foreign import save
 from tests.stages.conftest import save_model
-from tests.test_bad_input import LOCAL, complaint
 
 
 @pytest.fixture(scope="module")
@@ -155,49 +154,48 @@ def test_a_tokenizer_that_cannot_be_read_is_told_and_not_replaced(
 
 @pytest.mark.slow
 def test_weights_with_their_own_tokenizer_are_trained_tuned_scored_and_exported(
-    corpus_dir: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
     gpt2, llama = (foreign_folder(kind, corpus_dir, tmp_path / kind) for kind in ("gpt2", "llama3"))
     words = [word for word in tiny(corpus_dir, tmp_path / "store", LOCAL) if word != "model=tiny"]
-    for option, folder in (("pretrain.init_from", gpt2), ("finetune.init_from", llama)):
-        said = athanor("run", *words, f"{option}={folder}")
-        assert "the tokenizer is that of" in said.stderr + said.stdout
-        newest = max((tmp_path / "store").glob("export/*/conformance.json"), key=lambda path: path.stat().st_mtime)
-        report = json.loads(newest.read_text())
+    further = [*(word for word in words if not word.startswith("finetune")), f"pretrain.init_from={gpt2}"]
+    tuned = [*words, f"finetune.init_from={llama}"]
+    for step, command, folder in (("pretrain", further, gpt2), ("finetune", tuned, llama)):
+        assert "the tokenizer is that of" in athanor("run", *command).stderr
+        [losses] = (tmp_path / "store").glob(f"{step}/*/metrics.jsonl")
+        first, *_, last = (json.loads(line)["loss"] for line in losses.read_text().splitlines())
+        assert last < first
+        proofs = (tmp_path / "store").glob("export/*/conformance.json")
+        proof = max(proofs, key=lambda path: path.stat().st_mtime)
+        report = json.loads(proof.read_text())
         assert report["compared_conversations"] == 2 and report["compared_tokens"] > 1000
         assert report["max_logit_error"] <= report["tolerance"]
-        exported = newest.parent / "model"
+        exported = proof.parent / "model"
         for name in ("tokenizer.json", "tokenizer_config.json"):
             assert (exported / name).read_bytes() == (folder / name).read_bytes()
         was, now = (transformers.AutoTokenizer.from_pretrained(place) for place in (folder, exported))
         text = "import json\n\n\tprint('naïve <|endoftext|> 漢字 😀')"
         assert now(text)["input_ids"] == was(text)["input_ids"]
-        transformers.AutoModelForCausalLM.from_pretrained(exported).generate(
-            **now(text, return_tensors="pt"), max_new_tokens=3
-        )
-        newest = max((tmp_path / "store").glob("evaluate/*/results.json"), key=lambda path: path.stat().st_mtime)
-        assert {"base", "finetuned"} <= set(json.loads(newest.read_text())["scores"])
-        command = [*words, f"{option}={folder}", "--prompt", "import", "--max-tokens", "4"]
-        assert athanor("generate", *command, "--chat").returncode == athanor("generate", *command).returncode == 0
-    traced = athanor("trace", *words, f"pretrain.init_from={gpt2}", "--step", "1").stdout
-    assert "json" in traced or "asyncio" in traced or "email" in traced
-    losses = [
-        json.loads(path.read_text().splitlines()[line])["loss"]
-        for path in (tmp_path / "store").glob("finetune/*/metrics.jsonl")
-        for line in (0, -1)
-    ]
-    assert losses[1] < losses[0] and losses[3] < losses[2]
+        model = transformers.AutoModelForCausalLM.from_pretrained(exported)
+        model.generate(**now(text, return_tensors="pt"), max_new_tokens=3)
+        for chat in ([], ["--chat"]):
+            answer(capsys, "generate", *command, "--prompt", "import", "--max-tokens", "4", *chat)
+    scores = [json.loads(path.read_text())["scores"] for path in (tmp_path / "store").glob("evaluate/*/results.json")]
+    assert sorted(("base" in score) + ("finetuned" in score) for score in scores) == [1, 2]
+    assert re.search("(json|asyncio|email)-.*py", answer(capsys, "trace", *further, "--step", "1").out)
 
 
 @pytest.mark.slow
-def test_an_exported_model_is_trained_further_and_tuned_without_pretraining(corpus_dir: Path, tmp_path: Path) -> None:
+def test_an_exported_model_is_trained_further_and_tuned_without_pretraining(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
+) -> None:
     first = tiny(corpus_dir, tmp_path / "first", LOCAL, "finetune=none")
-    athanor("run", *first)
+    athanor("run", *first, "--until", "export")
     [exported] = (tmp_path / "first").glob("export/*/model")
     words = [word for word in tiny(corpus_dir, tmp_path / "second", LOCAL) if word != "model=tiny"]
 
-    further = athanor("run", *words, f"pretrain.init_from={exported}")
+    further = athanor("run", *words, f"pretrain.init_from={exported}", "--until", "pretrain")
     assert "the tokenizer is that of" in further.stderr
     begins = {}
     for name in ("first", "second"):
@@ -207,11 +205,11 @@ def test_an_exported_model_is_trained_further_and_tuned_without_pretraining(corp
     [taken] = (tmp_path / "second").glob("tokenizer/*/tokenizer.model")
     assert taken.read_bytes() == (exported / "tokenizer.model").read_bytes()
 
-    tuned = athanor("run", *words, f"finetune.init_from={exported}")
+    tuned = athanor("run", *words, f"finetune.init_from={exported}", "--until", "evaluate")
     assert re.search("^finetune +made", tuned.stdout, re.MULTILINE) and "\npretrain" not in tuned.stdout
     [start] = {path.parent for path in (tmp_path / "second").glob("start/*/model")}
-    newest = max((tmp_path / "second").glob("evaluate/*/results.json"), key=lambda path: path.stat().st_mtime)
-    assert {"base", "finetuned"} <= set(json.loads(newest.read_text())["scores"])
+    [results] = (tmp_path / "second").glob("evaluate/*/results.json")
+    assert {"base", "finetuned"} <= set(json.loads(results.read_text())["scores"])
     assert (start / "manifest.json").exists()
 
     # Conversations alone are enough: no corpus, so nothing is evaluated, and the export is still proven.
@@ -223,8 +221,7 @@ def test_an_exported_model_is_trained_further_and_tuned_without_pretraining(corp
     ]
     said = athanor("run", *alone).stdout
     assert re.search("^export +made", said, re.MULTILINE) and "\nevaluate" not in said
-    answer = athanor("generate", *alone, "--chat", "--prompt", "Say 3.", "--max-tokens", "4")
-    assert answer.returncode == 0
+    answer(capsys, "generate", *alone, "--chat", "--prompt", "Say 3.", "--max-tokens", "4")
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from pipelines.__main__ import main
 from pipelines.settings import Settings
 from tests.cluster.head import ray_head
-from tests.conftest import athanor, tiny
+from tests.conftest import LOCAL, athanor, tiny
 
 
 def words(corpus_dir: Path, store: Path, *more: str) -> list[str]:
@@ -44,11 +44,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_trials_share_steps_the_table_is_sorted_and_again_is_free(corpus_dir: Path, store: Path) -> None:
-    first = sweep(corpus_dir, store, "compute.backend=local", "optim.lr=1e-5,1e-2")
+    first = sweep(corpus_dir, store, LOCAL, "optim.lr=1e-5,1e-2")
     assert [words for _, words in table(first.stdout)] == ["optim.lr=0.01", "optim.lr=1e-05"]
     assert [value for value, _ in table(first.stdout)] == sorted(value for value, _ in table(first.stdout))
     assert made(store) == {"corpus": 1, "tokenizer": 1, "shards": 1, "pretrain": 2}
-    again = sweep(corpus_dir, store, "compute.backend=local", "optim.lr=1e-5,1e-2")
+    again = sweep(corpus_dir, store, LOCAL, "optim.lr=1e-5,1e-2")
     assert table(again.stdout) == table(first.stdout)
     assert "started" not in again.stderr
     assert made(store)["pretrain"] == 2
@@ -106,7 +106,7 @@ def test_trials_of_one_sweep_are_one_group_which_the_person_may_name(
     def run(*more: str) -> set[str | None]:
         groups.clear()
         with pytest.raises(SystemExit):
-            main(["run", *words(corpus_dir, tmp_path, "compute.backend=local", *more)])
+            main(["run", *words(corpus_dir, tmp_path, LOCAL, *more)])
         assert len(groups) == 2
         return set(groups)
 
@@ -122,7 +122,7 @@ def test_a_trial_whose_batch_cannot_be_is_refused_before_its_corpus_is_made(
 ) -> None:
     batches = ("pretrain.global_batch_tokens=1000,1001", "pretrain.total_tokens=20000")
     with pytest.raises(SystemExit) as left:
-        main(["run", *words(corpus_dir, tmp_path / "store", "compute.backend=local", *batches)])
+        main(["run", *words(corpus_dir, tmp_path / "store", LOCAL, *batches)])
     assert left.value.code == 1
     said = capsys.readouterr().err
     assert "pretrain.global_batch_tokens = 1,000" in said and "pretrain.global_batch_tokens = 1,001" in said
@@ -133,6 +133,6 @@ def test_the_ray_launcher_over_local_processes_is_refused(
     corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
-        main(["run", *words(corpus_dir, tmp_path, "optim.lr=1e-2,1e-3", "compute.backend=local", "hydra/launcher=ray")])
+        main(["run", *words(corpus_dir, tmp_path, "optim.lr=1e-2,1e-3", LOCAL, "hydra/launcher=ray")])
     assert left.value.code == 2
     assert "compute.backend=local" in capsys.readouterr().err

@@ -122,13 +122,16 @@ class _Tile:
         return x_MGTC[self.some, :, self.queries_from : self.queries_to].flatten(1, 2)
 
     def put_queries(self, x_MTC: torch.Tensor, out_MGTC: torch.Tensor) -> None:
+        """Write x_MTC, as `queries` gives them, to where these queries stand."""
         place = out_MGTC[self.some, :, self.queries_from : self.queries_to]
         place.copy_(x_MTC.view(place.shape))
 
     def keys(self, x_M1TC: torch.Tensor) -> torch.Tensor:
+        """x_MSC: a view of the keys (or values, or gradients of either) that the band reaches."""
         return x_M1TC[self.some, 0, self.keys_from : self.keys_to]
 
     def weights(self, q_MTC: torch.Tensor, k_MSC: torch.Tensor) -> torch.Tensor:
+        """Softmax over the keys, [M, T, S] with the queries of all heads that share them in T; they are scaled already."""
         scores_MTS = q_MTC @ k_MSC.transpose(1, 2)
         scores_MGTS = scores_MTS.unflatten(1, (-1, self.queries_to - self.queries_from))
         if self.bias_KGTS is not None:

@@ -198,6 +198,7 @@ class _Blocks:
         return x_BKQGTC.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)[:, :tokens].contiguous()
 
     def pieces(self) -> Iterator[_Piece]:
+        """Every chunk in pieces whose scores are about `CHUNK_ELEMENTS`, for all rows and heads that it stands for."""
         rows = torch.arange(len(self.q_BKQMC), device=self.q_BKQMC.device)[None, :, None]
         units = torch.arange(self.units, device=self.q_BKQMC.device)
         for chunk in self.plan.chunks:
@@ -264,6 +265,8 @@ def _slices(counts: tuple[int, int, int], budget: int) -> Iterator[tuple[slice, 
 
 
 class _Chunked(torch.autograd.Function):
+    """(q_BTHC, k_BTKC, v_BTKC, bias_HL) -> out_BTHC by a plan; `backward` computes the weights again, a piece at a time."""
+
     @staticmethod
     def forward(
         ctx: Any,

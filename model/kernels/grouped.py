@@ -41,12 +41,14 @@ class Scatter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_ND: torch.Tensor, order_Q: torch.Tensor, place_Q: torch.Tensor) -> torch.Tensor:
+        """order_Q, place_Q: of a `Dispatch`."""
         ctx.save_for_backward(place_Q)
         ctx.top_k = len(order_Q) // len(x_ND)
         return x_ND.index_select(0, order_Q // ctx.top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """grad_ND; the order is not differentiable."""
         (place_Q,) = ctx.saved_tensors
         return grads[0].index_select(0, place_Q).unflatten(0, (-1, ctx.top_k)).sum(1), None, None
 
@@ -68,6 +70,7 @@ class Gather(torch.autograd.Function):
         place_Q: torch.Tensor,
         whole: bool = False,
     ) -> torch.Tensor:
+        """order_Q, place_Q: of a `Dispatch`. The sum is in the precision of y_QD."""
         ctx.save_for_backward(y_QD, weights_NJ, order_Q, place_Q)
         y_NJD = y_QD.index_select(0, place_Q).view(*weights_NJ.shape, -1)
         if whole:
@@ -77,6 +80,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """grad_QD, and grad_weights_NJ summed over D in fp32."""
         y_QD, weights_NJ, order_Q, place_Q = ctx.saved_tensors
         grad_QD = grads[0].index_select(0, order_Q // weights_NJ.shape[1])
         grad_weights_Q = (grad_QD * y_QD).sum(-1, dtype=torch.float32)

@@ -119,6 +119,7 @@ class KeyValueState(MixerState):
         self.v_BKSC = v_BKSC
 
     def append(self, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, shared: MixerInput) -> None:
+        """Write the keys and values of new tokens into the slots that `shared` names."""
         assert shared.slots_BT is not None
         for state_BKSC, new_BTKC in ((self.k_BKSC, k_BTKC), (self.v_BKSC, v_BTKC)):
             if shared.common_slot is not None:  # a plain copy takes a quarter of the time of an indexed one
@@ -234,6 +235,7 @@ class CrossAttention(Attention):
     """Queries of the decoder, keys and values of its encoder's output (Vaswani et al. 2017, section 3.2.3)."""
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
+        """Attend to `shared.memory_BSD`, whose keys and values the state then holds; to those where it is null."""
         rows, tokens, _ = x_BTD.shape
         q_BTHC = self.q(x_BTD).view(rows, tokens, self.heads, self.head_dim)
         if self.q_norm is not None:

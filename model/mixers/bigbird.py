@@ -47,6 +47,7 @@ class BigBirdConfig:
         return AttentionConfig(n_heads=self.n_heads, qkv_bias=self.qkv_bias, out_bias=True)
 
     def check(self, d_model: int) -> None:
+        """Raise ModelError where heads cannot share a stack of that width."""
         self.attention.check(d_model)
 
     def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
@@ -64,6 +65,7 @@ class BigBirdAttention(Attention):
 
     @uncompiled  # it draws, and it remembers
     def mask(self, shared: MixerInput, tokens: int) -> Mask:
+        """The layout of this layer's blocks; rows too short for one are attended to whole (`BigBirdConfig`)."""
         config, mask = self.config, shared.mask
         if tokens <= (5 + 2 * config.random_blocks) * config.block:
             return mask

@@ -58,6 +58,7 @@ class GridAttentionConfig:
         return Grid(text=self.text, width=self.width, pattern=self.pattern, kernel=self.kernel)
 
     def check(self, d_model: int) -> None:
+        """Raise ModelError where heads cannot share a stack of that width."""
         self.attention.check(d_model)
 
     def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
@@ -73,6 +74,10 @@ class GridAttention(Attention):
         self.grid = config.grid
 
     def mask(self, shared: MixerInput, tokens: int) -> Mask:
+        """The grid besides what the model says; made once for all layers of one pattern.
+
+        Raises ModelError for prefixes, global tokens, and rows of several documents.
+        """
         mask = shared.mask
 
         def lower() -> Mask:

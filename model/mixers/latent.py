@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from model.errors import ModelError
+from model.errors import ModelError, check_counts
 from model.init import Linear
 from model.kernels.attention import AttentionKernel
 from model.mixers.base import Mixer, MixerInput, MixerState
@@ -35,10 +35,7 @@ class LatentAttentionConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("n_heads", "q_rank", "kv_rank", "plain_dim", "rope_dim", "v_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ModelError(f"mixer.{name} is {value}: it counts something and must be at least 1.")
+        check_counts("mixer", self, "n_heads", "q_rank", "kv_rank", "plain_dim", "rope_dim", "v_dim")
         if self.rope_dim % 2:
             raise ModelError(f"mixer.rope_dim is {self.rope_dim}: pairs of channels are turned, so make it even.")
 
@@ -83,6 +80,7 @@ class LatentState(MixerState):
         self.latent_BSR = latent_BSR
 
     def append(self, new_BTR: torch.Tensor, shared: MixerInput) -> None:
+        """Write the latents of new tokens into the slots that `shared` names."""
         assert shared.slots_BT is not None
         if shared.common_slot is not None:
             self.latent_BSR[:, shared.common_slot : shared.common_slot + new_BTR.shape[1]] = new_BTR
@@ -117,6 +115,7 @@ class LatentAttention(Mixer):
         self.out = Linear(self.heads * config.v_dim, d_model, bias=config.bias, residual=True)
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
+        """Behind remembered tokens by their latents (`_remembered`), else by the keys and values of every head."""
         q_BTHC, latent_BTR = self._queries(x_BTD, shared), self._latents(x_BTD, shared)
         if state is not None:
             assert isinstance(state, LatentState)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from model.errors import ModelError, check_counts
 from model.init import Declared, Linear, Parameter, declare
 from model.kernels.linear_attention import (
     CHUNK,
@@ -67,10 +67,7 @@ class LinearAttentionConfig:
     features: EluConfig | FavorConfig = field(default_factory=EluConfig)
 
     def __post_init__(self) -> None:
-        for name in ("n_heads", "head_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ModelError(f"mixer.{name} is {value}: it counts something and must be at least 1.")
+        check_counts("mixer", self, "n_heads", "head_dim")
 
     def channels(self, d_model: int) -> int:
         """Channels of one head."""
@@ -144,6 +141,7 @@ class LinearAttention(Mixer):
         self.out = Linear(self.heads * self.head_dim, d_model, bias=config.out_bias, residual=True)
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
+        """Features and their sums are fp32 whatever the precision of x_BTD. Raises ModelError for a prefix."""
         rows, tokens, _ = x_BTD.shape
         heads = (rows, tokens, self.heads, self.head_dim)
         q_BTHC, k_BTHC, v_BTHC = (part(x_BTD).view(heads) for part in (self.q, self.k, self.v))
@@ -193,6 +191,7 @@ class EluFeatures(nn.Module):
     """elu + 1 of queries and of keys."""
 
     def forward(self, q_BTHC: torch.Tensor, k_BTHC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q_BTHP and k_BTHP, none negative, with as many features as channels (Katharopoulos et al. 2020)."""
         # elu's own backward has strides that torch.compile does not foresee.
         return _elu_plus_one(q_BTHC), _elu_plus_one(k_BTHC)
 
@@ -213,6 +212,7 @@ class FavorFeatures(Declared):
         self.weight = nn.Parameter(torch.empty(features, channels), requires_grad=False)
 
     def forward(self, q_BTHC: torch.Tensor, k_BTHC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 q_BTHP of at most 1 and k_BTHP of at most exp(C / 2)."""
         w_PC = self.weight.float()
         shift_P = (w_PC.square().sum(1) - w_PC.shape[1]) / 2
         q_BTHC, k_BTHC = q_BTHC * self.scale, k_BTHC * self.scale

@@ -42,6 +42,7 @@ class LongformerConfig:
         return 2 * (self.window - 1)
 
     def check(self, d_model: int) -> None:
+        """Raise ModelError where heads cannot share a stack of that width."""
         self.attention.check(d_model)
 
     def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
@@ -68,6 +69,7 @@ class LongformerAttention(Attention):
         self.global_v = Linear(d_model, self.heads * self.head_dim, bias=True)
 
     def attended(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None) -> torch.Tensor:
+        """What global tokens gather replaces what the window gives them."""
         local_BTHC = super().attended(x_BTD, shared, state)
         mask, shape = shared.mask, local_BTHC.shape
         places_BA, which_BT, global_BT = mask.lowered("global tokens", lambda: _global_tokens(mask, shape, x_BTD))

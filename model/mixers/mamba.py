@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from model.errors import ModelError, check_counts
 from model.init import Declared, Linear, Parameter, declare
 from model.kernels.causal_conv import causal_conv
 from model.kernels.selective_scan import CHUNK, recurrent_scan, selective_scan
@@ -33,10 +33,7 @@ class MambaConfig:
     conv_bias: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("expand", "d_state", "d_conv", "dt_rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ModelError(f"mixer.{name} is {value}: it counts something and must be at least 1.")
+        check_counts("mixer", self, "expand", "d_state", "d_conv", "dt_rank")
 
     def rank(self, d_model: int) -> int:
         """Rank of the map to time steps."""
@@ -94,6 +91,7 @@ class Mamba(Mixer):
         self.out_proj = Linear(width, d_model, bias=config.bias, residual=True)
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
+        """The state is forgotten where a document begins. Raises ModelError for a prefix."""
         if shared.mask.prefix_B is not None:
             raise ModelError("prefix_B was given, and mixer.kind is mamba: a scan looks back only; leave prefixes out.")
         x_BTF, gate_BTF = self.in_proj(x_BTD).chunk(2, dim=-1)
@@ -154,6 +152,7 @@ class CausalConv(Declared):
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
     def forward(self, x_BTF: torch.Tensor, documents_BT: torch.Tensor | None) -> torch.Tensor:
+        """y_BTF: each channel with its own taps, over a token and those before it in its document."""
         return causal_conv(x_BTF, self.weight, self.bias, documents_BT)
 
 
@@ -168,4 +167,5 @@ class TimeStep(Declared):
         self.bias = nn.Parameter(torch.empty(width))
 
     def forward(self, low_BTR: torch.Tensor) -> torch.Tensor:
+        """fp32 dt_BTF, all positive, of the low-rank low_BTR."""
         return nn.functional.softplus(nn.functional.linear(low_BTR, self.weight).float() + self.bias.float())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from model.errors import ModelError, check_counts
 from model.init import Declared, InitConfig, Parameter, declare, initialize
 
 EDGE = 0.1
@@ -36,9 +36,7 @@ class ImageTokenizerConfig:
     kl_weight: float = 6.6
 
     def __post_init__(self) -> None:
-        for name in ("codes", "planes", "width", "blocks"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"image_tokenizer.{name} is {getattr(self, name)}: it counts something; at least 1.")
+        check_counts("image_tokenizer", self, "codes", "planes", "width", "blocks")
         if self.halvings < 0 or self.kl_weight < 0:
             raise ModelError(
                 f"image_tokenizer has halvings={self.halvings}, kl_weight={self.kl_weight}: neither is below 0; the paper "
@@ -61,6 +59,7 @@ class Convolution(Declared):
         self.bias = nn.Parameter(torch.empty(out))
 
     def forward(self, x_BCYX: torch.Tensor) -> torch.Tensor:
+        """[B, channels out, Y, X]; zeros stand around the image."""
         return nn.functional.conv2d(x_BCYX, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
 
 
@@ -74,6 +73,7 @@ class Residual(nn.Module):
         self.gain = gain
 
     def forward(self, x_BCYX: torch.Tensor) -> torch.Tensor:
+        """[B, channels out, Y, X]."""
         out_BCYX: torch.Tensor = self.straight(x_BCYX) + self.gain * self.path(x_BCYX)
         return out_BCYX
 

@@ -57,6 +57,7 @@ class FrameConvolution(Declared):
         self.bias = nn.Parameter(torch.empty(out))
 
     def forward(self, x_BIW: torch.Tensor) -> torch.Tensor:
+        """[B, channels out, W / stride, rounded up]."""
         return nn.functional.gelu(nn.functional.conv1d(x_BIW, self.weight, self.bias, stride=self.stride, padding=1))
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from model.errors import ModelError, check_counts
 from model.init import Parameter, declare
 from model.modalities.base import Frontend
 from model.norm import NormConfig
@@ -31,9 +31,7 @@ class PatchFrontendConfig:
     uses_vocabulary: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "planes"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"frontend.{name} is {getattr(self, name)}: it counts something; use at least 1.")
+        check_counts("frontend", self, "image_size", "patch_size", "planes")
         if self.patch_size > self.image_size:
             raise ModelError(
                 f"frontend.patch_size is {self.patch_size}, image_size {self.image_size}: not one patch fits; make the "
@@ -42,6 +40,7 @@ class PatchFrontendConfig:
 
     @property
     def n_patches(self) -> int:
+        """Whole patches of an image; what remains at its right and lower edge is left out."""
         return (self.image_size // self.patch_size) ** 2
 
     @property

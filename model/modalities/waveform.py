@@ -101,6 +101,7 @@ class Convolution(Declared):
         self.norm = norm
 
     def forward(self, x_BIW: torch.Tensor) -> torch.Tensor:
+        """[B, channels out, (W - kernel) // stride + 1]: nothing is padded."""
         x_BCW = nn.functional.conv1d(x_BIW, self.weight, self.bias, stride=self.stride)
         if isinstance(self.norm, LayerNorm):
             x_BCW = self.norm(x_BCW.transpose(1, 2)).transpose(1, 2)
@@ -120,6 +121,7 @@ class TimeNorm(Declared):
         self.bias = nn.Parameter(torch.empty(channels))
 
     def forward(self, x_BCW: torch.Tensor) -> torch.Tensor:
+        """Mean 0 and variance 1 over all of W, padding included, then weight and bias."""
         return nn.functional.group_norm(x_BCW, len(self.weight), self.weight, self.bias, CONV_EPS)
 
 
@@ -141,6 +143,7 @@ class PositionalConvolution(Declared):
         self.bias = nn.Parameter(torch.empty(d_model))
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """y_BTD, to be added to x_BTD: each frame from those around it, zeros beyond the ends."""
         kernel = self.weight.shape[-1]
         x_BDT = nn.functional.pad(x_BTD.transpose(1, 2), (kernel // 2, (kernel - 1) // 2))
         y_BDT = nn.functional.conv1d(x_BDT, self.weight, self.bias, groups=self.groups)

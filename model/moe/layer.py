@@ -26,6 +26,7 @@ class Router(Declared):
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Computed in fp32 under autocast too."""
         with torch.autocast(x_BTD.device.type, enabled=False):
             logits_BTE: torch.Tensor = _WideLinear.apply(x_BTD, self.weight)
         return logits_BTE
@@ -36,11 +37,13 @@ class _WideLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BTD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+        """fp32 logits_BTE of inputs of any precision."""
         ctx.save_for_backward(x_BTD, weight_ED)
         return nn.functional.linear(x_BTD.float(), weight_ED.float())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients in the precision of each input, of products in fp32."""
         x_BTD, weight_ED = ctx.saved_tensors
         grad_NE = grads[0].flatten(0, 1)
         grad_BTD = (grads[0] @ weight_ED.float()).to(x_BTD.dtype)

@@ -23,8 +23,8 @@ def upcycled(
     logit is what it was, to the last bit where the products are: a product's sums must not depend on which other rows and
     columns it has. On CPUs that holds in fp32 where d_model and d_ff are multiples of 64 (tested); at odd widths another
     kernel computes the edges, and logits differ by rounding. Routers are drawn from `seed`, and shared experts start with
-    a last matrix of zeros. Raises ModelError where `target`
-    differs from `config` in more than its experts, or could not compute the same.
+    a last matrix of zeros. Raises ModelError where `target` differs from `config` in more than its experts, or could not
+    compute the same.
     """
     _check(config, target)
     model = build_model(target, device="meta")

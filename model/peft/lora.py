@@ -61,6 +61,7 @@ class LoraLinear(Linear):
         }
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
+        """W x + b + scale B A dropout(x)."""
         low_BTR = nn.functional.linear(self.dropout(x_BTI), self.lora_A)
         return super().forward(x_BTI) + self.scale * nn.functional.linear(low_BTR, self.lora_B)
 

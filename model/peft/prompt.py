@@ -40,6 +40,7 @@ class PromptedEmbedding(Embedding):
         self.prompt = nn.Parameter(prompt_TD)
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """tokens_BT: int64, an id of the vocabulary or -1 to -tokens."""
         virtual_BT = tokens_BT < 0
         known_BTD = nn.functional.embedding(tokens_BT.clamp(min=0), self.weight)
         learned_BTD = nn.functional.embedding((-1 - tokens_BT).clamp(min=0), self.prompt)

@@ -105,7 +105,7 @@ def check_feasible(there: Resources, *, cpus: float, gpus: float, copies: int = 
     return int(min(by_cpu, by_gpu, 1024))
 
 
-class RayBackend:
+class RayBackend(Backend):
     """Workers of a Ray cluster: the one at ``address``, the one this process already belongs to, or a new local one."""
 
     def __init__(

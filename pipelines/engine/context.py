@@ -14,6 +14,7 @@ from pipelines.engine.events import Event, OnEvent
 from pipelines.engine.gang import Gang
 from pipelines.engine.lease import Lease
 from pipelines.engine.outcome import WorkerDiedError
+from pipelines.engine.step import Context
 from pipelines.engine.store import Store
 from pipelines.engine.work import Shard, Work, as_json, run_shard
 
@@ -25,7 +26,7 @@ class CancelledError(BaseException):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunContext:
+class RunContext(Context):
     """The context of one attempt at one step."""
 
     step: str
@@ -40,7 +41,6 @@ class RunContext:
 
     @property
     def scratch(self) -> Path:
-        """A folder for the stage's own notes, which survives a kill and is never published."""
         return self.work.scratch
 
     @property

@@ -17,7 +17,6 @@ from typing import Any
 from pipelines.engine.errors import EngineError
 from pipelines.engine.fingerprint import SHORT
 
-CHUNK_BYTES = 1 << 20
 RACY_SECONDS = 2.0  # a file written this recently may change again without its mtime moving
 
 

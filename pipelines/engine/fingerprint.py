@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.engine.errors import EngineError
+from pipelines.engine.typed import default_of
 
 SHORT = 16  # hex characters of a digest in paths; manifests carry all 64 and are compared in full
 
@@ -67,5 +68,4 @@ def is_absent(field: dataclasses.Field[Any], settings: Any) -> bool:
     """Whether a settings field is left out because it was added later and still has its default."""
     if not field.metadata.get("absent_at_default", False):
         return False
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return bool(getattr(settings, field.name) == default)
+    return bool(getattr(settings, field.name) == default_of(field))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from pipelines.engine.backend import MAX_RETRIES, Poll, Resources, check_feasible
+from pipelines.engine.backend import MAX_RETRIES, Backend, Poll, Resources, check_feasible
 from pipelines.engine.gang import SAVING_SECONDS, Gang, run_rank
 from pipelines.engine.outcome import WorkerDiedError, describe_exit, guarded_call, log_tail, opened, portable_call
 
@@ -27,7 +27,7 @@ SPAWN = multiprocessing.get_context("spawn")  # a fork of a process with threads
 POLL_SECONDS = 0.2
 
 
-class LocalBackend:
+class LocalBackend(Backend):
     """Worker processes on this machine; ``in_process`` runs everything but gangs of several ranks in the caller."""
 
     def __init__(self, *, cpus: int | None = None, gpus: int | None = None, in_process: bool = False) -> None:
@@ -36,9 +36,8 @@ class LocalBackend:
             gpus=gpus if gpus is not None else len(glob.glob("/dev/nvidia[0-9]*")),
         )
         self._in_process = in_process
-        self._turn = (
-            threading.Lock()
-        )  # steps run in threads of this process, and libraries import lazily: one at a time
+        # Steps run in threads of this process, and libraries import lazily: one at a time.
+        self._turn = threading.Lock()
 
     def resources(self) -> Resources:
         return self._resources

@@ -39,7 +39,7 @@ class Records(Protocol):
         ...
 
 
-class FileRecords:
+class FileRecords(Records):
     """Records as files of one folder, also on a shared file system that has ``flock``."""
 
     def __init__(self, folder: Path) -> None:
@@ -73,7 +73,7 @@ class FileRecords:
             return time.time()
 
 
-class S3Records:
+class S3Records(Records):
     """Records as objects under one prefix (``bucket/prefix``) of an S3 file system of ``s3fs``."""
 
     def __init__(self, filesystem: Any, prefix: str) -> None:

@@ -21,8 +21,10 @@ __all__ = ["Artifact", "Context", "EngineError", "StageFn", "Step"]
 class Context(Protocol):
     """What the engine does for a running stage."""
 
-    scratch: Path
-    """A folder that survives kills on this machine and is never published."""
+    @property
+    def scratch(self) -> Path:
+        """A folder for the stage's own notes, which survives kills on this machine and is never published."""
+        ...
 
     @property
     def url(self) -> str:

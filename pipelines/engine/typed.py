@@ -42,6 +42,11 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """A field's default, made anew where there is a factory; dataclasses.MISSING where it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """Resolved type of each ``__init__`` field of a dataclass, in declaration order."""
@@ -60,9 +65,7 @@ def _dataclass(cls: type, mapping: Any, where: str) -> Any:
         if key not in known_types:
             raise EngineError(_unknown_key(cls, str(key), where))
     required = [
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        field.name for field in dataclasses.fields(cls) if field.init and default_of(field) is dataclasses.MISSING
     ]
     missing = [name for name in required if name not in mapping]
     if missing:

@@ -22,13 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.denoising import AnyObjective
-from data.document import Document, read_documents
+from data.document import Document
 from data.objective_settings import ObjectiveChoice
 from data.objectives import Examples
 from data.packing import TokenDocument, pack_stream, token_dtype
 from data.tokenizer import Tokenizer
 from pipelines.engine.step import Artifact, Context
 from pipelines.engine.typed import to_plain
+from pipelines.stages import held_out
 from pipelines.stages.evaluate_settings import EvaluateSettings
 from pipelines.stages.inputs import named
 from pipelines.stages.intervals import interval, resample_sums
@@ -59,8 +60,6 @@ class Work:
 
 def run(settings: DenoiseSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Inputs: corpus (or several, corpus-NAME), tokenizer, pretrain. Returns the figures of results.json."""
-    from pipelines.stages import held_out
-
     asked = settings.evaluate
     corpora = named(inputs, "corpus")
     chosen = {name: held_out.choose(artifact.path, asked) for name, artifact in corpora.items()}
@@ -122,17 +121,11 @@ def measure(work: Work, out_dir: Path) -> dict[str, Any]:
     objective = work.settings.objective.over(tokenizer, asked.seed)
     device = "cuda" if asked.gpus_per_task else "cpu"
     model = load_model(work.model.path / "model", precision=asked.precision, device=device)
-    wanted = set(work.ids)
-    found = {
-        document.id: document
-        for corpus in work.corpora
-        for document in read_documents(corpus.path / "heldout")
-        if document.id in wanted
-    }
-    at_once = max(1, asked.tokens_per_batch // work.settings.seq_len)
+    seq_len = work.settings.seq_len
+    at_once = max(1, asked.tokens_per_batch // seq_len)
     sums = [
-        score(model, hidden(found[identity], tokenizer, objective, work.settings.seq_len), at_once)
-        for identity in work.ids
+        score(model, hidden(document, tokenizer, objective, seq_len), at_once)
+        for document in held_out.by_id([corpus.path for corpus in work.corpora], work.ids)
     ]
     targets, nats, right = zip(*sums, strict=True)
     return {"id": list(work.ids), "targets": list(targets), "nats": list(nats), "right": list(right)}

@@ -1,7 +1,8 @@
 """Export: the model as a Hugging Face folder, and the proof that transformers computes the same with it.
 
-Writes model/ (safetensors, config.json, generation_config.json, the tokenizer's files with the chat template, README.md) and conformance.json (what was compared, and how large the differences were). A difference beyond rounding is
-an error, and nothing is published.
+Writes model/ (safetensors, config.json, generation_config.json, the tokenizer's files with the chat template, README.md)
+and conformance.json (what was compared, and how large the differences were). A difference beyond rounding is an error,
+and nothing is published.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,18 @@ def choose(corpus: Path, settings: EvaluateSettings) -> HeldOut:
             break
         chosen.append(document)
     return HeldOut(documents=chosen, available=len(available))
+
+
+def by_id(corpora: Iterable[Path], ids: Sequence[str]) -> list[Document]:
+    """Held-out documents of several corpora, in the order of `ids`."""
+    wanted = set(ids)
+    found = {
+        document.id: document
+        for corpus in corpora
+        for document in read_documents(corpus / "heldout")
+        if document.id in wanted
+    }
+    return [found[identity] for identity in ids]
 
 
 def group_by_bytes(documents: list[Document], bytes_per_shard: int) -> list[list[int]]:

@@ -55,7 +55,7 @@ class ComputeSettings:
         return self.ranks * self.gpus_per_rank
 
 
-VOLATILE = ("metrics.jsonl", "logs/*", "ds_config.json", "run.json", "result.json", "checkpoints/*")
+VOLATILE = ("metrics.jsonl", "logs/*", "ds_config.json", "run.json", "checkpoints/*")
 """What training writes that is true of one run only (timings, world size, paths); it stays out of the content digest."""
 
 

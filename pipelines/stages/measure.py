@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data.document import Document, read_documents
+from data.document import Document
 from data.shard_set import ShardSet
 from data.tokenizer import Tokenizer
 from pipelines.engine.step import Artifact, EngineError
+from pipelines.stages import held_out
 from pipelines.stages.baselines import COMPRESSORS, token_counts, unigram_nats
 from pipelines.stages.evaluate_settings import EvaluateSettings
 from pipelines.stages.generate import TextGenerator
@@ -174,14 +175,7 @@ def _model(work: Work) -> Transformer:
 
 def _documents(work: Work) -> list[Document]:
     """The documents of this piece, in the order of its ids."""
-    wanted = set(work.ids)
-    found = {
-        document.id: document
-        for corpus in work.corpora
-        for document in read_documents(corpus.path / "heldout")
-        if document.id in wanted
-    }
-    return [found[identity] for identity in work.ids]
+    return held_out.by_id([corpus.path for corpus in work.corpora], work.ids)
 
 
 def _texts(work: Work) -> list[str]:

@@ -17,8 +17,6 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
-    import torch.distributed as dist
-
     from pipelines.training.job import run_rank
 
     try:
@@ -28,24 +26,12 @@ def main(arguments: list[str]) -> int:
             raise
         print(error, file=sys.stderr)
         return int(error.exit_code)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(figures, indent=1))
     return 0
 
 
-def leave(code: int) -> None:
-    """End this process at once, its work done and told.
-
-    A rank that ends the usual way was seen to abort in a C++ destructor now and then ("terminate called without an active
-    exception"), a thread of the process group's store still running; torchrun then calls a finished run failed.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
+    from pipelines.training.ranks import leave
+
     leave(main(sys.argv[1:]))

@@ -33,24 +33,37 @@ def share_experts(
     Raises TrainingError where the ranks or the experts do not divide, or there are none.
     """
     size = settings.zero.expert_parallel
-    if size == 1:
+    if not shared_parameters(model, size, ranks.world_size):
         return None
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    counts = sorted({len(module.down) for module in found.values()})
-    uneven = [count for count in counts if count % size]
-    problem = None
-    if not found:
-        problem = "the model has no layer with experts: set zero.expert_parallel=1"
-    elif ranks.world_size % size:
-        problem = f"{ranks.world_size} ranks do not divide into groups of {size}: use as many ranks, or a multiple"
-    elif uneven:
-        problem = f"a layer has {uneven[0]} experts, which {size} ranks cannot hold equally: choose a divisor of that"
-    if problem is not None:
-        raise TrainingError(f"zero.expert_parallel = {size}: {problem}.")
+    found = layers_with_experts(model)
     if not all(parameter.requires_grad for module in found.values() for parameter in module.parameters()):
         say(f"zero.expert_parallel = {size} is left: experts are frozen, so each rank keeps all of them")
         return None
     return ExpertParallel(found, settings, ranks)
+
+
+def layers_with_experts(model: nn.Module) -> dict[str, Experts]:
+    """The routed experts of each layer that has some, by the module's name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+
+
+def shared_parameters(model: nn.Module, size: int, world_size: int) -> int:
+    """How many parameters groups of `size` ranks share. Raises TrainingError where they cannot share them equally."""
+    if size == 1:
+        return 0
+    layers = layers_with_experts(model)
+    counts = sorted({len(module.down) for module in layers.values()})
+    uneven = [count for count in counts if count % size]
+    problem = None
+    if not layers:
+        problem = "the model has no layer with experts: set zero.expert_parallel=1"
+    elif world_size % size:
+        problem = f"{world_size} ranks do not divide into groups of {size}: use as many ranks, or a multiple"
+    elif uneven:
+        problem = f"a layer has {uneven[0]} experts, which {size} ranks cannot hold equally: choose a divisor of that"
+    if problem is not None:
+        raise TrainingError(f"zero.expert_parallel = {size}: {problem}.")
+    return sum(weight.numel() for layer in layers.values() for weight in layer.parameters())
 
 
 class ExpertParallel:

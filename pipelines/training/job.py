@@ -52,6 +52,11 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
     objective = _objective(job, model.config)
     two_sided = objective if isinstance(objective, SpanDenoising | TextInfilling) else None
     widths = None if two_sided is None else two_sided.widths(seq_len)
+    lora = from_plain(LoraConfig, job["lora"], "lora") if job.get("lora") else None
+    if lora is not None:
+        attach_lora(model, lora, seed=settings.seed)
+    if job.get("freeze"):
+        freeze(model, job["freeze"])
 
     def loader_factory(plan: BatchPlan, rank: int) -> Loader:
         return Loader(
@@ -64,12 +69,6 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
             objective=objective,
         )
 
-    lora = from_plain(LoraConfig, job["lora"], "lora") if job.get("lora") else None
-    if lora is not None:
-        attach_lora(model, lora, seed=settings.seed)
-    if job.get("freeze"):
-        freeze(model, job["freeze"])
-
     def save_model(state: dict[str, torch.Tensor], folder: Path) -> None:
         if lora is not None:
             save_adapter(state, model.config, lora, folder.parent / "adapter")
@@ -78,15 +77,7 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
         begins = {} if two_sided is None else {"decoder_start_token_id": two_sided.start_id}
         save_pretrained(_finished(state, model.config, settings), model.config, folder, extra=begins)
 
-    digests = {
-        **job.get("digests", {}),
-        "model": _digest(to_plain(model.config)),
-        "settings": _digest(to_plain(settings.identity())),
-        **({"lora": _digest(job["lora"])} if lora is not None else {}),
-        **({"objective": _digest(to_plain(objective))} if job.get("objective") else {}),
-        **({"freeze": _digest(job["freeze"])} if job.get("freeze") else {}),
-    }
-    label = job.get("label") or "train"
+    digests, label = _digests(job, settings, model.config, objective), job.get("label") or "train"
     run = Run(
         out_dir=Path(job["out_dir"]),
         seq_len=seq_len,
@@ -97,9 +88,8 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
         label=label,
         url=job.get("url") or job["out_dir"],
         inputs=job.get("inputs") or {},
-        # Frozen weights have no gradient of their own, which is a third of the work.
-        flops_per_token=(1 if lora is None else 2 / 3)
-        * flops_per_token(model.config, widths, seq_len, _mean_piece_tokens(shard_sets)),
+        flops_per_token=flops_per_token(model.config, widths, seq_len, _mean_piece_tokens(shard_sets))
+        * (1 if lora is None else 2 / 3),  # frozen weights have no gradient of their own, a third of the work
         flop_formula=FLOP_FORMULA + ("" if lora is None else "; of that 2/3, as only adapters are trained"),
         largest_rows=_largest_rows(model.config, settings, seq_len),
         config={name: job[name] for name in ("train", "model", "order", "mixture", "digests") if name in job},
@@ -127,6 +117,17 @@ def _objective(job: Mapping[str, Any], config: ModelConfig) -> AnyObjective:
     objective = from_plain(ObjectiveSettings, asked, "job").objective
     check_suits(objective.kind, config)
     return objective
+
+
+def _digests(
+    job: Mapping[str, Any], settings: TrainSettings, config: ModelConfig, objective: AnyObjective
+) -> dict[str, str]:
+    """Of everything that a checkpoint is only good for: what the job was given, and what it makes of it."""
+    parts = {"model": to_plain(config), "settings": to_plain(settings.identity())}
+    if job.get("objective"):
+        parts["objective"] = to_plain(objective)
+    parts |= {name: job[name] for name in ("lora", "freeze") if job.get(name)}
+    return {**job.get("digests", {}), **{name: _digest(plain) for name, plain in parts.items()}}
 
 
 def _finished(state: dict[str, torch.Tensor], config: ModelConfig, settings: TrainSettings) -> dict[str, torch.Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,6 @@ class Ranks:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
     threads: int
     words: dist.ProcessGroup | None = None
@@ -84,7 +85,21 @@ def join(settings: TrainSettings) -> Ranks:
     os.environ["LOCAL_SIZE"] = str(local_world_size)
     # Ray starts an nccl group that takes no CPU tensors; every rank comes here, so each can make the second group.
     words = dist.new_group(backend="gloo") if world_size > 1 and "gloo" not in str(dist.get_backend_config()) else None
-    return Ranks(rank, world_size, local_rank, device, threads, words)
+    return Ranks(rank, world_size, device, threads, words)
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End this process, a rank whose work is done: leave the process group, then exit at once.
+
+    The group's threads drop the tensors of the last collective some time after it returned, and need the interpreter for
+    it. A rank that ended meanwhile was seen to abort ("terminate called without an active exception"), and whoever
+    launched it then calls a finished run failed.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:

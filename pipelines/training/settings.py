@@ -5,23 +5,23 @@ A field marked execution says where or how fast a run goes and never what comes 
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from pipelines.engine.typed import default_of
 from pipelines.training.errors import TrainingError
 
 _EXECUTION: Any = {"execution": True}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamWSettings:
-    """AdamW (Loshchilov & Hutter, 2019) for every parameter.
+class _AdamSettings:
+    """What both optimizers take.
 
     lr: peak learning rate, which the schedule scales. embedding_lr, head_lr: the same for embeddings and an untied
     head; null takes `lr`. weight_decay: for matrices and heads; norms, biases and embeddings take none.
     """
 
-    kind: Literal["adamw"] = "adamw"
     lr: float = 6e-4
     embedding_lr: float | None = None
     head_lr: float | None = None
@@ -31,11 +31,26 @@ class AdamWSettings:
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_adam(self)
+        _require("lr", self.lr, self.lr > 0, "a learning rate above 0")
+        for name in ("embedding_lr", "head_lr"):
+            rate = getattr(self, name)
+            _require(name, rate, rate is None or rate > 0, "a learning rate above 0, or null for lr")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(name, value, 0 <= value < 1, "a fraction from 0 to below 1")
+        _require("eps", self.eps, self.eps > 0, "above 0")
+        _require("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuonSettings:
+class AdamWSettings(_AdamSettings):
+    """AdamW (Loshchilov & Hutter, 2019) for every parameter."""
+
+    kind: Literal["adamw"] = "adamw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonSettings(_AdamSettings):
     """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW with the fields above for the rest.
 
     matrix_lr: peak learning rate of the matrices, in units of AdamW's: the orthogonal update is scaled to AdamW's usual
@@ -43,18 +58,11 @@ class MuonSettings:
     """
 
     kind: Literal["muon"] = "muon"
-    lr: float = 6e-4
-    embedding_lr: float | None = None
-    head_lr: float | None = None
     matrix_lr: float = 2e-3
     momentum: float = 0.95
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_adam(self)
+        super().__post_init__()
         _require("matrix_lr", self.matrix_lr, self.matrix_lr > 0, "a learning rate above 0")
         _require("momentum", self.momentum, 0 <= self.momentum < 1, "a fraction from 0 to below 1")
 
@@ -197,11 +205,7 @@ class TrainSettings:
 
     def identity(self) -> TrainSettings:
         """These settings with every execution field at its default: equal for runs that make the same thing."""
-        return replace(self, **{f.name: _default(f) for f in fields(self) if f.metadata.get("execution")})
-
-
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+        return replace(self, **{f.name: default_of(f) for f in fields(self) if f.metadata.get("execution")})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,18 +276,6 @@ def largest_rows(seq_len: int, *, row_bytes: int = 0, gpu_bytes: int | None = No
 
 def _largest_divisor(number: int, *, at_most: int) -> int:
     return next(k for k in range(max(1, min(number, at_most)), 0, -1) if number % k == 0)
-
-
-def _check_adam(settings: AdamWSettings | MuonSettings) -> None:
-    _require("lr", settings.lr, settings.lr > 0, "a learning rate above 0")
-    for name in ("embedding_lr", "head_lr"):
-        rate = getattr(settings, name)
-        _require(f"{name}", rate, rate is None or rate > 0, "a learning rate above 0, or null for lr")
-    for name in ("beta1", "beta2"):
-        value = getattr(settings, name)
-        _require(name, value, 0 <= value < 1, "a fraction from 0 to below 1")
-    _require("eps", settings.eps, settings.eps > 0, "above 0")
-    _require("weight_decay", settings.weight_decay, settings.weight_decay >= 0, "0 or more")
 
 
 def _require(name: str, value: object, holds: bool, rule: str) -> None:

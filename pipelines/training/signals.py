@@ -24,6 +24,7 @@ class Signals:
 
     @property
     def asks_to_stop(self) -> bool:
+        """Whether to leave at the end of this step; looks at the disk where a file may ask."""
         return self.caught is not None or (self._file is not None and os.path.exists(self._file))
 
 

@@ -181,10 +181,10 @@ def test_the_batch_is_what_the_model_takes(objective: Objective) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: replace(MASKED, rate=0.0), r"masked_token\.rate=0\.0"),
-        (lambda: replace(MASKED, random_ids=(5, 5)), r"random_ids=\(5, 5\)"),
-        (lambda: replace(DENOISING, mean_span=0.5), r"mean_span=0\.5"),
-        (lambda: replace(INFILLING, mean_span=0.0), r"mean_span=0\.0"),
+        (lambda: replace(MASKED, rate=0.0), r"^rate = 0\.0: "),
+        (lambda: replace(MASKED, random_ids=(5, 5)), r"^random_ids = \(5, 5\): "),
+        (lambda: replace(DENOISING, mean_span=0.5), r"^mean_span = 0\.5: "),
+        (lambda: replace(INFILLING, mean_span=0.0), r"^mean_span = 0\.0: "),
     ],
 )
 def test_an_impossible_objective_is_refused(make: Any, said: str) -> None:

@@ -21,9 +21,10 @@ from data.objective_settings import MaskedTokenSettings, SpanDenoisingSettings
 from data.packing import token_dtype
 from data.shard_tasks import make_shard, plan_shards
 from data.shards import ShardSettings, write_manifest
-from data.tokenizer import MODEL_FILE, TEMPLATE_FILE, Tokenizer, tokenizer_files
+from data.tokenizer import MODEL_FILE, Tokenizer, tokenizer_files
 from data.tokenizer_hf import HuggingFaceTokenizer, config_ids
 from data.tokenizer_json import export_tokenizer
+from data.vocabulary import TEMPLATE_FILE
 from tests.data.foreign import KINDS, save
 from tests.data.test_trace import trace
 

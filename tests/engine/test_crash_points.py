@@ -72,7 +72,8 @@ def folder() -> Iterator[Path]:
         yield Path(made)
 
 
-def check_crash_before(point: int, folder: Path, undisturbed: dict[str, str]) -> None:
+def assert_a_crash_loses_nothing(point: int, folder: Path, undisturbed: dict[str, str]) -> None:
+    """Die before that change to the disk, and once more while continuing; the end is as if undisturbed."""
     store = folder / f"crash{point}"
     for crash in (point, point // 2 + 1):  # dying once more, elsewhere, while continuing
         status, _ = in_child(lambda crash=crash: walk_of(store, die_before=crash))
@@ -99,11 +100,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str
 def test_dying_at_some_changes_to_the_disk(folder: Path, undisturbed: tuple[dict[str, str], int]) -> None:
     content, changes = undisturbed
     for point in itertools.islice(range(1, changes + 1), 0, None, 11):
-        check_crash_before(point, folder, content)
+        assert_a_crash_loses_nothing(point, folder, content)
 
 
 @pytest.mark.slow
 def test_dying_at_every_change_to_the_disk(folder: Path, undisturbed: tuple[dict[str, str], int]) -> None:
     content, changes = undisturbed
     for point in range(1, changes + 1):
-        check_crash_before(point, folder, content)
+        assert_a_crash_loses_nothing(point, folder, content)

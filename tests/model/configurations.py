@@ -1,7 +1,10 @@
-"""Small models of both built families, and a strategy that draws many more."""
+"""Small models of every kind of part, strategies that draw many more, and the presets of conf/model."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import yaml
 from hypothesis import strategies as st
 
 from model.config import LayerChange, ModelConfig
@@ -27,6 +30,9 @@ from model.position import (
     SinusoidalPositionConfig,
     YarnScaling,
 )
+from pipelines.engine.typed import from_plain
+
+PRESETS = Path(__file__).parents[2] / "conf" / "model"
 
 # Wide enough a start that attention is far from uniform and a wrong mask or position shows in the logits.
 LIVELY = InitConfig(std=0.2)
@@ -364,4 +370,16 @@ def recurrent_config() -> st.SearchStrategy[ModelConfig]:
 
 
 def any_config() -> st.SearchStrategy[ModelConfig]:
+    """Decoders of every built kin that attends."""
     return st.one_of(llama_configs(), gpt2_configs(), parallel_configs(), moe_configs())
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """What conf/model/NAME.yaml says."""
+    values: dict[str, Any] = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+    return values
+
+
+def preset(name: str, **others: Any) -> ModelConfig:
+    """The model of conf/model/NAME.yaml, with other values for these of its fields."""
+    return from_plain(ModelConfig, {**preset_values(name), **others}, "model")

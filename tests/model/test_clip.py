@@ -23,6 +23,7 @@ from model.modalities.patches import PatchFrontendConfig
 from model.norm import NormConfig
 from model.position import LearnedPositionConfig
 from tests.model.configurations import GPT2, LIVELY
+from tests.model.learning import learn
 from tests.model.parity import (
     assert_close,
     assert_same_bytes,
@@ -185,14 +186,11 @@ def test_matches_may_be_shuffled_and_missing() -> None:
 
 def test_it_learns_which_text_belongs_to_which_image() -> None:
     model, tokens, x = build_model(CLIP), sentences(8), images(8)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    losses = []
-    for _ in range(40):
-        loss = model(tokens, tower_pixels_BAYX=x, matches_B=torch.arange(8))["loss_sum"] / 8
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def loss() -> torch.Tensor:
+        return model(tokens, tower_pixels_BAYX=x, matches_B=torch.arange(8))["loss_sum"] / 8
+
+    losses = learn(model, loss, steps=40, lr=2e-3)
     assert losses[-1] < losses[0] / 4
     assert torch.equal(model(tokens, tower_pixels_BAYX=x)["logits"].argmax(1), torch.arange(8))
 

@@ -39,6 +39,7 @@ from tests.model.configurations import (
     any_config,
     recurrent_config,
 )
+from tests.model.learning import kept_bytes
 
 WIDER_SECOND = (LayerChange(every=2, first=1, ffn=FfnConfig(d_ff=29)),)
 
@@ -146,24 +147,6 @@ def test_a_states_bytes_are_those_of_the_cache_at_any_length(config: ModelConfig
         assert kv_cache_bytes(config, rows=3, tokens=tokens, dtype_bytes=2) == held
 
 
-def kept_bytes(config: ModelConfig, dtype: torch.dtype, *, recompute: bool) -> int:
-    """Bytes of all storages that the forward pass saves for the backward pass, parameters aside."""
-    model = build_model(config, dtype=dtype)
-    model.stack.recompute = recompute
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    held: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            held[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    batch = torch.zeros(ROWS, TOKENS, dtype=torch.int64)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(batch, targets_BT=batch)
-    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
-
-
 FAMILIES = pytest.mark.parametrize("family", [LLAMA, GPT2, MIXTRAL], ids=["llama", "gpt2", "mixtral"])
 EVERY = pytest.mark.parametrize(
     "family",
@@ -184,7 +167,7 @@ def test_activation_bytes_are_those_the_backward_pass_is_left(family: ModelConfi
         norms = sum(1 if isinstance(layer.ffn, NoFfnConfig) else 2 for layer in config.layers)
         elements = ROWS * TOKENS * (norms + 1) * 64
         expected += elements * (4 if dtype == torch.float32 else 8 - dtype.itemsize)
-    assert kept_bytes(config, dtype, recompute=False) == pytest.approx(expected, rel=0.04)
+    assert kept_bytes(config, ROWS, TOKENS, dtype) == pytest.approx(expected, rel=0.04)
 
 
 @PRECISIONS
@@ -192,5 +175,5 @@ def test_activation_bytes_are_those_the_backward_pass_is_left(family: ModelConfi
 def test_with_recomputation_a_layer_more_keeps_its_input_more(family: ModelConfig, dtype: torch.dtype) -> None:
     shallow, deep = (replace(family, d_model=64, n_layers=layers, max_seq_len=TOKENS) for layers in (2, 5))
     formula = [activation_bytes(c, ROWS, TOKENS, dtype.itemsize, recompute=True) for c in (shallow, deep)]
-    found = [kept_bytes(c, dtype, recompute=True) for c in (shallow, deep)]
+    found = [kept_bytes(c, ROWS, TOKENS, dtype, recompute=True) for c in (shallow, deep)]
     assert found[1] - found[0] == formula[1] - formula[0] == 3 * ROWS * TOKENS * 64 * dtype.itemsize

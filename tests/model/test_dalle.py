@@ -1,16 +1,14 @@
 """A text and an image in one row (DALL-E): who sees whom by a definition of its own, losses by kind, images from a text."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.build import build_model
-from model.config import ModelConfig, ModelError
+from model.config import ModelError
 from model.costs import forward_flops
 from model.generate import Sampling, generate
 from model.grid import Grid, GridPattern
@@ -25,8 +23,7 @@ from model.mixers.grid import BLOCK, GridAttentionConfig
 from model.modalities.text_image import TextImageVocabulary
 from model.peft import PrefixConfig
 from model.peft.prefix import attach_prefix
-from pipelines.engine.typed import from_plain
-from tests.model.configurations import COLUMN, CONVOLUTION, DALLE, ROW
+from tests.model.configurations import COLUMN, CONVOLUTION, DALLE, ROW, preset
 
 CPU = torch.device("cpu")
 VOCABULARY = TextImageVocabulary(entries=20, places=6, codes=12)
@@ -197,8 +194,7 @@ def test_a_target_weighs_what_its_kind_does_in_the_gradient_and_nothing_else_in_
 
 
 def test_its_loss_falls_and_the_tiny_preset_learns_which_image_follows_which_text() -> None:
-    values = yaml.safe_load((Path(__file__).parents[2] / "conf/model/dalle-tiny.yaml").read_text(encoding="utf-8"))
-    config: ModelConfig = from_plain(ModelConfig, values, "model")
+    config = preset("dalle-tiny")
     model, words = build_model(config), TextImageVocabulary(entries=512, places=32, codes=256)
     assert config.vocab_size == words.size
     images = [[10 * number + place % 8 for place in range(64)] for number in range(2)]

@@ -9,6 +9,7 @@ from model.build import build_model
 from model.distill import hidden_distillation, logit_distillation
 from model.errors import ModelError
 from tests.model.configurations import LLAMA
+from tests.model.learning import learn
 
 
 def logits(seed: int, scale: float = 2.0) -> torch.Tensor:
@@ -55,14 +56,11 @@ def test_a_student_comes_nearer_to_its_teacher() -> None:
     teacher, student = build_model(LLAMA, seed=1), build_model(LLAMA, seed=2)
     tokens = torch.randint(0, 97, (4, 16), generator=torch.Generator().manual_seed(0))
     target = teacher(tokens)["logits"].detach()
-    optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(25):
-        loss = logit_distillation(student(tokens)["logits"].flatten(0, 1), target.flatten(0, 1), temperature=2.0) / 64
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def loss() -> torch.Tensor:
+        return logit_distillation(student(tokens)["logits"].flatten(0, 1), target.flatten(0, 1), temperature=2.0) / 64
+
+    losses = learn(student, loss, steps=25, lr=3e-3)
     assert losses[-1] < losses[0] / 2
 
 

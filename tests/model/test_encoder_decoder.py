@@ -2,12 +2,10 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.build import build_model
@@ -20,7 +18,8 @@ from model.heads import LanguageHeadConfig, NoHeadConfig
 from model.init import parameter_roles
 from model.position import RelativePositionConfig
 from pipelines.engine.typed import from_plain
-from tests.model.configurations import BERT, GPT2, LLAMA, VASWANI, WIDER_ENCODER
+from tests.model.configurations import BERT, GPT2, LLAMA, VASWANI, WIDER_ENCODER, preset_values
+from tests.model.learning import learn
 
 SEQ2SEQ = pytest.mark.parametrize("config", [VASWANI, WIDER_ENCODER], ids=["vaswani", "wider_encoder"])
 KERNELS = pytest.mark.parametrize("kernel", ["dense", "auto"])
@@ -136,14 +135,11 @@ def test_a_decoder_with_an_encoder_learns_to_copy_and_starts_the_same_everywhere
     assert all(torch.equal(w.bfloat16(), again.state_dict()[name]) for name, w in model.state_dict().items())
     assert model.get_parameter("encoder.stack.layers.0.mixer.q.weight").std() > 0.1  # the encoder's own InitConfig
     source = tokens_of(4, 8)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(40):
-        loss = model(source[:, :-1], encoder_tokens_BT=source, targets_BT=source[:, 1:])["loss_sum"] / 28
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def loss() -> torch.Tensor:
+        return model(source[:, :-1], encoder_tokens_BT=source, targets_BT=source[:, 1:])["loss_sum"] / 28
+
+    losses = learn(model, loss, steps=40, lr=3e-3)
     assert losses[-1] < losses[0] / 2
 
 
@@ -180,10 +176,9 @@ def small(values: dict[str, Any]) -> dict[str, Any]:
 PRESETS = ("transformer-base", "bert-base", "roberta-base", "distilbert", "t5-small", "t5-v1.1-small", "bart-base")
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_made_small_builds_trains_and_predicts(preset: str) -> None:
-    values = yaml.safe_load((Path(__file__).parents[2] / "conf" / "model" / f"{preset}.yaml").read_text())
-    config = from_plain(ModelConfig, {**small(values), "vocab_size": 50}, "model")
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_made_small_builds_trains_and_predicts(name: str) -> None:
+    config = from_plain(ModelConfig, {**small(preset_values(name)), "vocab_size": 50}, "model")
     model = build_model(config)
     row = tokens_of(8, 12)
     if config.encoder is None:  # every third token is hidden, and to be found again
@@ -191,14 +186,12 @@ def test_every_preset_made_small_builds_trains_and_predicts(preset: str) -> None
         batch = {"tokens_BT": row.masked_fill(hidden, 0), "targets_BT": row.masked_fill(~hidden, -100)}
     else:
         batch = {"tokens_BT": row[:, :-1], "targets_BT": row[:, 1:], "encoder_tokens_BT": row}
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(40):
+
+    def loss() -> torch.Tensor:
         sums = model(**batch)
-        losses.append(float(sums["loss_sum"].detach() / sums["target_count"]))
-        (sums["loss_sum"] / sums["target_count"]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        return sums["loss_sum"] / sums["target_count"]
+
+    losses = learn(model, loss, steps=40, lr=3e-3)
     assert losses[0] < 1.3 * math.log(50) + 1
     assert losses[-1] < losses[0] - 1
     if config.encoder is not None:

@@ -7,15 +7,19 @@ import torch
 
 from model.build import build_model
 from model.classifiers import ClassifierHeadConfig
-from model.config import LayerChange, ModelConfig, ModelError
+from model.config import LayerChange, ModelError
 from model.modalities.embedding_head import EmbeddingHeadConfig
 from model.modalities.patches import PatchFrontendConfig
 from model.moe.config import BalanceConfig, CapacityConfig, MoeConfig, RouterConfig
 from model.moe.layer import rebalance
-from model.moe.receipts import is_count, loads, receipts
+from model.moe.receipts import loads, receipts
 from model.position import LearnedPositionConfig
-from model.stack import Stack
 from tests.model.configurations import BERT, LLAMA, VASWANI
+from tests.model.learning import (
+    assert_micro_batches_change_nothing,
+    assert_recomputation_changes_nothing,
+    sums_and_gradients,
+)
 
 EXPERTS = MoeConfig(
     n_experts=4,
@@ -51,39 +55,12 @@ def batch() -> dict[str, torch.Tensor]:
     }
 
 
-def step(
-    config: ModelConfig, *, recompute: bool = False, split: int = 1
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Sums of all results over a batch in `split` micro-batches, and the gradients."""
-    model = build_model(config).train()
-    for stack in (module for module in model.modules() if isinstance(module, Stack)):
-        stack.recompute = recompute
-    sums: dict[str, torch.Tensor] = {}
-    for part in range(split):
-        out = model(**{name: x.chunk(split)[part] for name, x in batch().items()})
-        out["loss_sum"].backward()
-        sums = {name: sums.get(name, 0) + x.detach() for name, x in out.items()}
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert len(gradients) == len(dict(model.named_parameters()))
-    return sums, gradients
-
-
 def test_recomputation_changes_and_doubles_nothing() -> None:
-    (plain, gradients), (again, regained) = step(BOTH), step(BOTH, recompute=True)
-    assert plain.keys() == again.keys()
-    assert all(torch.equal(plain[name], again[name]) for name in plain)
-    assert all(torch.equal(gradients[name], regained[name]) for name in gradients)
+    assert_recomputation_changes_nothing(BOTH, batch())
 
 
 def test_losses_counts_and_gradients_do_not_depend_on_micro_batches() -> None:
-    (whole, gradients), (parts, summed) = step(BOTH), step(BOTH, split=4)
-    for name, total in whole.items():
-        if is_count(name):
-            assert torch.equal(total, parts[name]), name
-        else:
-            assert float(total) == pytest.approx(float(parts[name]), rel=1e-5), name
-    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
-    assert all((gradients[name] - summed[name]).abs().max() <= 1e-5 * largest for name in gradients)
+    assert_micro_batches_change_nothing(BOTH, batch())
 
 
 def test_counts_tell_the_layers_of_the_encoder_apart() -> None:
@@ -119,7 +96,8 @@ def test_an_encoder_row_loses_as_much_as_its_decoder_row_has_targets() -> None:
     quiet = replace(
         BOTH, encoder=replace(BOTH.encoder, pattern=(LayerChange(every=2, first=1, ffn=silent),)), pattern=()
     )
-    (one, gradients), (other, others) = step(replace(BOTH, pattern=())), step(quiet)
+    loud = replace(BOTH, pattern=())
+    (one, gradients), (other, others) = (sums_and_gradients(config, inputs) for config in (loud, quiet))
     assert one["loss_sum"] == other["loss_sum"]
     router = "encoder.stack.layers.1.ffn.router.weight"
     assert (gradients[router] - others[router]).abs().max() > 1e-3

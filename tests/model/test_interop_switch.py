@@ -1,13 +1,11 @@
 """Switch Transformers over T5's body: Hugging Face's class is the reference."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +18,8 @@ from model.interop import config_from_hf, family_of, hf_config
 from model.moe.layer import rebalance
 from model.moe.receipts import loads, receipts
 from pipelines.engine.typed import from_plain
+from tests.model.configurations import preset, preset_values
+from tests.model.learning import learn
 from tests.model.parity import (
     assert_close,
     assert_same_bytes,
@@ -30,6 +30,7 @@ from tests.model.parity import (
     saved,
     saved_gradients,
     stirred,
+    trimmed,
 )
 
 pytestmark = pytest.mark.slow  # whole models beside transformers' own
@@ -132,18 +133,13 @@ def test_it_continues_as_transformers_does(beams: int) -> None:
             found = [texts[0].tokens for texts in best]
         for (first, *new), text in zip(expected.tolist(), found, strict=True):
             assert first == 0
-            assert text == (new[: new.index(1)] if 1 in new else new)
+            assert text == trimmed(new, [1])
 
     check()
 
 
-def preset() -> dict[str, Any]:
-    values = (Path(__file__).parents[2] / "conf" / "model" / "switch-base-8.yaml").read_text(encoding="utf-8")
-    return {**yaml.safe_load(values), "vocab_size": 32128}
-
-
 def test_the_preset_is_the_published_model() -> None:
-    config = from_plain(ModelConfig, preset(), "model")
+    config = preset("switch-base-8", vocab_size=32128)
     theirs = transformers.SwitchTransformersConfig(
         num_sparse_encoder_layers=6, num_sparse_decoder_layers=6, d_ff=3072, decoder_start_token_id=0
     )
@@ -169,24 +165,24 @@ def test_the_preset_made_small_learns_with_balanced_experts_in_both_stacks() -> 
         pattern = [{**values["pattern"][0], "ffn": experts}]
         return {**values, **sizes, "ffn": {**values["ffn"], "d_ff": 48}, "pattern": pattern, **inner}
 
-    model = build_model(from_plain(ModelConfig, {**small(preset()), "vocab_size": 50}, "model")).train()
+    values = {**small(preset_values("switch-base-8")), "vocab_size": 50}
+    model = build_model(from_plain(ModelConfig, values, "model")).train()
     row = torch.randint(0, 50, (8, 17), generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(25):
+    told: dict[str, float] = {}
+
+    def loss() -> torch.Tensor:
         out = model(row[:, :-1], targets_BT=row[:, 1:], encoder_tokens_BT=row)
-        optimizer.zero_grad()
-        (out["loss_sum"] / out["target_count"]).backward()
-        optimizer.step()
         rebalance(model, loads(out))
-        losses.append(float(out["loss_sum"].detach() / out["target_count"]))
+        told.update(receipts(out))
+        return out["loss_sum"] / out["target_count"]
+
+    losses = learn(model, loss, steps=25, lr=3e-3)
     assert losses[-1] < losses[0] - 1
-    told = receipts(out)
     assert told["routing/1/dead_experts"] == told["routing/encoder.1/dead_experts"] == 0
 
 
 def test_layers_that_the_class_cannot_have_are_refused_by_name() -> None:
-    config = from_plain(ModelConfig, preset(), "model")
+    config = preset("switch-base-8", vocab_size=32128)
     assert family_of(config).model_type == "switch_transformers"
     experts = config.pattern[0].ffn
     elsewhere = replace(config, pattern=(LayerChange(every=12, first=5, ffn=experts),))

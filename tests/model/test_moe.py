@@ -2,12 +2,10 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig, SwitchTransformersConfig
@@ -28,10 +26,13 @@ from model.moe.layer import MixtureOfExperts, rebalance
 from model.moe.noise import row_keys, uniform
 from model.moe.receipts import is_count, loads, receipts
 from model.moe.routing import choose
-from pipelines.engine.typed import from_plain
-from tests.model.configurations import LIVELY, LLAMA
+from tests.model.configurations import LIVELY, LLAMA, preset
+from tests.model.learning import (
+    assert_micro_batches_change_nothing,
+    assert_recomputation_changes_nothing,
+    sums_and_gradients,
+)
 
-PRESETS = Path(__file__).parents[2] / "conf" / "model"
 QUICK = settings(max_examples=15, deadline=None)
 EXPERTS = MoeConfig(n_experts=4, top_k=2, d_ff=24)
 MOE = replace(LLAMA, ffn=EXPERTS)
@@ -299,52 +300,25 @@ NOISY = replace(
 )
 
 
-def step(
-    config: ModelConfig, *, recompute: bool = False, split: int = 1
-) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Sums of all results over a batch in `split` micro-batches, and the gradients."""
-    model = build_model(config).train()
-    model.stack.recompute = recompute
-    sums: dict[str, torch.Tensor] = {}
-    whole = batch()
-    for part in range(split):
-        out = model(**{name: x.chunk(split)[part] for name, x in whole.items()})
-        out["loss_sum"].backward()
-        sums = {name: sums.get(name, 0) + x.detach() for name, x in out.items()}
-    return sums, [parameter.grad for parameter in model.parameters()]
-
-
 @pytest.mark.parametrize("config", [MOE, EVERY_SECOND, NOISY], ids=["plain", "hybrid", "noisy"])
 def test_recomputation_changes_and_doubles_nothing(config: ModelConfig) -> None:
-    (plain, gradients), (again, regained) = step(config), step(config, recompute=True)
-    assert plain.keys() == again.keys()
-    assert all(torch.equal(plain[name], again[name]) for name in plain)
-    assert all(torch.equal(one, other) for one, other in zip(gradients, regained, strict=True))
+    assert_recomputation_changes_nothing(config, batch())
 
 
 @pytest.mark.parametrize("config", [MOE, NOISY], ids=["plain", "noisy"])
 def test_losses_counts_and_gradients_do_not_depend_on_micro_batches(config: ModelConfig) -> None:
-    (whole, gradients), (parts, summed) = step(config), step(config, split=4)
-    for name, total in whole.items():
-        if is_count(name):
-            assert torch.equal(total, parts[name]), name
-        else:
-            assert float(total) == pytest.approx(float(parts[name]), rel=1e-5), name
-    largest = max(float(gradient.abs().max()) for gradient in gradients)
-    for one, other in zip(gradients, summed, strict=True):
-        assert (one - other).abs().max() <= 1e-5 * largest
+    assert_micro_batches_change_nothing(config, batch())
 
 
 def test_the_auxiliary_loss_is_in_the_gradient_and_not_in_the_value() -> None:
     with_loss = replace(MOE, ffn=replace(EXPERTS, balance=BalanceConfig(loss=0.5, z_loss=0.1)))
     without = replace(MOE, ffn=replace(EXPERTS, balance=BalanceConfig(loss=0.0)))
-    (one, gradients), (other, others) = step(with_loss), step(without)
+    (one, gradients), (other, others) = (sums_and_gradients(config, batch()) for config in (with_loss, without))
     assert "aux_loss_sum" not in other
     assert one["loss_sum"] == other["loss_sum"]
     assert one["aux_loss_sum"] > 0
-    names = [name for name, _ in build_model(MOE, device="meta").named_parameters()]
-    moved = {n for n, a, b in zip(names, gradients, others, strict=True) if not torch.equal(a, b)}
-    assert {name for name in names if "router" in name} <= moved
+    moved = {name for name in gradients if not torch.equal(gradients[name], others[name])}
+    assert {name for name in gradients if "router" in name} <= moved
     assert "stack.layers.1.ffn.experts.down" not in moved  # nothing of the last layer but its router hears of it
 
 
@@ -449,8 +423,7 @@ def test_experts_learn_and_stay_balanced() -> None:
 
 @pytest.mark.parametrize("name", ["mixtral-tiny", "switch-tiny", "gshard-tiny", "deepseek-moe-tiny", "moe-small"])
 def test_a_preset_with_experts_learns_and_uses_them_all(name: str) -> None:
-    values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
-    config = from_plain(ModelConfig, {**values, "vocab_size": 97, "d_model": 32, "n_layers": 2}, "model")
+    config = preset(name, vocab_size=97, d_model=32, n_layers=2)
     model = build_model(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     whole = batch(rows=8, tokens=32)
@@ -473,16 +446,13 @@ def test_a_preset_with_experts_learns_and_uses_them_all(name: str) -> None:
 
 def test_counted_published_sizes_have_the_published_active_share() -> None:
     for name, vocab_size, active in (("mixtral-8x7b", 32000, 12.88e9), ("qwen3-30b-a3b", 151936, 3.35e9)):
-        values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
-        config = from_plain(ModelConfig, {**values, "vocab_size": vocab_size}, "model")
-        assert parameter_counts(config).active == pytest.approx(active, rel=5e-3)
+        assert parameter_counts(preset(name, vocab_size=vocab_size)).active == pytest.approx(active, rel=5e-3)
 
 
 def test_the_small_model_with_experts_works_as_hard_for_a_token_as_the_one_without() -> None:
     counts = {}
     for name in ("small", "moe-small"):
-        values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
-        counts[name] = parameter_counts(from_plain(ModelConfig, {**values, "vocab_size": 4096}, "model"))
+        counts[name] = parameter_counts(preset(name, vocab_size=4096))
     assert counts["moe-small"].active == pytest.approx(counts["small"].active, rel=5e-3)
     assert counts["moe-small"].total > 2.5 * counts["small"].total
 

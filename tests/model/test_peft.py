@@ -31,6 +31,7 @@ from model.peft import (
 )
 from model.position import LearnedPositionConfig
 from tests.model.configurations import any_config
+from tests.model.learning import learn
 
 LLAMA = ModelConfig(
     vocab_size=96, d_model=32, n_layers=2, max_seq_len=32, mixer=AttentionConfig(n_heads=4, n_kv_heads=2)
@@ -138,14 +139,7 @@ def test_any_family_learns_by_what_is_attached_alone(kind: str, config: ModelCon
         trained == {name for name, role in roles.items() if role == "adapter"} == trained_state(model).keys() != set()
     )
     row = torch.randint(0, config.require_vocab_size(), (2, 8), generator=torch.Generator().manual_seed(seed))
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
-    losses = []
-    for _ in range(12):
-        loss = loss_of(model, kind, row)
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    losses = learn(model, lambda: loss_of(model, kind, row), steps=12, lr=0.03)
     assert min(losses[1:]) < losses[0]
     state = model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in before.items())
@@ -223,6 +217,17 @@ def test_freezing_by_pattern_keeps_what_matches_and_trains_the_rest() -> None:
 def test_freezing_nothing_or_everything_is_refused(patterns: tuple[str, ...], said: str) -> None:
     with pytest.raises(ModelError, match=said):
         freeze(build_model(LLAMA), patterns)
+
+
+def test_a_prefix_is_learned_where_activations_are_recomputed_too() -> None:
+    model = build_model(LLAMA, seed=1)
+    attach(model, "prefix")
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    plain = torch.autograd.grad(loss_of(model, "prefix", tokens()), learned)
+    model.stack.recompute = True
+    again = torch.autograd.grad(loss_of(model, "prefix", tokens()), learned)
+    assert any(gradient.any() for gradient in plain)
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
 def test_a_model_with_a_prefix_says_how_it_wants_to_be_called() -> None:

@@ -1,12 +1,10 @@
 """A whole model: documents are independent, the future is unseen, every way to run it computes the same."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,15 +12,14 @@ from model.block import Layout
 from model.build import build_model
 from model.config import ModelConfig, ModelError
 from model.position import RopeConfig, rotation
-from pipelines.engine.typed import from_plain
-from tests.model.configurations import ALIBI, GPT2, GPTJ, LIVELY, LLAMA, MIXTRAL, WINDOWED, any_config
+from tests.model.configurations import ALIBI, GPT2, GPTJ, LIVELY, LLAMA, MIXTRAL, WINDOWED, any_config, preset
+from tests.model.learning import learn
 
 FAMILIES = pytest.mark.parametrize(
     "config",
     [LLAMA, GPT2, WINDOWED, ALIBI, GPTJ, MIXTRAL],
     ids=["llama", "gpt2", "windowed", "alibi", "gptj", "mixtral"],
 )
-CONF = Path(__file__).parents[2] / "conf" / "model"
 
 
 def tokens_of(config: ModelConfig, rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -161,8 +158,7 @@ def test_the_soft_cap_bounds_logits_and_z_loss_pulls_their_sum_to_one() -> None:
 @settings(max_examples=8, deadline=None)
 @given(heads=st.sampled_from([1, 2, 4]), d_ff=st.integers(3, 40), seed=st.integers(0, 99))
 def test_palms_preset_is_a_parallel_block_of_one_key_head_and_no_biases(heads: int, d_ff: int, seed: int) -> None:
-    preset = yaml.safe_load((CONF / "palm-8b.yaml").read_text(encoding="utf-8"))
-    palm = from_plain(ModelConfig, {**preset, "vocab_size": 97, "d_model": 32, "n_layers": 2}, "model")
+    palm = preset("palm-8b", vocab_size=97, d_model=32, n_layers=2)
     small = replace(palm, mixer=replace(palm.mixer, n_heads=heads), ffn=replace(palm.ffn, d_ff=d_ff), init=LIVELY)
     model = build_model(small, seed=seed)
     assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
@@ -189,14 +185,11 @@ def test_palms_preset_is_a_parallel_block_of_one_key_head_and_no_biases(heads: i
 def test_every_layout_learns(config: ModelConfig, layout: str) -> None:
     model = build_model(replace(config, layout=layout, dropout=0.05))
     row = tokens_of(config, 4, 24)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(30):
-        loss = model(row[:, :-1], targets_BT=row[:, 1:])["loss_sum"] / row[:, 1:].numel()
-        losses.append(float(loss))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def loss() -> torch.Tensor:
+        return model(row[:, :-1], targets_BT=row[:, 1:])["loss_sum"] / row[:, 1:].numel()
+
+    losses = learn(model, loss, steps=30, lr=3e-3)
     assert losses[-1] < losses[0] - 1.0
 
 

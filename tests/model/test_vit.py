@@ -23,6 +23,7 @@ from model.modalities.patches import PatchFrontendConfig
 from model.norm import NormConfig
 from model.position import LearnedPositionConfig, RopeConfig
 from tests.model.configurations import LIVELY
+from tests.model.learning import learn
 from tests.model.parity import (
     assert_close,
     assert_same_bytes,
@@ -139,14 +140,7 @@ def test_a_configuration_comes_back_from_theirs() -> None:
 def test_it_learns_to_tell_images_apart() -> None:
     model = build_model(VIT)
     x, classes = pixels(VIT, rows=10), torch.arange(10) % 5
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(40):
-        loss = model(pixels_BAYX=x, classes_B=classes)["loss_sum"] / 10
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    losses = learn(model, lambda: model(pixels_BAYX=x, classes_B=classes)["loss_sum"] / 10, steps=40, lr=3e-3)
     assert losses[-1] < losses[0] / 4
     assert torch.equal(model(pixels_BAYX=x)["logits"].argmax(-1), classes)
 

@@ -22,6 +22,7 @@ from model.modalities.waveform import WaveformFrontendConfig
 from model.norm import NormConfig
 from model.position import NoPositionConfig
 from tests.model.configurations import LIVELY
+from tests.model.learning import learn
 from tests.model.parity import (
     assert_close,
     assert_same_bytes,
@@ -173,14 +174,11 @@ def test_a_configuration_comes_back_from_theirs(config: ModelConfig) -> None:
 @BOTH
 def test_it_learns_to_spell(config: ModelConfig) -> None:
     model, x = build_model(config), samples()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(250):
-        loss = model(samples_BW=x, sample_lengths_B=LENGTHS, labels_BU=LABELS)["loss_sum"] / 8
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def loss() -> torch.Tensor:
+        return model(samples_BW=x, sample_lengths_B=LENGTHS, labels_BU=LABELS)["loss_sum"] / 8
+
+    losses = learn(model, loss, steps=250, lr=3e-3)
     assert losses[-1] < losses[0] / 10
     logits, real_BT = model(samples_BW=x, sample_lengths_B=LENGTHS)["logits"], real_frames(model, x)
     assert best_labels(logits, 0, real_BT) == [[1, 2, 2, 3], [4], [5, 6, 1]]

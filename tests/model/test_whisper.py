@@ -28,6 +28,7 @@ from model.modalities.waveform import WaveformFrontendConfig
 from model.norm import NormConfig
 from model.position import LearnedPositionConfig, SinusoidalPositionConfig, build_positions
 from tests.model.configurations import LIVELY
+from tests.model.learning import learn
 from tests.model.parity import (
     assert_close,
     assert_same_bytes,
@@ -251,14 +252,11 @@ def test_log_mel_frames_are_those_of_the_feature_extractor(bands: int) -> None:
 
 def test_it_learns_to_write_what_it_hears() -> None:
     model, x, text = build_model(WHISPER), mels(4, 16, 40), tokens_of(4, 9)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(40):
-        loss = model(text[:, :-1], encoder_mels_BAW=x, targets_BT=text[:, 1:])["loss_sum"] / 32
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def loss() -> torch.Tensor:
+        return model(text[:, :-1], encoder_mels_BAW=x, targets_BT=text[:, 1:])["loss_sum"] / 32
+
+    losses = learn(model, loss, steps=40, lr=3e-3)
     assert losses[-1] < losses[0] / 4
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing
+import torch.distributed
 
 from tests.training.conftest import MODEL, make_job
+from tests.training.processes import run_ranks
 
 EXPERTS = {
     "kind": "moe",
@@ -38,18 +38,13 @@ def experts_job(make: Callable[..., dict[str, Any]], *args: Any, **settings: Any
     return {**make(*args, steps=5, precision="fp32", **settings), "model": MOE}
 
 
-def ranks_run(rank: int, world_size: int, port: int, shards: Path, folder: Path) -> None:
+def ranks_run(shards: Path, folder: Path) -> None:
     """One of two ranks, through all stages that share; or of four, where two hold all experts and two are their replica."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
     from pipelines.training.job import run_rank
 
-    if world_size == 4:
+    if os.environ["WORLD_SIZE"] == "4":
         zero = {"stage": 1, "expert_parallel": 2}
         run_rank(experts_job(make_job, shards, folder / "four", zero=zero, micro_batch_rows=1))
-        torch.distributed.barrier()
         return
     for stage in (1, 2, 3):
         # Two micro-batches on each rank, recomputed in stage 2.
@@ -61,12 +56,11 @@ def ranks_run(rank: int, world_size: int, port: int, shards: Path, folder: Path)
         job["train"] |= {"precision": precision, "recompute": stage == 2, "checkpoint": CHECKPOINTS}
         run_rank(job)
     for begin, zero in (("alone", {"stage": 0, "expert_parallel": 2}), ("e1-fp32", {"stage": 1})):
-        if rank == 0:
+        if os.environ["RANK"] == "0":
             copied(folder / begin, folder / f"from-{begin}")
         torch.distributed.barrier()
         job = experts_job(make_job, shards, folder / f"from-{begin}", zero=zero, micro_batch_rows=2)
         run_rank({**job, "train": {**job["train"], "checkpoint": CHECKPOINTS}})
-    torch.distributed.barrier()
 
 
 CHECKPOINTS = {"every_steps": 3, "every_seconds": None, "keep": 9, "keep_finished": True}
@@ -81,8 +75,4 @@ def copied(begin: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     for ranks in (2, 4):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            free_port = free.getsockname()[1]
-        arguments = (ranks, free_port, Path(sys.argv[1]), Path(sys.argv[2]))
-        torch.multiprocessing.spawn(ranks_run, arguments, nprocs=ranks)
+        run_ranks(ranks_run, ranks, Path(sys.argv[1]), Path(sys.argv[2]))

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.multiprocessing
 
 from model.build import build_model
 from model.classifiers import ClassifierHeadConfig
@@ -28,6 +26,7 @@ from model.modalities.waveform import WaveformFrontendConfig
 from model.moe.config import BalanceConfig, MoeConfig
 from model.position import LearnedPositionConfig, NoPositionConfig, RelativePositionConfig, SinusoidalPositionConfig
 from tests.model.configurations import BERT, DALLE, HYBRID, LLAMA, MAMBA, PERFORMER, VASWANI
+from tests.training.processes import run_ranks
 
 ROWS, STEPS, STAGES = 4, 2, (1, 2, 3)
 MASKED = LanguageHeadConfig(bias=True, transform="gelu")
@@ -135,21 +134,13 @@ def trained_by_two(name: str, stage: int) -> list[tuple[float, float]]:
     return steps
 
 
-def ranks_run(rank: int, port: int, file: Path) -> None:
+def ranks_run(file: Path) -> None:
     """One of two ranks, through all families and stages."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
     shared = {name: {stage: trained_by_two(name, stage) for stage in STAGES} for name in FAMILIES}
-    if rank == 0:
+    if os.environ["RANK"] == "0":
         alone = {name: trained_alone(name) for name in FAMILIES}
         file.write_text(json.dumps({"alone": alone, "shared": shared}))
-    torch.distributed.barrier()
 
 
 if __name__ == "__main__":
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        free_port = free.getsockname()[1]
-    torch.multiprocessing.spawn(ranks_run, (free_port, Path(sys.argv[1])), nprocs=2)
+    run_ranks(ranks_run, 2, Path(sys.argv[1]))

@@ -21,6 +21,7 @@ from model.mixers.attention import AttentionConfig
 from model.moe.config import MoeConfig
 from pipelines.training.errors import TrainingError
 from pipelines.training.expert_parallel import share_experts
+from pipelines.training.job import run_rank
 from pipelines.training.metrics import read_metrics
 from pipelines.training.optim import build_optimizer
 from pipelines.training.ranks import Ranks
@@ -38,8 +39,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process alone, then two ranks in every way."""
-    from pipelines.training.job import run_rank
-
     folder = tmp_path_factory.mktemp("experts")
     for out, precision in (("alone", "fp32"), ("alone-bf16", "bf16")):
         alone = experts_job(make_job, shards, folder / out, micro_batch_rows=8)
@@ -80,10 +79,7 @@ def test_experts_shared_out_over_two_ranks_give_what_one_process_gives(runs: Pat
         found = load_file(runs / f"e{stage}-fp32/model/model.safetensors")
         assert found.keys() == weights.keys()
         assert torch.equal(found[BIAS], weights[BIAS])
-        for (
-            name,
-            weight,
-        ) in weights.items():  # five updates of at most 0.003 each; an expert's sign of gradient may waver
+        for name, weight in weights.items():  # five updates of at most 0.003; an expert's sign of gradient may waver
             assert (found[name] - weight).abs().mean() < 1e-5, name
     assert_same_course(runs / "e1-bf16", runs / "alone-bf16", within=5e-3)
     assert_same_course(runs / "four", runs / "alone")  # two that hold all experts, and their replica
@@ -91,8 +87,6 @@ def test_experts_shared_out_over_two_ranks_give_what_one_process_gives(runs: Pat
 
 @pytest.mark.slow
 def test_a_checkpoint_is_read_at_any_size_of_expert_parallelism(runs: Path, shards: Path) -> None:
-    from pipelines.training.job import run_rank
-
     for rank in (0, 1):  # each wrote its experts and nobody else's
         with safe_open(runs / f"e1-fp32/checkpoints/step-00000003/rank-0000{rank}.safetensors", "pt") as file:
             assert file.get_slice(f"weight/{DOWN}").get_shape() == [2 * 24 * 24]
@@ -114,15 +108,13 @@ def test_a_checkpoint_is_read_at_any_size_of_expert_parallelism(runs: Path, shar
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(job: Make, zero: dict[str, int], said: str) -> None:
-    from pipelines.training.job import run_rank
-
     with pytest.raises(TrainingError, match=said):
         run_rank(experts_job(job, zero=zero))
 
 
 def test_sharing_out_needs_experts_that_divide_and_are_trained() -> None:
     config = ModelConfig(vocab_size=64, d_model=16, n_layers=1, mixer=AttentionConfig(n_heads=2))
-    ranks, said = Ranks(0, 3, 0, torch.device("cpu"), 1), list[str]()
+    ranks, said = Ranks(0, 3, torch.device("cpu"), 1), list[str]()
     settings = TrainSettings(total_tokens=1, global_batch_tokens=1, zero=ZeroSettings(expert_parallel=3))
     with pytest.raises(TrainingError, match="no layer with experts"):
         share_experts(build_model(config), settings, ranks, said.append)
@@ -135,8 +127,6 @@ def test_sharing_out_needs_experts_that_divide_and_are_trained() -> None:
 
 
 def test_a_run_tells_of_its_routing_and_resumes_with_its_biases(job: Make, tmp_path: Path) -> None:
-    from pipelines.training.job import run_rank
-
     whole = experts_job(job, out="whole", checkpoint={"every_steps": 3, "every_seconds": None, "keep_finished": True})
     run_rank(whole)
     rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")

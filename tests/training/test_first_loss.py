@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +184,6 @@ def test_a_model_chosen_by_hand_agrees_or_is_refused_with_both_values(tmp_path: 
     begun = Start.open("pretrain.init_from", str(tmp_path / "tiny"))
     preset = ["d_model", "n_layers", "mixer.n_heads", "mixer.n_kv_heads", "ffn.d_ff", "norm.eps", "init.std", "dropout"]
     begun.check_model(begun.config, preset)
-    from dataclasses import replace
-
     begun.check_model(replace(begun.config, vocab_size=None, dropout=0.1), ["vocab_size", *preset])
     wider = replace(begun.config, d_model=48)
     begun.check_model(wider, ["n_layers"])  # what nobody chose is the folder's

@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing
+import torch.distributed
 from conftest import ROWS_PER_STEP, SEQ_LEN, make_job
+from processes import run_ranks
 
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
 
@@ -26,17 +26,11 @@ STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
 def run_all(shards: Path, folder: Path) -> None:
     """All runs, under `folder`. Later world sizes begin from checkpoints of earlier ones."""
     for round_, world_size in enumerate((1, 2, 1)):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.spawn(_rank, (world_size, port, round_, shards, folder), nprocs=world_size)
+        run_ranks(_round, world_size, round_, shards, folder)
 
 
-def _rank(rank: int, world_size: int, port: int, round_: int, shards: Path, folder: Path) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
+def _round(round_: int, shards: Path, folder: Path) -> None:
+    world_size = int(os.environ["WORLD_SIZE"])
     if round_ == 0:
         _plain_loop(shards, folder / "plain.json")
     for precision in PRECISIONS:
@@ -48,8 +42,6 @@ def _rank(rank: int, world_size: int, port: int, round_: int, shards: Path, fold
                 _run(shards, folder, world_size, stage, precision, begin=f"w1-z0-{precision}")
             if round_ == 2 and precision == "fp32" and stage in (1, 3):
                 _run(shards, folder, world_size, 0, precision, begin=f"w2-z{stage}-{precision}")
-    if world_size > 1:
-        torch.distributed.barrier()
 
 
 def _run(shards: Path, folder: Path, world_size: int, stage: int, precision: str, begin: str | None = None) -> None:
