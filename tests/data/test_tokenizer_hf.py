@@ -324,3 +324,14 @@ def test_a_broken_tokenizer_file_says_so(folders: dict[str, Path], tmp_path: Pat
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
     with pytest.raises(DataError, match=r"'<\|gone\|>' is not in tokenizer\.json"):
         Tokenizer.load(folder)
+
+
+def test_merges_that_spell_a_control_piece_make_none() -> None:
+    vocab = {"<": 0, "s": 1, ">": 2, "s>": 3, "<s>": 4}
+    special = {"id": 4, "content": "<s>", "special": True, "normalized": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    model = {"type": "BPE", "vocab": vocab, "merges": [["s", ">"], ["<", "s>"]]}
+    made = HuggingFaceTokenizer(
+        json.dumps({"added_tokens": [special | flags], "model": model}), {"eos_token": "<s>"}, None
+    )
+    assert made.encode("<s>") == [0, 3]
