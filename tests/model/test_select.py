@@ -34,6 +34,7 @@ def test_every_kind_of_mask_is_recognised() -> None:
         "biased": Mask(documents_BT=documents, bias_HL=bias),
         "sparse": Mask(bias_HL=bias, globals_BT=documents == 0),
         "cross": Mask(causal=False, key_documents_BS=documents),
+        "paired": Mask(causal=False, documents_BT=documents, key_documents_BS=documents),
         "cached": Mask(slots_BT=torch.tensor([[3]]), keys=4, window=2),
     }
     assert {kind_of(mask, 4, 4): mask for mask in masks.values()} == {kind: masks[kind] for kind in KINDS}
@@ -54,7 +55,7 @@ def test_the_choice_is_said_in_one_line_at_build(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.INFO, "athanor.model"):
         build_model(LLAMA)
     assert [record.getMessage() for record in caplog.records] == [
-        "attention kernels on cpu: blockwise for plain window documents biased, chunked for sparse, sdpa for cross, "
+        "attention kernels on cpu: blockwise for plain window documents biased paired, chunked for sparse, sdpa for cross, "
         "cached for cached"
     ]
 
