@@ -171,8 +171,9 @@ def flex_attention(
 ) -> torch.Tensor:
     """Any mask and bias by FlexAttention (https://arxiv.org/abs/2412.05496), which skips the blocks that see nothing.
 
-    The mask's rule is its `mask_mod` as it stands. Its block mask is made once for all layers of a pass. Compiled where
-    there is CUDA; elsewhere PyTorch's own unfused form runs, of T² memory, for tests.
+    The mask's rule is its `mask_mod` as it stands. Its block mask is made once for all layers of a pass, by way of a bool
+    for every pair: the one thing of T² that it holds, and only while that is made. Compiled where there is CUDA;
+    elsewhere PyTorch's own unfused form runs, of T² memory, for tests.
     """
     if mask.grid is not None and mask.grid.pattern == "column" and q_BTHC.shape[1] == k_BTKC.shape[1]:
         return by_columns(flex_attention, q_BTHC, k_BTKC, v_BTKC, mask, scale)
