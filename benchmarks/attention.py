@@ -134,6 +134,11 @@ def long_masks(tokens: int) -> dict[str, Mask]:
         "fused, documents of 1,024 tokens": documents(1, tokens, 1024),
         "causal": Mask(),
         "documents of 1,024 tokens": documents(1, tokens, 1024),
+        "documents that look at an encoder's": Mask(
+            causal=False,
+            documents_BT=documents(1, tokens, 1024).documents_BT,
+            key_documents_BS=documents(1, tokens, 1024).documents_BT,
+        ),
         "window of 256 tokens": Mask(window=256),
         "Longformer: 256 each way, one global token": Mask(causal=False, window=257, globals_BT=first),
         "BigBird: blocks of 64": Mask(causal=False, layout_HQJ=layout[None]),

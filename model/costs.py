@@ -64,8 +64,10 @@ def forward_flops(
     """FLOPs of one forward pass over `rows` rows, logits included, and its encoder's or other tower's where it has one.
 
     encoder_len: tokens of a row that the encoder (or a tower whose rows differ) reads; null is as many as the decoder's.
-    mean_document_tokens: packed rows of documents this long, which see less than a whole row. masked: count only the
-    query-key pairs the mask lets through; false counts all of them, as PaLM's MFU and FlopCounterMode do.
+    mean_document_tokens: packed rows of documents this long, which see less than a whole row; where a pattern decides,
+    the fewer of its pairs in a whole row and all within documents, which is more than both together let through.
+    masked: count only the query-key pairs the mask lets through; false counts all of them, as PaLM's MFU and
+    FlopCounterMode do.
     """
     vocab_size, memory_len = config.require_vocab_size(), seq_len if encoder_len is None else encoder_len
     head = config.head.costs(vocab_size, config.d_model, config.norm)
@@ -75,7 +77,7 @@ def forward_flops(
         pairs = float(seq_len * seq_len)
         if masked:
             pairs = attended_pairs(seq_len, mean_document_tokens, slot.window, causal=config.causal)
-            pairs = pairs if slot.grid is None else slot.grid.pairs(seq_len)
+            pairs = pairs if slot.pattern is None else min(pairs, slot.pattern.pairs(seq_len))
         flops += (2 * slot.matrices + slot.token_flops) * seq_len + slot.pair_flops * pairs
         flops += 2 * slot.memory_matrices * memory_len + slot.memory_pair_flops * seq_len * memory_len * share
     if config.encoder is not None:

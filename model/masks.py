@@ -17,7 +17,8 @@ class Mask:
     window: a query sees keys less than this many tokens away, itself included: behind it, and before it if not causal.
     documents_BT: int32 document number of every token, 0 for padding; a document is one unbroken run of its number.
         A token sees its own document only; padding sees nothing and is seen by nothing.
-    key_documents_BS: the same of the keys, where they are other tokens than the queries (cross-attention).
+    key_documents_BS: the same of the keys, where they are other tokens than the queries (cross-attention); documents of
+        one row and number belong together, whatever their lengths and order.
     prefix_B: int64, how many first tokens of each row every token sees, whatever direction and window say.
     globals_BT: bool, tokens that see and are seen by all whatever the window and the layout say.
     layout_HQJ: [H or 1, query blocks, key blocks], which blocks of `block` tokens see each other (block-sparse): bool,
@@ -67,6 +68,13 @@ class Mask:
         parts = (self.documents_BT, self.prefix_B, self.globals_BT, self.layout_HQJ, self.bias_HL, self.slots_BT)
         free = not self.causal and self.window is None and all(part is None for part in parts)
         return free and self.key_documents_BS is not None
+
+    @property
+    def paired(self) -> bool:
+        """Nothing but the documents of queries and of other keys decides who sees whom (cross-attention)."""
+        parts = (self.prefix_B, self.globals_BT, self.layout_HQJ, self.grid, self.bias_HL, self.slots_BT)
+        free = not self.causal and self.window is None and all(part is None for part in parts)
+        return free and self.documents_BT is not None and self.key_documents_BS is not None
 
     @property
     def sparse(self) -> bool:

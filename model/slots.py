@@ -6,14 +6,20 @@ Closed forms stand beside the thing they describe; `costs.py` adds them up over 
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-
-from model.grid import Grid
 
 Record = dict[str, torch.Tensor]
 """What a layer tells about one forward pass beside its output; empty for most. It is returned, never stored, so that
 activation recomputation cannot count anything twice."""
+
+
+class Pattern(Protocol):
+    """Who sees whom by other rules than a window."""
+
+    def pairs(self, tokens: int) -> int:
+        """How many pairs of a query and a key a row of so many tokens has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +30,7 @@ class SlotCosts:
     matrices: weights that one token is multiplied with, so 2 FLOPs each in its forward pass.
     token_flops: further forward FLOPs of one token that no matrix of weights accounts for.
     pair_flops: forward FLOPs of one query-key pair. window: how far back a query looks; null is all the way.
-    grid: what a query sees where its row is a text and an image; null is no grid.
+    pattern: what a query sees by other rules (blocks, an image); null is none.
     row_flops: further forward FLOPs of a row, however many tokens it has.
     kept_elements: activations of one token held for the backward pass, in the model's precision.
     kept_bytes: bytes of one token held for the backward pass whatever the precision (fp32 statistics).
@@ -43,7 +49,7 @@ class SlotCosts:
     memory_matrices: int = 0
     memory_pair_flops: int = 0
     window: int | None = None
-    grid: Grid | None = None
+    pattern: Pattern | None = None
     kept_elements: int = 0
     kept_bytes: int = 0
     memory_kept_elements: int = 0

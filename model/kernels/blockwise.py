@@ -3,9 +3,9 @@
 PyTorch's fused CPU kernel gains nothing from causality or a window at the lengths we train on, and its products run far
 below the rate of a plain `bmm`. Here a block of queries meets only the keys that its band reaches, in two batched
 products around one softmax: time and memory grow with the window, not with the row. Documents of similar length are
-gathered into one padded batch; causality hides a document's padding, which stands behind it, from every real token, and
-where there is no causality a mask does. Nothing of size T² is held, for the backward pass either: that computes the
-weights again.
+gathered into one padded batch, and in cross-attention those they look at into another; causality hides a document's
+padding, which stands behind it, from every real token, and where there is no causality a mask does. Nothing of size T²
+is held, for the backward pass either: that computes the weights again.
 
 Both directions are custom operators. What happens inside depends on the documents' lengths, but `torch.compile` sees
 one node of fixed shape, so a new batch never recompiles.
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from model.kernels.documents import DocumentBatch, document_batches
+from model.kernels.documents import DocumentBatch, document_batches, paired_batches
 from model.masks import Mask
 
 QUERY_BLOCK = 128
@@ -34,18 +34,19 @@ def blockwise_attention(
     scale: float,
     causal: bool = True,
     window: int | None = None,
+    key_documents_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out_BTHC of attention within documents (each row one document if not given); padding gives 0.
 
-    causal, window, bias_HL: as `Mask` has them.
+    causal, window, bias_HL, key_documents_BS: as `Mask` has them; with the last, neither of the former three.
     """
     out_BTHC = torch.zeros_like(q_BTHC, memory_format=torch.contiguous_format)
     kv_heads = k_BTKC.shape[2]
-    for batch in document_batches(q_BTHC, documents_BT):
+    for batch, memory in _batches(q_BTHC, documents_BT, key_documents_BS):
         q_MGTC = batch.take(q_BTHC, kv_heads).mul_(scale)
-        k_M1TC, v_M1TC = batch.take(k_BTKC, kv_heads), batch.take(v_BTKC, kv_heads)
+        k_M1TC, v_M1TC = memory.take(k_BTKC, kv_heads), memory.take(v_BTKC, kv_heads)
         out_MGTC = torch.empty_like(q_MGTC)
-        for tile in _tiles(q_MGTC, batch, bias_HL, kv_heads, causal, window):
+        for tile in _tiles(q_MGTC, k_M1TC.shape[2], memory, bias_HL, kv_heads, causal, window):
             weights_MTS = tile.weights(tile.queries(q_MGTC), tile.keys(k_M1TC))
             tile.put_queries(weights_MTS @ tile.keys(v_M1TC), out_MGTC)
         batch.put(out_MGTC, out_BTHC)
@@ -63,16 +64,17 @@ def _backward(
     scale: float,
     causal: bool,
     window: int | None,
+    key_documents_BS: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v and the bias (empty without one); the weights are computed again, tile by tile."""
     dq_BTHC, dk_BTKC, dv_BTKC, dbias_HL = _empty_gradients(q_BTHC, k_BTKC, v_BTKC, bias_HL, torch.zeros_like)
     kv_heads = k_BTKC.shape[2]
-    for batch in document_batches(q_BTHC, documents_BT):
+    for batch, memory in _batches(q_BTHC, documents_BT, key_documents_BS):
         q_MGTC = batch.take(q_BTHC, kv_heads).mul_(scale)
-        k_M1TC, v_M1TC = batch.take(k_BTKC, kv_heads), batch.take(v_BTKC, kv_heads)
+        k_M1TC, v_M1TC = memory.take(k_BTKC, kv_heads), memory.take(v_BTKC, kv_heads)
         grad_MGTC = batch.take(grad_BTHC, kv_heads, zero_padding=True)
         dq_MGTC, dk_M1TC, dv_M1TC = torch.empty_like(q_MGTC), torch.zeros_like(k_M1TC), torch.zeros_like(v_M1TC)
-        for tile in _tiles(q_MGTC, batch, bias_HL, kv_heads, causal, window):
+        for tile in _tiles(q_MGTC, k_M1TC.shape[2], memory, bias_HL, kv_heads, causal, window):
             q_MTC, grad_MTC = tile.queries(q_MGTC), tile.queries(grad_MGTC)
             k_MSC, v_MSC = tile.keys(k_M1TC), tile.keys(v_M1TC)
             weights_MTS = tile.weights(q_MTC, k_MSC)
@@ -84,17 +86,19 @@ def _backward(
             if bias_HL is not None:
                 tile.add_bias_gradient(dscores_MTS, dbias_HL)
         batch.put(dq_MGTC.mul_(scale), dq_BTHC)
-        batch.put(dk_M1TC, dk_BTKC)
-        batch.put(dv_M1TC, dv_BTKC)
+        memory.put(dk_M1TC, dk_BTKC)
+        memory.put(dv_M1TC, dv_BTKC)
     return dq_BTHC, dk_BTKC, dv_BTKC, dbias_HL
 
 
 def banded_attention(
     q_BTHC: torch.Tensor, k_BTKC: torch.Tensor, v_BTKC: torch.Tensor, mask: Mask, scale: float
 ) -> torch.Tensor:
-    """The operator behind the seam that all kernels share: self-attention, no pattern but the band and documents."""
+    """The operator behind the seam that all kernels share: no pattern but the band and documents, or documents alone
+    between queries and other keys."""
+    documents = mask.documents_BT, mask.key_documents_BS
     out_BTHC: torch.Tensor = blockwise_attention(
-        q_BTHC, k_BTKC, v_BTKC, mask.documents_BT, mask.bias_HL, scale, mask.causal, mask.window
+        q_BTHC, k_BTKC, v_BTKC, documents[0], mask.bias_HL, scale, mask.causal, mask.window, documents[1]
     )
     return out_BTHC
 
@@ -159,9 +163,20 @@ class _Tile:
         return torch.arange(self.some.start, self.some.start + matrices) % kv_heads
 
 
+def _batches(
+    q_BTHC: torch.Tensor, documents_BT: torch.Tensor | None, key_documents_BS: torch.Tensor | None
+) -> Iterator[tuple[DocumentBatch, DocumentBatch]]:
+    """Documents of queries and of their keys, which in self-attention are the same."""
+    if documents_BT is not None and key_documents_BS is not None:
+        yield from paired_batches(documents_BT, key_documents_BS)
+    else:
+        yield from ((batch, batch) for batch in document_batches(q_BTHC, documents_BT))
+
+
 def _tiles(
     q_MGTC: torch.Tensor,
-    batch: DocumentBatch,
+    keys: int,
+    memory: DocumentBatch,
     bias_HL: torch.Tensor | None,
     kv_heads: int,
     causal: bool,
@@ -170,14 +185,14 @@ def _tiles(
     matrices, groups, tokens, _ = q_MGTC.shape
     never = torch.finfo(q_MGTC.dtype).min / 2  # finite: a padding query that sees nothing must not be NaN
     absent_M1S: torch.Tensor | None = None
-    if batch.real_BT is not None and not causal:
-        hidden_BS = torch.zeros(batch.real_BT.shape, dtype=q_MGTC.dtype).masked_fill_(~batch.real_BT, never)
+    if memory.real_BT is not None and not causal:
+        hidden_BS = torch.zeros(memory.real_BT.shape, dtype=q_MGTC.dtype).masked_fill_(~memory.real_BT, never)
         absent_M1S = hidden_BS.repeat_interleave(kv_heads, 0)[:, None]
     for start in range(0, tokens, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, tokens)
-        reach = tokens if window is None else window - 1
+        reach = max(tokens, keys) if window is None else window - 1
         first = max(0, start - reach) // 64 * 64  # few distinct shapes: oneDNN compiles its products for each
-        last = end if causal else min(tokens, end + reach)
+        last = end if causal else min(keys, end + reach)
         hidden_TS = None
         if window is not None and window < tokens:
             distance_TS = torch.arange(first, last) - torch.arange(start, end)[:, None]
@@ -213,6 +228,7 @@ def _(
     scale: float,
     causal: bool = True,
     window: int | None = None,
+    key_documents_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty_like(q_BTHC, memory_format=torch.contiguous_format)
 
@@ -228,18 +244,20 @@ def _(
     scale: float,
     causal: bool,
     window: int | None,
+    key_documents_BS: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     return _empty_gradients(q_BTHC, k_BTKC, v_BTKC, bias_HL, torch.empty_like)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    *tensors, ctx.scale, ctx.causal, ctx.window = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.scale, ctx.causal, ctx.window, key_documents_BS = inputs
+    ctx.save_for_backward(*tensors, key_documents_BS)
 
 
 def _differentiate(ctx: Any, grad_BTHC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    *gradients, dbias_HL = _backward(grad_BTHC, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.window)
-    return *gradients, None, dbias_HL if ctx.needs_input_grad[4] else None, None, None, None
+    *tensors, key_documents_BS = ctx.saved_tensors
+    *gradients, dbias_HL = _backward(grad_BTHC, *tensors, ctx.scale, ctx.causal, ctx.window, key_documents_BS)
+    return *gradients, None, dbias_HL if ctx.needs_input_grad[4] else None, None, None, None, None
 
 
 blockwise_attention.register_autograd(_differentiate, setup_context=_setup)

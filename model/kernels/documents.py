@@ -58,18 +58,50 @@ def document_batches(q_BTHC: torch.Tensor, documents_BT: torch.Tensor | None) ->
     if len(lengths) == rows and all(length == tokens for length in lengths):
         yield DocumentBatch()
         return
-    classes: dict[int, list[int]] = {}
-    for number, length in enumerate(lengths):
-        classes.setdefault(min(rounded(max(length, 16), 2 if length > SHORT else 1), tokens), []).append(number)
-    for longest, numbers in sorted(classes.items()):
-        absent = [0] * (rounded(len(numbers), 3) - len(numbers))
-        first_B1 = torch.tensor([starts[number] for number in numbers] + absent)[:, None]
-        length_B1 = torch.tensor([lengths[number] for number in numbers] + absent)[:, None]
-        step_T = torch.arange(longest)
-        places_BT = (first_B1 + step_T).clamp_(max=rows * tokens - 1)
-        real_BT = step_T < length_B1
-        real_N = real_BT.flatten().nonzero()[:, 0]
-        yield DocumentBatch(places_BT, real_BT, real_N, places_BT.flatten()[real_N])
+    classes: dict[int, list[tuple[int, int]]] = {}
+    for start, length in zip(starts, lengths, strict=True):
+        classes.setdefault(_padded(length, tokens), []).append((start, length))
+    for longest, runs in sorted(classes.items()):
+        yield _batch(runs, longest, rows * tokens)
+
+
+def paired_batches(
+    documents_BT: torch.Tensor, key_documents_BS: torch.Tensor
+) -> Iterator[tuple[DocumentBatch, DocumentBatch]]:
+    """Documents of queries, and as many of the keys: those of the same rows and numbers. What has no partner is left out."""
+    (rows, queries), keys = documents_BT.shape, key_documents_BS.shape[1]
+    partners = _named_runs(key_documents_BS)
+    classes: dict[tuple[int, int], list[tuple[tuple[int, int], tuple[int, int]]]] = {}
+    for name, run in _named_runs(documents_BT).items():
+        if (partner := partners.get(name)) is not None:
+            sizes = _padded(run[1], queries), _padded(partner[1], keys)
+            classes.setdefault(sizes, []).append((run, partner))
+    for (longest, longest_partner), pairs in sorted(classes.items()):
+        own = _batch([run for run, _ in pairs], longest, rows * queries)
+        yield own, _batch([partner for _, partner in pairs], longest_partner, rows * keys)
+
+
+def _named_runs(documents_BT: torch.Tensor) -> dict[tuple[int, int], tuple[int, int]]:
+    """Of each row and document number, where it starts in the flattened rows, and its length."""
+    starts, lengths = document_runs(documents_BT)
+    numbers, tokens = documents_BT.flatten()[starts].tolist(), documents_BT.shape[1]
+    runs = zip(starts, lengths, strict=True)
+    return {(run[0] // tokens, number): run for number, run in zip(numbers, runs, strict=True)}
+
+
+def _padded(length: int, tokens: int) -> int:
+    return min(rounded(max(length, 16), 2 if length > SHORT else 1), tokens)
+
+
+def _batch(runs: list[tuple[int, int]], longest: int, places: int) -> DocumentBatch:
+    """Documents by where they start among so many places, and their lengths; empty ones fill up the batch."""
+    filled = runs + [(0, 0)] * (rounded(len(runs), 3) - len(runs))
+    first_B1, length_B1 = torch.tensor(filled).T[..., None]
+    step_T = torch.arange(longest)
+    places_BT = (first_B1 + step_T).clamp_(max=places - 1)
+    real_BT = step_T < length_B1
+    real_N = real_BT.flatten().nonzero()[:, 0]
+    return DocumentBatch(places_BT, real_BT, real_N, places_BT.flatten()[real_N])
 
 
 def document_runs(documents_BT: torch.Tensor) -> tuple[list[int], list[int]]:

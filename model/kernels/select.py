@@ -12,8 +12,8 @@ from model.kernels.blockwise import banded_attention
 from model.kernels.chunked import chunked_attention
 from model.masks import Mask
 
-Kind = Literal["plain", "window", "documents", "biased", "sparse", "cross", "cached"]
-KINDS: tuple[Kind, ...] = ("plain", "window", "documents", "biased", "sparse", "cross", "cached")
+Kind = Literal["plain", "window", "documents", "biased", "sparse", "cross", "paired", "cached"]
+KINDS: tuple[Kind, ...] = ("plain", "window", "documents", "biased", "sparse", "cross", "paired", "cached")
 
 KERNELS: dict[str, AttentionKernel] = {
     "dense": dense_attention,
@@ -30,11 +30,11 @@ CAN: dict[str, frozenset[Kind]] = {
     "dense": frozenset(KINDS),
     "sdpa": frozenset(KINDS),
     "cached": frozenset(("cached",)),
-    "blockwise": frozenset(("plain", "window", "documents", "biased")),
+    "blockwise": frozenset(("plain", "window", "documents", "biased", "paired")),
     "chunked": frozenset(("plain", "window", "documents", "biased", "sparse")),
-    "varlen": frozenset(("plain", "window", "documents")),
-    "flex": frozenset(("plain", "window", "documents", "biased", "sparse", "cross")),
-    "flash": frozenset(("plain", "window", "documents")),
+    "varlen": frozenset(("plain", "window", "documents", "paired")),
+    "flex": frozenset(("plain", "window", "documents", "biased", "sparse", "cross", "paired")),
+    "flash": frozenset(("plain", "window", "documents", "paired")),
 }
 """The kinds of mask that each kernel honours. One that is asked for serves those; the rest goes as with `auto`."""
 
@@ -43,11 +43,14 @@ ANY_CHANNELS = frozenset(("dense", "cached"))
 
 
 def kind_of(mask: Mask, queries: int, keys: int) -> Kind:
-    """What a kernel must be able to do for this mask; each kind includes those before it in `KINDS` up to `sparse`."""
+    """What a kernel must be able to do for this mask; each kind includes those before it in `KINDS` up to `sparse`.
+
+    cross: keys are other tokens than the queries; paired: and documents of both are packed, which see one another.
+    """
     if mask.slots_BT is not None:
         return "cached"
     if mask.key_documents_BS is not None or queries != keys:
-        return "cross"
+        return "paired" if mask.paired else "cross"
     if mask.sparse:
         return "sparse"
     if mask.bias_HL is not None:
@@ -107,6 +110,7 @@ def select_kernel(name: str = "auto", needs: Collection[Kind] = ()) -> Selection
             "biased": "flex",
             "sparse": "flex",
             "cross": "sdpa",
+            "paired": flash or "varlen",
             "cached": "cached",
         },
     }

@@ -51,8 +51,24 @@ class BigBirdConfig:
         self.attention.check(d_model)
 
     def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
-        """Those of attention with a window of as many tokens as a query sees blocks of: three around it, two ends."""
-        return replace(self.attention.costs(d_model, norm), window=(5 + self.random_blocks) * self.block // 2)
+        """Those of attention, over fewer pairs."""
+        return replace(self.attention.costs(d_model, norm), pattern=self)
+
+    @property
+    def longest_whole(self) -> int:
+        """Tokens of the longest row that is attended to whole."""
+        return (5 + 2 * self.random_blocks) * self.block
+
+    def pairs(self, tokens: int) -> int:
+        """Query-key pairs of one head: the first and the last block see all, those next to them three fixed blocks and
+        the last, all others four and the last; these all see `random_blocks` more, each as often as it is drawn."""
+        if tokens <= self.longest_whole:
+            return tokens * tokens
+        blocks = -(-tokens // self.block)
+        last = tokens - (blocks - 1) * self.block  # tokens of the last block, which nobody draws
+        whole, others = self.random_blocks * self.block + last, blocks - 4
+        beside = 2 * self.block * (3 * self.block + whole)
+        return (self.block + last) * tokens + beside + others * self.block * (4 * self.block + whole)
 
 
 class BigBirdAttention(Attention):
@@ -67,7 +83,7 @@ class BigBirdAttention(Attention):
     def mask(self, shared: MixerInput, tokens: int) -> Mask:
         """The layout of this layer's blocks; rows too short for one are attended to whole (`BigBirdConfig`)."""
         config, mask = self.config, shared.mask
-        if tokens <= (5 + 2 * config.random_blocks) * config.block:
+        if tokens <= config.longest_whole:
             return mask
         seed = self.seed if self.training or config.drawn_in_eval else None
         blocks = -(-tokens // config.block)
@@ -82,7 +98,11 @@ class BigBirdAttention(Attention):
 
 @lru_cache(maxsize=64)
 def layout(heads: int, blocks: int, random_blocks: int, seed: int | None) -> torch.Tensor:
-    """layout_HQJ as `Mask` has it, a function of its arguments alone; without a seed every block drawn is the first."""
+    """layout_HQJ as `Mask` has it, a function of its arguments alone; without a seed every block drawn is the first.
+
+    It has an entry for each pair of blocks and head, the one thing that grows with the square of a row: of 64 tokens a
+    block, 12 heads and 16,384 tokens 0.75 MiB, and four times that while it is drawn.
+    """
     place_J = torch.arange(blocks)
     fixed_QJ = (place_J[:, None] - place_J).abs() <= 1
     fixed_QJ[[0, -1]] = fixed_QJ[:, [0, -1]] = True

@@ -63,7 +63,7 @@ class GridAttentionConfig:
 
     def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
         """Those of attention, over fewer pairs."""
-        return replace(self.attention.costs(d_model, norm), grid=self.grid)
+        return replace(self.attention.costs(d_model, norm), pattern=self.grid)
 
 
 class GridAttention(Attention):

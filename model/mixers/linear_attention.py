@@ -162,9 +162,10 @@ class LinearAttention(Mixer):
     ) -> torch.Tensor:
         """Numerators, and the denominator as the last channel."""
         documents_BT = shared.mask.documents_BT
-        if shared.mask.prefix_B is not None:
+        if shared.mask.prefix_B is not None or shared.mask.globals_BT is not None:
             raise ModelError(
-                "prefix_B was given, and mixer.kind is linear_attention, which has no prefixes: leave them out."
+                "prefix_B or globals_BT was given, and mixer.kind is linear_attention, which has no prefixes and no "
+                "global tokens: leave them out."
             )
         if documents_BT is not None:  # padding is seen by nothing
             k_BTHP = k_BTHP * (documents_BT != 0)[..., None, None]

@@ -78,7 +78,8 @@ class LongformerAttention(Attention):
         k_BTHC, v_BTHC = (project(x_BTD).view(shape) for project in (self.global_k, self.global_v))
         all_BT = torch.ones(shape[:2], dtype=torch.int32, device=x_BTD.device)
         documents_BT = all_BT if mask.documents_BT is None else mask.documents_BT
-        seen = Mask(causal=False, documents_BT=documents_BT[rows_B1, places_BA], key_documents_BS=documents_BT)
+        of_global_BA = documents_BT[rows_B1, places_BA].masked_fill(~global_BT[rows_B1, places_BA], 0)
+        seen = Mask(causal=False, documents_BT=of_global_BA, key_documents_BS=documents_BT)
         out_BAHC = self.kernel(q_BAHC, k_BTHC, v_BTHC, seen, self.scale)
         return torch.where(global_BT[..., None, None], out_BAHC[rows_B1, which_BT], local_BTHC)
 

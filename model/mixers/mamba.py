@@ -92,8 +92,11 @@ class Mamba(Mixer):
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
         """The state is forgotten where a document begins. Raises ModelError for a prefix."""
-        if shared.mask.prefix_B is not None:
-            raise ModelError("prefix_B was given, and mixer.kind is mamba: a scan looks back only; leave prefixes out.")
+        if shared.mask.prefix_B is not None or shared.mask.globals_BT is not None:
+            raise ModelError(
+                "prefix_B or globals_BT was given, and mixer.kind is mamba: a scan looks back only; leave prefixes and "
+                "global tokens out."
+            )
         x_BTF, gate_BTF = self.in_proj(x_BTD).chunk(2, dim=-1)
         documents_BT = shared.mask.documents_BT
         if state is not None:

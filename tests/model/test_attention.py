@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.build import build_model
-from model.kernels.accelerated import SEQUENCES_QUANTUM, flex_attention, packed_attention, sequence_starts
+from model.kernels.accelerated import SEQUENCES_QUANTUM, Sequences, flex_attention, packed_attention, sequence_starts
 from model.kernels.attention import AttentionKernel, dense_attention
 from model.kernels.blockwise import QUERY_BLOCK, TILE_ELEMENTS
 from model.kernels.chunked import CHUNK_ELEMENTS
@@ -195,6 +195,36 @@ def test_keys_of_another_row_of_tokens_are_hidden_where_they_are_padding() -> No
         assert torch.allclose(out[1:], dense_attention(q[1:], k[1:], v[1:], Mask(causal=False), 0.3), atol=1e-6)
 
 
+def by_sequences(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float) -> torch.Tensor:
+    return packed_attention(q, k, v, mask, scale, one_by_one)
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> Problem:
+    """Rows of packed documents that look at rows of others: some without a partner, in another order, of any length."""
+    rows, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3]))
+    lengths = st.lists(st.integers(1, 40), max_size=6)
+    queries, keys = draw(st.integers(1, 60)), draw(st.integers(1, 200))
+    own, others = (torch.tensor([packed(draw(lengths), n) for _ in range(rows)]).int() for n in (queries, keys))
+    if draw(st.booleans()):
+        others = torch.where(others > 0, 7 - others, 0)  # numbers fall along the row, down to 1
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    q, k, v, grad = (
+        torch.randn(rows, tokens, heads, 8, generator=generator, dtype=torch.float64)
+        for tokens, heads in ((queries, 2 * groups), (keys, 2), (keys, 2), (queries, 2 * groups))
+    )
+    return q, k, v, grad, Mask(causal=False, documents_BT=own, key_documents_BS=others)
+
+
+@pytest.mark.parametrize("kernel", [*(KERNELS[name] for name in FAST), by_sequences], ids=[*FAST, "varlen"])
+@settings(max_examples=40, deadline=None)
+@given(problem=pairs())
+def test_documents_that_look_at_others_see_their_partners_only(kernel: AttentionKernel, problem: Problem) -> None:
+    expected = output_and_gradients(dense_attention, *problem)
+    for theirs, ours in zip(expected, output_and_gradients(kernel, *problem), strict=True):
+        assert (theirs - ours).abs().max() <= 200 * 2**-24 * max(1.0, theirs.abs().max())
+
+
 @pytest.mark.parametrize("name", sorted(KERNELS))
 def test_padding_gives_zero_and_takes_no_gradient(name: str) -> None:
     documents = torch.tensor([packed([3, 4], 12), packed([], 12)], dtype=torch.int32)
@@ -215,6 +245,13 @@ def test_blockwise_attention_never_holds_the_scores_of_a_whole_row(tokens: int) 
 def test_sparse_attention_never_holds_the_scores_of_a_whole_row(tokens: int) -> None:
     mask = Mask(causal=False, window=65, globals_BT=(torch.arange(tokens) == 0)[None])
     assert 0 < largest_allocation(mask, tokens) <= 8 * CHUNK_ELEMENTS  # the distances of a chunk, as int64
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096])
+def test_packed_cross_attention_never_holds_the_scores_of_a_whole_row(tokens: int) -> None:
+    documents = torch.tensor([packed([tokens // 2, tokens // 4, 9], tokens)], dtype=torch.int32)
+    mask = Mask(causal=False, documents_BT=documents, key_documents_BS=documents)
+    assert 0 < largest_allocation(mask, tokens) <= 4 * max(TILE_ELEMENTS, QUERY_BLOCK * tokens)
 
 
 def largest_allocation(mask: Mask, tokens: int) -> int:
@@ -257,19 +294,19 @@ def one_by_one(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    starts: torch.Tensor,
-    longest: int,
+    sequences: Sequences,
     reach: tuple[int, int],
     scale: float,
 ) -> torch.Tensor:
     """What a varlen kernel is to compute, one sequence at a time."""
     mask = Mask(causal=reach[1] == 0, window=None if reach[0] < 0 else reach[0] + 1)
     out = torch.zeros_like(q)
-    for start, end in itertools.pairwise(starts.tolist()):
-        assert 0 <= end - start <= longest
+    pairs = (itertools.pairwise(starts.tolist()) for starts in (sequences.starts, sequences.key_starts))
+    for (start, end), (key_start, key_end) in zip(*pairs, strict=True):
+        assert 0 <= end - start <= sequences.longest and 0 <= key_end - key_start <= sequences.longest_key
         if end > start:
-            row = slice(start, end)
-            out[row] = dense_attention(q[None, row], k[None, row], v[None, row], mask, scale)[0]
+            row, keys = slice(start, end), slice(key_start, key_end)
+            out[row] = dense_attention(q[None, row], k[None, keys], v[None, keys], mask, scale)[0]
     return out
 
 
@@ -278,12 +315,9 @@ def test_packed_documents_reach_a_varlen_kernel_as_sequences(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(3, 300, heads, 16, generator=generator) for heads in (4, 2, 2, 4))
 
-    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float) -> torch.Tensor:
-        return packed_attention(q, k, v, mask, scale, one_by_one)
-
     mask = long_masks()[kind]
     expected = output_and_gradients(dense_attention, q, k, v, grad, mask)
-    for theirs, ours in zip(expected, output_and_gradients(kernel, q, k, v, grad, mask), strict=True):
+    for theirs, ours in zip(expected, output_and_gradients(by_sequences, q, k, v, grad, mask), strict=True):
         assert (theirs - ours).abs().max() <= 1e-5 * max(1.0, theirs.abs().max())
     starts = sequence_starts(mask, 3, 300, torch.device("cpu"))
     assert len(starts) == 4 if mask.documents_BT is None else len(starts) % SEQUENCES_QUANTUM == 0

@@ -21,9 +21,12 @@ from model.costs import (
     train_flops_per_token,
 )
 from model.ffn import FfnConfig, NoFfnConfig
-from model.kernels.attention import Mask, dense
+from model.kernels.attention import Mask, dense, dense_attention
 from model.kernels.linear_attention import CHUNK
 from model.mixers.attention import KeyValueState
+from model.mixers.base import MixerInput
+from model.mixers.bigbird import BigBirdAttention, BigBirdConfig
+from model.mixers.build import build_mixer
 from model.mixers.linear_attention import LinearAttentionConfig
 from model.mixers.mamba import MambaConfig
 from model.moe.layer import MixtureOfExperts
@@ -122,6 +125,26 @@ def test_attended_pairs_are_those_of_the_mask(length: int, documents: int) -> No
         both_ways = int(dense(Mask(causal=False, window=window), tokens, tokens, cpu).sum())
         assert attended_pairs(tokens, None, window, causal=False) == pytest.approx(both_ways)
     assert attended_pairs(tokens, length) == int(dense(Mask(documents_BT=numbers), tokens, tokens, cpu).sum())
+
+
+@pytest.mark.parametrize("drawn_in_eval", [True, False], ids=["drawn", "the first again"])
+@pytest.mark.parametrize("random_blocks", [0, 1, 3])
+def test_bigbirds_pairs_are_those_of_its_layout(random_blocks: int, drawn_in_eval: bool) -> None:
+    config = BigBirdConfig(n_heads=2, block=4, random_blocks=random_blocks, drawn_in_eval=drawn_in_eval)
+    attention = build_mixer(config, 8, LLAMA.norm, dense_attention).eval()
+    assert isinstance(attention, BigBirdAttention)
+    for tokens in (1, 20, 21, 44, 45, 46, 47, 48, 49, 83, 200):
+        mask = attention.mask(MixerInput(Mask(causal=False)), tokens)
+        seen = dense(mask, tokens, tokens, torch.device("cpu"))
+        counted = seen if mask.layout_HQJ is None else seen * spread(mask.layout_HQJ, tokens)
+        assert (counted.sum((-1, -2)) == config.pairs(tokens)).all(), tokens
+    costs = BigBirdConfig().costs(512, LLAMA.norm)
+    assert costs.pattern is not None and costs.pattern.pairs(4096) == 2_547_712
+
+
+def spread(layout_HQJ: torch.Tensor, tokens: int) -> torch.Tensor:
+    """How many times each pair of a query and a key counts, in blocks of 4."""
+    return layout_HQJ.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :tokens, :tokens]
 
 
 def test_packed_documents_cost_less_and_a_token_of_training_three_of_forward() -> None:

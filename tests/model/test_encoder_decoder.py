@@ -107,6 +107,21 @@ def test_costs_of_a_decoder_with_an_encoder_are_those_counted(config: ModelConfi
     assert sum(tensor.nbytes for tensor in held) == expected
 
 
+def test_packed_rows_of_t5_hold_nothing_of_the_square_of_their_length() -> None:
+    def largest(tokens: int) -> int:
+        documents = torch.ones(1, tokens, dtype=torch.int32)
+        documents[:, tokens // 3 :], documents[:, -9:] = 2, 0
+        row, packed = tokens_of(1, tokens), {"documents_BT": documents, "encoder_documents_BT": documents}
+        with torch.profiler.profile(profile_memory=True) as profile:
+            model(row, encoder_tokens_BT=row, targets_BT=row, **packed)["loss_sum"].backward()
+        return max(int(event.self_cpu_memory_usage) for event in profile.events())
+
+    assert VASWANI.encoder is not None
+    encoder = replace(VASWANI.encoder, position=RelativePositionConfig())
+    model = build_model(replace(VASWANI, position=RelativePositionConfig(), encoder=encoder, n_layers=1))
+    assert 0 < largest(2048) <= 2.1 * largest(1024)
+
+
 HEADS = (
     BERT.head,
     NoHeadConfig(),

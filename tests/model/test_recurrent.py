@@ -328,10 +328,15 @@ def test_a_state_without_places_for_tokens_cannot_be_rewound(config: ModelConfig
         cache.rewind([9, 4])
 
 
+@pytest.mark.parametrize(
+    "given", [{"prefix_B": torch.tensor([3, 0])}, {"globals_BT": torch.ones(2, 9) > 0}], ids=["prefix", "globals"]
+)
 @pytest.mark.parametrize("config", [MAMBA, LINEAR, HYBRID, DALLE], ids=["mamba", "linear", "hybrid", "grid"])
-def test_a_prefix_that_a_mixer_cannot_honour_is_refused_not_ignored(config: ModelConfig) -> None:
-    with pytest.raises(ModelError, match=r"prefix_B .*was given"):
-        build_model(config)(torch.ones(2, 9, dtype=torch.int64), prefix_B=torch.tensor([3, 0]))
+def test_what_a_mixer_cannot_honour_of_a_mask_is_refused_not_ignored(
+    config: ModelConfig, given: dict[str, torch.Tensor]
+) -> None:
+    with pytest.raises(ModelError, match=r"prefix_B or globals_BT was given"):
+        build_model(config)(torch.ones(2, 9, dtype=torch.int64), **given)
 
 
 @pytest.mark.slow
