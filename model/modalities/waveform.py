@@ -154,6 +154,7 @@ class WaveformFrontend(Frontend):
     """samples_BW -> x_BTD."""
 
     reads = "samples_BW"
+    optional = frozenset({"sample_lengths_B", "masked_BT"})
     declared = declare(mask_token=Parameter("embedding", "embedding"))
 
     def __init__(

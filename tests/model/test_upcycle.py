@@ -39,7 +39,8 @@ def test_logits_at_step_zero_are_the_dense_models(
         router=RouterConfig(scores="sigmoid" if sigmoid else "softmax"),
         balance=BalanceConfig(bias_rate=0.001 if sigmoid else None),
     )
-    target = replace(config, pattern=(LayerChange(every=every, first=every - 1, ffn=moe),))
+    first = min(every, config.n_layers) - 1
+    target = replace(config, pattern=(LayerChange(every=every, first=first, ffn=moe),))
     dense, sparse = build_model(config, seed=3).eval(), build_model(target).eval()
     sparse.load_state_dict(upcycled(dense.state_dict(), config, target, seed=5))
     assert config.vocab_size is not None
