@@ -17,8 +17,8 @@ from model.mixers.attention import KeyValueState
 from model.mixers.base import MixerInput
 from model.modalities.base import Frontend
 from model.moe.config import MoeConfig
-from model.moe.noise import row_keys
 from model.moe.receipts import routing_counts, with_encoders
+from model.noise import row_keys
 from model.position import (
     AlibiConfig,
     LearnedPositionConfig,

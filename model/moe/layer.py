@@ -11,8 +11,8 @@ from model.init import Declared, Parameter, declare
 from model.kernels.grouped import Gather, Scatter, by_expert, grouped_matmul
 from model.mixers.base import MixerInput
 from model.moe.config import MoeConfig
-from model.moe.noise import uniform
 from model.moe.routing import Choices, choose, per_row
+from model.noise import uniform
 from model.slots import Record
 
 
