@@ -64,5 +64,5 @@ def tiny(name: str) -> ModelConfig:
         values["head"].pop("weights", None)
     values["max_seq_len"] = min(values["max_seq_len"], 56)
     if "encoder" in values:
-        values["encoder"] |= {"d_model": 32, "n_layers": 1, "max_seq_len": 56}
+        values["encoder"] |= {"d_model": 32, "n_layers": 2, "max_seq_len": 56}
     return replace(from_plain(ModelConfig, values, "model"), init=LIVELY)
