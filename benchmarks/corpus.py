@@ -30,7 +30,8 @@ from data.dedup import DedupSettings, MinHash, near_duplicate_pairs
 from data.document import read_documents
 from data.filters import FilterSettings, filter_document
 from data.readers import ReaderSettings
-from data.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
+from data.tokenizer import Tokenizer
+from data.tokenizer_training import TokenizerSettings, train_tokenizer
 
 DATATROVE = """
 import json, sys, time

@@ -59,12 +59,11 @@ class MaskedTokenSettings(Asked):
 
     def over(self, tokenizer: Tokenizer, seed: int) -> AnyObjective:
         """Hides any piece of text, no control piece."""
-        first = len(tokenizer.control_pieces)
         return replace(
             self._without_ids(),
             mask_id=tokenizer.require_mask_id(),
-            random_ids=(first, tokenizer.vocab_size),
-            kept_ids=tuple(range(first)),
+            random_ids=tokenizer.text_ids,
+            kept_ids=tuple(tokenizer.control_ids.values()),
             seed=seed,
         )
 

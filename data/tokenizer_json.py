@@ -1,22 +1,37 @@
 """The tokenizer as Hugging Face files, for transformers, vLLM and the rest: same pieces, same merges, same ids.
 
-Pieces are written with real spaces, not U+2581, so neither normalizer nor decoder has to swap them and U+2581 in a text
+One that came with weights from outside leaves with the files it came in, byte by byte. For this program's own they are
+written: pieces with real spaces, not U+2581, so neither normalizer nor decoder has to swap them and U+2581 in a text
 survives.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer import BOS, EOS, MASK, PAD, SPACE_MARK, TAB_RUNS, UNK, Tokenizer
+from data.tokenizer import (
+    BOS,
+    EOS,
+    PAD,
+    SPACE_MARK,
+    TAB_RUNS,
+    UNK,
+    SentencePieceTokenizer,
+    Tokenizer,
+    tokenizer_files,
+)
+from data.tokenizer_hf import HuggingFaceTokenizer
+from data.vocabulary import MASK, TEMPLATE_FILE
 
 
 def export_tokenizer(
     tokenizer_dir: Path, out_dir: Path, *, max_tokens: int | None = None, left_padded: bool = True
 ) -> None:
-    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja to `out_dir`.
+    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja to `out_dir`, beside
+    the tokenizer's own files; for a tokenizer from outside, its files and the chat template that was used.
 
     left_padded: for decoders, which continue what stands last.
 
@@ -26,6 +41,12 @@ def export_tokenizer(
     """
     tokenizer = Tokenizer.load(tokenizer_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    for file in tokenizer_files(tokenizer_dir):
+        shutil.copyfile(file, out_dir / file.name)
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        if not (isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.brings_template):
+            (out_dir / TEMPLATE_FILE).write_text(tokenizer.chat_template, encoding="utf-8")
+        return
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD}
     if MASK in tokenizer.control_pieces:
         special["mask_token"] = MASK
@@ -42,14 +63,13 @@ def export_tokenizer(
     _write(out_dir / "tokenizer.json", tokenizer_json(tokenizer))
     _write(out_dir / "tokenizer_config.json", config)
     _write(out_dir / "special_tokens_map.json", {**special, "additional_special_tokens": additional})
-    (out_dir / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     """Return the content of tokenizer.json: BPE over the whole text with byte fallback, merges by falling score."""
     pieces = [piece.replace(SPACE_MARK, " ") for piece, _ in tokenizer.vocabulary()]
     bos_first = {"SpecialToken": {"id": BOS, "type_id": 0}}
@@ -88,7 +108,7 @@ def _added(number: int, piece: str, *, special: bool) -> dict[str, Any]:
     return {"id": number, "content": piece, **flags, "special": special}
 
 
-def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+def _merges(tokenizer: SentencePieceTokenizer) -> list[tuple[str, str]]:
     """Every way to put a piece together from two others, best score first; equal scores by the left part's length.
 
     SentencePiece merges whatever pair gives the best piece, however that piece was made when it was learned.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,9 +20,6 @@ from data.shard_set import ShardSet
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
-
-BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-SPACE_PIECE = "▁"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +94,7 @@ class _Reader:
         self.tokenizer = tokenizer
         self.table = lru_cache(maxsize=16)(lambda shards, shard: shards.documents(shard))
         self.row_group = lru_cache(maxsize=8)(_row_group)
-        self.characters = lru_cache(maxsize=256)(self._characters)
+        self.characters = lru_cache(maxsize=256)(tokenizer.characters)
 
     def pieces(self, shards: ShardSet, row: int, corpus: Path | None, column: int | None) -> list[TracedPiece]:
         """Where every piece of a row (or what covers one column of it) comes from."""
@@ -143,34 +139,6 @@ class _Reader:
                 "corpus the shards were made of."
             )
         return str(found["text"])
-
-    def _characters(self, text: str) -> npt.NDArray[np.int64]:
-        return token_characters(text, [self.tokenizer.piece(i) for i in self.tokenizer.encode(text)])
-
-
-def token_characters(text: str, pieces: Sequence[str]) -> npt.NDArray[np.int64]:
-    """First and past-the-last character of each piece of a text, [N, 2]; one spelled in bytes is in all its pieces.
-
-    Raises DataError where the pieces are not as long as the text.
-    """
-    raw = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
-    ends = np.cumsum([len(piece_bytes(piece)) for piece in pieces], dtype=np.int64)
-    if (ends[-1] if len(ends) else 0) != len(raw):
-        raise DataError(
-            f"The tokenizer spells a text of {len(raw)} bytes in {ends[-1] if len(ends) else 0}, so characters and "
-            "tokens do not match. Trace with the tokenizer the shards were made with."
-        )
-    begins = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])[: len(ends)]
-    is_first_byte = np.append((raw & 0xC0) != 0x80, True)
-    characters_before = np.concatenate([[0], np.cumsum(is_first_byte)])
-    inside_character = ~is_first_byte[begins]
-    return np.stack([characters_before[begins] - inside_character, characters_before[ends]], axis=1)
-
-
-def piece_bytes(piece: str) -> bytes:
-    """The text bytes a SentencePiece piece stands for: U+2581 is a space, `<0x0A>` one byte."""
-    byte = BYTE_PIECE.fullmatch(piece)
-    return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE_PIECE, " ").encode("utf-8")
 
 
 def _span(characters_N2: npt.NDArray[np.int64], first: int, stop: int) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from data.mixture import MixtureSettings
 from data.objective_settings import NextTokenSettings, ObjectiveChoice, check_sentinels
 from data.order import OrderSettings
 from data.shards import ShardSettings
-from data.tokenizer import TokenizerSettings
+from data.tokenizer_training import TokenizerSettings
 from model.config import ModelConfig
 from pipelines.engine.errors import EngineError
 from pipelines.engine.typed import from_plain

@@ -34,7 +34,7 @@ DOORS = {
 
 LIBRARIES = {
     "model": {"torch", "safetensors"},
-    "data": {"numpy", "pyarrow", "sentencepiece", "jinja2", "torch"},
+    "data": {"numpy", "pyarrow", "sentencepiece", "tokenizers", "jinja2", "torch"},
     "cluster": {"yaml", "ray", "requests"},
     "pipelines/engine": {"fsspec", "ray"},
 }

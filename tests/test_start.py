@@ -16,6 +16,7 @@ from pipelines.engine.resolve import resolve
 from pipelines.graph import build
 from pipelines.settings import compose
 from tests.conftest import LOCAL, answer, athanor, complaint, tiny
+from tests.data.foreign import save
 from tests.stages.conftest import save_model
 
 
@@ -102,12 +103,87 @@ def test_a_folder_with_another_tokenizer_than_its_model_is_refused(
 @pytest.fixture(scope="module")
 def small_tokenizer(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of 640 pieces."""
-    from data.tokenizer import TokenizerSettings, train_tokenizer
+    from data.tokenizer_training import TokenizerSettings, train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = [path.read_text() for path in corpus_dir.glob("json-*.py")]
     train_tokenizer(texts, TokenizerSettings(vocab_size=640), folder)
     return folder
+
+
+def foreign_folder(kind: str, corpus_dir: Path, folder: Path, rows: int = 720) -> Path:
+    """A tiny random model of transformers' own class and a tokenizer of its kind, as they are saved."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        ends = {"bos_token_id": None, "eos_token_id": None}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=rows, n_embd=64, n_layer=2, n_head=4, n_positions=128, **ends))
+    else:
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=rows, max_position_embeddings=128, **sizes))
+    model.save_pretrained(folder)
+    return save(kind, [path.read_text() for path in sorted(corpus_dir.glob("*.py"))], folder)
+
+
+def test_a_folders_own_tokenizer_is_taken_and_its_bytes_decide(corpus_dir: Path, tmp_path: Path) -> None:
+    folder = foreign_folder("gpt2", corpus_dir, tmp_path / "gpt2")
+    steps = build(compose(with_weights(corpus_dir, folder)))  # tokenizer.vocab_size=512 of the settings plays no part
+    assert {path.name for path in steps["tokenizer"].files["tokenizer"]} == {"tokenizer.json", "tokenizer_config.json"}
+    before = digests(*with_weights(corpus_dir, folder))
+    moved = shutil.copytree(folder, tmp_path / "elsewhere")
+    assert digests(*with_weights(corpus_dir, moved)) == before
+    file = moved / "tokenizer_config.json"
+    file.write_text(file.read_text() + " ")
+    after = digests(*with_weights(corpus_dir, moved))
+    assert {name for name in before if before[name] != after[name]} == set(before) - {"corpus", "start"}
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told_and_not_replaced(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
+) -> None:
+    folder = foreign_folder("gpt2", corpus_dir, tmp_path / "gpt2", rows=640)
+    said = complaint(capsys, "plan", *with_weights(corpus_dir, folder))
+    assert "its tokenizer has 701 pieces and its model vocab_size 640" in said
+    (folder / "tokenizer.json").unlink()
+    (folder / "merges.txt").write_text("")
+    said = complaint(capsys, "plan", *with_weights(corpus_dir, folder))
+    assert "transformers makes one of the files there are: python -c" in said
+
+
+@pytest.mark.slow
+def test_weights_with_their_own_tokenizer_are_trained_tuned_scored_and_exported(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    gpt2, llama = (foreign_folder(kind, corpus_dir, tmp_path / kind) for kind in ("gpt2", "llama3"))
+    words = [word for word in tiny(corpus_dir, tmp_path / "store", LOCAL) if word != "model=tiny"]
+    further = [*(word for word in words if not word.startswith("finetune")), f"pretrain.init_from={gpt2}"]
+    tuned = [*words, f"finetune.init_from={llama}"]
+    for step, command, folder in (("pretrain", further, gpt2), ("finetune", tuned, llama)):
+        assert "the tokenizer is that of" in athanor("run", *command).stderr
+        [losses] = (tmp_path / "store").glob(f"{step}/*/metrics.jsonl")
+        first, *_, last = (json.loads(line)["loss"] for line in losses.read_text().splitlines())
+        assert last < first
+        proofs = (tmp_path / "store").glob("export/*/conformance.json")
+        proof = max(proofs, key=lambda path: path.stat().st_mtime)
+        report = json.loads(proof.read_text())
+        assert report["compared_conversations"] == 2 and report["compared_tokens"] > 1000
+        assert report["max_logit_error"] <= report["tolerance"]
+        exported = proof.parent / "model"
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            assert (exported / name).read_bytes() == (folder / name).read_bytes()
+        was, now = (transformers.AutoTokenizer.from_pretrained(place) for place in (folder, exported))
+        text = "import json\n\n\tprint('naïve <|endoftext|> 漢字 😀')"
+        assert now(text)["input_ids"] == was(text)["input_ids"]
+        model = transformers.AutoModelForCausalLM.from_pretrained(exported)
+        model.generate(**now(text, return_tensors="pt"), max_new_tokens=3)
+        for chat in ([], ["--chat"]):
+            answer(capsys, "generate", *command, "--prompt", "import", "--max-tokens", "4", *chat)
+    scores = [json.loads(path.read_text())["scores"] for path in (tmp_path / "store").glob("evaluate/*/results.json")]
+    assert sorted(("base" in score) + ("finetuned" in score) for score in scores) == [1, 2]
+    assert re.search("(json|asyncio|email)-.*py", answer(capsys, "trace", *further, "--step", "1").out)
 
 
 @pytest.mark.slow

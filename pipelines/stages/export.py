@@ -1,8 +1,8 @@
 """Export: the model as a Hugging Face folder, and the proof that transformers computes the same with it.
 
-Writes model/ (safetensors, config.json, generation_config.json, tokenizer.json with the chat template, tokenizer.model,
-README.md) and conformance.json (what was compared, and how large the differences were). A difference beyond rounding is
-an error, and nothing is published.
+Writes model/ (safetensors, config.json, generation_config.json, the tokenizer's files with the chat template, README.md)
+and conformance.json (what was compared, and how large the differences were). A difference beyond rounding is an error,
+and nothing is published.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.engine.step import Artifact, Context, EngineError
 from pipelines.stages.inputs import named
+
+if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +57,6 @@ def run(settings: ExportSettings, inputs: Mapping[str, Artifact], out_dir: Path,
 
 def write_model(settings: ExportSettings, source: Artifact, tokenizer: Artifact, folder: Path) -> None:
     """Write the folder. Runs in a worker: it imports torch."""
-    import shutil
-
     from data.tokenizer import Tokenizer
     from data.tokenizer_json import export_tokenizer
     from model.interop import has_hf_class, hf_config, load_pretrained, save_pretrained
@@ -76,14 +77,14 @@ def write_model(settings: ExportSettings, source: Artifact, tokenizer: Artifact,
     if config.causal:
         # A document ends with </s>, a message with <|end|>: generation has to stop at either.
         sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95} if writes else {}
-        ends = {"eos_token_id": [pieces.eos_id, pieces.end_id]}
+        ends = {"eos_token_id": list(dict.fromkeys((pieces.eos_id, pieces.end_id)))}
         _write_json(folder / "generation_config.json", {**ids, **ends, **sampling})
     export_tokenizer(tokenizer.path, folder, max_tokens=config.max_seq_len, left_padded=writes)
-    shutil.copyfile(tokenizer.path / "tokenizer.model", folder / "tokenizer.model")
     origin = f"from step {source.step} ({source.digest[:16]})"
     if has_hf_class(config):
         name = hf_config(config)["architectures"][0]
-        card = f"# {name} {origin}\n\n{TRANSFORMERS_USE if writes else OTHER_USE.replace('CLASS', name)}"
+        use = (TRANSFORMERS_USE if writes else OTHER_USE.replace("CLASS", name)).replace("BEGINS", _begins(pieces))
+        card = f"# {name} {origin}\n\n{use.replace('ENDS', pieces.piece(pieces.end_id))}"
     else:
         card = f"# A model in this program's own format, {origin}\n\nNo Hugging Face class computes it.\n"
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -103,6 +104,19 @@ def compare(
         precision=settings.precision,
         sample_documents=settings.sample_documents,
         generated_tokens=settings.generated_tokens,
+    )
+
+
+def _begins(tokenizer: Tokenizer) -> str:
+    """For the folder's README: what stands around a text."""
+    from data.tokenizer import SentencePieceTokenizer
+
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return "Texts begin with `<s>`, which the tokenizer adds."
+    begin, end = map(tokenizer.piece, (tokenizer.bos_id, tokenizer.eos_id))
+    return (
+        f"The tokenizer is the one the weights came with. Documents began with `{begin}` here and ended with `{end}`, "
+        "whether it adds them or not."
     )
 
 
@@ -131,9 +145,8 @@ ids = tokenizer("def ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0], skip_special_tokens=True))
 ```
 
-Texts begin with `<s>`, which the tokenizer adds. Messages: `tokenizer.apply_chat_template(messages,
-add_generation_prompt=True)`. Text that may contain control pieces such as `<|end|>` has to be tokenized with
-`split_special_tokens=True`, so that it stays text.
+BEGINS Messages: `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`. Text that may contain control pieces
+such as `ENDS` has to be tokenized with `split_special_tokens=True`, so that it stays text.
 """
 
 OTHER_USE = """\
@@ -144,6 +157,6 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 model = CLASS.from_pretrained(".")
 ```
 
-Texts begin with `<s>`, which the tokenizer adds. It was trained on rows of packed text by the objective that hides and asks
-back; `<mask>` or `<extra_id_0>` … stand where text is hidden.
+BEGINS The model was trained on rows of packed text by the objective that hides and asks back; a mask or sentinels stand
+where text is hidden.
 """

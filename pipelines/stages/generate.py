@@ -121,7 +121,7 @@ class TextGenerator:
         ids = self.prompt_ids(prompt, chat=chat, system=system)
         room = self._room(ids)
         allowed = min(settings.max_new_tokens, room)
-        stream = TextStream(self.tokenizer, settings.stop, on_text)
+        stream = TextStream(self.tokenizer, settings.stop, on_text, after=ids[-1:])
         sampling = Sampling(
             max_new_tokens=allowed,
             temperature=settings.temperature,
@@ -182,12 +182,23 @@ class TextStream:
     Tokens are pieces of UTF-8: a character may need several, and decoding too early would show replacement characters.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], on_text: Callable[[str], None] | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        on_text: Callable[[str], None] | None,
+        *,
+        after: Sequence[int] = (),
+    ) -> None:
+        """after: the tokens before, as far as they matter: some tokenizers drop the space that a text begins with."""
         self.text = ""
         self.stopped = False
         self._tokenizer, self._stop, self._on_text = tokenizer, stop, on_text
-        self._ids: list[int] = []
-        self._shown_from, self._shown_to = 0, 0  # ids up to _shown_to are in the text; from _shown_from decoded again
+        self._ids = list(after)
+        self._shown_from, self._shown_to = (
+            0,
+            len(self._ids),
+        )  # ids up to _shown_to are in the text; from _shown_from decoded again
         self._held = ""
 
     def feed(self, token: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.tokenizer import Tokenizer, tokenizer_files
+from data.tokenizer_hf import HuggingFaceTokenizer, config_ids
 from model.config import ModelConfig
 from model.interop import checkpoint_files, config_from_hf, has_hf_class, hf_config, read_config
 from model.position import LearnedPositionConfig
@@ -38,7 +39,7 @@ class StartSettings:
 class Start:
     """A folder of weights, as far as it can be told without reading them.
 
-    setting: what names it, for messages. tokenizer: its files, none where it has no tokenizer that this program reads.
+    setting: what names it, for messages. tokenizer: its tokenizer's files, none where there is no tokenizer.
     """
 
     setting: str
@@ -46,6 +47,8 @@ class Start:
     config: ModelConfig
     weights: tuple[Path, ...]
     tokenizer: tuple[Path, ...]
+    config_ids: dict[str, int] = field(default_factory=dict)
+    """See `data.tokenizer_hf.config_ids`; none for a tokenizer that this program made."""
 
     @classmethod
     def open(cls, setting: str, folder: str) -> Start:
@@ -63,17 +66,20 @@ class Start:
                 f"head.kind={config.head.kind}, and rows of text train one that reads tokens and has head.kind=language; "
                 "give a checkpoint of a language model."
             )
-        try:
-            held = Tokenizer.load(path).vocab_size
-        except DataError:
+        files = tuple(tokenizer_files(path))
+        if not files:
             return cls(setting=setting, folder=path, config=config, weights=weights, tokenizer=())
-        if held > config.require_vocab_size():
+        try:
+            tokenizer = Tokenizer.load(path)
+        except DataError as error:
+            raise EngineError(f"{setting}={folder}: {error}") from error
+        if tokenizer.vocab_size > config.require_vocab_size():
             raise EngineError(
-                f"{setting}={folder}: its tokenizer has {held:,} pieces and its model vocab_size "
+                f"{setting}={folder}: its tokenizer has {tokenizer.vocab_size:,} pieces and its model vocab_size "
                 f"{config.vocab_size:,}; a model has a row for each piece at least. Give the folder's own tokenizer."
             )
-        files = tuple(tokenizer_files(path))
-        return cls(setting=setting, folder=path, config=config, weights=weights, tokenizer=files)
+        said = config_ids(path) if isinstance(tokenizer, HuggingFaceTokenizer) else {}
+        return cls(setting=setting, folder=path, config=config, weights=weights, tokenizer=files, config_ids=said)
 
     @property
     def settings(self) -> StartSettings:
@@ -100,8 +106,7 @@ class Start:
         if not self.tokenizer and vocab_size != (fitting := rows // 128 * 128):
             raise EngineError(
                 f"tokenizer.vocab_size = {vocab_size:,} and {self.setting}={self.folder} with vocab_size {rows:,}: the "
-                "folder has no tokenizer that this program reads (a tokenizer.model and chat_template.jinja of its own "
-                "making), so one is trained here and has to fill the model's vocabulary. Set "
+                "folder has no tokenizer, so one is trained here and has to fill the model's vocabulary. Set "
                 f"tokenizer.vocab_size={fitting}, or add the tokenizer that belongs to the weights."
             )
 
@@ -134,8 +139,8 @@ def run(settings: StartSettings, inputs: Mapping[str, Artifact], out_dir: Path, 
     ctx.say(
         f"the tokenizer is that of {settings.folder}; none is trained, whatever tokenizer.* says"
         if settings.brings_tokenizer
-        else f"{settings.folder} has no tokenizer that this program reads: one is trained here, and its pieces begin with "
-        "embeddings that stood for others"
+        else f"{settings.folder} has no tokenizer: one is trained here, and its pieces begin with embeddings that stood for "
+        "others"
     )
     return dict(ctx.call(take, settings.folder, out_dir / "model"))
 

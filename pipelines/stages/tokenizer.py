@@ -5,12 +5,13 @@ Or, where training starts from a folder of weights that brings its tokenizer, th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer import TokenizerSettings
+from data.tokenizer_training import TokenizerSettings
 from pipelines.engine.step import Artifact, Context
 
 
@@ -21,26 +22,37 @@ def run(settings: TokenizerSettings, inputs: Mapping[str, Artifact], out_dir: Pa
 
 @dataclass(frozen=True, kw_only=True)
 class TakenTokenizer:
-    """Where the tokenizer lies; its files say what it is."""
+    """Where the tokenizer lies; its files say what it is, and beside them the model's configuration."""
 
     folder: str = field(metadata={"execution": True})
+    config_ids: dict[str, int] = field(default_factory=dict, metadata={"absent_at_default": True})
+    """See `data.tokenizer_hf.config_ids`; none for a tokenizer that this program made."""
 
 
 def take(settings: TakenTokenizer, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
-    """Copies the tokenizer that belongs to weights from outside."""
+    """Copies the tokenizer that belongs to weights from outside; what their configuration says of ids becomes a file."""
     import shutil
 
     from data.tokenizer import Tokenizer, tokenizer_files
+    from data.tokenizer_hf import IDS_FILES
 
     out_dir.mkdir(parents=True, exist_ok=True)
     for file in tokenizer_files(Path(settings.folder)):
         shutil.copyfile(file, out_dir / file.name)
-    return {"vocab_size": Tokenizer.load(out_dir).vocab_size}
+    if settings.config_ids:
+        said = json.dumps(dict(sorted(settings.config_ids.items())), indent=2)
+        (out_dir / IDS_FILES[0]).write_text(said + "\n", encoding="utf-8")
+    tokenizer = Tokenizer.load(out_dir)
+    begins, ends, closes = map(tokenizer.piece, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_id))
+    ctx.say(
+        f"{tokenizer.vocab_size:,} pieces; documents begin with {begins}, end with {ends}, and answers end with {closes}"
+    )
+    return {"vocab_size": tokenizer.vocab_size}
 
 
 def train(settings: TokenizerSettings, corpora: list[Artifact], out_dir: Path) -> dict[str, Any]:
     """Train in one worker process; returns the figures of the summary."""
-    from data.tokenizer import train_tokenizer
+    from data.tokenizer_training import train_tokenizer
 
     return train_tokenizer(_texts(corpora), settings, out_dir)
 

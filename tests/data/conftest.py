@@ -9,7 +9,8 @@ from hypothesis import settings as hypothesis_settings
 
 from data.readers import ReaderSettings, ReadLog, read_file
 from data.sources import python_library_files
-from data.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
+from data.tokenizer import Tokenizer
+from data.tokenizer_training import TokenizerSettings, train_tokenizer
 
 # An example that takes long because the machine is busy is no failure.
 hypothesis_settings.register_profile("no deadline", deadline=None)

@@ -83,12 +83,12 @@ def test_another_template_in_the_artifact_is_followed(tokenizer: Tokenizer) -> N
     [
         ("{% for m in messages %}", "does not compile"),
         ("{{ raise_exception('no system message') }}", "refuses this conversation: no system message"),
-        ("<s>user: {% generation %}{{ messages[0].content }}{% endgeneration %}", "middle of text"),
+        ("<s>retu{% generation %}r{{ messages[0].content }}{% endgeneration %}", "middle of text"),
     ],
 )
 def test_a_template_that_cannot_be_followed_says_why(tokenizer: Tokenizer, template: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        encode_chat(with_template(tokenizer, template), [user("u")])
+        encode_chat(with_template(tokenizer, template), [user("n")])
 
 
 def test_the_template_cannot_reach_outside(tokenizer: Tokenizer) -> None:

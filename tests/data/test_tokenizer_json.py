@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from data.chat import encode_chat
-from data.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
+from data.tokenizer import Tokenizer
 from data.tokenizer_json import export_tokenizer
+from data.tokenizer_training import TokenizerSettings, train_tokenizer
 
 FRAGMENTS = [
     *(

@@ -15,7 +15,8 @@ from data.loader import open_loader, order_over
 from data.shard_set import ShardSet
 from data.shard_tasks import make_conversation_shard, make_shard, plan_shards
 from data.shards import ShardSettings, write_manifest
-from data.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
+from data.tokenizer import Tokenizer
+from data.tokenizer_training import TokenizerSettings, train_tokenizer
 from data.trace import TracedRow, trace_step
 
 ALPHABET = [

@@ -57,7 +57,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     from data.corpus import CorpusSettings
     from data.decontaminate import HeldOutSettings
     from data.shards import ShardSettings
-    from data.tokenizer import TokenizerSettings
+    from data.tokenizer_training import TokenizerSettings
     from pipelines.stages import corpus, shards, tokenizer
 
     root = tmp_path_factory.mktemp("run")
