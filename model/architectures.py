@@ -18,8 +18,8 @@ from model.mixers.attention import KeyValueState
 from model.mixers.base import MixerInput
 from model.modalities.base import Frontend
 from model.moe.config import MoeConfig
-from model.moe.noise import row_keys
 from model.moe.receipts import routing_counts, with_encoders
+from model.noise import row_keys
 from model.position import (
     AlibiConfig,
     LearnedPositionConfig,
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
     def _sorted_out(self, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
         """Whose is what: of the frontend, of the head, of the encoder and of the tower, these under their own names.
 
-        Raises ModelError for an encoder's or a tower's inputs where there is none.
+        Raises ModelError for inputs that this model does not take, and where its own are missing.
         """
         inner: list[dict[str, torch.Tensor]] = []
         for begin, module in ((ENCODER, self.encoder), (TOWER, self.tower)):
@@ -167,6 +167,17 @@ class Transformer(nn.Module):
             inputs = {name: tensor for name, tensor in inputs.items() if name not in named}
         own = {name: tensor for name, tensor in inputs.items() if name not in self.head.takes}
         targets = {name: tensor for name, tensor in inputs.items() if name in self.head.takes | self.head.reads}
+        known = {self.frontend.reads, *self.frontend.optional}
+        if not own.keys() <= known or self.frontend.reads not in own:
+            unknown = ", ".join(sorted(own.keys() - known)) or "nothing of what it reads"
+            inner_names = [
+                f"{begin}…" for begin, of in ((ENCODER, self.encoder), (TOWER, self.tower)) if of is not None
+            ]
+            raise ModelError(
+                f"the model was given {unknown}: it reads {self.frontend.reads}, and takes "
+                f"{', '.join([*sorted(known | self.head.takes), *inner_names])} besides documents_BT, positions_BT and "
+                "what else forward names; give it those."
+            )
         return own, targets, *inner
 
     def new_cache(self, rows: int, max_tokens: int, *, static: bool = False) -> Cache:

@@ -113,6 +113,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_counts("model", self, "vocab_size", "d_model", "n_layers", "max_seq_len")
+        for change in self.pattern:
+            if change.first >= self.n_layers:
+                raise ModelError(
+                    f"model.pattern has first={change.first} with n_layers={self.n_layers}: layers are counted from 0, so "
+                    "it changes none; lower first, or leave the change out."
+                )
         for layer in self.layers:
             layer.mixer.check(self.d_model)
         if isinstance(self.position, RopeConfig):
@@ -146,11 +152,12 @@ class ModelConfig:
         self._check_tower(self.tower)
         if self.grids or isinstance(self.position, GridPositionConfig):
             self._check_grids()
-        by_head = isinstance(self.position, AlibiConfig | RelativePositionConfig)
-        if by_head and len({mixer.n_heads for mixer in self._attentions}) > 1:
+        if isinstance(self.position, AlibiConfig | RelativePositionConfig):
+            self._check_distances()
+        if self.causal and getattr(self.head, "pool", None) == "first":
             raise ModelError(
-                "model.pattern gives attention layers different n_heads: all layers share one ALiBi slope or one table "
-                "of distances for each head; give them the same n_heads or choose other positions."
+                f"model.causal is true with head.kind={self.head.kind} and pool=first: the first token sees itself alone, "
+                "so its vector says nothing of the rest; set causal=false, or another pool."
             )
         if not 0 <= self.dropout < 1:
             raise ModelError(f"model.dropout is {self.dropout}: it is a probability below 1; use 0 for none.")
@@ -203,6 +210,21 @@ class ModelConfig:
             raise ModelError(
                 f"model.tower has head {tower.head}: its vectors are compared with this model's, so it needs "
                 f"head.kind=embedding, width={own.width} and contrast=false."
+            )
+
+    def _check_distances(self) -> None:
+        mixers = [layer.mixer for layer in self.layers]
+        others: list[MixerConfig] = [mixer for mixer in mixers if isinstance(mixer, LongformerConfig | BigBirdConfig)]
+        if others or not self._attentions:
+            raise ModelError(
+                f"model.position.kind is {self.position.kind} with mixer.kind={(others or mixers)[0].kind}: it is a bias on "
+                "the scores of plain or latent attention, which other mixers do not add; set model.position.kind=none or "
+                "learned, or take mixer.kind=attention."
+            )
+        if len({mixer.n_heads for mixer in self._attentions}) > 1:
+            raise ModelError(
+                "model.pattern gives attention layers different n_heads: all layers share one ALiBi slope or one table "
+                "of distances for each head; give them the same n_heads or choose other positions."
             )
 
     def _check_rotary(self) -> None:

@@ -69,6 +69,7 @@ class TokenFrontend(Frontend):
     """Token embeddings, plus positions and token types where the family has them."""
 
     reads = "tokens_BT"
+    optional = frozenset({"token_types_BT"})
 
     def __init__(
         self,

@@ -380,3 +380,9 @@ def document_positions(documents_BT: torch.Tensor) -> torch.Tensor:
     index_BT = torch.arange(documents_BT.shape[1], device=documents_BT.device).expand(documents_BT.shape)
     start_BT = torch.where(document_starts(documents_BT), index_BT, 0).cummax(dim=1).values
     return index_BT - start_BT
+
+
+def document_ends(documents_BT: torch.Tensor) -> torch.Tensor:
+    """int64 place behind the last token of each token's document."""
+    backwards_BT = torch.arange(documents_BT.shape[1], 0, -1, device=documents_BT.device)
+    return backwards_BT.flip(0) + document_positions(documents_BT.flip(1)).flip(1)

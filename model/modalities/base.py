@@ -15,10 +15,11 @@ Source = Sequence[int] | torch.Tensor
 class Frontend(Declared):
     """forward(positions_BT or null, **inputs) -> x_BTD; inputs go to it by name, as `Transformer.forward` got them.
 
-    reads: the name of the one that is always there.
+    reads: the name of the one that is always there. optional: those of the others.
     """
 
     reads: ClassVar[str]
+    optional: ClassVar[frozenset[str]] = frozenset()
 
     def documents(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """documents_BT, if the inputs themselves say which tokens are padding."""

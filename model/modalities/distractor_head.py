@@ -1,6 +1,5 @@
 """Telling a masked frame's codebook entry from those of other frames (wav2vec 2.0, Baevski et al. 2020, section 3)."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,20 +82,3 @@ class DistractorHead(Head):
         nll_BT = -logits_BTO.log_softmax(-1)[..., 0]
         count = masked_BT.sum()
         return {"loss_sum": (nll_BT * masked_BT).sum() + self.diversity * unused * count, "target_count": count}
-
-
-def distractors(masked_T: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """int64 negatives_TO of one row: for each masked frame, `count` places drawn evenly among the other masked ones.
-
-    A function of its arguments alone. Raises ModelError where fewer than two frames are masked.
-    """
-    places_T = masked_T.nonzero()[:, 0]
-    if len(places_T) < 2:
-        raise ModelError(f"{len(places_T)} frames of a row are masked: one is told from others, so mask at least 2.")
-    key = hashlib.sha256(f"{seed}/distractors".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big", signed=True))
-    drawn_TO = torch.randint(0, len(places_T) - 1, (len(places_T), count), generator=generator)
-    drawn_TO += drawn_TO >= torch.arange(len(places_T))[:, None]  # never the frame itself
-    negatives_TO = torch.zeros(len(masked_T), count, dtype=torch.int64)
-    negatives_TO[places_T] = places_T[drawn_TO]
-    return negatives_TO

@@ -32,15 +32,15 @@ class PatchFrontendConfig:
 
     def __post_init__(self) -> None:
         check_counts("frontend", self, "image_size", "patch_size", "planes")
-        if self.patch_size > self.image_size:
+        if self.image_size % self.patch_size:
             raise ModelError(
-                f"frontend.patch_size is {self.patch_size}, image_size {self.image_size}: not one patch fits; make the "
-                "patches smaller."
+                f"frontend.patch_size is {self.patch_size}, image_size {self.image_size}: patches cover an image without a "
+                "remainder, so patch_size must divide image_size."
             )
 
     @property
     def n_patches(self) -> int:
-        """Whole patches of an image; what remains at its right and lower edge is left out."""
+        """Patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property

@@ -11,6 +11,7 @@ from model.errors import ModelError
 from model.init import Declared, Linear, Parameter, declare
 from model.modalities.base import Frontend, Source
 from model.modalities.codebook import Codebook, CodebookConfig
+from model.noise import row_keys
 from model.norm import LayerNorm, NormConfig
 
 CONV_EPS = 1e-5
@@ -154,6 +155,7 @@ class WaveformFrontend(Frontend):
     """samples_BW -> x_BTD."""
 
     reads = "samples_BW"
+    optional = frozenset({"sample_lengths_B", "masked_BT"})
     declared = declare(mask_token=Parameter("embedding", "embedding"))
 
     def __init__(
@@ -222,7 +224,8 @@ class WaveformFrontend(Frontend):
         codes: dict[str, torch.Tensor] = {}
         if with_codes and self.codebook is not None:
             counted_BT = torch.ones_like(features_BTC[..., 0], dtype=torch.bool) if masked_BT is None else masked_BT
-            codes = dict(zip(("codes_BTC", "unused"), self.codebook(features_BTC, counted_BT), strict=True))
+            keys_B = sound_keys(samples_BW, sample_lengths_B) + row_keys(counted_BT, counted_BT)
+            codes = dict(zip(("codes_BTC", "unused"), self.codebook(features_BTC, counted_BT, keys_B), strict=True))
         if self.mask_token is not None:  # used where nothing is masked too: ZeRO-3 gathers it on all ranks or on none
             if masked_BT is None:
                 masked_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
@@ -238,3 +241,11 @@ class WaveformFrontend(Frontend):
             x_BTD = self.norm(x_BTD)
         x_BTD = self.dropout(x_BTD)
         return (x_BTD, codes) if with_codes else x_BTD
+
+
+def sound_keys(samples_BW: torch.Tensor, sample_lengths_B: torch.Tensor | None = None) -> torch.Tensor:
+    """keys_B of recordings, whatever stands behind their ends."""
+    if sample_lengths_B is None:
+        return row_keys(samples_BW)
+    place_W = torch.arange(samples_BW.shape[1], device=samples_BW.device)
+    return row_keys(samples_BW, place_W < sample_lengths_B[:, None])

@@ -1,8 +1,9 @@
 """What a layer of experts is: how many, how a token chooses among them, and what keeps them evenly used."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+import torch
 
 from model.errors import ModelError
 from model.ffn import Activation, FfnConfig
@@ -75,10 +76,17 @@ class BalanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CapacityConfig:
-    """How many tokens of one row an expert takes: first choices before second ones, then in the order of the row. Who
-    comes too late passes by the expert on the residual, and is counted.
+    """How many tokens of one document an expert takes. Who comes too late passes by the expert on the residual, and is
+    counted.
 
-    factor: so many times an equal share, rounded up (Switch, GShard). tokens: so many. One of the two is given.
+    In a causal stack tokens come one after the other, each with all its choices, so that no later token can take the
+    place of an earlier one; where all see all, first choices come before second ones (GShard's Algorithm 1,
+    https://arxiv.org/abs/2006.16668), then in the order of the document. Other documents of a row, other rows and padding
+    change nothing. While generating, the tokens of one pass are a document: the prompt, then each token alone, which is
+    never turned away.
+
+    factor: so many times an equal share of the document's tokens, rounded up (Switch, GShard). tokens: so many. One of the
+    two is given.
     """
 
     factor: float | None = None
@@ -91,12 +99,12 @@ class CapacityConfig:
                 "ffn.capacity to null, which drops no token."
             )
 
-    def limit(self, *, row_tokens: int, top_k: int, n_experts: int) -> int:
-        """Tokens that one expert takes of a row of `row_tokens`."""
+    def limit(self, *, document_tokens: torch.Tensor, top_k: int, n_experts: int) -> torch.Tensor:
+        """Tokens that one expert takes of documents with so many."""
         if self.tokens is not None:
-            return self.tokens
+            return torch.full_like(document_tokens, self.tokens)
         assert self.factor is not None
-        return math.ceil(self.factor * top_k * row_tokens / n_experts)
+        return (document_tokens.double() * (self.factor * top_k) / n_experts).ceil().long()
 
 
 @dataclass(frozen=True, kw_only=True)

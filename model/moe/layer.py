@@ -11,8 +11,8 @@ from model.init import Declared, Parameter, declare
 from model.kernels.grouped import Gather, Scatter, by_expert, grouped_matmul
 from model.mixers.base import MixerInput
 from model.moe.config import MoeConfig
-from model.moe.noise import uniform
 from model.moe.routing import Choices, choose, per_row
+from model.noise import uniform
 from model.slots import Record
 
 
@@ -117,12 +117,17 @@ class MixtureOfExperts(nn.Module):
         balance and z-losses of each row, in training where they have a weight.
         """
         logits_BTE = self.router(self._jittered(x_BTD, shared))
-        real_BT = None if shared.mask.documents_BT is None else shared.mask.documents_BT != 0
+        documents_BT = shared.mask.documents_BT
+        padding_BT1 = shared.padding(x_BTD.shape[1])
+        if documents_BT is None and padding_BT1 is not None:
+            documents_BT = (~padding_BT1[..., 0]).int()
+        real_BT = None if documents_BT is None else documents_BT != 0
         choices = choose(
             logits_BTE,
             self.config,
             bias_E=None if self.config.balance.bias_rate is None else self.selection_bias,
-            real_BT=real_BT,
+            documents_BT=documents_BT,
+            causal=shared.mask.causal,
             chance_BT=self._chance(x_BTD, shared),
         )
         x_ND, top_k = x_BTD.flatten(0, 1), self.config.top_k

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from model.moe.config import MoeConfig
+from model.position import document_ends, document_positions
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,15 @@ def choose(
     config: MoeConfig,
     *,
     bias_E: torch.Tensor | None = None,
-    real_BT: torch.Tensor | None = None,
+    documents_BT: torch.Tensor | None = None,
+    causal: bool = False,
     chance_BT: torch.Tensor | None = None,
 ) -> Choices:
     """Each token's top_k experts.
 
-    bias_E: added to the scores for choosing only. real_BT: false for padding. chance_BT: uniform in [0, 1), where a
-    second expert is kept by chance.
+    bias_E: added to the scores for choosing only. documents_BT: document number of each token, 0 for padding; null is
+    one document a row. causal: tokens must not learn of later ones, which decides who comes first where an expert has a
+    capacity. chance_BT: uniform in [0, 1), where a second expert is kept by chance.
     """
     router = config.router
     scores_BTE = logits_BTE.sigmoid() if router.scores == "sigmoid" else logits_BTE.softmax(-1)
@@ -44,8 +47,8 @@ def choose(
     if router.renormalize:
         weights_BTJ = weights_BTJ / (weights_BTJ.sum(-1, keepdim=True) + 1e-20)
     wanted_BTJ = torch.ones_like(experts_BTJ, dtype=torch.bool)
-    if real_BT is not None:
-        wanted_BTJ = wanted_BTJ & real_BT[..., None]
+    if documents_BT is not None:
+        wanted_BTJ = wanted_BTJ & (documents_BT != 0)[..., None]
     if chance_BT is not None:
         second_BT = 2 * weights_BTJ[..., 1].detach() > chance_BT
         wanted_BTJ = wanted_BTJ & torch.stack([torch.ones_like(second_BT), second_BT], dim=-1)
@@ -53,7 +56,7 @@ def choose(
     return Choices(
         experts_BTJ=experts_BTJ,
         weights_BTJ=weights_BTJ * router.scale if router.scale != 1.0 else weights_BTJ,
-        kept_BTJ=_within_capacity(experts_BTJ, wanted_BTJ, config),
+        kept_BTJ=_within_capacity(experts_BTJ, wanted_BTJ, config, documents_BT, causal),
         probabilities_BTE=scores_BTE / scores_BTE.sum(-1, keepdim=True) if router.scores == "sigmoid" else scores_BTE,
         load_BE=load_BE,
     )
@@ -77,15 +80,39 @@ def _reachable(ranked_BTE: torch.Tensor, config: MoeConfig) -> torch.Tensor:
     return grouped_BTGE.masked_fill(~inside_BTG[..., None], float("-inf")).flatten(-2)
 
 
-def _within_capacity(experts_BTJ: torch.Tensor, wanted_BTJ: torch.Tensor, config: MoeConfig) -> torch.Tensor:
-    """Which of the wanted choices their expert takes: first choices first, then in the order of the row."""
+def _within_capacity(
+    experts_BTJ: torch.Tensor,
+    wanted_BTJ: torch.Tensor,
+    config: MoeConfig,
+    documents_BT: torch.Tensor | None,
+    causal: bool,
+) -> torch.Tensor:
+    """Which of the wanted choices their expert takes, in the order that `CapacityConfig` tells, document by document."""
     if config.capacity is None:
         return wanted_BTJ
+    if documents_BT is None:
+        documents_BT = torch.ones_like(wanted_BTJ[..., 0], dtype=torch.int32)
     _, tokens, top_k = experts_BTJ.shape
-    limit = config.capacity.limit(row_tokens=tokens, top_k=top_k, n_experts=config.n_experts)
-    # All first choices of the row, then all second ones: [B, J T].
-    experts_BN = experts_BTJ.transpose(1, 2).flatten(1)
-    wanted_BN = wanted_BTJ.transpose(1, 2).flatten(1)
-    arrived_BNE = torch.nn.functional.one_hot(experts_BN, config.n_experts).mul_(wanted_BN[..., None]).cumsum(1)
-    place_BN = arrived_BNE.gather(-1, experts_BN[..., None])[..., 0]
-    return wanted_BTJ & (place_BN <= limit).unflatten(1, (top_k, tokens)).transpose(1, 2)
+    here_BT = torch.arange(tokens, device=experts_BTJ.device).expand(documents_BT.shape)
+    start_BT, end_BT = here_BT - document_positions(documents_BT), document_ends(documents_BT)
+    wanted_BTJE = torch.zeros(*experts_BTJ.shape, config.n_experts, dtype=torch.int64, device=experts_BTJ.device)
+    wanted_BTJE.scatter_(-1, experts_BTJ[..., None], wanted_BTJ[..., None].long())
+    # How many wanted an expert before place S of the row: as first choice, as second …
+    arrived_BSJE = torch.nn.functional.pad(wanted_BTJE.cumsum(1), (0, 0, 0, 0, 1, 0))
+    if causal:
+        total_BSJE = arrived_BSJE.sum(2, keepdim=True).expand_as(arrived_BSJE)
+        ahead_BTJ = _at(total_BSJE, here_BT, experts_BTJ) - _at(total_BSJE, start_BT, experts_BTJ)
+    else:
+        better_BSJE = arrived_BSJE.cumsum(2) - arrived_BSJE  # … as anything better than the choice in question
+        ahead_BTJ = _at(arrived_BSJE, here_BT, experts_BTJ) - _at(arrived_BSJE, start_BT, experts_BTJ)
+        ahead_BTJ += _at(better_BSJE, end_BT, experts_BTJ) - _at(better_BSJE, start_BT, experts_BTJ)
+    limit_BT = config.capacity.limit(document_tokens=end_BT - start_BT, top_k=top_k, n_experts=config.n_experts)
+    return wanted_BTJ & (ahead_BTJ < limit_BT[..., None])
+
+
+def _at(counts_BSJE: torch.Tensor, place_BT: torch.Tensor, experts_BTJ: torch.Tensor) -> torch.Tensor:
+    """counts_BTJ: at the place that each token names, of the expert that is its choice J."""
+    top_k, n_experts = experts_BTJ.shape[2], counts_BSJE.shape[3]
+    rank_J = torch.arange(top_k, device=place_BT.device)
+    index_BTJ = (place_BT[..., None] * top_k + rank_J) * n_experts + experts_BTJ
+    return counts_BSJE.flatten(1).gather(1, index_BTJ.flatten(1)).view_as(experts_BTJ)

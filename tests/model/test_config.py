@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from model.build import build_model
+from model.classifiers import ClassifierHeadConfig
 from model.config import LayerChange, ModelConfig, ModelError
 from model.costs import parameter_counts
 from model.ffn import FfnConfig
@@ -23,9 +24,17 @@ from model.mixers.grid import GridAttentionConfig
 from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
 from model.mixers.longformer import LongformerConfig
 from model.mixers.mamba import MambaConfig
+from model.modalities.patches import PatchFrontendConfig
 from model.norm import NormConfig
 from model.peft import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig
-from model.position import LinearScaling, Llama3Scaling, NoPositionConfig, RopeConfig
+from model.position import (
+    AlibiConfig,
+    LinearScaling,
+    Llama3Scaling,
+    NoPositionConfig,
+    RelativePositionConfig,
+    RopeConfig,
+)
 from pipelines.engine.typed import from_plain, to_plain
 from tests.model.configurations import (
     ALIBI,
@@ -40,6 +49,7 @@ from tests.model.configurations import (
     PERFORMER,
     RECURRENT,
     ROW,
+    preset,
 )
 
 PRESETS = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
@@ -118,6 +128,15 @@ PUBLISHED = {
         (lambda: replace(DALLE, mixer=replace(ROW, width=5)), "width=5"),
         (lambda: replace(DALLE, max_seq_len=27), "max_seq_len is 27"),
         (lambda: build_model(DALLE, kernel="blockwise"), "no sparse masks"),
+        *(
+            (lambda config=config, position=position: replace(config, position=position), f"{position.kind} with mixer")
+            for config in (MAMBA, LINEAR, replace(BERT, mixer=BigBirdConfig(n_heads=4)))
+            for position in (AlibiConfig(), RelativePositionConfig())
+        ),
+        (lambda: replace(BERT, causal=True, head=ClassifierHeadConfig()), "pool=first"),
+        (lambda: preset("vit-base", causal=True), "causal is true with head.kind=classifier"),
+        (lambda: PatchFrontendConfig(image_size=30), "patch_size is 16, image_size 30"),
+        (lambda: replace(LLAMA, pattern=(LayerChange(first=99),)), "first=99 with n_layers=2"),
         (lambda: TargetWeight(weight=-1.0), "weight=-1.0"),
         (lambda: Sampling(within=(3, 3)), r"within is \(3, 3\)"),
         (lambda: FfnConfig(d_ff=0), "d_ff is 0"),

@@ -44,7 +44,10 @@ from tests.model.configurations import (
 )
 from tests.model.learning import kept_bytes
 
-WIDER_SECOND = (LayerChange(every=2, first=1, ffn=FfnConfig(d_ff=29)),)
+
+def with_wider_last(config: ModelConfig) -> ModelConfig:
+    change = LayerChange(every=2, first=config.n_layers - 1, ffn=FfnConfig(d_ff=29))
+    return replace(config, pattern=(*config.pattern, change))
 
 
 @settings(max_examples=40, deadline=None)
@@ -52,7 +55,7 @@ WIDER_SECOND = (LayerChange(every=2, first=1, ffn=FfnConfig(d_ff=29)),)
     config=st.one_of(any_config(), recurrent_config()), layout=st.sampled_from(get_args(Layout)), wider=st.booleans()
 )
 def test_parameters_are_those_of_the_built_model(config: ModelConfig, layout: str, wider: bool) -> None:
-    config = replace(config, layout=layout, pattern=(*config.pattern, *(WIDER_SECOND if wider else ())))
+    config = replace(with_wider_last(config) if wider else config, layout=layout)
     model, counts = build_model(config, device="meta"), parameter_counts(config)
     idle = 0
     for block in model.stack.layers:
@@ -69,7 +72,7 @@ def test_parameters_are_those_of_the_built_model(config: ModelConfig, layout: st
 def test_flops_are_those_torch_counts_forward_and_backward(
     config: ModelConfig, rows: int, tokens: int, wider: bool
 ) -> None:
-    config = replace(config, pattern=(*config.pattern, *WIDER_SECOND) if wider else config.pattern)
+    config = with_wider_last(config) if wider else config
     model = build_model(config, kernel="dense")
     batch = torch.zeros(rows, tokens, dtype=torch.int64)
     with FlopCounterMode(display=False) as forward:

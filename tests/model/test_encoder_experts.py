@@ -120,9 +120,11 @@ def test_experts_are_refused_where_their_losses_or_noise_have_no_meaning() -> No
     images = PatchFrontendConfig(image_size=8, patch_size=4)
     with pytest.raises(ModelError, match=r"ffn\.router\.jitter"):
         replace(BERT, frontend=images, position=LearnedPositionConfig(), ffn=EXPERTS)
-    tower = replace(LLAMA, ffn=replace(EXPERTS, router=RouterConfig()), head=EmbeddingHeadConfig(width=8))
+    tower = replace(
+        LLAMA, ffn=replace(EXPERTS, router=RouterConfig()), head=EmbeddingHeadConfig(width=8, pool="largest")
+    )
     with pytest.raises(ModelError, match=r"model\.tower has ffn\.kind=moe"):
-        replace(LLAMA, head=EmbeddingHeadConfig(width=8, contrast=True), tower=tower)
+        replace(LLAMA, head=EmbeddingHeadConfig(width=8, pool="largest", contrast=True), tower=tower)
 
 
 @pytest.mark.slow

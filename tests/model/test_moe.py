@@ -23,9 +23,9 @@ from model.masks import Mask
 from model.mixers.base import MixerInput
 from model.moe.config import BalanceConfig, CapacityConfig, MoeConfig, RouterConfig
 from model.moe.layer import MixtureOfExperts, rebalance
-from model.moe.noise import row_keys, uniform
 from model.moe.receipts import is_count, loads, receipts
 from model.moe.routing import choose
+from model.noise import row_keys, uniform
 from tests.model.configurations import LIVELY, LLAMA, preset
 from tests.model.learning import (
     assert_micro_batches_change_nothing,

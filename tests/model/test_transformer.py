@@ -12,7 +12,7 @@ from model.block import Layout
 from model.build import build_model
 from model.config import ModelConfig, ModelError
 from model.position import RopeConfig, rotation
-from tests.model.configurations import ALIBI, GPT2, GPTJ, LIVELY, LLAMA, MIXTRAL, WINDOWED, any_config, preset
+from tests.model.configurations import ALIBI, GPT2, GPTJ, LIVELY, LLAMA, MIXTRAL, VASWANI, WINDOWED, any_config, preset
 from tests.model.learning import learn
 
 FAMILIES = pytest.mark.parametrize(
@@ -211,3 +211,25 @@ def test_half_precision_stays_close_to_full(config: ModelConfig, how: str) -> No
 def test_a_row_longer_than_its_learned_positions_is_refused() -> None:
     with pytest.raises(ModelError, match="65 tokens"):
         build_model(GPT2)(tokens_of(GPT2, 1, 65))
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs", "said"),
+    [
+        (
+            LLAMA,
+            {"tokens_BT": 1, "classes_B": 1},
+            "given classes_B: it reads tokens_BT, and takes targets_BT, token_types_BT",
+        ),
+        (LLAMA, {"pixels_BAYX": 1}, "given pixels_BAYX: it reads tokens_BT"),
+        (LLAMA, {}, "nothing of what it reads: it reads tokens_BT"),
+        (VASWANI, {"tokens_BT": 1, "encoder_token_BT": 1}, "given token_BT: it reads tokens_BT"),
+        (VASWANI, {"tokens_BT": 1, "mask_BT": 1}, "mask_BT: .*, encoder_… besides documents_BT"),
+    ],
+)
+def test_inputs_that_a_model_does_not_take_are_refused_naming_those_it_does(
+    config: ModelConfig, inputs: dict[str, int], said: str
+) -> None:
+    ones = {name: torch.ones(1, 4, dtype=torch.int64) for name in inputs}
+    with pytest.raises(ModelError, match=said):
+        build_model(config)(**ones)

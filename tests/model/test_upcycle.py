@@ -10,9 +10,15 @@ from hypothesis import strategies as st
 
 from model.build import build_model
 from model.config import LayerChange, ModelConfig, ModelError
+from model.ffn import FfnConfig
+from model.masks import Mask
+from model.mixers.base import MixerInput
 from model.moe.config import BalanceConfig, CapacityConfig, MoeConfig, RouterConfig
+from model.moe.layer import MixtureOfExperts
+from model.moe.routing import choose
 from model.moe.upcycle import upcycled
-from tests.model.configurations import GPT2, LLAMA, llama_configs
+from tests.model.configurations import GPT2, LLAMA, VASWANI, llama_configs
+from tests.model.small_presets import tiny
 
 EXPERTS = MoeConfig(n_experts=4, top_k=2, d_ff=48)
 
@@ -39,7 +45,8 @@ def test_logits_at_step_zero_are_the_dense_models(
         router=RouterConfig(scores="sigmoid" if sigmoid else "softmax"),
         balance=BalanceConfig(bias_rate=0.001 if sigmoid else None),
     )
-    target = replace(config, pattern=(LayerChange(every=every, first=every - 1, ffn=moe),))
+    first = min(every, config.n_layers) - 1
+    target = replace(config, pattern=(LayerChange(every=every, first=first, ffn=moe),))
     dense, sparse = build_model(config, seed=3).eval(), build_model(target).eval()
     sparse.load_state_dict(upcycled(dense.state_dict(), config, target, seed=5))
     assert config.vocab_size is not None
@@ -50,7 +57,7 @@ def test_logits_at_step_zero_are_the_dense_models(
 
 @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 2), (8, 3), (8, 8)])
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_at_even_widths_they_are_so_to_the_last_bit(experts: int, top_k: int, scores: Any) -> None:
+def test_at_even_widths_with_enough_tokens_they_are_so_to_the_last_bit(experts: int, top_k: int, scores: Any) -> None:
     config = replace(LLAMA, d_model=64, ffn=replace(LLAMA.ffn, d_ff=192))
     moe = MoeConfig(n_experts=experts, top_k=top_k, d_ff=192, shared_d_ff=64, router=RouterConfig(scores=scores))
     target = replace(config, ffn=moe)
@@ -62,6 +69,51 @@ def test_at_even_widths_they_are_so_to_the_last_bit(experts: int, top_k: int, sc
     real_BT = documents_BT != 0
     expected, found = (model(tokens_BT, documents_BT=documents_BT)["logits"] for model in (dense, sparse))
     assert torch.equal(expected[real_BT], found[real_BT])
+
+
+@pytest.mark.parametrize("experts", [8, 16, 64])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_a_token_whose_experts_have_four_tokens_each_gets_the_dense_networks_bits(experts: int, scores: Any) -> None:
+    """Products of fewer rows are summed in another order, which is all that can differ."""
+    config = replace(LLAMA, d_model=64, n_layers=1, ffn=replace(LLAMA.ffn, d_ff=128))
+    target = replace(config, ffn=MoeConfig(n_experts=experts, d_ff=128, router=RouterConfig(scores=scores)))
+    dense, sparse = build_model(config, seed=3).eval(), build_model(target).eval()
+    sparse.load_state_dict(upcycled(dense.state_dict(), config, target))
+    x_BTD = torch.randn(4, 32, 64, generator=torch.Generator().manual_seed(1))
+    before, after = dense.stack.layers[0].ffn, sparse.stack.layers[0].ffn
+    assert isinstance(after, MixtureOfExperts)
+    expected_BTD, found_BTD = before(x_BTD, MixerInput(Mask()))[0], after(x_BTD, MixerInput(Mask()))[0]
+    choices = choose(after.router(x_BTD), after.config)
+    crowded_BT = (choices.load_BE.sum(0) >= 4)[choices.experts_BTJ].all(-1)
+    assert crowded_BT.sum() >= 20
+    assert torch.equal(expected_BTD[crowded_BT], found_BTD[crowded_BT])
+    assert (expected_BTD - found_BTD).abs().max() <= 1e-6 * expected_BTD.abs().max()
+
+
+@pytest.mark.parametrize("name", ["t5-small", "t5-v1.1-small", "transformer-base"])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_model_with_an_encoder_loads_its_upcycled_weights(name: str, both: bool) -> None:
+    config = tiny(name)
+    assert config.encoder is not None
+    config = replace(
+        config,
+        ffn=replace(config.ffn, bias=False),
+        encoder=replace(config.encoder, n_layers=2, ffn=replace(config.encoder.ffn, bias=False)),
+    )
+    assert config.encoder is not None
+    ffn = config.ffn
+    assert isinstance(ffn, FfnConfig)
+    moe = MoeConfig(n_experts=4, d_ff=ffn.d_ff, activation=ffn.activation, gated=ffn.gated)
+    second = (LayerChange(every=2, first=1, ffn=moe),)
+    target = replace(
+        config, pattern=second, encoder=replace(config.encoder, pattern=second) if both else config.encoder
+    )
+    dense, sparse = build_model(config, seed=3).eval(), build_model(target).eval()
+    sparse.load_state_dict(upcycled(dense.state_dict(), config, target, seed=5))
+    generator = torch.Generator().manual_seed(0)
+    inputs = {part: torch.randint(0, 97, (2, 12), generator=generator) for part in ("tokens_BT", "encoder_tokens_BT")}
+    expected, found = dense(**inputs)["logits"], sparse(**inputs)["logits"]
+    assert (expected - found).abs().max() <= 2e-6 * expected.abs().max()
 
 
 def test_routers_differ_by_seed_and_layer_and_experts_are_copies() -> None:
@@ -84,6 +136,8 @@ def test_routers_differ_by_seed_and_layer_and_experts_are_copies() -> None:
         (LLAMA, replace(LLAMA, ffn=EXPERTS, max_seq_len=32), "ffn of its layers only"),
         (GPT2, replace(GPT2, ffn=replace(EXPERTS, gated=False, activation="gelu_tanh")), "no biases"),
         (replace(LLAMA, ffn=EXPERTS), replace(LLAMA, ffn=replace(EXPERTS, n_experts=8)), "a dense network"),
+        (VASWANI, replace(VASWANI, encoder=replace(VASWANI.encoder, max_seq_len=32)), "ffn of its layers only"),
+        (VASWANI, replace(VASWANI, encoder=replace(VASWANI.encoder, ffn=EXPERTS)), "^encoder layer 0 has a dense"),
     ],
 )
 def test_a_target_that_could_not_compute_the_same_is_refused(

@@ -1,7 +1,9 @@
 """Pretraining on sound: a codebook and distractors, as Hugging Face's Wav2Vec2ForPreTraining computes them."""
 
+import math
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,9 +19,11 @@ from model.costs import forward_flops, parameter_counts
 from model.init import parameter_roles
 from model.interop import config_from_hf, hf_config
 from model.interop.native import config_from_native, native_config
-from model.modalities.codebook import CodebookConfig
-from model.modalities.distractor_head import DistractorHeadConfig, distractors
-from model.modalities.waveform import WaveformFrontendConfig
+from model.modalities.codebook import CodebookConfig, drawn
+from model.modalities.distractor_head import DistractorHeadConfig
+from model.modalities.spans import CODES, distractors, masked_spans
+from model.modalities.waveform import WaveformFrontendConfig, sound_keys
+from model.noise import row_keys, uniform
 from tests.model.parity import (
     assert_close,
     assert_same_gradients,
@@ -76,10 +80,11 @@ def described(draw: st.DrawFn) -> transformers.Wav2Vec2Config:
     )
 
 
-def drawn(frames: int, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+def asked(x_BW: torch.Tensor, frames: int, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     """Masked frames and, for each, the places of seven others."""
-    masked_BT = torch.rand((rows, frames), generator=torch.Generator().manual_seed(3)) < 0.5
-    return masked_BT, torch.stack([distractors(row_T, 7, seed) for seed, row_T in enumerate(masked_BT)])
+    keys_B, frames_B = sound_keys(x_BW), torch.full((len(x_BW),), frames)
+    masked_BT = masked_spans(keys_B, frames_B, frames=frames, seed=seed, share=0.2, span=3)
+    return masked_BT, distractors(masked_BT, 7, keys_B, seed=seed)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -88,20 +93,25 @@ def drawn(frames: int, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 def test_an_imported_model_has_the_references_loss_and_gradients(
     training: bool, config: transformers.Wav2Vec2Config
 ) -> None:
-    """In training too, where both draw the same entries from the same generator."""
+    """In training too, where both draw entries by the same noise."""
     theirs = stirred(transformers.Wav2Vec2ForPreTraining(config)).train(training)
     theirs.config.mask_feature_prob = 0.0
     ours, x = imported(theirs).train(training), samples(3, 200)
     frames = int(theirs._get_feat_extract_output_lengths(torch.tensor(200)))
-    masked_BT, negatives_BTO = drawn(frames)
+    masked_BT, negatives_BTO = asked(x, frames)
     flat = negatives_BTO + frames * torch.arange(3)[:, None, None]
-    torch.manual_seed(0)
-    expected = theirs(x, mask_time_indices=masked_BT, sampled_negative_indices=flat)
-    torch.manual_seed(0)
+    keys_B = sound_keys(x) + row_keys(masked_BT, masked_BT)
+    draws = config.num_codevector_groups * config.num_codevectors_per_group
+    noise_BTV = uniform(keys_B, seed=0, layer=CODES, tokens=frames, draws=draws)
+
+    def gumbel_softmax(scores_MV: torch.Tensor, tau: float, hard: bool) -> torch.Tensor:
+        return drawn(scores_MV, noise_BTV.view_as(scores_MV), tau)
+
+    with patch.object(torch.nn.functional, "gumbel_softmax", gumbel_softmax):
+        expected = theirs(x, mask_time_indices=masked_BT, sampled_negative_indices=flat)
     found = ours(samples_BW=x, masked_BT=masked_BT, negatives_BTO=negatives_BTO)
     assert_close(expected.loss, found["loss_sum"])
     assert found["target_count"] == masked_BT.sum()
-    torch.manual_seed(0)
     features = ours(samples_BW=x, masked_BT=masked_BT)
     assert_close(expected.projected_states, features["features"], 2e-5)
     assert_close(expected.projected_quantized_states, features["codes"])
@@ -127,8 +137,7 @@ def test_transformers_loads_an_export_and_agrees(config: ModelConfig) -> None:
 
 
 def loss_of(model: Transformer, x: torch.Tensor, seed: int) -> torch.Tensor:
-    torch.manual_seed(seed)
-    masked_BT, negatives_BTO = drawn(34)
+    masked_BT, negatives_BTO = asked(x, 34, seed)
     sums = model(samples_BW=x, masked_BT=masked_BT, negatives_BTO=negatives_BTO)
     return sums["loss_sum"] / sums["target_count"]
 
@@ -146,14 +155,55 @@ def test_it_learns_to_recognise_masked_frames() -> None:
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-def test_distractors_are_other_masked_frames_and_depend_on_the_seed_alone() -> None:
-    masked_T = torch.rand(50, generator=torch.Generator().manual_seed(0)) < 0.4
-    found = distractors(masked_T, 200, 5)
-    for place in masked_T.nonzero()[:, 0].tolist():
-        others = set(masked_T.nonzero()[:, 0].tolist()) - {place}
-        assert set(found[place].tolist()) == others
-    assert torch.equal(found, distractors(masked_T, 200, 5))
-    assert not torch.equal(found, distractors(masked_T, 200, 6))
+def test_distractors_are_other_masked_frames_and_depend_on_the_row_and_the_seed_alone() -> None:
+    masked_BT = torch.rand(2, 50, generator=torch.Generator().manual_seed(0)) < 0.4
+    keys_B = torch.tensor([11, 12])
+    found = distractors(masked_BT, 200, keys_B, seed=5)
+    for row_T, negatives_TO in zip(masked_BT, found, strict=True):
+        for place in row_T.nonzero()[:, 0].tolist():
+            others = set(row_T.nonzero()[:, 0].tolist()) - {place}
+            assert set(negatives_TO[place].tolist()) == others
+    assert torch.equal(found[1:], distractors(masked_BT[1:], 200, keys_B[1:], seed=5))
+    assert not torch.equal(found, distractors(masked_BT, 200, keys_B, seed=6))
+    assert not torch.equal(found, distractors(masked_BT, 200, keys_B + 2, seed=5))
+
+
+def test_spans_begin_at_a_share_of_the_real_frames() -> None:
+    keys_B, frames_B = torch.arange(300), torch.tensor([100, 40, 2]).repeat(100)
+    masked_BT = masked_spans(keys_B, frames_B, frames=100, seed=1)
+    place_T = torch.arange(100)
+    assert not masked_BT[place_T >= frames_B[:, None]].any()
+    assert masked_BT[2::3].sum(1).eq(2).all()
+    # Seven starts among 91: a frame in the middle is hidden unless none of ten places near it is one of them.
+    expected = 1 - math.comb(81, 7) / math.comb(91, 7)
+    assert masked_BT[::3, 20:80].float().mean().item() == pytest.approx(expected, abs=0.03)
+    assert masked_BT[1::3].sum(1).max() <= 30
+    assert torch.equal(masked_BT[7:8], masked_spans(keys_B[7:8], frames_B[7:8], frames=100, seed=1))
+    assert not torch.equal(masked_BT, masked_spans(keys_B, frames_B, frames=100, seed=2))
+
+
+def test_equal_rows_and_seeds_give_equal_losses_whatever_else_was_drawn() -> None:
+    x, losses = samples(4), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        losses.append(loss_of(build_model(LISTENING).train(), x, 7))
+    assert torch.equal(*losses)
+    book = replace(BOOK, seed=1)
+    other = build_model(replace(LISTENING, frontend=replace(LISTENING.frontend, codebook=book))).train()
+    assert loss_of(other, x, 7) != losses[0]
+    model = build_model(STABLE_LISTENING).train()
+    masked_BT, _ = asked(x, 34)
+    codes = model(samples_BW=x, masked_BT=masked_BT)["codes"]
+    alone = model(samples_BW=x[2:3], masked_BT=masked_BT[2:3])["codes"]
+    assert_close(codes[2:3], alone)
+
+
+def test_what_stands_behind_a_recording_does_not_change_its_draws() -> None:
+    x, lengths_B = samples(2, 200), torch.tensor([150, 200])
+    longer = torch.cat((x, torch.ones(2, 30)), dim=1)
+    assert torch.equal(sound_keys(x, lengths_B), sound_keys(longer, lengths_B))
+    assert torch.equal(sound_keys(x[:1, :150]), sound_keys(x, lengths_B)[:1])
+    assert not torch.equal(sound_keys(x), sound_keys(x.flip(1)))
 
 
 @BOTH
@@ -175,7 +225,11 @@ def test_costs_are_those_counted(config: ModelConfig) -> None:
         (lambda: DistractorHeadConfig(temperature=0.0), "temperature=0.0"),
         (lambda: build_model(replace(LISTENING, head=DistractorHeadConfig(codes=8))), "head.codes is 8"),
         (lambda: build_model(replace(SPEECH, head=DistractorHeadConfig())), "frontend.codebook None"),
-        (lambda: distractors(torch.tensor([True, False]), 3, 0), "1 frames of a row are masked"),
+        (
+            lambda: distractors(torch.tensor([[True, False]]), 3, torch.tensor([0]), seed=0),
+            "1 frames of a row are masked",
+        ),
+        (lambda: masked_spans(torch.tensor([0]), torch.tensor([9]), frames=9, seed=0, span=1), "span 1"),
     ],
 )
 def test_what_cannot_be_is_refused(make: Any, said: str) -> None:

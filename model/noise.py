@@ -7,10 +7,16 @@ import torch
 _GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
-def row_keys(tokens_BT: torch.Tensor) -> torch.Tensor:
-    """keys_B: an int64 hash of each row's tokens and their order."""
-    place_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-    return _mixed(_mixed(tokens_BT.long() + place_T * _GOLDEN).sum(1))
+def row_keys(row_BT: torch.Tensor, real_BT: torch.Tensor | None = None) -> torch.Tensor:
+    """keys_B: an int64 hash of each row's tokens, samples (floats, to the last bit in fp32) or marks, and their order.
+
+    real_BT: bool, what counts; none if all does.
+    """
+    if row_BT.is_floating_point():
+        row_BT = row_BT.float().view(torch.int32)
+    place_T = torch.arange(row_BT.shape[1], device=row_BT.device)
+    hashed_BT = _mixed(row_BT.long() + place_T * _GOLDEN)
+    return _mixed((hashed_BT if real_BT is None else hashed_BT * real_BT).sum(1))
 
 
 def uniform(keys_B: torch.Tensor, *, seed: int, layer: int, tokens: int, draws: int) -> torch.Tensor:
