@@ -5,8 +5,8 @@ VENV   := .venv
 PYTHON ?= python3
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
 export PYTHONUNBUFFERED := 1
-# Two workers of one thread each; `make test PYTEST_ARGS="-n 0 -k name"` runs in one process.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadgroup
+# Two workers of one thread each, in the order of tests/conftest.py; `make test PYTEST_ARGS="-n 0 -k name"` runs in one process.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test check format clean
 

@@ -188,7 +188,7 @@ class Transformer(nn.Module):
             )
         offset = 0 if self.prefix is None else self.prefix.tokens
         device, slots = next(self.stack.parameters()).device, rounded_slots(max_tokens + offset)
-        angles = self._rotation(torch.arange(slots, device=device)[None])
+        angles = self._rotation(torch.arange(slots, device=device)[None]) if self._rotates else None
         states = self.stack.new_states(rows, slots)
         if self.prefix is not None:
             own = [state.mixer if isinstance(state, BlockState) else state for state in states]
@@ -196,6 +196,10 @@ class Transformer(nn.Module):
                 assert isinstance(state, KeyValueState)
                 state.begin(k_KSC, v_KSC)
         return Cache(states, rows, max_tokens, device, angles=angles, static=static, offset=offset)
+
+    @property
+    def _rotates(self) -> bool:
+        return isinstance(self.config.position, RopeConfig) and self.config.head_dim is not None
 
     def _rotation(self, positions_BT: torch.Tensor) -> Rotation | None:
         """The angles of those positions, where the model rotates and attends."""

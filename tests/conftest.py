@@ -66,8 +66,20 @@ METRICS_KEYS = {
 """Of a row of metrics.jsonl, for a model without experts: whoever reads these files counts on them."""
 
 
+LONGEST = (
+    "test_pipeline.py",
+    "test_sweep.py",
+    "test_objective.py",
+    "test_start.py",
+    "test_topologies.py",
+    "test_loop.py",
+)
+"""Files of minutes, longest first; begun last, one would keep a single worker busy at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """To each worker of pytest-xdist whole files, whose tests share fixtures."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 

@@ -173,6 +173,7 @@ def train(
         if ended is not None:
             return ended
         trainer = Trainer(model, loader, settings, run, plan, ranks, checkpoints)
+        sinks.callback(trainer.engine.close)
         wandb = trainer.open_sinks(sinks)
         trainer.go(signals)
         trainer.write_model()

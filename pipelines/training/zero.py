@@ -44,6 +44,7 @@ class ZeroEngine:
         self.optimizer = optimizer if experts is None else experts.together(optimizer)
         self._experts = experts
         self._stage, self._ranks, self._clip_norm = settings.zero.stage, ranks, settings.clip_norm
+        self._linear, self._open = nn.functional.linear, True
         with _quiet():
             self._engine = self._deepspeed.initialize(model=model, optimizer=optimizer, config=dict(self.config))[0]
         # Alone there is nothing to reduce, and stage 0 would copy every gradient to a bucket and back.
@@ -147,8 +148,10 @@ class ZeroEngine:
         return {"torch": torch.__version__, "deepspeed": self._deepspeed.__version__}
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the model again."""
-        self._engine.destroy()
+        """Take DeepSpeed's hooks off the model again, and its product of stage 3 off everybody else's."""
+        if self._open:
+            self._engine.destroy()
+            nn.functional.linear, self._open = self._linear, False
 
 
 def ds_config(settings: TrainSettings, plan: BatchPlan, *, parameters: int) -> dict[str, Any]:

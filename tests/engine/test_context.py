@@ -202,7 +202,11 @@ def test_the_driver_looks_about_once_a_second_while_a_gang_runs(store: LocalStor
     assert [event.done for event in events if event.kind == "progress"] == list(range(1, len(looks) + 1))
 
 
-def test_an_error_of_the_driver_beside_a_gang_ends_the_gang(store: LocalStore, tmp_path: Path) -> None:
+def test_an_error_of_the_driver_beside_a_gang_ends_the_gang(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.engine.local_backend.SAVING_SECONDS", 1.0)  # the ranks do not listen
+
     def body(out_dir: Path, ctx: Context) -> dict[str, Any]:
         def look() -> None:
             if list(tmp_path.glob("pid*")):

@@ -103,6 +103,16 @@ def test_frozen_parameters_stay_as_they_were_and_the_rest_learns(job: Make, stag
         assert torch.equal(weight, after[name]) == ("self_attn" in name or ".layers.0." in name), name
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_leaves_pytorch_as_it_found_it(job: Make, stage: int) -> None:
+    linear = torch.nn.functional.linear
+    run_rank(job(steps=1, zero={"stage": stage}))
+    assert torch.nn.functional.linear is linear
+    with pytest.raises(TrainingError):  # or as it was when it failed
+        run_rank(job(out="failed", steps=2, zero={"stage": stage}, lr=1e30, on_non_finite="stop"))
+    assert torch.nn.functional.linear is linear
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_lora_trains_adapters_alone_and_writes_them_merged_and_apart(job: Make, stage: int) -> None:
     base = job(out="base", steps=10, lr=1e-2)
