@@ -1,6 +1,6 @@
 # make demo   .venv, install, and the whole pipeline on this machine's own Python library
 # make test   everything that must pass; what CI runs
-# make check  format, lint, types, room rules, fast tests: about three minutes
+# make check  format, lint, types, room rules, fast tests: under three minutes
 VENV   := .venv
 PYTHON ?= python3
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
