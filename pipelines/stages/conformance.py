@@ -14,9 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
-from unittest import mock
 
 import torch
 
@@ -36,11 +34,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import chat_template_utils
 from transformers.utils import logging as transformers_logging
 
 SAMPLE = "The sum of 17 and 25 is 42.\nLes œufs coûtent 3,50 €; 値段は変わらない。\n\tdef f(x): return x\n"
 """What is compared on where nothing was held out: weights from outside that are fine-tuned on conversations alone."""
+DATES = "".join(f" | replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in ("-d", *"aAbBdHIjmMpSuyYzZ"))
+DATED = "{%- macro strftime_now(format) -%}{{ format" + DATES + " }}{%- endmacro -%}"
+"""Before a chat template: it writes the day ours writes, `TODAY`, not the day of the export. (What transformers takes
+beside the messages arrives in the template as text: no function, no date can be handed over.)"""
 ROUNDING_MULTIPLE = 8
 UNIT_ROUNDOFF = 2.0**-24
 COMPARED_TOKENS = 256
@@ -109,8 +110,12 @@ def check_tokens(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> dict[str
     conversations = 0
     for messages, prompt in _conversations(ours, texts[0][:200]):
         ids, _ = encode_chat(ours, messages, generation_prompt=prompt)
-        with mock.patch.object(chat_template_utils, "datetime", SimpleNamespace(now=lambda: TODAY)):
-            rendered = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+        rendered = theirs.apply_chat_template(
+            messages,
+            chat_template=DATED + theirs.get_chat_template(),
+            add_generation_prompt=prompt,
+            return_dict=False,
+        )
         _same("chat template's tokens", ids, list(rendered), fault)
         compared, conversations = compared + len(ids), conversations + 1
     return {"compared_tokens": compared, "compared_conversations": conversations}

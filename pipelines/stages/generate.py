@@ -197,10 +197,8 @@ class TextStream:
         self.stopped = False
         self._tokenizer, self._stop, self._on_text = tokenizer, stop, on_text
         self._ids = list(after)
-        self._shown_from, self._shown_to = (
-            0,
-            len(self._ids),
-        )  # ids up to _shown_to are in the text; from _shown_from decoded again
+        # Ids up to _shown_to are in the text; from _shown_from on they are decoded again.
+        self._shown_from, self._shown_to = 0, len(self._ids)
         self._held = ""
 
     def feed(self, token: int) -> None:

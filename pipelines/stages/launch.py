@@ -88,7 +88,7 @@ class Watch:
     def __init__(self, job: dict[str, Any], out_dir: Path, ctx: Context) -> None:
         self._total = int(job["train"]["total_tokens"])
         self._out_dir, self._ctx = out_dir, ctx
-        self._offset = 0
+        self._inode, self._offset = 0, 0  # of metrics.jsonl: which file it was, and how far it has been read
         self._notes_told = len(self._notes())  # those of an interrupted attempt have been told
         self._kept: set[str] = set()
 
@@ -116,18 +116,15 @@ class Watch:
     def _newest_record(self) -> dict[str, Any] | None:
         try:
             with (self._out_dir / "metrics.jsonl").open("rb") as file:
-                if os.fstat(file.fileno()).st_size < self._offset:
-                    self._offset = 0  # a resumed run has cut the file
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:  # a resumed run cuts its record by a new file in the place of the old one
+                    self._inode, self._offset = inode, 0
                 file.seek(self._offset)
                 whole = file.read().rpartition(b"\n")[0]
         except FileNotFoundError:
             return None
         if not whole:
             return None
-        last = whole.rsplit(b"\n", 1)[-1]
-        if not last.startswith(b"{"):
-            self._offset = 0  # a resumed run has cut the file and written on, so that this is the end of another line
-            return None
         self._offset += len(whole) + 1
-        newest: dict[str, Any] = json.loads(last)
+        newest: dict[str, Any] = json.loads(whole.rsplit(b"\n", 1)[-1])
         return newest

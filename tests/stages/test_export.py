@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from data.tokenizer import Tokenizer
 from pipelines.engine.step import EngineError
 from pipelines.stages import export
 from pipelines.stages.weights import load_model
+from tests.data.foreign import save
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,22 @@ def test_bf16_weights_are_compared_as_rounded(small_run, tmp_path, in_process):
     metrics = export.run(settings, small_run, tmp_path, in_process(tmp_path))
     assert metrics["max_logit_error"] <= metrics["tolerance"]
     assert load_file(tmp_path / "model" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_a_chat_template_that_writes_the_date_is_compared_on_one_day(tmp_path):
+    from transformers import AutoTokenizer
+
+    from pipelines.stages.conformance import check_tokens
+
+    texts = [Path(argparse.__file__).read_text()[:40_000]]
+    folder = save("qwen", texts, tmp_path)
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ '<|im_start|>' + strftime_now('%d %b %Y') + '<|im_end|>' }}" + template.read_text())
+    ours = Tokenizer.load(folder)
+    assert check_tokens(ours, AutoTokenizer.from_pretrained(folder), texts)["compared_conversations"] == 2
+    template.write_text(template.read_text().replace("%b", "%m"))
+    with pytest.raises(EngineError, match=r"chat template's tokens part"):
+        check_tokens(ours, AutoTokenizer.from_pretrained(folder), texts)
 
 
 @pytest.mark.parametrize("fault", ["epsilon", "rope", "weight"])

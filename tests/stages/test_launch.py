@@ -78,13 +78,19 @@ def test_notes_are_told_and_checkpoints_kept_once(tmp_path: Path) -> None:
     assert context.kept == ["checkpoints/step-00000003", METRICS]
 
 
-def test_a_file_that_a_resumed_run_has_cut_and_written_on_is_read_from_its_lines(tmp_path: Path) -> None:
+def test_a_record_that_a_resumed_run_has_cut_is_read_from_its_beginning(tmp_path: Path) -> None:
     watch = Watch({"train": {"total_tokens": 20480.0}}, tmp_path, Shown(console.Display()))  # type: ignore[arg-type]
-    path = tmp_path / METRICS
-    path.write_text('{"step": 1, "loss": 4.25}\n{"step": 2, "loss": 4.125}\n')
-    assert (watch._newest_record() or {})["step"] == 2
-    path.write_text(
-        '{"step": 1, "loss": 4.25}\n{"step": 2, "loss": 4.0625000001}\n'
-    )  # where it stopped is within a line now
-    assert watch._newest_record() is None
-    assert (watch._newest_record() or {})["loss"] == 4.0625000001
+    log = MetricsLog(tmp_path / METRICS, keep_steps=0)
+    for step in range(1, 4):
+        log(row(step))
+    assert (watch._newest_record() or {})["step"] == 3
+    log = MetricsLog(tmp_path / METRICS, keep_steps=1)
+    assert (watch._newest_record() or {})["step"] == 1
+    for step in range(2, 5):
+        log({**row(step), "loss": 1 / 3})  # longer lines: where it stopped is within one now
+    assert (watch._newest_record() or {})["step"] == 4
+    log = MetricsLog(tmp_path / METRICS, keep_steps=2)
+    log(row(3))
+    log(row(4))
+    log(row(5))
+    assert (watch._newest_record() or {})["step"] == 5
