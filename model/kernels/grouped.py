@@ -1,15 +1,22 @@
 """Rows sorted by expert, each group times its own matrix, and the way of tokens there and back.
 
-`torch.nn.functional.grouped_mm` where it runs (bf16 on CUDA, any float on a CPU, rows of a multiple of 16 bytes), a
+`torch.nn.functional.grouped_mm` where it is best (bf16 on CUDA and fp32 on a CPU, rows of a multiple of 16 bytes), a
 product for each group elsewhere. Both are one custom operator: `torch.compile` sees a node of fixed shape however the
 groups fall, and FlopCounterMode, which knows nothing of grouped_mm, is told what it costs.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
+
+from model.kernels.documents import rounded, step_of
+
+SIZE_DIGITS = 4
+"""Binary digits, after the leading one, of the numbers of rows that are multiplied at a time. oneDNN, which multiplies bf16
+on a CPU, compiles for every size it has not met: groups of ever other sizes took 1.3 to 1.5 times as long."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +106,25 @@ def grouped_matmul(x_QD: torch.Tensor, weight_EFD: torch.Tensor, ends_E: torch.T
     """y_QF: row q times weightᵀ of the expert whose group it is in; zeros after the last group's end."""
     if _runs(x_QD, weight_EFD.shape[1]):
         y_QF = torch.nn.functional.grouped_mm(x_QD, weight_EFD.transpose(1, 2), offs=ends_E)
-        return _silenced(y_QF, ends_E)
-    y_QF = x_QD.new_zeros(x_QD.shape[0], weight_EFD.shape[1])
-    for expert, (start, end) in enumerate(_groups(ends_E)):
-        if start < end:
-            torch.mm(x_QD[start:end], weight_EFD[expert].T, out=y_QF[start:end])
+    else:
+        y_QF = _one_by_one(x_QD, weight_EFD, ends_E)
+    if y_QF.device.type == "cpu":
+        y_QF[int(ends_E[-1]) :].zero_()
+        return y_QF
+    after_Q = torch.arange(len(y_QF), device=y_QF.device) >= ends_E[-1]  # without waiting for the device
+    return y_QF.masked_fill_(after_Q[:, None], 0.0)
+
+
+def _one_by_one(x_QD: torch.Tensor, weight_EFD: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """y_QF, with whatever the memory held after the last group's end."""
+    rows, y_QF = len(x_QD), x_QD.new_empty(x_QD.shape[0], weight_EFD.shape[1])
+    for expert, start, end in _groups(ends_E):
+        taken = min(rounded(end - start, SIZE_DIGITS), rows)
+        if start + taken <= rows:  # the rows beyond the end are the next groups' to write
+            torch.mm(x_QD[start : start + taken], weight_EFD[expert].T, out=y_QF[start : start + taken])
+        else:
+            last_QF = x_QD[rows - taken :] @ weight_EFD[expert].T
+            y_QF[start:end] = last_QF[taken - rows + start : taken - rows + end]
     return y_QF
 
 
@@ -113,31 +134,31 @@ def grouped_outer(grad_QF: torch.Tensor, x_QD: torch.Tensor, ends_E: torch.Tenso
     if _runs(x_QD, grad_QF.shape[1]):
         return torch.nn.functional.grouped_mm(grad_QF.T, x_QD, offs=ends_E)
     grad_EFD = x_QD.new_zeros(len(ends_E), grad_QF.shape[1], x_QD.shape[1])
-    for expert, (start, end) in enumerate(_groups(ends_E)):
-        torch.mm(grad_QF[start:end].T, x_QD[start:end], out=grad_EFD[expert])
+    for expert, start, end in _groups(ends_E):
+        step = step_of(end - start, SIZE_DIGITS)
+        left = (end - start) % step
+        torch.mm(grad_QF[start : end - left].T, x_QD[start : end - left], out=grad_EFD[expert])
+        if left:
+            last_QF = grad_QF.new_zeros(step, grad_QF.shape[1])
+            last_QF[step - left :] = grad_QF[end - left : end]
+            grad_EFD[expert].addmm_(last_QF.T, x_QD[end - step : end])
     return grad_EFD
 
 
 def _runs(x_QD: torch.Tensor, outputs: int) -> bool:
-    """Whether grouped_mm takes these: on CUDA bf16 only, and rows in steps of 16 bytes."""
-    if not len(x_QD):
-        return False
+    """Whether grouped_mm is the way: bf16 on CUDA, fp32 on a CPU, and rows in steps of 16 bytes."""
     aligned = all(width * x_QD.element_size() % 16 == 0 for width in (x_QD.shape[1], outputs))
-    return aligned and (x_QD.device.type == "cpu" or x_QD.dtype == torch.bfloat16)
+    best = torch.float32 if x_QD.device.type == "cpu" else torch.bfloat16
+    return len(x_QD) > 0 and aligned and x_QD.dtype == best
 
 
-def _silenced(y_QF: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """Zeros after the last end, where grouped_mm leaves whatever the memory held."""
-    if y_QF.device.type == "cpu":
-        y_QF[int(ends_E[-1]) :].zero_()
-        return y_QF
-    after_Q = torch.arange(len(y_QF), device=y_QF.device) >= ends_E[-1]  # without waiting for the device
-    return y_QF.masked_fill_(after_Q[:, None], 0.0)
-
-
-def _groups(ends_E: torch.Tensor) -> list[tuple[int, int]]:
-    ends = ends_E.tolist()
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+def _groups(ends_E: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    """Expert, start and end of every group that has rows."""
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if start < end:
+            yield expert, start, end
+        start = end
 
 
 @grouped_matmul.register_fake

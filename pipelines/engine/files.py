@@ -26,7 +26,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def in_parallel(paths: Iterable[Path], work: Any) -> list[Any]:
+def in_parallel(paths: Iterable[Any], work: Any) -> list[Any]:
     """``work(path)`` for each path; hashing and fsync release the GIL, so threads use all cores."""
     with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) + 1)) as pool:
         return list(pool.map(work, paths))
@@ -144,19 +144,23 @@ class FileHashes:
 
     def of(self, paths: Iterable[Path]) -> list[str]:
         """sha256 hex of each file. Raises EngineError for one that cannot be read."""
-        return in_parallel(list(paths), self._one)
+        keys = [self._key(path) for path in paths]
+        unknown = [key for key in dict.fromkeys(keys) if key not in self._known]
+        if unknown:
+            in_parallel(unknown, self._hash)
+        return [self._known[key] for key in keys]
 
-    def _one(self, path: Path) -> str:
-        try:
-            status = path.stat()
-            key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
-            if key not in self._known:
-                self._known[key] = sha256_of(path)
-                if time.time() - status.st_mtime > RACY_SECONDS:
-                    self._remember(key)
-            return self._known[key]
-        except OSError as error:
-            raise EngineError(f"{path} cannot be read ({error.strerror}); it is an input of this run.") from error
+    def _key(self, path: Path) -> tuple[str, int, int]:
+        with _readable(path):
+            status = os.stat(path)
+            return os.path.realpath(path), status.st_size, status.st_mtime_ns
+
+    def _hash(self, key: tuple[str, int, int]) -> None:
+        path, _, mtime_ns = key
+        with _readable(path):
+            self._known[key] = sha256_of(Path(path))
+        if time.time() - mtime_ns / 1e9 > RACY_SECONDS:
+            self._remember(key)
 
     def _remember(self, key: tuple[str, int, int]) -> None:
         line = json.dumps([*key, self._known[key]]) + "\n"
@@ -164,6 +168,14 @@ class FileHashes:
             self._cache.parent.mkdir(parents=True, exist_ok=True)
             with open(self._cache, "ab", buffering=0) as file:
                 file.write(line.encode())  # one write in append mode: lines of two processes do not mix
+
+
+@contextlib.contextmanager
+def _readable(path: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read ({error.strerror}); it is an input of this run.") from error
 
 
 def relative_names(paths: tuple[Path, ...]) -> list[str]:

@@ -73,8 +73,14 @@ def test_at_even_widths_with_enough_tokens_they_are_so_to_the_last_bit(experts: 
 
 @pytest.mark.parametrize("experts", [8, 16, 64])
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_a_token_whose_experts_have_four_tokens_each_gets_the_dense_networks_bits(experts: int, scores: Any) -> None:
-    """Products of fewer rows are summed in another order, which is all that can differ."""
+def test_a_token_whose_experts_have_four_tokens_each_gets_the_dense_networks_bits(
+    experts: int, scores: Any, request: pytest.FixtureRequest
+) -> None:
+    """Products of fewer rows are summed in another order, which is all that can differ; on one thread, as several share
+    the sums out by the number of rows."""
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    torch.set_num_threads(1)
     config = replace(LLAMA, d_model=64, n_layers=1, ffn=replace(LLAMA.ffn, d_ff=128))
     target = replace(config, ffn=MoeConfig(n_experts=experts, d_ff=128, router=RouterConfig(scores=scores)))
     dense, sparse = build_model(config, seed=3).eval(), build_model(target).eval()
