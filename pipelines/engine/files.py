@@ -57,7 +57,7 @@ def describe(root: Path, relpaths: Iterable[str], *, durable: bool) -> dict[str,
             fsync(path)
         return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
-    return dict(zip(names, in_parallel(names, one), strict=True))  # type: ignore[arg-type]
+    return dict(zip(names, in_parallel(names, one), strict=True))
 
 
 def fsync(path: Path) -> None:
