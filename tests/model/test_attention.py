@@ -13,6 +13,7 @@ from model.kernels.accelerated import SEQUENCES_QUANTUM, Sequences, flex_attenti
 from model.kernels.attention import AttentionKernel, dense_attention
 from model.kernels.blockwise import QUERY_BLOCK, TILE_ELEMENTS
 from model.kernels.chunked import CHUNK_ELEMENTS
+from model.kernels.documents import BATCH_PAIRS, document_batches
 from model.kernels.select import select_kernel
 from model.masks import Mask, dense
 from tests.model.configurations import LLAMA
@@ -121,6 +122,24 @@ def test_a_kernel_agrees_with_the_definition_over_several_blocks_of_tokens(name:
     mask = long_masks()[kind]
     expected = output_and_gradients(dense_attention, q, k, v, grad, mask)
     found = output_and_gradients(KERNELS[name], q, k, v, grad, mask)
+    for theirs, ours in zip(expected, found, strict=True):
+        assert (theirs - ours).abs().max() <= 300 * 2**-24 * max(1.0, theirs.abs().max())
+
+
+@pytest.mark.parametrize(("batch_pairs", "batches"), [(0, 7), (BATCH_PAIRS, 3), (10**9, 1)])
+def test_documents_agree_with_the_definition_in_many_batches_and_in_few(
+    batch_pairs: int, batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.kernels.documents.BATCH_PAIRS", batch_pairs)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(3, 300, heads, 16, generator=generator) for heads in (4, 2, 2, 4))
+    mask = long_masks()["documents"]
+    assert mask.documents_BT is not None
+    made = list(document_batches(q, mask.documents_BT))
+    assert len(made) == batches
+    assert sum(batch.real_N.numel() for batch in made if batch.real_N is not None) == (mask.documents_BT != 0).sum()
+    expected = output_and_gradients(dense_attention, q, k, v, grad, mask)
+    found = output_and_gradients(KERNELS["auto"], q, k, v, grad, mask)
     for theirs, ours in zip(expected, found, strict=True):
         assert (theirs - ours).abs().max() <= 300 * 2**-24 * max(1.0, theirs.abs().max())
 
