@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -58,6 +59,9 @@ TINY = (
 """Overrides under which every step of the pipeline runs, in seconds."""
 
 LOCAL = "compute.backend=local"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests of Ctrl-C, and what they start, are to hear it
 
 METRICS_KEYS = {
     *("step", "loss", "grad_norm", "lr", "tokens", "rows", "batch_digest", "step_seconds", "data_seconds"),

@@ -284,6 +284,7 @@ def largest_allocation(mask: Mask, tokens: int) -> int:
 @pytest.mark.slow
 def test_compiled_training_never_compiles_again_for_other_documents() -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of what other tests compiled
     model = build_model(replace(LLAMA, n_layers=1))
     compiled = torch.compile(model, backend="aot_eager")  # traces as any backend does, without minutes of C++
     generator = torch.Generator().manual_seed(0)
