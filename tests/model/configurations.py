@@ -166,6 +166,9 @@ MIXTRAL = ModelConfig(
     ffn=MoeConfig(n_experts=4, top_k=2, d_ff=24, balance=BalanceConfig(loss=0.0)),
     init=LIVELY,
 )
+QWEN2 = replace(LLAMA, mixer=AttentionConfig(n_heads=4, n_kv_heads=2, qkv_bias=True))
+QWEN3 = replace(LLAMA, mixer=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, qk_norm=True))
+QWEN3_MOE = replace(MIXTRAL, mixer=QWEN3.mixer)
 LATENT = replace(
     LLAMA,
     position=RopeConfig(interleaved=True),

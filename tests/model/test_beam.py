@@ -14,7 +14,7 @@ from model.build import build_model
 from model.config import ModelConfig, ModelError
 from model.generate import Sampling, generate, unpadded
 from model.interop import from_hf, hf_config
-from tests.model.configurations import FALCON, GPT2, GPTJ, LLAMA
+from tests.model.configurations import FALCON, GPT2, GPTJ, LLAMA, MAMBA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE
 from tests.model.parity import trimmed
 
 transformers.logging.set_verbosity_error()
@@ -41,7 +41,23 @@ def left_padded(lengths: list[int], seed: int) -> tuple[torch.Tensor, torch.Tens
     return tokens.masked_fill(mask == 0, PAD), mask
 
 
-MODELS = {name: both(config) for name, config in (("llama", LLAMA), ("gpt2", GPT2), ("gptj", GPTJ), ("falcon", FALCON))}
+CONFIGS = {
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN3_MOE,
+    "gpt2": GPT2,
+    "gptj": GPTJ,
+    "falcon": FALCON,
+    "mamba": MAMBA,
+}
+MODELS = {name: both(config) for name, config in CONFIGS.items()}
+
+
+def test_each_family_is_compared_with_its_own_class() -> None:
+    assert {name: theirs.config.model_type for name, (theirs, _) in MODELS.items()} == {name: name for name in CONFIGS}
 
 
 @pytest.mark.parametrize("family", list(MODELS))

@@ -36,6 +36,9 @@ from tests.model.configurations import (
     MAMBA,
     MISTRAL,
     MIXTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
     any_config,
     mamba_configs,
     parallel_configs,
@@ -46,8 +49,8 @@ transformers.logging.disable_progress_bar()
 
 FAMILIES = pytest.mark.parametrize(
     "config",
-    [LLAMA, MISTRAL, GPT2, GPTJ, FALCON, MIXTRAL, MAMBA],
-    ids=["llama", "mistral", "gpt2", "gptj", "falcon", "mixtral", "mamba"],
+    [LLAMA, QWEN2, QWEN3, MISTRAL, GPT2, GPTJ, FALCON, MIXTRAL, QWEN3_MOE, MAMBA],
+    ids=["llama", "qwen2", "qwen3", "mistral", "gpt2", "gptj", "falcon", "mixtral", "qwen3_moe", "mamba"],
 )
 QUICK = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -10,6 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.beam import BeamConfig, beam_generate
 from model.build import build_model
 from model.config import LayerChange, ModelError
 from model.costs import activation_bytes, forward_flops, kv_cache_bytes, parameter_counts
@@ -122,16 +123,22 @@ def test_logits_gradients_and_bytes_are_the_references(config: transformers.Deep
     assert_same_gradients(gradients, gradients_of(ours))
 
 
+@pytest.mark.parametrize("beams", [1, 3])
 @settings(max_examples=3, deadline=None, phases=[Phase.generate])
 @given(config=described())
-def test_it_continues_as_transformers_does(config: transformers.DeepseekV3Config) -> None:
+def test_it_continues_as_transformers_does(beams: int, config: transformers.DeepseekV3Config) -> None:
     theirs = made(config)
     ours, (tokens_BT, _) = imported(theirs), inputs(config.vocab_size)
     real_BT = torch.ones_like(tokens_BT)
     real_BT[1, :6] = 0  # their prompts are padded on the left
     sampling = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 1, "pad_token_id": 0}
-    expected = theirs.generate(tokens_BT, attention_mask=real_BT, **sampling)[:, TOKENS:]
-    found = generate(ours, unpadded(tokens_BT, real_BT), Sampling(max_new_tokens=12, temperature=0.0), stop_ids=[1])
+    expected = theirs.generate(tokens_BT, attention_mask=real_BT, num_beams=beams, **sampling)[:, TOKENS:]
+    prompts, greedy = unpadded(tokens_BT, real_BT), Sampling(max_new_tokens=12, temperature=0.0)
+    if beams == 1:
+        found = generate(ours, prompts, greedy, stop_ids=[1])
+    else:
+        texts = beam_generate(ours, prompts, greedy, BeamConfig(beams=beams), stop_ids=[1])
+        found = [best.tokens for best, *_ in texts]
     for row, text in zip(expected.tolist(), found, strict=True):
         assert text == trimmed(row, [1])
 
