@@ -389,7 +389,7 @@ def _cause(error: Exception, gang: Gang) -> Exception:
     failures = getattr(error, "worker_failures", {})
     user_errors = []
     for rank, failure in sorted(failures.items()):
-        base = getattr(failure, "_base_exc", None)
+        base = getattr(failure, "_base_exc", failure)  # one Ray wraps it, another hands it on as it was raised
         if not isinstance(base, _RankError):
             log = log_tail(gang.logs / f"rank-{rank}.log")
             return WorkerDiedError(f"rank {rank} was killed or its machine went away ({failure}).{log}")
