@@ -78,7 +78,8 @@ class ReadLog:
         if self.counts[key] > allowed:
             raise DataError(
                 f"{file.path}, line {line}: {what}. This is malformed line {self.counts[key]} of the file and at most "
-                f"{allowed} are passed over. Repair the file, or raise reader.max_malformed_lines_per_file."
+                f"{allowed} are passed over. Repair the file, or raise max_malformed_lines_per_file of what reads it: "
+                "corpus.reader, sources.NAME.reader or finetune.data.reader."
             )
 
 

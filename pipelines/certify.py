@@ -50,7 +50,7 @@ def certify_resume(overrides: Sequence[str]) -> int:
         raise SettingsError(f"store={settings.store}: certify compares files on this machine; add store=FOLDER.")
     steps = build(settings)
     named(steps, "pretrain")
-    settings.check_batches(["pretrain"])  # the user's own, which the scaled-down trainings replace
+    settings.check_sizes(["pretrain"])  # the user's own, which the scaled-down trainings replace
     folder = Path(settings.store).absolute() / ".certify" / settings.experiment
     if folder.exists():
         shutil.rmtree(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +20,9 @@ from pipelines.settings import Settings, SettingsError
 def execute(settings: Settings, targets: Sequence[Step], *, quiet: bool = False) -> list[StepReport]:
     """Run the steps that `targets` need. SIGTERM is taken as Ctrl-C: a clean stop with all work kept.
 
-    Raises TrainingError before anything runs for a batch that a training among them would refuse.
+    Raises TrainingError or EngineError before anything runs for a batch or a window that a step among them would refuse.
     """
-    settings.check_batches(_needed(targets))
+    settings.check_sizes(_needed(targets))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with console.Display() as display:
         backend = make_backend(settings)
@@ -51,13 +52,13 @@ def named(steps: dict[str, Step], name: str) -> Step:
     return steps[name]
 
 
-def made(settings: Settings, step: Step) -> Path:
-    """The local folder of a step's artifact, or SettingsError that says how to make it."""
+def made(settings: Settings, step: Step, overrides: Sequence[str]) -> Path:
+    """The local folder of a step's artifact, or SettingsError that says by which command to make it."""
     folder = found(settings, step)
     if folder is None:
         raise SettingsError(
             f"step {step.name!r} of experiment {settings.experiment!r} is not in the store {settings.store}; make it "
-            f"first: athanor run experiment={settings.experiment} --until {step.name}"
+            f"first: athanor run {shlex.join(overrides)} --until {step.name}"
         )
     return folder
 

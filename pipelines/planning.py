@@ -32,7 +32,7 @@ def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any
     from model.build import build_model
     from model.costs import activation_bytes, parameter_counts
 
-    settings.check_batches()
+    settings.check_sizes()
     name, train = settings.first_training()
     model, seq_len, ranks = settings.resolved_model(), settings.shards.seq_len, settings.compute.ranks
     built = build_model(model, device="meta")  # proves that it can be built at this size, without its memory

@@ -205,8 +205,9 @@ class Settings:
             compute=self.compute,
         )
 
-    def check_batches(self, steps: Collection[str] = ("pretrain", "finetune")) -> None:
-        """Refuse at once a batch that one of these steps would refuse after hours of other work. Raises TrainingError."""
+    def check_sizes(self, steps: Collection[str] = ("pretrain", "finetune", "evaluate")) -> None:
+        """Refuse at once what one of these steps would refuse after hours of other work: a batch (TrainingError), or
+        windows of evaluation (EngineError)."""
         tuning = self.finetuning() if "finetune" in steps else None
         trainings = {"pretrain": self.pretraining().train} if self.pretrains and "pretrain" in steps else {}
         trainings |= {"finetune.train": tuning.train} if tuning is not None else {}
@@ -215,6 +216,8 @@ class Settings:
                 BatchPlan.derive(train, seq_len=self.shards.seq_len, world_size=self.compute.ranks, largest_rows=1)
             except TrainingError as error:
                 raise TrainingError(f"{where}.{error}") from error
+        if "evaluate" in steps and self.writes_from_left_to_right():
+            self.evaluate.windows(self.resolved_model().max_seq_len, self.shards.seq_len if self.pretrains else None)
 
     def _everywhere(self) -> dict[str, Any]:
         """Execution settings that every training step shares."""

@@ -44,7 +44,7 @@ def pretrain(settings: Settings) -> int:
     """Make the pretrain artifact; every rank calls this. Returns the exit code."""
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     settings = replace(settings, compute=replace(settings.compute, ranks=world_size))
-    settings.check_batches(["pretrain"])
+    settings.check_sizes(["pretrain"])
     if world_size > 1:
         gloo_too = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(gloo_too, timeout=INPUTS_MAY_TAKE)

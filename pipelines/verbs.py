@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -39,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = (*settings.evaluate.samples.prompts, "Once ")[0].partition("\n")[0]
     prompt = prompt if settings.writes_from_left_to_right() else ""
     # Not through rich, which would break a long command into lines that a shell does not take.
-    sys.stdout.write(_next_words(arguments.overrides, reports, prompt) + "\n")
+    until = ["--until", arguments.until] if arguments.until else []
+    sys.stdout.write(_next_words(arguments.overrides, until, reports, prompt) + "\n")
     return 0
 
 
@@ -52,7 +54,7 @@ ENDINGS = {
 """What ended a completion, as a person who typed the command calls it."""
 
 
-def _next_words(overrides: Sequence[str], reports: Sequence[StepReport], prompt: str) -> str:
+def _next_words(overrides: Sequence[str], until: Sequence[str], reports: Sequence[StepReport], prompt: str) -> str:
     """What to type next, whole commands for a shell; `prompt` is empty for a model that continues none."""
     paths = {report.name: console.shown_path(report.path) for report in reports}
     same = shlex.join(overrides)
@@ -68,7 +70,7 @@ def _next_words(overrides: Sequence[str], reports: Sequence[StepReport], prompt:
         lines.append(f"load     transformers.{loader}.from_pretrained({paths['export'] + '/model'!r})")
     only_tuned = "finetune" in paths and "pretrain" not in paths
     change, step = ("finetune.train.optim.lr", "finetune") if only_tuned else ("optim.lr", "pretrain")
-    lines.append(f"change   athanor run {same} {change}=1e-3")
+    lines.append(f"change   athanor run {shlex.join([*overrides, f'{change}=1e-3', *until])}")
     lines.append(f"why      athanor why {step} {same} {change}=1e-3")
     return "\n".join(lines)
 
@@ -123,6 +125,10 @@ def generate(arguments: argparse.Namespace) -> int:
             "no prompt; add --prompt 'def ' (may be given several times), or --chat --prompt 'a question'."
         )
     model_dir, tokenizer_dir = _model_folders(arguments)
+    if arguments.chat and model_dir.parent.parent.name == "pretrain":
+        sys.stderr.write(
+            "[this model has not been fine-tuned on conversations; it continues the chat template as text]\n"
+        )
     generator = TextGenerator.open(model_dir, tokenizer_dir)
     if arguments.quantize:
         sys.stderr.write(f"[{generator.quantize(arguments.quantize)}]\n")
@@ -154,7 +160,8 @@ def _model_folders(arguments: argparse.Namespace) -> tuple[Path, Path | None]:
     steps = build(settings)
     trained = [name for name in ("finetune", "pretrain") if name in steps]
     wanted = arguments.source or next((name for name in trained if found(settings, steps[name])), trained[-1])
-    return made(settings, named(steps, wanted)) / "model", made(settings, steps["tokenizer"])
+    words = arguments.overrides
+    return made(settings, named(steps, wanted), words) / "model", made(settings, steps["tokenizer"], words)
 
 
 def _valid(cls: type[Any], **values: Any) -> Any:
@@ -185,12 +192,14 @@ def trace(arguments: argparse.Namespace) -> int:
     from data.trace import trace_step
     from pipelines.stages.pretrain import source_of
 
-    settings = compose(arguments.overrides)
+    settings, words = compose(arguments.overrides), arguments.overrides
     steps = build(settings)
     pretrain_step, run_settings = named(steps, "pretrain"), settings.pretraining()
     rows_steps = {name: step for name, step in pretrain_step.inputs.items() if name.startswith("shards")}
-    shard_sets = {source_of(name): ShardSet.open(made(settings, step)) for name, step in rows_steps.items()}
-    corpora = {source_of(name): made(settings, step.inputs["corpus"]) / "train" for name, step in rows_steps.items()}
+    shard_sets = {source_of(name): ShardSet.open(made(settings, step, words)) for name, step in rows_steps.items()}
+    corpora = {
+        source_of(name): made(settings, step.inputs["corpus"], words) / "train" for name, step in rows_steps.items()
+    }
     tokens_per_step = run_settings.train.global_batch_tokens
     if arguments.step > (last := run_settings.train.total_tokens // tokens_per_step):
         raise SettingsError(f"--step {arguments.step}: this run has {last:,} steps; name one from 1 to {last}.")
@@ -199,7 +208,7 @@ def trace(arguments: argparse.Namespace) -> int:
         order_over(shard_sets, order=run_settings.order, mixture=run_settings.mixture),
         step=arguments.step,
         rows_per_step=tokens_per_step // settings.shards.seq_len,
-        tokenizer=Tokenizer.load(made(settings, steps["tokenizer"])),
+        tokenizer=Tokenizer.load(made(settings, steps["tokenizer"], words)),
         corpora=corpora,
     )
     if arguments.json:
@@ -279,7 +288,9 @@ def cluster_settings(overrides: Sequence[str]) -> ClusterSettings:
     values = dict(word.split("=", 1) for word in overrides if "=" in word)
     kind = values.pop("cluster", None)
     if kind not in KINDS:
-        given = f"cluster={kind}: no such cluster" if kind else "no cluster chosen"
+        near = difflib.get_close_matches(kind or "", KINDS, n=1)
+        hint = f", did you mean {near[0]!r}" if near else ""
+        given = f"cluster={kind}: no such cluster{hint}" if kind else "no cluster chosen"
         raise SettingsError(f"{given}; add cluster=KIND, one of {', '.join(KINDS)}.")
     return section(KINDS[kind], f"cluster/{kind}", values)
 

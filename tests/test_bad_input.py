@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from pipelines.teach import settings_help
-from tests.conftest import LOCAL, answer, complaint, tiny
+from tests.conftest import LOCAL, answer, athanor, complaint, tiny
 
 
 def test_a_misspelled_experiment_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,11 +134,32 @@ def test_a_corpus_too_small_for_the_vocabulary(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-def test_a_corpus_too_small_for_one_batch(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
-    overrides = tiny(
-        corpus_dir, tmp_path / "store", LOCAL, "pretrain.global_batch_tokens=1024000", "pretrain.total_tokens=1024000"
-    )
-    assert "rows" in complaint(capsys, "run", *overrides)
+def test_a_corpus_too_small_for_one_batch_is_told_by_a_rank_under_ray_and_not_tried_again(
+    corpus_dir: Path, tmp_path: Path
+) -> None:
+    more = ("pretrain.global_batch_tokens=1024000", "pretrain.total_tokens=1024000", "--until", "pretrain")
+    refused = athanor("run", *tiny(corpus_dir, tmp_path / "store", *more), check=False)
+    *_, said = refused.stderr.strip().splitlines()
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr and "again" not in said
+    assert re.match(r"athanor: .*The corpus is too small for one batch: it packs into \d+ rows", said), refused.stderr
+
+
+@pytest.mark.parametrize("verb", [("run",), ("plan",)])
+def test_windows_of_evaluation_that_skip_tokens_are_refused_before_training(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path, verb: tuple[str, ...]
+) -> None:
+    said = complaint(capsys, *verb, *tiny(corpus_dir, tmp_path / "store", LOCAL, "evaluate.stride_tokens=65"))
+    assert "evaluate.stride_tokens = 65: windows of 64 tokens" in said
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_is_not_made_yet_is_named_by_the_command_that_makes_it(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
+) -> None:
+    overrides = tiny(corpus_dir, tmp_path / "a store", LOCAL)
+    said = complaint(capsys, "generate", *overrides, "--prompt", "x")
+    command = shlex.split(said.partition("make it first: ")[2])
+    assert command == ["athanor", "run", *overrides, "--until", "pretrain"]
 
 
 def test_a_global_batch_that_does_not_divide(

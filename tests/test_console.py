@@ -74,10 +74,10 @@ def test_what_to_type_next_is_whole_commands_that_a_shell_takes_as_they_are() ->
         StepReport(name=name, digest="d", state="made", path=f"/s t/{name}")
         for name in ("pretrain", "export", "report")
     ]
-    lines = [line.split(maxsplit=1) for line in _next_words(words, reports, "it's").splitlines()]
+    lines = [line.split(maxsplit=1) for line in _next_words(words, ["--until", "export"], reports, "it's").splitlines()]
     typed = {what: shlex.split(command) for what, command in lines}
     assert typed["open"] == ["/s t/report/report.html"]
     assert typed["try"] == ["athanor", "generate", *words, "--prompt", "it's"]
     assert typed["look"] == ["athanor", "trace", *words, "--step", "1"]
-    assert typed["change"] == ["athanor", "run", *words, "optim.lr=1e-3"]
+    assert typed["change"] == ["athanor", "run", *words, "optim.lr=1e-3", "--until", "export"]
     assert typed["why"] == ["athanor", "why", "pretrain", *words, "optim.lr=1e-3"]

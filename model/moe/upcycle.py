@@ -21,13 +21,13 @@ def upcycled(
 
     The weights of a token's experts sum to one and `Gather` adds equal copies without rounding, so in evaluation a logit
     changes by no more than the rounding of products: a row times a matrix is summed in an order that depends on how many
-    rows and columns are multiplied at once. On one thread in fp32 with MKL every logit is what it was to the last bit (tested)
-    where d_model and d_ff are multiples of 64 and every expert of every layer is chosen by none or by at least 4 of a
-    pass's tokens, of which there are at least 4; products of 1, 2 or 3 rows, and the last columns at other widths, are
-    summed in another order. So many experts for few tokens, or decoding token by token, differ by rounding (about 1e-7 of
-    the largest logit). Routers are drawn from `seed`, and shared experts start with a last matrix of zeros. An encoder may
-    have experts too. Raises ModelError where `target` differs from `config` in more than its experts, or could not compute
-    the same.
+    rows and columns are multiplied at once. On one thread, in fp32 with MKL, every logit is what it was to the last bit
+    (tested) where d_model and d_ff are multiples of 64 and every expert of every layer is chosen by none or by at least
+    4 of a pass's tokens, of which there are at least 4; products of 1, 2 or 3 rows, and the last columns at other
+    widths, are summed in another order. So many experts for few tokens, or decoding token by token, differ by rounding
+    (about 1e-7 of the largest logit). Routers are drawn from `seed`, and shared experts start with a last matrix of
+    zeros. An encoder may have experts too. Raises ModelError where `target` differs from `config` in more than its
+    experts, or could not compute the same.
     """
     _check(config, target)
     if config.encoder is not None and target.encoder is not None:

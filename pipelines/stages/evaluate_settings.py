@@ -58,6 +58,21 @@ class EvaluateSettings:
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1; leave it out for the default.")
 
+    def windows(self, max_seq_len: int, trained_tokens: int | None) -> tuple[int, int]:
+        """Context and stride in tokens for a model of `max_seq_len`, trained on rows of `trained_tokens`. Raises
+        EngineError where it was not made for such a window, or windows would skip some tokens."""
+        context = self.context_tokens or min(max_seq_len, trained_tokens or max_seq_len)
+        stride = self.stride_tokens or max(1, context // 2)
+        if context > max_seq_len:
+            raise EngineError(
+                f"evaluate.context_tokens = {context}: the model was made for {max_seq_len} tokens; choose at most that."
+            )
+        if stride > context:
+            raise EngineError(
+                f"evaluate.stride_tokens = {stride}: windows of {context} tokens would skip some; choose at most {context}."
+            )
+        return context, stride
+
 
 def task_path(name: str, folders: Sequence[str]) -> Path:
     """The YAML file of a task: in the user's folders first, then in conf/evaluate/tasks. EngineError if in none."""

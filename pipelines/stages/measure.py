@@ -16,7 +16,7 @@ import numpy as np
 from data.document import Document
 from data.shard_set import ShardSet
 from data.tokenizer import Tokenizer
-from pipelines.engine.step import Artifact, EngineError
+from pipelines.engine.step import Artifact
 from pipelines.stages import held_out
 from pipelines.stages.baselines import COMPRESSORS, token_counts, unigram_nats
 from pipelines.stages.evaluate_settings import EvaluateSettings
@@ -94,7 +94,7 @@ def score(work: Work, out_dir: Path) -> dict[str, Any]:
 
     model = _model(work)
     tokenizer = Tokenizer.load(work.tokenizer.path)
-    context_tokens, stride_tokens = window_tokens(work, model.config.max_seq_len)
+    context_tokens, stride_tokens = work.settings.windows(model.config.max_seq_len, work.trained_tokens)
     scores = score_sequences(
         model,
         [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(_texts(work))],
@@ -107,21 +107,6 @@ def score(work: Work, out_dir: Path) -> dict[str, Any]:
         "tokens": [score.tokens for score in scores],
         "windows": {"context_tokens": context_tokens, "stride_tokens": stride_tokens},
     }
-
-
-def window_tokens(work: Work, max_seq_len: int) -> tuple[int, int]:
-    """Context and stride in tokens. Raises EngineError where the model was not made for such a window."""
-    context = work.settings.context_tokens or min(max_seq_len, work.trained_tokens or max_seq_len)
-    stride = work.settings.stride_tokens or max(1, context // 2)
-    if context > max_seq_len:
-        raise EngineError(
-            f"evaluate.context_tokens = {context}: the model was made for {max_seq_len} tokens; choose at most that."
-        )
-    if stride > context:
-        raise EngineError(
-            f"evaluate.stride_tokens = {stride}: windows of {context} tokens would skip some; choose at most {context}."
-        )
-    return context, stride
 
 
 def baselines(work: Work, out_dir: Path) -> dict[str, Any]:
@@ -147,7 +132,7 @@ def tasks(work: Work, out_dir: Path) -> dict[str, Any]:
     from pipelines.stages.harness import HarnessModel, run_tasks
 
     model, tokenizer = _model(work), Tokenizer.load(work.tokenizer.path)
-    context_tokens, _ = window_tokens(work, model.config.max_seq_len)
+    context_tokens, _ = work.settings.windows(model.config.max_seq_len, work.trained_tokens)
     harness = HarnessModel(model, tokenizer, max_length=context_tokens, tokens_per_batch=work.settings.tokens_per_batch)
     return {"tasks": run_tasks(harness, _documents(work), work.settings, out_dir / work.folder)}
 
