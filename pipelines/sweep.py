@@ -170,6 +170,7 @@ def watching(points: Sequence[Combination]) -> Iterator[None]:
     differing = _differing(points)
 
     def look() -> None:
+        """One round: whatever has changed since the last is told."""
         for number, point in enumerate(points):
             if point.settings is None:
                 continue

@@ -124,11 +124,9 @@ def generate(arguments: argparse.Namespace) -> int:
         raise SettingsError(
             "no prompt; add --prompt 'def ' (may be given several times), or --chat --prompt 'a question'."
         )
-    model_dir, tokenizer_dir = _model_folders(arguments)
-    if arguments.chat and model_dir.parent.parent.name == "pretrain":
-        sys.stderr.write(
-            "[this model has not been fine-tuned on conversations; it continues the chat template as text]\n"
-        )
+    step, model_dir, tokenizer_dir = _model_folders(arguments)
+    if arguments.chat and step == "pretrain":
+        sys.stderr.write("[a pretrained model, not fine-tuned on conversations: it continues the chat as text]\n")
     generator = TextGenerator.open(model_dir, tokenizer_dir)
     if arguments.quantize:
         sys.stderr.write(f"[{generator.quantize(arguments.quantize)}]\n")
@@ -152,16 +150,17 @@ def generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _model_folders(arguments: argparse.Namespace) -> tuple[Path, Path | None]:
-    """Where the weights and the tokenizer lie: a folder that is both, or a step's artifact and the tokenizer's."""
+def _model_folders(arguments: argparse.Namespace) -> tuple[str | None, Path, Path | None]:
+    """The step that made the weights, if one did, and where they and the tokenizer lie: a folder that is both, or a step's
+    artifact and the tokenizer's."""
     if arguments.source and Path(arguments.source).is_dir():
-        return Path(arguments.source), None
+        return None, Path(arguments.source), None
     settings = compose(arguments.overrides)
     steps = build(settings)
     trained = [name for name in ("finetune", "pretrain") if name in steps]
     wanted = arguments.source or next((name for name in trained if found(settings, steps[name])), trained[-1])
     words = arguments.overrides
-    return made(settings, named(steps, wanted), words) / "model", made(settings, steps["tokenizer"], words)
+    return wanted, made(settings, named(steps, wanted), words) / "model", made(settings, steps["tokenizer"], words)
 
 
 def _valid(cls: type[Any], **values: Any) -> Any:

@@ -126,6 +126,8 @@ def test_a_trained_model_continues_a_prompt_the_same_for_the_same_seed(
     assert one == two and one.startswith("def x = 1")
     smaller = answer(capsys, *ask, "--quantize", "int4")
     assert smaller.out.startswith("def x = 1") and "int4: " in smaller.err
+    chats = [answer(capsys, *ask, "--from", step, "--chat").err for step in ("pretrain", "finetune")]
+    assert ["not fine-tuned" in said for said in chats] == [True, False]
 
 
 def test_the_export_is_loaded_by_transformers_and_agrees_with_the_artifact(finished: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from model.kernels.columns import by_columns
-from model.kernels.documents import rounded
+from model.kernels.sizes import rounded
 from model.masks import Mask
 from model.uncompiled import uncompiled
 
@@ -278,6 +278,7 @@ class _Chunked(torch.autograd.Function):
         block: int,
         scale: float,
     ) -> torch.Tensor:
+        """Keeps the inputs alone for the backward pass."""
         ctx.save_for_backward(q_BTHC, k_BTKC, v_BTKC, bias_HL)
         ctx.plan, ctx.block, ctx.scale = plan, block, scale
         blocks = _Blocks(q_BTHC, k_BTKC, v_BTKC, bias_HL, plan, block, scale)
@@ -289,6 +290,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of q, k, v and the bias; the weights of each piece are computed anew."""
         q_BTHC, k_BTKC, v_BTKC, bias_HL = ctx.saved_tensors
         blocks = _Blocks(q_BTHC, k_BTKC, v_BTKC, bias_HL, ctx.plan, ctx.block, ctx.scale)
         grad_BKQMC = blocks.cut(gradients[0], blocks.units)

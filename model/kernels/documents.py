@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from model.kernels.sizes import rounded
+
 SHORT = 128  # up to this length, documents share a batch with others within a power of two
 BATCH_PAIRS = 150_000
 """Pairs of tokens of one head that take as long as a batch's beginning, forward and backward: 1.3 ms beside 6 to 10 ns a
@@ -51,11 +53,7 @@ class DocumentBatch:
 
 
 def document_batches(q_BTHC: torch.Tensor, documents_BT: torch.Tensor | None) -> Iterator[DocumentBatch]:
-    """All documents, those of similar length together.
-
-    Lengths and counts are rounded up to few distinct values: oneDNN compiles its products for each shape it meets,
-    which takes longer than a small product itself.
-    """
+    """All documents, those of similar length together, lengths and counts rounded up to few distinct values."""
     if documents_BT is None:
         yield DocumentBatch()
         return
@@ -139,14 +137,3 @@ def document_runs(documents_BT: torch.Tensor) -> tuple[list[int], list[int]]:
     lengths = starts.diff(append=starts.new_tensor([documents_BT.numel()]))
     real = documents_BT.flatten()[starts] != 0
     return starts[real].tolist(), lengths[real].tolist()
-
-
-def rounded(count: int, digits: int) -> int:
-    """`count` rounded up to a number with `digits` binary digits after the leading one."""
-    step = step_of(count, digits)
-    return -(-count // step) * step
-
-
-def step_of(count: int, digits: int) -> int:
-    """The last of `digits` binary digits after the leading one of `count`; 1 where it has no more."""
-    return 1 << max(0, count.bit_length() - 1 - digits)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from model.kernels.documents import rounded, step_of
+from model.kernels.sizes import rounded, step_of
 
 SIZE_DIGITS = 4
-"""Binary digits, after the leading one, of the numbers of rows that are multiplied at a time. oneDNN, which multiplies bf16
-on a CPU, compiles for every size it has not met: groups of ever other sizes took 1.3 to 1.5 times as long."""
+"""Binary digits, after the leading one, of the numbers of rows that are multiplied at a time: groups of ever other sizes
+took 1.3 to 1.5 times as long in bf16 on a CPU."""
 
 
 @dataclass(frozen=True)

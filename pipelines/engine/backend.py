@@ -137,6 +137,7 @@ class RayBackend(Backend):
         gpus: float = 0,
         poll: Poll = lambda: None,
     ) -> Generator[tuple[str, Any], None, None]:
+        """Tasks of Ray, two for every free slot so that no worker waits for this loop; what has not ended is cancelled."""
         ray = self._ray()
         at_once = check_feasible(self.resources(), cpus=cpus, gpus=gpus)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(guarded_call)
@@ -167,6 +168,7 @@ class RayBackend(Backend):
             ) from error
 
     def gang(self, gang: Gang, *, poll: Poll = lambda: None) -> Any:
+        """The ranks of one `TorchTrainer`, from a thread beside this one, which polls."""
         self._ray()
         check_feasible(self.resources(), cpus=gang.cpus_per_worker, gpus=gang.gpus_per_worker, copies=gang.workers)
         answer: list[Any] = []

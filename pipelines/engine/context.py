@@ -57,6 +57,7 @@ class RunContext(Context):
         gpus: float = 0,
         scratch: bool = False,
     ) -> dict[str, dict[str, Any]]:
+        """Only shards without a done-marker are computed, and each is kept as soon as it comes back."""
         assert label not in self._labels, f"map_shards was called twice with the label {label!r}"
         self._labels.add(label)
         folder = "scratch" if scratch else "out"
@@ -92,6 +93,7 @@ class RunContext(Context):
         max_failures: int = 3,
         while_waiting: Callable[[], None] | None = None,
     ) -> Any:
+        """Ranks that die are started again, all together, `max_failures` times; an error of their own is raised at once."""
         looked = time.monotonic()
 
         def poll() -> None:

@@ -51,6 +51,7 @@ class LocalBackend(Backend):
         gpus: float = 0,
         poll: Poll = lambda: None,
     ) -> Generator[tuple[str, Any], None, None]:
+        """Worker processes of this machine, as many as its cores allow; in one process the calls take turns."""
         at_once = check_feasible(self._resources, cpus=cpus, gpus=gpus)
         if self._in_process:
             for name, args in calls.items():
@@ -68,6 +69,7 @@ class LocalBackend(Backend):
                 worker.end()
 
     def gang(self, gang: Gang, *, poll: Poll = lambda: None) -> Any:
+        """One process for each rank, joined by torch.distributed on loopback; a lone rank may run in this process."""
         check_feasible(self._resources, cpus=gang.cpus_per_worker, gpus=gang.gpus_per_worker, copies=gang.workers)
         if self._in_process and gang.workers == 1:
             return _beside(gang, poll)

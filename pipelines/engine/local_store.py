@@ -36,6 +36,7 @@ class LocalStore(Store):
         return str(self._folder(step, digest))
 
     def find(self, step: str, digest: str) -> Artifact | None:
+        """Raises EngineError for a folder that holds another digest than its name says."""
         folder = self._folder(step, digest)
         manifest = _manifest(folder)
         if manifest is None:
@@ -47,6 +48,7 @@ class LocalStore(Store):
         return Artifact(step=step, digest=digest, url=str(folder), manifest=manifest)
 
     def check(self, artifact: Artifact) -> None:
+        """Sizes alone, which cost a stat each. Raises EngineError for a file that is missing or of another size."""
         for path, entry in artifact.manifest["files"].items():
             file = Path(artifact.url, path)
             size = file.stat().st_size if file.is_file() else None
@@ -57,6 +59,7 @@ class LocalStore(Store):
                 )
 
     def verify(self, artifact: Artifact, self_checking: tuple[str, ...]) -> None:
+        """Sizes, and sha256 of what does not check itself; hashes of unchanged files are remembered on this machine."""
         self.check(artifact)
         entries = {
             path: entry["sha256"]
@@ -76,6 +79,7 @@ class LocalStore(Store):
         return [manifest for manifest in found if manifest is not None]
 
     def open_work(self, lease: Lease, step: str, digest: str, *, resumes: bool) -> Work:
+        """The newest attempt that a lease still vouches for goes on under this one's token; older ones are removed."""
         attempts = self._attempts(step, digest)
         usable = [token for token in attempts if lease.floor <= token < lease.token]
         root = self._attempt(step, digest, lease.token)

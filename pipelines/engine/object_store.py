@@ -55,6 +55,7 @@ class ObjectStore(Store):
         return f"{self.url}/{step}/{digest[:SHORT]}"
 
     def find(self, step: str, digest: str) -> Artifact | None:
+        """Raises EngineError for objects that hold another digest than their name says."""
         manifest = self._objects.read_json(f"{step}/{digest[:SHORT]}/{manifests.NAME}")
         if manifest is None:
             return None
@@ -78,6 +79,7 @@ class ObjectStore(Store):
         return list(self._objects.read_all_json(f"{step}/*/{manifests.NAME}").values())
 
     def open_work(self, lease: Lease, step: str, digest: str, *, resumes: bool) -> Work:
+        """This machine's folder of the last attempt goes on if nobody else had it since; else what was kept comes down."""
         folder = self._cache / "work" / work_name(step, digest)
         work = Work(root=folder / attempt_name(lease.token))
         before = folder / attempt_name(lease.token - 1)

@@ -47,6 +47,7 @@ class FileRecords(Records):
         self._lock = folder / ".lock"
 
     def read(self, name: str) -> Seen | None:
+        """The bytes themselves are the version; the age is by the file server's clock."""
         path = self._folder / f"{name}.json"
         try:
             data, written = path.read_bytes(), path.stat().st_mtime
@@ -55,6 +56,7 @@ class FileRecords(Records):
         return Seen(value=json.loads(data), version=data.decode(), age_seconds=self._now() - written)
 
     def write(self, name: str, value: dict[str, Any], expected: str | None) -> str | None:
+        """Compare and write under a lock of the file system; None where another's version stands."""
         path = self._folder / f"{name}.json"
         data = json_bytes(value)
         with locked(self._lock):
@@ -81,6 +83,7 @@ class S3Records(Records):
         self._bucket, _, self._prefix = prefix.partition("/")
 
     def read(self, name: str) -> Seen | None:
+        """The ETag is the version; the age is by the server's clock."""
         try:
             data, answer = self._get(name)
         except FileNotFoundError:
@@ -91,6 +94,7 @@ class S3Records(Records):
         return Seen(value=json.loads(data), version=answer["ETag"], age_seconds=age_seconds)
 
     def write(self, name: str, value: dict[str, Any], expected: str | None) -> str | None:
+        """A conditional put; None where another's version stands."""
         data = json_bytes(value)
         condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
         try:

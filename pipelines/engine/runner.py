@@ -110,6 +110,7 @@ class _Run:
         self._cancelled = threading.Event()
 
     def all(self) -> list[StepReport]:
+        """Make what is missing, side by side where resources allow; after an error what runs may end before it is raised."""
         waiting = [node for node in self._nodes if node.digest in self._needed and not self._is_cached(node)]
         error: BaseException | None = None
         there = self._backend.resources() if waiting else Resources(cpus=0, gpus=0)

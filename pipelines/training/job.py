@@ -61,6 +61,7 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
         freeze(model, job["freeze"])
 
     def loader_factory(plan: BatchPlan, rank: int) -> Loader:
+        """This rank's loader, once the batch plan is known."""
         return Loader(
             shard_sets,
             order=order,
