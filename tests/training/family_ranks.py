@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from model.architectures import Transformer
 from model.build import build_model
 from model.classifiers import ClassifierHeadConfig
 from model.config import ModelConfig
@@ -24,6 +27,17 @@ from model.modalities.mel import MelFrontendConfig
 from model.modalities.patches import PatchFrontendConfig
 from model.modalities.waveform import WaveformFrontendConfig
 from model.moe.config import BalanceConfig, MoeConfig
+from model.peft import (
+    BottleneckConfig,
+    LoraConfig,
+    PrefixConfig,
+    PromptConfig,
+    attach_bottlenecks,
+    attach_lora,
+    attach_prefix,
+    attach_prompt,
+    freeze,
+)
 from model.position import LearnedPositionConfig, NoPositionConfig, RelativePositionConfig, SinusoidalPositionConfig
 from tests.model.configurations import BERT, DALLE, HYBRID, LLAMA, MAMBA, PERFORMER, VASWANI
 from tests.training.processes import run_ranks
@@ -62,10 +76,29 @@ FAMILIES: dict[str, ModelConfig] = {
     "experts": replace(LLAMA, ffn=MoeConfig(n_experts=4, top_k=2, d_ff=24, balance=BalanceConfig(loss=0.1))),
     "dalle": DALLE,
 }
+ATTACHED: dict[str, Callable[[Transformer], object]] = {
+    "lora": lambda model: attach_lora(model, LoraConfig(rank=2)),
+    "bottlenecks": lambda model: attach_bottlenecks(model, BottleneckConfig(width=4)),
+    "prefix": lambda model: attach_prefix(model, PrefixConfig(tokens=3)),
+    "prompt": lambda model: attach_prompt(model, PromptConfig(tokens=3)),
+    "freeze": lambda model: freeze(model, ["stack.layers.0.*"]),
+}
+TUNED = [f"{family}+{tuning}" for family in ("t5", "experts") for tuning in ATTACHED]
+"""Families that train some of their parameters only, or others than they had."""
+
+
+def built(name: str) -> Transformer:
+    """The family's model, with what stands behind a plus attached."""
+    family, _, tuning = name.partition("+")
+    model = build_model(FAMILIES[family])
+    if tuning:
+        ATTACHED[tuning](model)
+    return model
 
 
 def batch_of(name: str) -> dict[str, torch.Tensor]:
     """Whole: `ROWS` rows of whatever the family reads and is to say."""
+    name, _, tuning = name.partition("+")
     generator, config = torch.Generator().manual_seed(0), FAMILIES[name]
     tokens = torch.randint(4, config.vocab_size or 5, (ROWS, 26), generator=generator)
     if name == "vit":
@@ -78,9 +111,24 @@ def batch_of(name: str) -> dict[str, torch.Tensor]:
         batch |= {"encoder_tokens_BT": tokens.flip(1)}
     if name == "whisper":
         batch |= {"encoder_mels_BAW": torch.randn(ROWS, 6, 30, generator=generator)}
+    if tuning == "prompt":  # read where text is read first
+        virtual = -1 - torch.arange(3).expand(ROWS, -1)
+        if name == "t5":
+            batch["encoder_tokens_BT"] = torch.cat([virtual, batch["encoder_tokens_BT"]], dim=1)
+        else:
+            batch["tokens_BT"] = torch.cat([virtual, tokens], dim=1)
+            batch["targets_BT"] = torch.cat([torch.full_like(virtual, -100), batch["targets_BT"]], dim=1)
     if name == "longformer":
         batch |= {"globals_BT": torch.arange(26).expand(ROWS, -1) % 13 == 0}
     return batch
+
+
+def begun(model: Transformer, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The batch, and for a learned prefix the cache that it stands in."""
+    if model.prefix is None:
+        return batch
+    rows, tokens = batch["tokens_BT"].shape
+    return {**batch, "cache": model.new_cache(rows, tokens)}
 
 
 def count_of(batch: dict[str, torch.Tensor]) -> int:
@@ -94,10 +142,10 @@ def trained_alone(name: str) -> list[tuple[float, float]]:
     from pipelines.training.optim import build_optimizer
     from pipelines.training.settings import AdamWSettings
 
-    model, batch, steps = build_model(FAMILIES[name]), batch_of(name), []
+    model, batch, steps = built(name), batch_of(name), []
     optimizer = build_optimizer(model, AdamWSettings(lr=1e-3))
     for _ in range(STEPS):
-        loss = model(**batch)["loss_sum"] / count_of(batch)
+        loss = model(**begun(model, batch))["loss_sum"] / count_of(batch)
         loss.backward()
         steps.append((float(loss.detach()), float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))))
         optimizer.step()
@@ -119,13 +167,13 @@ def trained_by_two(name: str, stage: int) -> list[tuple[float, float]]:
     settings = from_plain(TrainSettings, plain, "train")
     ranks = join(settings)
     plan = BatchPlan.derive(settings, seq_len=1, world_size=ranks.world_size, largest_rows=ROWS)
-    model, batch = build_model(FAMILIES[name]), batch_of(name)
+    model, batch = built(name), batch_of(name)
     count, half = count_of(batch), ROWS // ranks.world_size
     mine = {key: x[ranks.rank * half : (ranks.rank + 1) * half] for key, x in batch.items()}
     optimizer = build_optimizer(model, AdamWSettings(lr=1e-3))
     engine, steps = ZeroEngine(model, optimizer, settings=settings, plan=plan, ranks=ranks), []
     for _ in range(STEPS):
-        loss = engine.forward(mine)["loss_sum"] / count
+        loss = engine.forward(begun(model, mine))["loss_sum"] / count
         engine.backward(loss, last=True)
         norm, applied = engine.step()
         assert applied
@@ -136,9 +184,10 @@ def trained_by_two(name: str, stage: int) -> list[tuple[float, float]]:
 
 def ranks_run(file: Path) -> None:
     """One of two ranks, through all families and stages."""
-    shared = {name: {stage: trained_by_two(name, stage) for stage in STAGES} for name in FAMILIES}
+    names = [*FAMILIES, *TUNED]
+    shared = {name: {stage: trained_by_two(name, stage) for stage in STAGES} for name in names}
     if os.environ["RANK"] == "0":
-        alone = {name: trained_alone(name) for name in FAMILIES}
+        alone = {name: trained_alone(name) for name in names}
         file.write_text(json.dumps({"alone": alone, "shared": shared}))
 
 

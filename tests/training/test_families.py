@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.family_ranks import FAMILIES, ROWS, STAGES
+from tests.training.family_ranks import FAMILIES, ROWS, STAGES, TUNED
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *TUNED])
 def test_two_ranks_of_a_stage_have_the_losses_and_gradients_of_one_process(
     steps: dict[str, Any], family: str, stage: int
 ) -> None:
