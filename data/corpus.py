@@ -27,7 +27,7 @@ from data.dedup import DedupSettings, MinHash, duplicates_to_drop, near_duplicat
 from data.document import Document, DocumentWriter, read_documents
 from data.errors import DataError
 from data.filters import FilterSettings, filter_document
-from data.readers import ReaderSettings, ReadLog, exclude_files, read_file
+from data.readers import OF_A_CORPUS, ReaderSettings, ReadLog, exclude_files, read_file
 from data.sources import SourceFile, list_files, python_library_files
 
 MAX_SHARDS = 4096
@@ -254,7 +254,7 @@ def _check_split(verdicts: NDArray[np.uint8]) -> None:
     if verdicts.size == 0:
         raise DataError(
             "The corpus is empty: its files hold no document that passes the filters. Name files with text in "
-            "corpus.paths, or loosen corpus.filters."
+            "`paths`, or loosen `filters`, of corpus or of sources.NAME."
         )
     if train == 0 or held_out == 0:
         raise DataError(_nothing_left(verdicts.size, train, held_out))
@@ -264,7 +264,7 @@ def _nothing_left(documents: int, train: int, held_out: int) -> str:
     return (
         f"Of {documents} document(s) {train} would be left to train on and {held_out} to evaluate on; "
         "each needs at least 1. Give more text, or cut files into more documents with a smaller "
-        "corpus.reader.max_document_characters."
+        f"max_document_characters of {OF_A_CORPUS}."
     )
 
 

@@ -27,6 +27,7 @@ from data.sources import SourceFile
 
 READ_BLOCK_BYTES = 1 << 20
 CUT_CONTEXT = 48
+OF_A_CORPUS = "corpus.reader or sources.NAME.reader"
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -78,8 +79,8 @@ class ReadLog:
         if self.counts[key] > allowed:
             raise DataError(
                 f"{file.path}, line {line}: {what}. This is malformed line {self.counts[key]} of the file and at most "
-                f"{allowed} are passed over. Repair the file, or raise max_malformed_lines_per_file of what reads it: "
-                "corpus.reader, sources.NAME.reader or finetune.data.reader."
+                f"{allowed} are passed over. Repair the file, or raise max_malformed_lines_per_file of {OF_A_CORPUS}, "
+                "or of finetune.data.reader."
             )
 
 
@@ -237,13 +238,13 @@ def _read_parquet(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> I
         if settings.text_field not in names:
             raise DataError(
                 f"{file.path} has no column {settings.text_field!r}; its columns are {', '.join(names)}. "
-                f"Name the text column with corpus.reader.text_field."
+                f"Name the text column with text_field of {OF_A_CORPUS}."
             )
         kind = parquet.schema_arrow.field(settings.text_field).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise DataError(
                 f"{file.path}: column {settings.text_field!r} is {kind}, not text. Name a text column with "
-                "corpus.reader.text_field."
+                f"text_field of {OF_A_CORPUS}."
             )
         row = 0
         for batch in parquet.iter_batches(batch_size=1024, columns=[settings.text_field]):

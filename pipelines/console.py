@@ -150,6 +150,7 @@ class Display:
         self._tasks: dict[tuple[str, str], TaskID] = {}
         self._last_line: dict[str, float] = {}
         self._began: dict[tuple[str, str], tuple[float, float]] = {}
+        self._failures = 0
         self._lock = threading.Lock()
 
     def __enter__(self) -> Display:
@@ -169,7 +170,8 @@ class Display:
                 return
             if event.kind in ("finished", "failed"):
                 self._forget(event.step)
-            line = _event_line(event)
+            self._failures += event.kind == "failed"
+            line = _event_line(event, is_raised=self._failures == 1)
             if line:
                 self._console.print(Text(f"{event.step:<12} {line}"))
 
@@ -209,8 +211,9 @@ def _amount(value: float, unit: str) -> str:
     return f"{count(value)} {unit}".rstrip() if unit else count(value)
 
 
-def _event_line(event: Event) -> str:
-    if event.kind in ("cached", "started"):
+def _event_line(event: Event, *, is_raised: bool) -> str:
+    """`is_raised`: a failure that ends the run, whose words are its last ones."""
+    if event.kind in ("cached", "started") or (event.kind == "failed" and is_raised):
         return event.kind
     if event.kind == "finished":
         return f"done in {duration(event.seconds)}"

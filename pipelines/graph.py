@@ -32,6 +32,7 @@ from pipelines.stages import (
     shards,
     start,
     tokenizer,
+    tracked,
 )
 from pipelines.stages.launch import VOLATILE
 
@@ -86,10 +87,11 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
 
     held_out = {**corpora, **rows, "tokenizer": words, **models}
     if corpora and not s.writes_from_left_to_right():
-        asked = denoise.DenoiseSettings(evaluate=s.evaluate, objective=s.objective, seq_len=s.shards.seq_len)
-        add("evaluate", denoise.run, asked, {**corpora, "tokenizer": words, **models})
+        asked = denoise.DenoiseSettings(evaluate=s.evaluating(), objective=s.objective, seq_len=s.shards.seq_len)
+        add("evaluate", denoise.run, asked, {**corpora, "tokenizer": words, **models}, volatile=tracked.VOLATILE)
     elif corpora:
-        add("evaluate", evaluate.run, s.evaluate, held_out, files={"tasks": evaluate.task_files(s.evaluate)})
+        tasks = {"tasks": evaluate.task_files(s.evaluate)}
+        add("evaluate", evaluate.run, s.evaluating(), held_out, files=tasks, volatile=tracked.VOLATILE)
     add("export", export.run, s.export, {**corpora, "tokenizer": words, **models})
     add("report", report.run, s.report, dict(steps), volatile=("report.html",))  # it shows seconds
     return steps

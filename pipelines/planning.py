@@ -27,6 +27,11 @@ TEXT_BYTES_PER_TOKEN = 3.6
 """A guess until the shards step has counted; English and code lie between 3 and 4.5 at 4k to 128k pieces."""
 
 
+REPEATS = 4
+"""Epochs up to which repeated text is worth nearly what new text is: Muennighoff et al. 2023,
+https://arxiv.org/abs/2305.16264."""
+
+
 def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any]:
     """Figures for `plan`. Raises the rooms' errors for a combination that could not run."""
     from model.build import build_model
@@ -175,7 +180,8 @@ def _data_words(amount: dict[str, Any]) -> str:
     if not amount["tokens"]:
         return f"no corpus yet: {amount['basis']}"
     there = f"{count(amount['tokens'])} tokens in {amount['shards']} shards ({amount['basis']})"
-    return f"{there}: {amount['epochs']:.2f} epochs"
+    often = "; text read more often than some four times teaches little more" if amount["epochs"] > REPEATS else ""
+    return f"{there}: {amount['epochs']:.2f} epochs{often}"
 
 
 def _parts(memory: dict[str, float]) -> str:

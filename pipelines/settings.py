@@ -205,6 +205,10 @@ class Settings:
             compute=self.compute,
         )
 
+    def evaluating(self) -> EvaluateSettings:
+        """What the evaluate step is told."""
+        return replace(self.evaluate, tracking=self._tracking())
+
     def check_sizes(self, steps: Collection[str] = ("pretrain", "finetune", "evaluate")) -> None:
         """Refuse at once what one of these steps would refuse after hours of other work: a batch (TrainingError), or
         windows of evaluation (EngineError)."""
@@ -225,8 +229,11 @@ class Settings:
             "zero": self.zero,
             "device": self.compute.device,
             "threads": self.compute.cpus_per_rank,
-            "tracking": replace(self.tracking, group=self.tracking.group or self.experiment),
+            "tracking": self._tracking(),
         }
+
+    def _tracking(self) -> TrackingSettings:
+        return replace(self.tracking, group=self.tracking.group or self.experiment)
 
 
 def corpus_key(step: str) -> str:
@@ -293,6 +300,7 @@ SET_ELSEWHERE = {
     "pretrain.objective": "objective.KEY or objective=NAME",
     "pretrain.optim": "optim.KEY or optim=NAME",
     "pretrain.schedule": "schedule.KEY or schedule=NAME",
+    "evaluate.tracking": _EVERYWHERE["tracking"],
     **{f"{train}.{key}": instead for train in ("pretrain", "finetune.train") for key, instead in _EVERYWHERE.items()},
 }
 """Keys that a dataclass has and a person may not set there, and what to set instead."""

@@ -297,8 +297,11 @@ def cluster_settings(overrides: Sequence[str]) -> ClusterSettings:
 def _address(overrides: Sequence[str]) -> str | None:
     """`address=URL` of a job's cluster, or None: then the note that submit left says where the job is."""
     values = dict(word.partition("=")[::2] for word in overrides)
+    if (kind := values.pop("cluster", "ray")) != "ray":
+        raise SettingsError(f"cluster={kind}: only jobs of cluster=ray can be asked about.")
     if unknown := set(values) - {"address"}:
         raise SettingsError(
-            f"{', '.join(sorted(unknown))}: the only setting here is address=URL of the cluster's dashboard."
+            f"{', '.join(sorted(unknown))}: the only settings here are address=URL of the cluster's dashboard and "
+            "cluster=ray."
         )
     return values.get("address")

@@ -65,3 +65,16 @@ def test_lora_on_ones_own_conversations_from_jsonl_to_an_answer_with_its_lineage
         assert kind == "model" and Path(urlparse(uri).path, "model", "config.json").exists()
         digest = json.loads((made["tokenizer"] / "manifest.json").read_text())["digest"]
         assert metadata["made_from"]["tokenizer"] == {"digest": digest, "url": str(made["tokenizer"])}
+
+    # The scores are a run of their own beside these, with the settings of what they judge.
+    [file] = made["evaluate"].rglob("*.wandb")
+    records = wandb_records(file)
+    run = next(record.run for record in records if record.HasField("run"))
+    assert (run.job_type, run.run_group) == ("evaluate", "text")
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["finetune"]["train"]["optim"]["lr"] > 0 and config["pretrain"]["model"]["d_model"] > 0
+    scores = {item.key or item.nested_key[0]: item.value_json for r in records for item in r.summary.update}
+    assert json.loads(scores["bits_per_byte"]) == figures["evaluate"]["bits_per_byte"]
+    used, written = references(records)
+    assert set(used) == {f"{name}-{made[name].name}" for name in ("pretrain", "finetune")}
+    assert set(written) == {f"evaluate-{made['evaluate'].name}"}

@@ -15,6 +15,7 @@ import signal
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -28,7 +29,11 @@ POLL_SECONDS = 0.2
 
 
 class LocalBackend(Backend):
-    """Worker processes on this machine; ``in_process`` runs everything but gangs of several ranks in the caller."""
+    """Worker processes on this machine; ``in_process`` runs everything but gangs of several ranks in the caller.
+
+    A worker that has answered waits for the next step's calls, as Ray's do: most of a small call is what its process
+    imports. Ranks get new processes, which nothing has touched, and the memory of those that wait.
+    """
 
     def __init__(self, *, cpus: int | None = None, gpus: int | None = None, in_process: bool = False) -> None:
         self._resources = Resources(
@@ -38,6 +43,8 @@ class LocalBackend(Backend):
         self._in_process = in_process
         # Steps run in threads of this process, and libraries import lazily: one at a time.
         self._turn = threading.Lock()
+        self._idle: list[_Worker] = []
+        weakref.finalize(self, _end_each, self._idle)
 
     def resources(self) -> Resources:
         return self._resources
@@ -61,12 +68,13 @@ class LocalBackend(Backend):
                 yield name, result
             return
         waiting = {name: portable_call(fn, args) for name, args in calls.items()}
-        workers = [_Worker(threads=cpus) for _ in range(min(at_once, len(waiting)))]
+        workers = [self._worker(cpus) for _ in range(min(at_once, len(waiting)))]
+        running: dict[_Worker, str] = {}
         try:
-            yield from _share_out(waiting, workers, cpus, poll)
+            yield from _share_out(waiting, workers, running, cpus, poll)
         finally:
-            for worker in workers:
-                worker.end()
+            _end_each(list(running))
+            self._idle += [worker for worker in workers if worker not in running]
 
     def gang(self, gang: Gang, *, poll: Poll = lambda: None) -> Any:
         """One process for each rank, joined by torch.distributed on loopback; a lone rank may run in this process."""
@@ -74,9 +82,10 @@ class LocalBackend(Backend):
         if self._in_process and gang.workers == 1:
             return _beside(gang, poll)
         call = portable_call(run_rank, (gang,))
+        _end_each(self._idle)
         port = _free_port()
         ranks = [
-            _Worker(threads=gang.cpus_per_worker, environment=_rank_environment(rank, port, gang))
+            _Worker(_environment_of(gang.cpus_per_worker) | _rank_environment(rank, port, gang))
             for rank in range(gang.workers)
         ]
         try:
@@ -88,7 +97,18 @@ class LocalBackend(Backend):
                 rank.end()
 
     def close(self) -> None:
-        """Nothing outlives a call."""
+        """End the workers that wait."""
+        _end_each(self._idle)
+
+    def _worker(self, threads: float) -> _Worker:
+        """One that waits and was started as a new one would be, else a new one."""
+        environment = _environment_of(threads)
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.environment == environment and worker.process.is_alive():
+                return worker
+            worker.end()
+        return _Worker(environment)
 
 
 def _beside(gang: Gang, poll: Poll) -> Any:
@@ -115,10 +135,9 @@ def _beside(gang: Gang, poll: Poll) -> Any:
 class _Worker:
     """A process that runs calls sent to it, and never outlives this one."""
 
-    def __init__(self, *, threads: float, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, environment: dict[str, str]) -> None:
         self.pipe, theirs = SPAWN.Pipe()
-        own_threads = {"OMP_NUM_THREADS": str(max(1, int(threads)))}  # as Ray does, unless the user said otherwise
-        environment = {**own_threads, **os.environ, **(environment or {})}
+        self.environment = environment
         self.process = SPAWN.Process(target=_serve, args=(theirs, environment))  # not daemonic: it may have children
         self.process.start()
         _alive.add(self)
@@ -143,14 +162,24 @@ class _Worker:
         _alive.discard(self)
 
 
+def _environment_of(threads: float) -> dict[str, str]:
+    """A worker's: ours, and the threads it may take, as Ray sets them, unless the user said otherwise."""
+    return {"OMP_NUM_THREADS": str(max(1, int(threads))), **os.environ}
+
+
 _alive: set[_Worker] = set()
 
 
 @atexit.register
 def _end_all() -> None:
     """At exit multiprocessing would wait for every process that is left."""
-    for worker in list(_alive):
-        worker.end()
+    _end_each(list(_alive))
+
+
+def _end_each(workers: list[_Worker]) -> None:
+    """Take workers out of a list and end them."""
+    while workers:
+        workers.pop().end()
 
 
 def _serve(pipe: Connection, environment: dict[str, str]) -> None:
@@ -169,10 +198,10 @@ def _serve(pipe: Connection, environment: dict[str, str]) -> None:
 
 
 def _share_out(
-    waiting: dict[str, bytes], workers: list[_Worker], threads: float, poll: Poll
+    waiting: dict[str, bytes], workers: list[_Worker], running: dict[_Worker, str], threads: float, poll: Poll
 ) -> Iterator[tuple[str, Any]]:
-    """Give calls to idle workers and yield results as they come; a call whose worker died is tried again."""
-    running: dict[_Worker, str] = {}
+    """Give calls to idle workers, noted in `running`, and yield results as they come; a call whose worker died is tried
+    again."""
     deaths: dict[str, int] = {}
     calls = dict(waiting)
     while waiting or running:
@@ -196,7 +225,7 @@ def _share_out(
                     f"memory or fewer workers and run again."
                 )
             waiting[name] = calls[name]
-            workers[workers.index(worker)] = _Worker(threads=threads)
+            workers[workers.index(worker)] = _Worker(_environment_of(threads))
 
 
 def _first_result(ranks: list[_Worker], gang: Gang, poll: Poll) -> Any:

@@ -125,7 +125,8 @@ class _Run:
                     for node in self._startable(waiting, there):
                         waiting.remove(node)
                         self._launch(node)
-                error = self._next_end() or error
+                failure = self._next_end()
+                error = error or failure
         except BaseException:
             self._abandon()
             raise

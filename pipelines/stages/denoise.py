@@ -4,7 +4,7 @@ Encoders and encoder-decoders give no probability to a text from left to right, 
 be asked is the loss of each hidden token (each token the decoder says) and how often the likeliest is right. What is hidden
 hangs on `evaluate.seed` and the document alone: models of one tokenizer and objective are asked the same.
 
-Writes results.json, results.md and documents.parquet (one row per document).
+Writes results.json, results.md, documents.parquet (one row per document) and, where runs are tracked offline, logs/.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from pipelines.stages import held_out
 from pipelines.stages.evaluate_settings import EvaluateSettings
 from pipelines.stages.inputs import named
 from pipelines.stages.intervals import interval, resample_sums
+from pipelines.stages.tracked import track_scores
 
 if TYPE_CHECKING:
     from model.architectures import Transformer
@@ -102,7 +103,7 @@ def run(settings: DenoiseSettings, inputs: Mapping[str, Artifact], out_dir: Path
     (out_dir / "results.md").write_text(f"{words}. Brackets: 95 %, bootstrap over documents.\n", encoding="utf-8")
     pq.write_table(pa.table(columns), out_dir / "documents.parquet", compression="zstd")
     ctx.say(f"{words}; bits per byte, tasks and samples are for models that write from left to right")
-    return {
+    figures = {
         "hidden_token_loss": loss.value,
         "hidden_token_loss_low": loss.low,
         "hidden_token_loss_high": loss.high,
@@ -110,6 +111,8 @@ def run(settings: DenoiseSettings, inputs: Mapping[str, Artifact], out_dir: Path
         "hidden_token_accuracy": accuracy.value,
         **{f"scored_{unit}": count for unit, count in scored.items()},
     }
+    track_scores(asked.tracking, figures, inputs, out_dir, ctx)
+    return figures
 
 
 def measure(work: Work, out_dir: Path) -> dict[str, Any]:

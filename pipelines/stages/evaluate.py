@@ -6,7 +6,7 @@ that depend on the documents alone, so no score depends on how many workers ther
 `measure.py`.
 
 Writes results.json, results.md (the table), documents.parquet (one row per document), tasks/ (each harness example with
-its answers) and samples.json.
+its answers), samples.json and, where runs are tracked offline, logs/.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from pipelines.engine.step import Artifact, Context
 from pipelines.stages.evaluate_settings import EvaluateSettings, SampleSettings, task_files
 from pipelines.stages.inputs import named
+from pipelines.stages.tracked import track_scores
 
 __all__ = ["EvaluateSettings", "SampleSettings", "run", "task_files"]
 
@@ -52,7 +53,9 @@ def run(settings: EvaluateSettings, inputs: Mapping[str, Artifact], out_dir: Pat
     (out_dir / "results.md").write_text(summary.table(results), encoding="utf-8")
     summary.write_documents(out_dir / "documents.parquet", columns)
     ctx.say(summary.headline(results))
-    return summary.metrics(results)
+    figures = summary.metrics(results)
+    track_scores(settings.tracking, figures, inputs, out_dir, ctx)
+    return figures
 
 
 def _write_json(path: Path, value: Any) -> None:

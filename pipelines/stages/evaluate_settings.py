@@ -9,6 +9,7 @@ from typing import Literal
 
 from pipelines.engine.step import EngineError
 from pipelines.stages.generate import GenerateSettings
+from pipelines.training.settings import TrackingSettings
 
 TASKS = Path(__file__).parents[2] / "conf" / "evaluate" / "tasks"
 
@@ -50,6 +51,7 @@ class EvaluateSettings:
     """Text scored by one worker task."""
     tokens_per_batch: int = field(default=8192, metadata={"execution": True})
     gpus_per_task: float = field(default=0, metadata={"execution": True})
+    tracking: TrackingSettings = field(default_factory=TrackingSettings, metadata={"execution": True})
 
     def __post_init__(self) -> None:
         counts = ("max_documents", "max_bytes", "context_tokens", "stride_tokens", "bootstrap_resamples")

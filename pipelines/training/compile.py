@@ -14,8 +14,8 @@ from pipelines.training.errors import TrainingError
 from pipelines.training.settings import TrainSettings
 
 CPU_WORTH_FLOPS = 1e14
-"""Compiling costs 10 s to a minute and gains some 5 % on a CPU, where our own kernels have taken the rest: a run below
-this, about half an hour on two cores, would lose by it."""
+"""Compiling costs 3 s with code in its cache, 12 s and more without, and gains 5 to 10 % on a CPU
+(`benchmarks/compiling.py`): a run below this, some ten minutes on two cores, would hardly earn it back."""
 
 
 NO_COMPILER = "there is no C++ compiler (g++ or clang++)"
@@ -55,7 +55,7 @@ def _impossible(model: nn.Module, settings: TrainSettings, device: torch.device)
     if not _blocks(model):
         return "the model has no stack of blocks"
     if _lacks_compiler(device):
-        return f"{NO_COMPILER}, so steps take about 5 % longer"
+        return f"{NO_COMPILER}, so steps take 5 to 10 % longer"
     return None
 
 

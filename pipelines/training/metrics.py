@@ -18,7 +18,7 @@ from pipelines.training.settings import TrackingSettings
 
 METRICS = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 10.0
-KINDS = {"start": "model", "pretrain": "model", "finetune": "model", "tokenizer": "tokenizer"}
+KINDS = {"start": "model", "pretrain": "model", "finetune": "model", "tokenizer": "tokenizer", "evaluate": "evaluation"}
 """What a step's artifact is called at Weights & Biases, where that is not a dataset."""
 Row = dict[str, Any]
 
@@ -167,6 +167,10 @@ class WandbRun:
         figures["data_wait_share"] = row["data_seconds"] / row["step_seconds"]
         # Offline, a resumed run would count from 0 again if it were not told.
         self._run.log(figures, step=row["step"])
+
+    def summary(self, figures: Mapping[str, float]) -> None:
+        """Figures of the run as a whole."""
+        self._run.summary.update(dict(figures))
 
     def lineage(self, url: str, *, inputs: Mapping[str, str], digests: Mapping[str, str]) -> None:
         """Say what this run used and what it made: references to where that is or will be; the bytes stay there.

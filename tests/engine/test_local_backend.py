@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from pipelines.engine.outcome import WorkerDiedError
 
 
 @pytest.fixture
-def backend() -> LocalBackend:
-    return LocalBackend(cpus=2, gpus=0)
+def backend() -> Iterator[LocalBackend]:
+    backend = LocalBackend(cpus=2, gpus=0)
+    yield backend
+    backend.close()
 
 
 def gang(tmp_path: Path, fn: object, *, workers: int = 2, **config: object) -> Gang:
@@ -49,6 +52,10 @@ def test_calls_run_in_other_processes_and_every_result_comes_back(backend: Local
     assert len(pids) <= 2
     assert os.getpid() not in pids
     assert list(backend.map(workers.double, {})) == []
+    later = dict(backend.map(workers.where, {"x": (0,)}))
+    assert {pid for pid, _ in later.values()} <= pids, "a process that waits is used before another is started"
+    backend.close()
+    wait_until_gone(list(pids))
 
 
 def test_in_process_calls_of_two_steps_take_turns() -> None:

@@ -24,6 +24,9 @@ MODULES = [path for path in LIBRARY.glob("*.py") if 2_000 < path.stat().st_size 
 class InProcess:
     """A stage's context without an engine: the work is done here, one piece after the other."""
 
+    url = "/store/step/0123456789abcdef"
+    """Where the step would be published."""
+
     def __init__(self, out_dir: Path) -> None:
         self.out_dir = out_dir
         self.scratch = out_dir.with_name(f"{out_dir.name}-scratch")

@@ -221,7 +221,7 @@ def test_compiling_what_cannot_be_compiled_is_refused_and_auto_says_why_not(
     assert "longer\n" not in said  # nothing was lost by it
     monkeypatch.setattr("pipelines.training.compile.CPU_WORTH_FLOPS", 0.0)
     run_rank(job(out="long", compile="auto", steps=1))
-    assert "compile: off, there is no C++ compiler (g++ or clang++), so steps take about 5 % longer" in (
+    assert "compile: off, there is no C++ compiler (g++ or clang++), so steps take 5 to 10 % longer" in (
         capsys.readouterr().out
     )
 

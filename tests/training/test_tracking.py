@@ -25,9 +25,7 @@ from tests.training.conftest import MODEL, SEQ_LEN, VOCAB_SIZE, make_job
 
 
 class Gang(InProcess):
-    """A context whose one rank is this process; `url` is where the step would be published."""
-
-    url = "/store/step/0123456789abcdef"
+    """A context whose one rank is this process."""
 
     def gang(self, fn: Callable[[dict[str, Any]], Any], config: dict[str, Any], **_: Any) -> Any:
         return fn(config)
