@@ -7,6 +7,7 @@ worker is gone.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import os
@@ -80,6 +81,10 @@ class Backend(Protocol):
 
         A call whose worker dies is tried again, at most MAX_RETRIES times; then WorkerDiedError.
         """
+        ...
+
+    def expect_gang(self) -> None:
+        """Ranks will be asked for: prepare what can be prepared beside the steps before them."""
         ...
 
     def gang(self, gang: Gang, *, poll: Poll = ...) -> Any:
@@ -166,6 +171,11 @@ class RayBackend(Backend):
                 f"{name}: its worker process died {MAX_RETRIES + 1} times ({error}). What is finished is kept; give it "
                 f"more memory or fewer workers and run again."
             ) from error
+
+    def expect_gang(self) -> None:
+        """Import what `_fit` needs: three seconds that would stand before the first rank's start."""
+        self._ray()
+        threading.Thread(target=importlib.import_module, args=("ray.train.torch",), name="imports Ray Train").start()
 
     def gang(self, gang: Gang, *, poll: Poll = lambda: None) -> Any:
         """The ranks of one `TorchTrainer`, from a thread beside this one, which polls."""

@@ -76,6 +76,9 @@ class LocalBackend(Backend):
             _end_each(list(running))
             self._idle += [worker for worker in workers if worker not in running]
 
+    def expect_gang(self) -> None:
+        """Nothing to prepare."""
+
     def gang(self, gang: Gang, *, poll: Poll = lambda: None) -> Any:
         """One process for each rank, joined by torch.distributed on loopback; a lone rank may run in this process."""
         check_feasible(self._resources, cpus=gang.cpus_per_worker, gpus=gang.gpus_per_worker, copies=gang.workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -36,7 +37,12 @@ def guarded_call(call: bytes, search_path: list[str]) -> bytes:
 
 
 def _unpacked(call: bytes) -> Any:
-    fn, args = pickle.loads(call)
+    gc.disable()  # what imports make stays: looking for garbage among it takes a fifth of their time
+    try:
+        fn, args = pickle.loads(call)
+        gc.freeze()
+    finally:
+        gc.enable()
     return fn(*args)
 
 

@@ -119,6 +119,8 @@ class _Run:
             # Execution settings too: they enter no manifest, but a stage writes and logs what it is told.
             told = [node.identity, to_plain(node.step.settings)]
             manifests.refuse_secrets(told, f"{node.name}: its settings")
+        if any(node.step.resumes for node in waiting):  # as trainings do
+            self._backend.expect_gang()
         try:
             while self._running or (waiting and error is None):
                 if error is None:
