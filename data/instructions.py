@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +65,7 @@ class Conversation:
     source: str
     position: int
 
-    @property
+    @cached_property
     def id(self) -> str:
         """First 32 hex digits of the SHA-256 of the messages."""
         return hashlib.sha256(json.dumps(self.messages, ensure_ascii=True, sort_keys=True).encode()).hexdigest()[:32]
