@@ -30,7 +30,7 @@ from model.mixers.linear_attention import LinearAttentionConfig
 from model.mixers.mamba import MambaConfig
 from pipelines.engine import runner
 from pipelines.engine.step import Step
-from pipelines.engine.store import open_store
+from pipelines.engine.store import open_store, storage_errors
 from pipelines.execution import execute, named
 from pipelines.graph import build
 from pipelines.settings import Settings, SettingsError, compose
@@ -48,6 +48,11 @@ def certify_resume(overrides: Sequence[str]) -> int:
     settings = compose(overrides)
     if "://" in settings.store:
         raise SettingsError(f"store={settings.store}: certify compares files on this machine; add store=FOLDER.")
+    with storage_errors(open_store(settings.store)):
+        return _certify(settings, overrides)
+
+
+def _certify(settings: Settings, overrides: Sequence[str]) -> int:
     steps = build(settings)
     named(steps, "pretrain")
     settings.check_sizes(["pretrain"])  # the user's own, which the scaled-down trainings replace

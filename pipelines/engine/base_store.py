@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 from pipelines.engine import lease as leases
 from pipelines.engine import manifest as manifests
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import describe, tree
+from pipelines.engine.files import FileHashes, describe, tree
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.lease import Held, Lease, Owner
 from pipelines.engine.records import Records
@@ -109,9 +110,26 @@ class Store(ABC):
     def verify(self, artifact: Artifact, self_checking: tuple[str, ...]) -> None:
         """Raise EngineError if a file of an artifact is not what was published, before another step builds on it.
 
-        Files that match `self_checking` are looked at by size only. What is remote is verified when it is fetched.
+        Files that match `self_checking` are looked at by size only. Hashes of unchanged files are remembered on this
+        machine.
         """
         self.check(artifact)
+        damage = self._damage(artifact, Path(artifact.url), self_checking)
+        if damage is not None:
+            raise EngineError(f"{damage}: the artifact is damaged. Delete {artifact.url} to have it made again.")
+
+    def _damage(self, artifact: Artifact, folder: Path, self_checking: tuple[str, ...]) -> str | None:
+        """What is wrong with a file of an artifact in `folder`; None where every one is what was published."""
+        entries = {
+            path: entry["sha256"]
+            for path, entry in artifact.manifest["files"].items()
+            if not any(fnmatch.fnmatchcase(path, pattern) for pattern in self_checking)
+        }
+        found = FileHashes(self.file_hashes).of([folder / path for path in entries])
+        for (path, expected), sha256 in zip(entries.items(), found, strict=True):
+            if sha256 != expected:
+                return f"{folder / path} is not what was published (its sha256 is {sha256} and was {expected})"
+        return None
 
     @abstractmethod
     def all_manifests(self, step: str) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ class Lease:
 
     def look(self) -> None:
         """Like ``check``, but asks the store first: for when something inexplicable happened to the work folder."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # whatever a storage that is out of reach raises
             seen = self._records.read(self._name)
             if seen is None or seen.value.get("nonce") != self._value["nonce"]:
                 self.lost.set()
@@ -104,7 +104,7 @@ class Lease:
         changes: dict[str, Any] = {"state": "free", "owner": None, "seconds": self.seconds}
         if published:
             changes |= {"floor": self.token + 1, "seconds": 0.0}
-        with contextlib.suppress(LeaseLostError, OSError):  # unreachable or full storage: it runs out by itself
+        with contextlib.suppress(Exception):  # lost, or the storage is full or out of reach: it runs out by itself
             self._write(**changes)
 
     def _write(self, **changes: Any) -> None:
@@ -112,6 +112,12 @@ class Lease:
             self.check()
             value = {**self._value, **changes, "revision": self._value["revision"] + 1}
             version = self._records.write(self._name, value, self._version)
+            if version is None:
+                seen = self._records.read(self._name)
+                if seen is not None and seen.value.get("nonce") == value["nonce"]:
+                    # It was this process that wrote last, and never heard so: the answer was lost on its way.
+                    value["revision"] = seen.value["revision"] + 1
+                    version = self._records.write(self._name, value, seen.version)
             if version is None:
                 self.lost.set()
                 self.check()
@@ -126,7 +132,7 @@ class Lease:
                 self._write(seconds=self.seconds)
             except LeaseLostError:
                 return
-            except OSError:
+            except Exception:
                 continue  # storage out of reach: try again; if that lasts, others take over and commit() will refuse
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fnmatch
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ from pipelines.engine import lease as leases
 from pipelines.engine import manifest as manifests
 from pipelines.engine.base_store import Store
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import FileHashes, cache_folder, fsync, read_json, tree, write_json
+from pipelines.engine.files import cache_folder, fsync, read_json, tree, write_json
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.lease import Lease
 from pipelines.engine.records import FileRecords
@@ -56,22 +55,6 @@ class LocalStore(Store):
                 state = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
                 raise EngineError(
                     f"{file} {state}: the artifact is damaged. Delete {artifact.url} to have it made again."
-                )
-
-    def verify(self, artifact: Artifact, self_checking: tuple[str, ...]) -> None:
-        """Sizes, and sha256 of what does not check itself; hashes of unchanged files are remembered on this machine."""
-        self.check(artifact)
-        entries = {
-            path: entry["sha256"]
-            for path, entry in artifact.manifest["files"].items()
-            if not any(fnmatch.fnmatchcase(path, pattern) for pattern in self_checking)
-        }
-        found = FileHashes(self.file_hashes).of([Path(artifact.url, path) for path in entries])
-        for (path, expected), sha256 in zip(entries.items(), found, strict=True):
-            if sha256 != expected:
-                raise EngineError(
-                    f"{Path(artifact.url, path)} is not what was published (its sha256 is {sha256} and was {expected}): "
-                    f"the artifact is damaged. Delete {artifact.url} to have it made again."
                 )
 
     def all_manifests(self, step: str) -> list[dict[str, Any]]:

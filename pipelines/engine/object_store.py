@@ -25,7 +25,7 @@ from pipelines.engine.errors import EngineError
 from pipelines.engine.files import cache_folder, tree
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.lease import Lease
-from pipelines.engine.objects import Objects, data_folder, move_into_cache
+from pipelines.engine.objects import Objects, cached_folder, data_folder, move_into_cache
 from pipelines.engine.records import S3Records
 from pipelines.engine.step import Artifact
 from pipelines.engine.work import Work, attempt_name, newest_attempt, work_name
@@ -74,6 +74,16 @@ class ObjectStore(Store):
                     f"{artifact.url}: {path} is missing or cut short: the artifact is damaged. Delete it to have it "
                     f"made again."
                 )
+
+    def verify(self, artifact: Artifact, self_checking: tuple[str, ...]) -> None:
+        """What is remote is verified when it is fetched; this machine's copy of it here, and fetched again if need be."""
+        self.check(artifact)
+        copy = cached_folder(self.url, artifact.manifest)
+        if copy.exists():
+            sizes = {path: (copy / path).stat().st_size for path in tree(copy)}
+            whole = all(sizes.get(path) == entry["bytes"] for path, entry in artifact.manifest["files"].items())
+            if not whole or self._damage(artifact, copy, self_checking) is not None:
+                (copy / manifests.NAME).unlink(missing_ok=True)  # `fetch` takes it for none
 
     def all_manifests(self, step: str) -> list[dict[str, Any]]:
         return list(self._objects.read_all_json(f"{step}/*/{manifests.NAME}").values())

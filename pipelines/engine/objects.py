@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -31,6 +32,8 @@ class Objects:
     """Files under one ``s3://bucket/prefix``, by relative path."""
 
     def __init__(self, url: str) -> None:
+        # A connection that is refused is told twice: by the error of the call, and by a log of a task left behind.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         # Listings must show what other processes did a moment ago.
         self.filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         self.root = str(root).rstrip("/")

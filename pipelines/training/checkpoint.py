@@ -7,7 +7,7 @@ own topology needs them. On the same topology a run continues bit for bit, becau
     checkpoints/step-00000120/
         rank-00000.safetensors    weight/NAME, exp_avg/NAME … [elements], the header says where each starts; rng/cpu;
                                   of the first rank the model's buffers too, as buffer/NAME
-        state.json                step, rows, digests, settings, sizes and sha256 of the files; written last
+        state.json                step, rows, digests, settings, sizes and sha256 of the files, and of itself; written last
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipelines.training.errors import TrainingError
 from pipelines.training.ranks import Ranks
 from pipelines.training.zero import ZeroEngine
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATE = "state.json"
 SCALARS = ("step",)  # what optimizers count for each tensor; all else they keep has the tensor's shape
 
@@ -91,18 +91,21 @@ class Checkpoints:
         """Note that the run has come to its end with these figures; unless `keep`, drop the checkpoints."""
         if self.ranks.is_first:
             draft = self._ending.with_suffix(".writing")
-            draft.write_text(json.dumps({"digests": dict(self.digests), "figures": figures}, indent=1))
+            draft.write_text(sealed({"digests": dict(self.digests), "figures": figures}))
             os.replace(draft, self._ending)
             if not keep:
                 shutil.rmtree(self.folder, ignore_errors=True)
         self.ranks.wait()
 
     def ended(self) -> dict[str, Any] | None:
-        """The figures of a run that came to its end here. Raises TrainingError where it was another run."""
+        """The figures of a run that came to its end here. Raises TrainingError where it was another run, or the note of
+        its end is not as it was written."""
         self.ranks.wait()  # so that all ranks see the same files
         if not self._ending.exists():
             return None
-        note = json.loads(self._ending.read_text())
+        note = unsealed(self._ending)
+        if note is None:
+            raise TrainingError(f"{self._ending} is not what was written. Delete it, and the run ends anew.")
         self._refuse_others(self._ending, note["digests"])
         return dict(note["figures"])
 
@@ -111,12 +114,11 @@ class Checkpoints:
         return self.folder.parent / "logs" / "finished.json"
 
     def _problem(self, path: Path) -> str | None:
-        try:
-            state = json.loads((path / STATE).read_text())
-        except (OSError, ValueError):
-            return f"its {STATE} is missing or torn"
-        if state.get("version") != FORMAT_VERSION:
-            return f"its format is version {state.get('version')}, and this program reads version {FORMAT_VERSION}"
+        state = unsealed(path / STATE)
+        if state is None:
+            return f"its {STATE} is missing or not what was written"
+        if state["version"] != FORMAT_VERSION:
+            return f"its format is version {state['version']}, and this program reads version {FORMAT_VERSION}"
         self._refuse_others(path, state["digests"])
         for number, (name, record) in enumerate(sorted(state["files"].items())):
             if number % self.ranks.world_size != self.ranks.rank:
@@ -139,7 +141,7 @@ class Checkpoints:
 
     def _publish(self, draft: Path, final: Path, state: Mapping[str, Any]) -> None:
         with open(draft / STATE, "w") as file:
-            json.dump(state, file, indent=1)
+            file.write(sealed(state))
             file.flush()
             os.fsync(file.fileno())
         _discard(final)  # left by an attempt that was passed over
@@ -252,6 +254,24 @@ def _write_rank(path: Path, engine: ZeroEngine, ranks: Ranks) -> dict[str, Any]:
         header[piece.name] = {"start": piece.start, "shape": list(piece.shape), "scalars": scalars}
     save_file(tensors, path, metadata={"pieces": json.dumps(header)})
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def sealed(value: Mapping[str, Any]) -> str:
+    """A value as JSON, with the sha256 of all else in it."""
+    return json.dumps({**value, "sha256": _seal(value)}, indent=1)
+
+
+def unsealed(path: Path) -> dict[str, Any] | None:
+    """The value that was sealed into a file; None where it is gone, torn or changed."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return value if value.pop("sha256") == _seal(value) else None
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return None
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _own(stretch: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
 from pipelines.engine.errors import EngineError
 from pipelines.engine.lease import Held, Lease, LeaseLostError, Owner, acquire, holder, this_process
-from pipelines.engine.records import FileRecords, Records
+from pipelines.engine.records import FileRecords, Records, Seen
 
 DIGEST = "d" * 64
 
@@ -88,6 +89,38 @@ def test_renewal_keeps_a_lease_past_its_time(records: FileRecords) -> None:
     assert isinstance(acquire(records, "x", digest=DIGEST, finish=lambda token: False, ttl_seconds=0.6), Held)
     lease.check()
     lease.release()
+
+
+class Unreliable:
+    """Records behind a line that is down while `down` says so; what is asked raises as a client of S3 does."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self.down: Literal["no", "both ways", "answers"] = "no"
+
+    def read(self, name: str) -> Seen | None:
+        if self.down != "no":
+            raise RuntimeError("no connection")
+        return self._records.read(name)
+
+    def write(self, name: str, value: dict[str, Any], expected: str | None) -> str | None:
+        version = self._records.write(name, value, expected) if self.down != "both ways" else None
+        if self.down != "no":
+            raise RuntimeError("no connection")
+        return version
+
+
+@pytest.mark.parametrize("down", ["both ways", "answers"])
+def test_a_lease_outlives_an_outage_shorter_than_its_time(records: FileRecords, down: Any) -> None:
+    line = Unreliable(records)
+    lease = take(line, ttl_seconds=1.5)
+    line.down = down
+    time.sleep(0.6)
+    line.down = "no"
+    time.sleep(1.5)
+    assert isinstance(acquire(records, "x", digest=DIGEST, finish=lambda token: False, ttl_seconds=1.5), Held)
+    lease.check()
+    lease.commit()
 
 
 def test_a_paused_owner_cannot_commit_after_a_takeover(records: FileRecords) -> None:

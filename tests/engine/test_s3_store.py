@@ -172,6 +172,21 @@ def test_a_download_that_is_not_what_was_published_is_refused(
         open_store(f"{bucket}/store").check(artifact)
 
 
+def test_a_damaged_copy_on_this_machine_is_fetched_again_before_anything_is_built_on_it(
+    bucket: str, tmp_path: Path, backend: LocalBackend
+) -> None:
+    walk = graph()[0]
+    undisturbed = make(open_store(tmp_path / "store"), backend, [walk])
+    store = open_store(f"{bucket}/store")
+    make(store, backend, [walk.inputs["letters"]])
+    [summary] = (tmp_path / "machine1").rglob("artifacts/letters/*/summary.txt")
+    good = summary.read_bytes()
+    summary.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    assert make(store, backend, [walk]) == undisturbed
+    letters = store.find("letters", plan([walk], store=store)[0].digest)
+    assert letters is not None and (letters.path / "summary.txt").read_bytes() == good
+
+
 def test_a_bucket_that_is_not_there_is_one_clear_error(bucket: str, backend: LocalBackend) -> None:
     with pytest.raises(EngineError, match="store=s3://no-such-bucket/x"):
         run(graph()[:1], store=open_store("s3://no-such-bucket/x"), backend=backend)

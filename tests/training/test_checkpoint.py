@@ -59,15 +59,19 @@ def test_the_last_checkpoints_are_kept_until_the_run_has_ended(job: Make) -> Non
     assert not (Path(dropped["out_dir"]) / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("damage", ["torn state", "one bit", "cut file", "file gone"])
+@pytest.mark.parametrize("damage", ["torn state", "a digit", "a key", "one bit", "cut file", "file gone"])
 def test_a_broken_checkpoint_is_passed_over_for_the_one_before(
     interrupted: dict[str, Any], finished: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     newest = Path(interrupted["out_dir"]) / "checkpoints" / "step-00000004"
     state, weights = newest / "state.json", newest / "rank-00000.safetensors"
-    content = bytearray(weights.read_bytes())
+    content, was = bytearray(weights.read_bytes()), state.read_text()
     if damage == "torn state":
         state.write_text(state.read_text()[:200])
+    elif damage == "a digit":
+        state.write_text(state.read_text().replace('"rows_consumed": 32', '"rows_consumed": 33'))
+    elif damage == "a key":
+        state.write_text(state.read_text().replace('"digests"', '"digestz"'))
     elif damage == "one bit":
         content[-1000] ^= 1
         weights.write_bytes(content)
@@ -75,6 +79,7 @@ def test_a_broken_checkpoint_is_passed_over_for_the_one_before(
         weights.write_bytes(content[:-8])
     else:
         weights.unlink()
+    assert damage not in ("a digit", "a key") or state.read_text() != was
     figures = run_rank(interrupted)
     said = capsys.readouterr().out
     assert "checkpoint step-00000004 is passed over: its " in said
