@@ -17,7 +17,7 @@ from data.chat import check_messages
 from data.decontaminate import is_held_out
 from data.document import Document, read_documents
 from data.errors import DataError
-from data.readers import ReaderSettings, ReadLog, read_json_lines
+from data.readers import ReaderSettings, ReadLog, read_json_lines, without_surrogates
 from data.sources import SourceFile, list_files
 
 Task = Literal["write", "document", "explain"]
@@ -166,8 +166,11 @@ def read_conversations(file: SourceFile, settings: ReaderSettings, log: ReadLog)
                 raise DataError(
                     f"neither messages nor prompt and completion (fields here: {', '.join(map(str, record)) or 'none'})"
                 )
-            checked = [{"role": str(m["role"]), "content": str(m["content"])} for m in check_messages(messages)]
-            if not any(m["role"] == "assistant" and m["content"] for m in checked):
+            checked = [
+                {"role": str(m["role"]), "content": without_surrogates(str(m["content"]), log)}
+                for m in check_messages(messages)
+            ]
+            if not any(m["role"] == "assistant" and m["content"].strip() for m in checked):
                 raise DataError("no assistant message with text, so there is nothing to learn")
         except DataError as error:
             log.note_malformed(file, number, str(error), settings.max_malformed_lines_per_file)
@@ -289,7 +292,7 @@ def _lowest(conversations: list[Conversation], count: int) -> list[Conversation]
 def _too_few(settings: InstructionSettings, train: int, held_out: int) -> str:
     counted = f"{train} conversation(s) to train on and {held_out} held out; each needs at least 1"
     if settings.kind == "files":
-        return f"The files in instructions.paths give {counted}. Give more conversations."
+        return f"The files in {PATHS} give {counted}. Give more conversations."
     return (
         f"The corpus's functions with docstrings give {counted}. Use a corpus with more Python, your own conversations "
         "(kind=files paths=[...]), or no fine-tuning."

@@ -258,9 +258,15 @@ def _read_parquet(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> I
 
 def _clean_text(text: str, settings: ReaderSettings, log: ReadLog) -> str:
     """Apply to a record's text what reading a file does to bytes: no lone surrogates, newlines as asked."""
+    text = without_surrogates(text, log)
+    return text.replace("\r\n", "\n").replace("\r", "\n") if settings.newlines == "unix" else text
+
+
+def without_surrogates(text: str, log: ReadLog) -> str:
+    """Put U+FFFD for halves of UTF-16 pairs, which JSON may spell and no file can hold; counted as invalid bytes."""
     text, invalid = SURROGATES.subn("\ufffd", text)
     log.counts["invalid_utf8_bytes"] += invalid
-    return text.replace("\r\n", "\n").replace("\r", "\n") if settings.newlines == "unix" else text
+    return text
 
 
 def exclude_files(files: Iterable[SourceFile], patterns: tuple[str, ...]) -> list[SourceFile]:

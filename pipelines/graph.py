@@ -79,6 +79,7 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
             instructions.run,
             s.finetune.rows(s.shards.seq_len),
             {**(corpora if s.finetune.data.kind == "functions" else {}), "tokenizer": words},
+            version=2,
             files={"conversations": paths(instruction_files(s.finetune.data))},
             self_checking=("*.tar",),
         )

@@ -29,6 +29,8 @@ def run(settings: ConversationRows, inputs: Mapping[str, Artifact], out_dir: Pat
     """Inputs: tokenizer and every corpus. Writes train.jsonl, heldout.jsonl and rows/ (shards with a target mask)."""
     corpora = [inputs[name] for name in sorted(inputs) if name.startswith("corpus")]
     metrics: dict[str, Any] = ctx.call(make, settings, corpora, inputs["tokenizer"], out_dir)
+    if metrics["malformed"]:
+        ctx.say(f"{metrics['malformed_lines']:,} malformed lines passed over; the first: {metrics['malformed'][0]}")
     return metrics
 
 

@@ -162,6 +162,7 @@ BAD_LINES = [
     ('{"messages": []}', "non-empty list"),
     ('{"messages": [{"role": "user", "content": "q"}]}', "nothing to learn"),
     ('{"prompt": "p", "completion": ""}', "nothing to learn"),
+    ('{"prompt": "p", "completion": " \\n"}', "nothing to learn"),
     ('{"prompt": "p", "completion": null}', "Message 1"),
     ("not json", "not JSON"),
 ]
@@ -177,6 +178,14 @@ def test_malformed_conversations_are_counted_with_file_and_line_and_limited(tmp_
         assert message in place
     with pytest.raises(DataError, match=r"a\.jsonl, line 11"):
         build_instructions(write_lines(tmp_path / "a.jsonl", ["{}"] * 20), [], tmp_path / "out")
+
+
+def test_half_a_pair_of_utf_16_is_replaced_and_counted(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"p{n} \ud800", "completion": "c\udfff"}) for n in range(30)]
+    metrics = build_instructions(write_lines(tmp_path / "a.jsonl", lines), [], tmp_path / "out")
+    assert metrics["invalid_utf8_bytes"] == 60
+    [first, *_] = load_conversations(tmp_path / "out" / "train.jsonl")
+    assert first.answers == {"c\ufffd"}
 
 
 @pytest.mark.parametrize(
