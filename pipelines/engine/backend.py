@@ -7,6 +7,8 @@ worker is gone.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib
 import importlib.util
 import math
@@ -16,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -33,6 +36,8 @@ MAX_RETRIES = 3  # of a call whose worker died
 POLL_SECONDS = 0.2
 ANSWER_SECONDS = 6.0  # for an existing cluster to connect, and as long again to greet
 OBJECT_STORE_BYTES = 128 * 2**20  # results only; Ray's default would claim 30 % of the memory
+SILENT_SECONDS = 30.0  # of a cluster's head, until it counts as gone
+_RAY_ITSELF = ("gcs_server", "raylet")
 PACKAGES = ("pipelines", "model", "data", "conf", "cluster")
 
 # Ray Train: stay in the driver's working folder, and start none of the actors that feed a dashboard. Each process of
@@ -126,6 +131,8 @@ class RayBackend(Backend):
         self._start = threading.Lock()
         self._started = False
         self._owned = False
+        self._head: _Head | None = None
+        self._gone = ""
 
     def resources(self) -> Resources:
         if self._address is None and not self._started and self._cpus is not None and self._gpus is not None:
@@ -144,6 +151,7 @@ class RayBackend(Backend):
     ) -> Generator[tuple[str, Any], None, None]:
         """Tasks of Ray, two for every free slot so that no worker waits for this loop; what has not ended is cancelled."""
         ray = self._ray()
+        self._check_ray()
         at_once = check_feasible(self.resources(), cpus=cpus, gpus=gpus)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(guarded_call)
         waiting = [(name, _portable(fn, *args)) for name, args in calls.items()][::-1]
@@ -154,12 +162,13 @@ class RayBackend(Backend):
                     name, call = waiting.pop()
                     running[task.remote(call, sys.path)] = name
                 poll()
+                self._check_ray()
                 ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
                 for reference in ready:
                     name = running.pop(reference)
                     yield name, opened(self._answer(reference, name))
         finally:
-            for reference in running:
+            for reference in [] if self._gone else running:
                 ray.cancel(reference, force=True)
 
     def _answer(self, reference: Any, name: str) -> bytes:
@@ -167,6 +176,7 @@ class RayBackend(Backend):
         try:
             return bytes(ray.get(reference))
         except ray.exceptions.RayError as error:
+            self._check_ray()
             raise WorkerDiedError(
                 f"{name}: its worker process died {MAX_RETRIES + 1} times ({error}). What is finished is kept; give it "
                 f"more memory or fewer workers and run again."
@@ -180,6 +190,7 @@ class RayBackend(Backend):
     def gang(self, gang: Gang, *, poll: Poll = lambda: None) -> Any:
         """The ranks of one `TorchTrainer`, from a thread beside this one, which polls."""
         self._ray()
+        self._check_ray()
         check_feasible(self.resources(), cpus=gang.cpus_per_worker, gpus=gang.gpus_per_worker, copies=gang.workers)
         answer: list[Any] = []
         # In a thread of its own: Ray Train's fit() blocks, and in the main thread it would take over Ctrl-C.
@@ -189,24 +200,48 @@ class RayBackend(Backend):
         try:
             while thread.is_alive():
                 poll()
+                self._check_ray()
                 thread.join(POLL_SECONDS)
+        except RayGoneError:
+            raise  # nobody is left to ask the ranks, or to tell when they have saved
         except BaseException:
             gang.stop()
             thread.join(SAVING_SECONDS + POLL_SECONDS)
             raise
+        self._check_ray()
         if not answer:
-            raise WorkerDiedError("the gang ended without an answer: Ray itself went away.")
+            raise WorkerDiedError("the gang ended without an answer.")
         if isinstance(answer[0], BaseException):
             raise answer[0]
         return answer[0]
 
     def close(self) -> None:
         with self._start:
-            if self._owned:
+            if self._owned and not self._gone:
                 import ray
 
                 ray.shutdown()
             self._started = self._owned = False
+
+    def _check_ray(self) -> None:
+        """Raise RayGoneError if Ray itself, and not one of its workers, has ended: left alone it would end this process
+        after a minute, without a word that helps."""
+        if self._gone:
+            raise RayGoneError(self._gone)
+        import ray._private.worker
+
+        node = ray._private.worker._global_node
+        if self._owned and self._address is None and node is not None:
+            if dead := [kind for kind, _ in node.dead_processes() if kind in _RAY_ITSELF]:
+                self._gone = f"Ray itself went away (its {' and '.join(dead)} ended)"
+                node.kill_all_processes(check_alive=False, allow_graceful=False)
+        elif self._head is not None and not self._head.answers():
+            self._gone = (
+                f"Ray itself went away (its head at {self._head.address} has not answered for {SILENT_SECONDS} s)"
+            )
+        if self._gone:
+            atexit.register(_leave_at_once)
+            raise RayGoneError(self._gone)
 
     def _ray(self) -> Any:
         """The ray module, started."""
@@ -224,6 +259,8 @@ class RayBackend(Backend):
                     self._owned = True
                 elif self._address is not None:
                     _check_same(self._address, ray.get_runtime_context().gcs_address)
+                if self._address is not None:
+                    self._head = _Head(ray.get_runtime_context().gcs_address)
                 self._started = True
             return ray
 
@@ -256,6 +293,42 @@ class RayBackend(Backend):
         specs = [importlib.util.find_spec(name) for name in self._packages]
         folders = [str(Path(spec.origin).parent) for spec in specs if spec is not None and spec.origin]
         return {"py_modules": folders, "env_vars": RAY_ENVIRONMENT}
+
+
+class RayGoneError(EngineError):
+    """Ray ended under this process, which has to end too and can be started again."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}. What is finished is kept; run the same command again to continue.")
+
+
+class _Head:
+    """The head of a cluster that others run, asked now and then whether it is there."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._asked = self._answered = time.monotonic()
+        self._turn = threading.Lock()
+
+    def answers(self) -> bool:
+        """False once it has not answered for SILENT_SECONDS: heads may be started again, and Ray waits a minute for them."""
+        with self._turn:
+            now = time.monotonic()
+            if now - self._asked > SILENT_SECONDS:  # nobody has asked for so long
+                self._answered = now
+            if now - self._asked > 2:
+                self._asked = now
+                host, _, port = self.address.rpartition(":")
+                with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=1):
+                    self._answered = now
+            return now - self._answered < SILENT_SECONDS
+
+
+def _leave_at_once() -> None:
+    """End as after any error: Ray's own threads, waiting for what is gone, would crash the interpreter on its way out."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(RayGoneError.exit_code)
 
 
 def _in_lasting_thread(connect: Callable[[], None]) -> None:

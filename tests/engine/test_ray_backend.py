@@ -108,19 +108,12 @@ def test_a_user_error_in_one_rank_ends_the_others_and_arrives_as_itself(backend:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["driver", "raylet"])
-def test_nothing_stays_behind_a_killed_driver_or_ray_and_the_next_run_continues(tmp_path: Path, victim: str) -> None:
+def test_nothing_stays_behind_a_killed_driver_and_the_next_run_continues(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     driver = start(tmp_path / "store", "--backend", "ray", mark=mark, SHARD_SECONDS="0.5")
     list(lines_until(driver, "progress letters letters 2"))
-    processes = marked(mark)
-    assert len(processes) > 4
-    if victim == "driver":
-        driver.kill()
-    else:
-        for pid in processes:
-            if b"raylet/raylet" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGKILL)
+    assert len(marked(mark)) > 4
+    driver.kill()
     driver.communicate(timeout=120)
     assert driver.returncode != 0
     wait_until_gone(mark)
