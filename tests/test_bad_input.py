@@ -264,9 +264,13 @@ def test_what_is_submitted_is_looked_at_first(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.slow
-def test_a_damaged_manifest_is_named(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
+def test_what_is_there_and_cannot_be_used_is_named(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
+) -> None:
     overrides = tiny(corpus_dir, tmp_path, LOCAL)
-    answer(capsys, "run", *overrides, "--until", "corpus")
+    answer(capsys, "run", *overrides, "--until", "shards")
+    (tmp_path / ".certify").write_text("a file, where certify keeps its records")
+    assert "another store" in complaint(capsys, "certify", "resume", *overrides)
     [manifest] = tmp_path.glob("corpus/*/manifest.json")
     for damage in ("garbage", "{}"):
         manifest.write_text(damage)
