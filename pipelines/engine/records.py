@@ -15,6 +15,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipelines.engine.errors import EngineError
 from pipelines.engine.files import json_bytes, locked, write_atomic
 
 
@@ -47,13 +48,20 @@ class FileRecords(Records):
         self._lock = folder / ".lock"
 
     def read(self, name: str) -> Seen | None:
-        """The bytes themselves are the version; the age is by the file server's clock."""
+        """The bytes themselves are the version; the age is by the file server's clock. Raises EngineError for a record
+        that is none."""
         path = self._folder / f"{name}.json"
         try:
             data, written = path.read_bytes(), path.stat().st_mtime
         except FileNotFoundError:
             return None
-        return Seen(value=json.loads(data), version=data.decode(), age_seconds=self._now() - written)
+        try:
+            return Seen(value=json.loads(data), version=data.decode(), age_seconds=self._now() - written)
+        except ValueError as error:
+            raise EngineError(
+                f"{path} is damaged ({error}). Delete it, and {self._folder.parent / '.work' / name} if it is there; then "
+                "run again: the step begins anew."
+            ) from error
 
     def write(self, name: str, value: dict[str, Any], expected: str | None) -> str | None:
         """Compare and write under a lock of the file system; None where another's version stands."""

@@ -156,6 +156,13 @@ def test_committed_work_is_finished_by_the_next_one_and_never_taken(records: Fil
     assert finished == [lease.token]
 
 
+def test_a_damaged_record_is_named_with_the_remedy(records: FileRecords) -> None:
+    take(records).release()
+    (records._folder / "x.json").write_text('{"token": ')
+    with pytest.raises(EngineError, match=r"x\.json is damaged .* Delete it, and .*\.work/x"):
+        take(records)
+
+
 def test_two_digests_under_one_name_are_refused(records: FileRecords) -> None:
     take(records).release()
     with pytest.raises(EngineError, match="two different digests"):
