@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 from pipelines.engine import manifest
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import describe, fsync, read_json, tree, write_json
+from pipelines.engine.files import describe, fsync, read_json, sealed, tree, unsealed, write_json
 from pipelines.engine.fingerprint import SHORT
 
 
@@ -83,8 +83,8 @@ class Work:
         found: dict[str, dict[str, Any]] = {}
         for path in (self.root / "engine" / "shards").glob("*/*.json"):
             if path.name != SET_NAME:
-                marker = json.loads(path.read_bytes())
-                found |= marker["files"] if marker["folder"] == "out" else {}
+                marker = unsealed(path)
+                found |= marker["files"] if marker is not None and marker["folder"] == "out" else {}
         return found
 
     def finished_shards(self, label: str, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -97,7 +97,7 @@ class Work:
             raise EngineError(_changed_set(label, before, names, self.root))
         done = {}
         for name in names:
-            marker = read_json(self.marker(label, name))
+            marker = unsealed(self.marker(label, name))
             if marker is not None and self._intact(marker):
                 done[name] = marker["result"]
         return done
@@ -160,7 +160,8 @@ def run_shard(shard: Shard, fn: Callable[[Any, Path], dict[str, Any]], payload: 
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(building / relpath, target)
         fsync(target.parent)
-    write_json(work.marker(shard.label, shard.name), {"result": result, "files": files, "folder": shard.folder})
+    marker = sealed({"result": result, "files": files, "folder": shard.folder})
+    write_json(work.marker(shard.label, shard.name), marker)
     shutil.rmtree(building, ignore_errors=True)
     return result
 

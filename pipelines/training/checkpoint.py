@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from pipelines.engine.files import sealed, unsealed
 from pipelines.training.errors import TrainingError
 from pipelines.training.ranks import Ranks
 from pipelines.training.zero import ZeroEngine
@@ -91,7 +92,7 @@ class Checkpoints:
         """Note that the run has come to its end with these figures; unless `keep`, drop the checkpoints."""
         if self.ranks.is_first:
             draft = self._ending.with_suffix(".writing")
-            draft.write_text(sealed({"digests": dict(self.digests), "figures": figures}))
+            draft.write_text(json.dumps(sealed({"digests": dict(self.digests), "figures": figures}), indent=1))
             os.replace(draft, self._ending)
             if not keep:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -141,7 +142,7 @@ class Checkpoints:
 
     def _publish(self, draft: Path, final: Path, state: Mapping[str, Any]) -> None:
         with open(draft / STATE, "w") as file:
-            file.write(sealed(state))
+            json.dump(sealed(state), file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         _discard(final)  # left by an attempt that was passed over
@@ -254,24 +255,6 @@ def _write_rank(path: Path, engine: ZeroEngine, ranks: Ranks) -> dict[str, Any]:
         header[piece.name] = {"start": piece.start, "shape": list(piece.shape), "scalars": scalars}
     save_file(tensors, path, metadata={"pieces": json.dumps(header)})
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def sealed(value: Mapping[str, Any]) -> str:
-    """A value as JSON, with the sha256 of all else in it."""
-    return json.dumps({**value, "sha256": _seal(value)}, indent=1)
-
-
-def unsealed(path: Path) -> dict[str, Any] | None:
-    """The value that was sealed into a file; None where it is gone, torn or changed."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        return value if value.pop("sha256") == _seal(value) else None
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return None
-
-
-def _seal(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _own(stretch: torch.Tensor) -> torch.Tensor:

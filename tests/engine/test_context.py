@@ -108,11 +108,19 @@ def test_a_result_reads_the_same_whether_made_now_or_before_a_kill(store: LocalS
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("damage", ["delete", "cut"])
-def test_a_finished_shard_whose_files_are_gone_or_cut_is_made_again(store: LocalStore, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["delete", "cut", "marker"])
+def test_a_finished_shard_whose_files_are_gone_or_cut_or_its_marker_changed_is_made_again(
+    store: LocalStore, damage: str
+) -> None:
     def harm(out_dir: Path) -> None:
         path = out_dir / "letters" / "a.txt"
-        path.unlink() if damage == "delete" else path.write_text("a")
+        [marker] = out_dir.parent.glob("engine/shards/*/a.json")
+        if damage == "delete":
+            path.unlink()
+        elif damage == "cut":
+            path.write_text("a")
+        else:
+            marker.write_text(marker.read_text().replace('"folder"', '"foldes"'))
 
     with pytest.raises(StopHereError):
         attempt(store, stop_after(("a", "b"), harm))
