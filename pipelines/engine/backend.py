@@ -235,6 +235,7 @@ class RayBackend(Backend):
             if dead := [kind for kind, _ in node.dead_processes() if kind in _RAY_ITSELF]:
                 self._gone = f"Ray itself went away (its {' and '.join(dead)} ended)"
                 node.kill_all_processes(check_alive=False, allow_graceful=False)
+                _end_newborns(node.session_name)
         elif self._head is not None and not self._head.answers():
             self._gone = (
                 f"Ray itself went away (its head at {self._head.address} has not answered for {SILENT_SECONDS} s)"
@@ -322,6 +323,15 @@ class _Head:
                 with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=1):
                     self._answered = now
             return now - self._answered < SILENT_SECONDS
+
+
+def _end_newborns(session: str) -> None:
+    """End worker processes that a raylet started as it died: they look for it for half a minute. Others end with it."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes()
+            if f"/{session}/".encode() in words and int(folder.name) != os.getpid():
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def _leave_at_once() -> None:
