@@ -47,7 +47,8 @@ READ_BY_TRAINING = {
 
 INSIDE_PIPELINES = {
     "pipelines/engine": {"pipelines.engine"},
-    "pipelines/training": {"pipelines.training", "pipelines.engine.typed"},  # a job arrives as plain data
+    # A job arrives as plain data, and a checkpoint's state is sealed as a shard's marker is.
+    "pipelines/training": {"pipelines.training", "pipelines.engine.typed", "pipelines.engine.sealed"},
     "pipelines/stages": {"pipelines.stages", "pipelines.training", "pipelines.engine.step", "pipelines.engine.typed"},
 }
 

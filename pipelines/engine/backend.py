@@ -8,7 +8,6 @@ worker is gone.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import importlib
 import importlib.util
 import math
@@ -18,7 +17,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from typing import Any, Protocol
 from pipelines.engine.errors import EngineError
 from pipelines.engine.gang import SAVING_SECONDS, Gang, run_rank
 from pipelines.engine.outcome import WorkerDiedError, guarded_call, log_tail, opened, portable_call
+from pipelines.engine.ray_health import RAY_ITSELF, SILENT_SECONDS, Head, RayGoneError, end_local_ray, leave_at_once
 
 Poll = Callable[[], None]
 """Called several times a second while a backend waits; raising from it ends what runs and what waits."""
@@ -36,8 +35,6 @@ MAX_RETRIES = 3  # of a call whose worker died
 POLL_SECONDS = 0.2
 ANSWER_SECONDS = 6.0  # for an existing cluster to connect, and as long again to greet
 OBJECT_STORE_BYTES = 128 * 2**20  # results only; Ray's default would claim 30 % of the memory
-SILENT_SECONDS = 30.0  # of a cluster's head, until it counts as gone
-_RAY_ITSELF = ("gcs_server", "raylet")
 PACKAGES = ("pipelines", "model", "data", "conf", "cluster")
 
 # Ray Train: stay in the driver's working folder, and start none of the actors that feed a dashboard. Each process of
@@ -131,7 +128,7 @@ class RayBackend(Backend):
         self._start = threading.Lock()
         self._started = False
         self._owned = False
-        self._head: _Head | None = None
+        self._head: Head | None = None
         self._gone = ""
 
     def resources(self) -> Resources:
@@ -232,16 +229,15 @@ class RayBackend(Backend):
 
         node = ray._private.worker._global_node
         if self._owned and self._address is None and node is not None:
-            if dead := [kind for kind, _ in node.dead_processes() if kind in _RAY_ITSELF]:
+            if dead := [kind for kind, _ in node.dead_processes() if kind in RAY_ITSELF]:
                 self._gone = f"Ray itself went away (its {' and '.join(dead)} ended)"
-                node.kill_all_processes(check_alive=False, allow_graceful=False)
-                _end_newborns(node.session_name)
+                end_local_ray(node)
         elif self._head is not None and not self._head.answers():
             self._gone = (
                 f"Ray itself went away (its head at {self._head.address} has not answered for {SILENT_SECONDS} s)"
             )
         if self._gone:
-            atexit.register(_leave_at_once)
+            atexit.register(leave_at_once)
             raise RayGoneError(self._gone)
 
     def _ray(self) -> Any:
@@ -261,7 +257,7 @@ class RayBackend(Backend):
                 elif self._address is not None:
                     _check_same(self._address, ray.get_runtime_context().gcs_address)
                 if self._address is not None:
-                    self._head = _Head(ray.get_runtime_context().gcs_address)
+                    self._head = Head(ray.get_runtime_context().gcs_address)
                 self._started = True
             return ray
 
@@ -294,51 +290,6 @@ class RayBackend(Backend):
         specs = [importlib.util.find_spec(name) for name in self._packages]
         folders = [str(Path(spec.origin).parent) for spec in specs if spec is not None and spec.origin]
         return {"py_modules": folders, "env_vars": RAY_ENVIRONMENT}
-
-
-class RayGoneError(EngineError):
-    """Ray ended under this process, which has to end too and can be started again."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what}. What is finished is kept; run the same command again to continue.")
-
-
-class _Head:
-    """The head of a cluster that others run, asked now and then whether it is there."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self._asked = self._answered = time.monotonic()
-        self._turn = threading.Lock()
-
-    def answers(self) -> bool:
-        """False once it has not answered for SILENT_SECONDS: heads may be started again, and Ray waits a minute for them."""
-        with self._turn:
-            now = time.monotonic()
-            if now - self._asked > SILENT_SECONDS:  # nobody has asked for so long
-                self._answered = now
-            if now - self._asked > 2:
-                self._asked = now
-                host, _, port = self.address.rpartition(":")
-                with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=1):
-                    self._answered = now
-            return now - self._answered < SILENT_SECONDS
-
-
-def _end_newborns(session: str) -> None:
-    """End worker processes that a raylet started as it died: they look for it for half a minute. Others end with it."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (folder / "cmdline").read_bytes()
-            if f"/{session}/".encode() in words and int(folder.name) != os.getpid():
-                os.kill(int(folder.name), signal.SIGKILL)
-
-
-def _leave_at_once() -> None:
-    """End as after any error: Ray's own threads, waiting for what is gone, would crash the interpreter on its way out."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(RayGoneError.exit_code)
 
 
 def _in_lasting_thread(connect: Callable[[], None]) -> None:

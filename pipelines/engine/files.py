@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -103,25 +103,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A value for a JSON file, with the sha256 of all else in it."""
-    plain = json.loads(json.dumps(value))  # as it will be read: keys that are numbers sort otherwise
-    return {**plain, "sha256": _seal(plain)}
-
-
-def unsealed(path: Path) -> dict[str, Any] | None:
-    """The value that was sealed into a file; None where it is gone, torn or changed."""
-    try:
-        value = json.loads(path.read_bytes())
-        return value if value.pop("sha256") == _seal(value) else None
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return None
-
-
-def _seal(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager

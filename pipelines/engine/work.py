@@ -23,8 +23,9 @@ from urllib.parse import quote
 
 from pipelines.engine import manifest
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import describe, fsync, read_json, sealed, tree, unsealed, write_json
+from pipelines.engine.files import describe, fsync, read_json, tree, write_json
 from pipelines.engine.fingerprint import SHORT
+from pipelines.engine.sealed import sealed, unsealed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,74 @@
+"""Whether Ray itself is still there, and how to leave where it is not.
+
+Without its GCS a driver hears nothing for a minute and is then ended by Ray's own threads, without a word that helps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from pipelines.engine.errors import EngineError
+
+SILENT_SECONDS = 30.0  # of a cluster's head, until it counts as gone
+RAY_ITSELF = ("gcs_server", "raylet")
+"""Processes of a local Ray that nothing works without."""
+
+
+class RayGoneError(EngineError):
+    """Ray ended under this process, which has to end too and can be started again."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}. What is finished is kept; run the same command again to continue.")
+
+
+class Head:
+    """The head of a cluster that others run, asked now and then whether it is there."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._asked = self._answered = time.monotonic()
+        self._turn = threading.Lock()
+
+    def answers(self) -> bool:
+        """False once it has not answered for SILENT_SECONDS: heads may be started again, and Ray waits a minute for them."""
+        with self._turn:
+            now = time.monotonic()
+            if now - self._asked > SILENT_SECONDS:  # nobody has asked for so long
+                self._answered = now
+            if now - self._asked > 2:
+                self._asked = now
+                host, _, port = self.address.rpartition(":")
+                with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=1):
+                    self._answered = now
+            return now - self._answered < SILENT_SECONDS
+
+
+def end_local_ray(node: Any) -> None:
+    """End what is left of a Ray of this machine. What a raylet has started, or was starting as it died, would look for it
+    for up to a minute."""
+    raylets = {str(info.process.pid) for kind in node.all_processes for info in node.all_processes[kind]}
+    doomed = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if parent in raylets or f"/{node.session_name}/".encode() in (folder / "cmdline").read_bytes():
+                doomed.append(int(folder.name))
+    node.kill_all_processes(check_alive=False, allow_graceful=False)
+    for pid in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def leave_at_once() -> None:
+    """End as after any error: Ray's own threads, waiting for what is gone, would crash the interpreter on its way out."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(RayGoneError.exit_code)
