@@ -1,5 +1,6 @@
 # make demo   .venv, install, and the whole pipeline on this machine's own Python library
 # make test   everything that must pass; what CI runs
+# make prove  long proofs that `make test` leaves out: other victims of kills, other families end to end, clusters
 # make check  format, lint, types, room rules, fast tests: under three minutes
 VENV   := .venv
 PYTHON ?= python3
@@ -8,19 +9,22 @@ export PYTHONUNBUFFERED := 1
 # Two workers of one thread each, in the order of tests/conftest.py; `make test PYTEST_ARGS="-n 0 -k name"` runs in one process.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test check format clean
+.PHONY: demo test prove check format clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/athanor run experiment=demo
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) -m "not prove" $(PYTEST_ARGS)
+
+prove: $(VENV)/.installed-dev
+	$(PYTEST) -m prove $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not prove" $(PYTEST_ARGS)
 
 format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format .

@@ -251,7 +251,14 @@ def processes(mark: str, name: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("victim", ["ray::RayTrainWorker", "raylet/raylet", "gcs/gcs_server"])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "ray::RayTrainWorker",
+        pytest.param("raylet/raylet", marks=pytest.mark.prove),
+        pytest.param("gcs/gcs_server", marks=pytest.mark.prove),
+    ],
+)
 def test_a_killed_rank_or_ray_itself_leaves_the_same_artifacts(
     finished: dict[str, Any], corpus_dir: Path, tmp_path: Path, victim: str
 ) -> None:
@@ -319,7 +326,12 @@ def test_a_full_disk_is_said_and_the_same_command_continues(corpus_dir: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("number", "backend"), [(signal.SIGINT, "ray"), (signal.SIGTERM, "ray"), (signal.SIGINT, "local")]
+    ("number", "backend"),
+    [
+        (signal.SIGINT, "ray"),
+        pytest.param(signal.SIGTERM, "ray", marks=pytest.mark.prove),
+        (signal.SIGINT, "local"),
+    ],
 )
 def test_ctrl_c_saves_leaves_a_clean_state_and_says_how_to_continue(
     finished: dict[str, Any], corpus_dir: Path, tmp_path: Path, number: signal.Signals, backend: str

@@ -63,7 +63,7 @@ def test_trials_side_by_side_on_a_local_ray_build_what_they_share_once(corpus_di
     assert "ConfigStore" not in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_a_cluster_that_runs_already_does_only_what_is_missing_and_a_failure_is_one_line(
     corpus_dir: Path, store: Path
 ) -> None:
