@@ -33,7 +33,7 @@ class DedupSettings:
     threshold: float = 0.8
     """Estimated Jaccard similarity of shingle sets from which a document is dropped (standard error about 0.035)."""
     shingle: Literal["words", "characters"] = "words"
-    """characters suits text that does not put spaces between words."""
+    """What a run is counted in. In a script without spaces between words each character is a word, too."""
     shingle_size: int = 5
     permutations: int = 128
     bands: int = 32

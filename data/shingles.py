@@ -1,10 +1,18 @@
 """Hashes of a text's word (or character) n-grams, whole texts at a time in numpy.
 
-A polynomial hash over bytes has prefix sums, so the hash of every word, and then of every n-gram of words, is a
+A polynomial hash over code points has prefix sums, so the hash of every word, and then of every n-gram of words, is a
 difference of two of them: no Python loop over words.
+
+Texts are compared as a reader sees them: compatibility forms, case, quotes, dashes, kinds of space and invisible
+characters make no difference (NFKC and case folding, Unicode Standard Annex 15; what is no letter separates words). A
+character of a script that puts no spaces between words is a word of its own, with the marks on it.
 """
 
 from __future__ import annotations
+
+import functools
+import re
+import unicodedata
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +24,21 @@ BASE_INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
 NGRAM_BASE = 0xBF58476D1CE4E5B9
 POWERS_BLOCK = 1 << 16
 
-# One table does lower-casing and the decision what is part of a word: 0 separates words. Bytes beyond ASCII belong to
-# words.
-WORD_BYTE = np.zeros(256, dtype=np.uint64)
-for _code in range(256):
-    if _code >= 0x80 or chr(_code).isalnum() or _code == ord("_"):
-        WORD_BYTE[_code] = ord(chr(_code).lower()) if _code < 0x80 else _code
+# What a code point is to words. A mark of an unspaced script stays with the character before it.
+SEPARATOR, LETTER, UNSPACED, UNSPACED_MARK, INVISIBLE = range(5)
+LAST_ASSIGNED = 0x323B0  # Han extension H; private use and tags behind it are no letters
+UNSPACED_SCRIPTS = (
+    *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF)),  # Thai, Lao; Myanmar; Khmer
+    *((0x1950, 0x19DF), (0x1A20, 0x1AAF), (0x1B00, 0x1B7F)),  # Tai Le, New Tai Lue; Tai Tham; Balinese
+    *((0x2E80, 0x2FDF), (0x3005, 0x3007), (0x3021, 0x312F), (0x31A0, 0x31FF)),  # radicals; kana, bopomofo
+    *((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xA000, 0xA48F), (0xF900, 0xFAFF)),  # Han; Yi
+    *((0xA980, 0xA9FF), (0xAA60, 0xAADF), (0x17000, 0x18CFF), (0x1B000, 0x1B2FF), (0x20000, LAST_ASSIGNED - 1)),
+)
+APOSTROPHE_LETTER = 0x02BC  # `don\u02bct` is `don't`
+VARIATION_SELECTORS = (0xFE00, 0xFE0F)
+BEYOND_ASCII = re.compile("[^\0-\x7f]+")
+MOSTLY_LATIN = 0.1
+MARKS_IN_A_ROW = 30  # as in Unicode's stream-safe text; Python's normalization takes time quadratic in them
 
 
 def mix(hashes: Hashes) -> Hashes:
@@ -51,26 +68,99 @@ def _power_table(table: Hashes, base: np.uint64, count: int) -> Hashes:
 
 
 def word_ngrams(text: str, n: int) -> Hashes:
-    """Return one hash per run of `n` consecutive words, lower-cased, punctuation ignored; in order, repeats kept.
+    """Return one hash per run of `n` consecutive words, case folded, punctuation ignored; in order, repeats kept.
 
     A text of fewer than `n` words, but at least one, gives a single hash of all of them.
     """
-    raw = WORD_BYTE[np.frombuffer(text.encode("utf-8"), dtype=np.uint8)]
-    inside = np.concatenate([[False], raw != 0, [False]])
-    edges = np.flatnonzero(inside[1:] != inside[:-1])
-    starts, ends = edges[0::2], edges[1::2]
+    points, kinds = _folded(text)
+    inside = np.concatenate([[False], kinds != SEPARATOR, [False]])
+    before = np.concatenate([[np.uint8(SEPARATOR)], kinds[:-1]])
+    alone = (kinds == UNSPACED) | ((kinds == LETTER) & (before >= UNSPACED))
+    begins = inside[1:-1] & (~inside[:-2] | alone)
+    starts = np.flatnonzero(begins)
     if starts.size == 0:
         return np.zeros(0, np.uint64)
-    prefix = np.zeros(raw.size + 1, np.uint64)
-    np.cumsum(raw * _power_table(_FORWARD, BASE, raw.size), out=prefix[1:])
-    words = (prefix[ends] - prefix[starts]) * _power_table(_BACKWARD, BASE_INVERSE, raw.size)[starts]
+    ends = np.flatnonzero(inside[:-1] & (~inside[1:] | np.append(begins, True)))
+    prefix = np.zeros(points.size + 1, np.uint64)
+    np.cumsum(points * _power_table(_FORWARD, BASE, points.size), out=prefix[1:])
+    words = (prefix[ends] - prefix[starts]) * _power_table(_BACKWARD, BASE_INVERSE, points.size)[starts]
     return _combine(mix(words), min(n, words.size))
 
 
 def character_ngrams(text: str, n: int) -> Hashes:
-    """Return one hash per run of `n` consecutive characters, for scripts that do not separate words; spaces ignored."""
-    points = np.frombuffer("".join(text.lower().split()).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
-    return _combine(mix(points + BASE), min(n, points.size)) if points.size else np.zeros(0, np.uint64)
+    """Return one hash per run of `n` consecutive characters of words, case folded; spaces and punctuation ignored."""
+    points, kinds = _folded(text)
+    letters = points[kinds != SEPARATOR]
+    return _combine(mix(letters + BASE), min(n, letters.size)) if letters.size else np.zeros(0, np.uint64)
+
+
+def _folded(text: str) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """The code points of a text as it is compared, and what each is to words; invisible ones are left out."""
+    if text.isascii():
+        raw = np.frombuffer(text.lower().encode("ascii"), dtype=np.uint8)
+        return raw.astype(np.uint64), _kinds()[raw]
+    points = _points(_normalized(_few_marks(text).casefold()))
+    kinds = _kinds()[np.minimum(points, LAST_ASSIGNED)]
+    seen = kinds != INVISIBLE
+    return points[seen].astype(np.uint64), kinds[seen]
+
+
+def _normalized(text: str) -> str:
+    """NFKC and case folding, of a case-folded text.
+
+    Normalization treats each stretch beyond ASCII, with the character before it, by itself. In the Latin script those are
+    few and come again, and to look at them alone takes a third of the time.
+    """
+    if len(text.encode("utf-8", "surrogatepass")) - len(text) > MOSTLY_LATIN * len(text):
+        return _normal_word.__wrapped__(text)
+    parts, done = [], 0
+    for found in BEYOND_ASCII.finditer(text):
+        start = max(found.start() - 1, 0)
+        parts += [text[done:start], _normal_word(text[start : found.end()])]
+        done = found.end()
+    return "".join([*parts, text[done:]])
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _normal_word(text: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+
+def _points(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+
+
+def _few_marks(text: str) -> str:
+    """The text with at most MARKS_IN_A_ROW combining marks on a character."""
+    points = _points(text)
+    is_mark = _is_mark()[np.minimum(points, LAST_ASSIGNED)]
+    if np.count_nonzero(is_mark) <= MARKS_IN_A_ROW:
+        return text
+    place = np.arange(points.size)
+    few = place - np.maximum.accumulate(np.where(is_mark, -1, place)) <= MARKS_IN_A_ROW
+    return text if few.all() else points[few].tobytes().decode("utf-32-le", "surrogatepass")
+
+
+@functools.lru_cache(maxsize=1)
+def _kinds() -> NDArray[np.uint8]:
+    """What each code point up to LAST_ASSIGNED, and any behind it, is to words."""
+    categories = [unicodedata.category(chr(point)) for point in range(LAST_ASSIGNED)]
+    is_mark = np.array([category[0] == "M" for category in categories])
+    table = np.where(np.array([category[0] in "LNM" for category in categories]), LETTER, SEPARATOR).astype(np.uint8)
+    for first, last in UNSPACED_SCRIPTS:
+        part = slice(first, last + 1)
+        table[part] = np.where(is_mark[part], UNSPACED_MARK, np.where(table[part] == LETTER, UNSPACED, SEPARATOR))
+    table[np.array([category == "Cf" for category in categories])] = INVISIBLE
+    table[VARIATION_SELECTORS[0] : VARIATION_SELECTORS[1] + 1] = INVISIBLE
+    table[APOSTROPHE_LETTER] = SEPARATOR
+    table[ord("_")] = LETTER
+    return np.append(table, np.uint8(SEPARATOR))
+
+
+@functools.lru_cache(maxsize=1)
+def _is_mark() -> NDArray[np.bool_]:
+    """Which code points normalization moves about: those with a combining class."""
+    return np.array([unicodedata.combining(chr(point)) != 0 for point in range(LAST_ASSIGNED)] + [False])
 
 
 def _combine(units: Hashes, n: int) -> Hashes:

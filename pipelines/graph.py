@@ -49,7 +49,7 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
         return steps[name]
 
     corpora = {
-        name: add(name, corpus.run, source, {}, files={"text": text_of(name, source, corpus_may_be_missing)})
+        name: add(name, corpus.run, source, {}, version=2, files={"text": text_of(name, source, corpus_may_be_missing)})
         for name, source in s.corpora().items()
     }
     begun = {}

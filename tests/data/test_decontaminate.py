@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import unicodedata
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +45,42 @@ def test_training_text_that_is_a_piece_of_a_held_out_document_is_found() -> None
     piece = " ".join(held.split()[1000:1400])
     assert index_of(held).contaminates(piece) == "inside_held_out"
     assert index_of(held).contaminates(piece + " " + text(5, 1000)) is None
+
+
+def drawn(seed: int, alphabet: str, characters: int) -> str:
+    """Text of a script without spaces, a full stop every 20 characters."""
+    chooser = random.Random(seed)
+    return "".join(chooser.choice(alphabet) + ("" if at % 20 else "。") for at in range(1, characters + 1))
+
+
+SCRIPTS = {
+    "Chinese": "".join(map(chr, range(0x4E00, 0x5200))),
+    "Japanese": "".join(map(chr, [*range(0x3042, 0x3090), *range(0x4E00, 0x4F00)])),
+    "Thai": "กขคงจชซญดตถทธนบปผพฟภมยรลวศษสหอ" * 2 + "ะาเแโใไ",
+    "Khmer": "".join(map(chr, range(0x1780, 0x17A3))),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_held_out_paragraph_without_spaces_is_found_inside_a_training_page(script: str) -> None:
+    held, page = drawn(1, SCRIPTS[script], 300), drawn(2, SCRIPTS[script], 3000)
+    index = index_of(held)
+    # The sentence before it and the one behind it touch the canary: it is no word, line or paragraph by itself.
+    assert index.contaminates(page[:1487] + held + page[1487:]) == "contains_held_out"
+    assert index.contaminates(page) is None
+    assert index_of(page).contaminates(page[700:1300]) == "inside_held_out"
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKD"])
+def test_held_out_english_in_other_typography_is_found(form: Any) -> None:
+    chooser = random.Random(1)
+    words = ["Élan", "naïve", "it's", "the", "finance", "'quoted'", "end.", "so - then", "Ångström", "ﬁne", "2nd"]
+    held = " ".join(f"{chooser.choice(words)} w{chooser.randrange(50)}" for _ in range(200))
+    canary = unicodedata.normalize(form, held.upper() if form == "NFC" else held)
+    for plain, other in (("'", "\u2019"), (" - ", "\u2014"), (" ", "\u00a0")):
+        canary = canary.replace(plain, other)
+    page = text(2, 1500)
+    assert index_of(held).contaminates(f"{page}\u201c{canary}\u201d{text(3, 1500)}") == "contains_held_out"
 
 
 def test_the_overlap_limit_decides() -> None:
