@@ -27,8 +27,9 @@ from data.dedup import DedupSettings, MinHash, duplicates_to_drop, near_duplicat
 from data.document import Document, DocumentWriter, read_documents
 from data.errors import DataError
 from data.filters import FilterSettings, filter_document
-from data.readers import OF_A_CORPUS, ReaderSettings, ReadLog, exclude_files, read_file
+from data.readers import ReaderSettings, ReadLog, exclude_files, read_file
 from data.sources import SourceFile, list_files, python_library_files
+from data.text_stream import OF_A_CORPUS
 
 MAX_SHARDS = 4096
 

@@ -139,10 +139,8 @@ def read_documents(path: Path) -> Iterator[Document]:
 def _read_file(file: Path) -> Iterator[Document]:
     try:
         parquet = pq.ParquetFile(file)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"{file} is not a readable Parquet file ({error}). Remove its artifact and run again."
-        ) from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _damaged(file, error) from error
     with parquet:
         missing = [name for name in SCHEMA.names if name not in parquet.schema_arrow.names]
         if missing:
@@ -150,7 +148,14 @@ def _read_file(file: Path) -> Iterator[Document]:
                 f"{file} lacks the column(s) {', '.join(missing)} of a document file. Is it user data? Use a reader."
             )
         for group in range(parquet.num_row_groups):
-            columns = parquet.read_row_group(group).to_pydict()
+            try:
+                columns = parquet.read_row_group(group).to_pydict()
+            except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+                raise _damaged(file, error) from error
             rows = zip(*(columns[name] for name in ("id", "text", "source", "position", "signals")), strict=True)
             for identity, text, source, position, signals in rows:
                 yield Document(id=identity, text=text, source=source, position=position, signals=dict(signals))
+
+
+def _damaged(file: Path, error: Exception) -> DataError:
+    return DataError(f"{file} is not a readable Parquet file ({error}). Remove its artifact and run again.")

@@ -8,26 +8,25 @@ from __future__ import annotations
 import ast
 import codecs
 import fnmatch
-import gzip
-import io
 import json
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data import text_stream
 from data.document import Document
 from data.errors import DataError
 from data.sources import SourceFile
+from data.text_stream import OF_A_CORPUS, check_expansion, leave_out, lines_of, open_text
 
-READ_BLOCK_BYTES = 1 << 20
+PARQUET_ROWS = 1024  # decoded together
 CUT_CONTEXT = 48
-OF_A_CORPUS = "corpus.reader or sources.NAME.reader"
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -43,7 +42,11 @@ class ReaderSettings:
     newlines: Literal["unix", "keep"] = "unix"
     """unix: CRLF and CR become LF, and a byte order mark at the start goes away. keep: text as it is in the file."""
     max_malformed_lines_per_file: int = 10
-    """More malformed .jsonl lines than this in one file end the run; fewer are skipped and counted."""
+    """More malformed .jsonl lines (or .parquet rows) than this in one file end the run; fewer are skipped and counted."""
+    max_line_bytes: int = field(default=32 << 20, metadata={"absent_at_default": True})
+    """A longer .jsonl line or .parquet row is malformed, and never held in memory: a line takes some 20 times its size."""
+    max_expansion: float = field(default=250, metadata={"absent_at_default": True})
+    """A file that unpacks to more than this many times its bytes (and 64 MiB) is refused. Text packs 2 to 20 times."""
 
     def __post_init__(self) -> None:
         if self.max_document_characters is not None and self.max_document_characters < 256:
@@ -53,6 +56,10 @@ class ReaderSettings:
             )
         if self.max_malformed_lines_per_file < 0:
             raise DataError(f"max_malformed_lines_per_file = {self.max_malformed_lines_per_file}: must be 0 or more.")
+        if self.max_line_bytes < 1024:
+            raise DataError(f"max_line_bytes = {self.max_line_bytes}: must be at least 1024; 32 MiB is usual.")
+        if not self.max_expansion >= 2:
+            raise DataError(f"max_expansion = {self.max_expansion}: must be at least 2; 250 is usual.")
 
 
 @dataclass(kw_only=True)
@@ -69,8 +76,8 @@ class ReadLog:
         """An empty log."""
         return cls(counts=Counter(), malformed=[])
 
-    def note_malformed(self, file: SourceFile, line: int, what: str, allowed: int) -> None:
-        """Count a malformed line; raise DataError when the file has more than `allowed`."""
+    def note_malformed(self, file: SourceFile, line: int, what: str, allowed: int, *, unit: str = "line") -> None:
+        """Count a malformed line (or row); raise DataError when the file has more than `allowed`."""
         self.counts["malformed_lines"] += 1
         key = f"malformed_lines in {file.name}"
         self.counts[key] += 1
@@ -78,7 +85,7 @@ class ReadLog:
             self.malformed.append(f"{file.name}:{line}: {what}")
         if self.counts[key] > allowed:
             raise DataError(
-                f"{file.path}, line {line}: {what}. This is malformed line {self.counts[key]} of the file and at most "
+                f"{file.path}, {unit} {line}: {what}. This is malformed {unit} {self.counts[key]} of the file and at most "
                 f"{allowed} are passed over. Repair the file, or raise max_malformed_lines_per_file of {OF_A_CORPUS}, "
                 "or of finetune.data.reader."
             )
@@ -92,26 +99,15 @@ def read_file(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> Itera
     """
     read = {"text": _read_text, "topics": _read_topics, "jsonl": _read_jsonl, "parquet": _read_parquet}[file.format]
     log.counts["files"] += 1
+    broken: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, pa.ArrowException)
+    if file.format == "parquet":
+        broken += (ValueError, LookupError)  # of names and offsets in a damaged one
     try:
         yield from read(file, settings, log)
-    except (OSError, EOFError, zlib.error, pa.ArrowInvalid) as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: SourceFile, error: Exception) -> DataError:
-    return DataError(
-        f"{file.path} cannot be read: {type(error).__name__}: {error}. Repair or remove the file, then run again."
-    )
-
-
-def open_bytes(file: SourceFile) -> IO[bytes]:
-    """Open a file for reading, decompressing by its suffix. A truncated archive raises while it is read."""
-    if file.compression == "gzip":
-        return io.BufferedReader(gzip.GzipFile(file.path), READ_BLOCK_BYTES)
-    if file.compression == "zstd":
-        # The zstandard package ends a truncated file without a word; Arrow's decoder raises.
-        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(file.path), "zstd"), READ_BLOCK_BYTES)
-    return open(file.path, "rb")
+    except broken as error:
+        raise DataError(
+            f"{file.path} cannot be read: {type(error).__name__}: {error}. Repair it, or {leave_out(file)}."
+        ) from error
 
 
 def _decoded_blocks(stream: IO[bytes], settings: ReaderSettings, log: ReadLog) -> Iterator[str]:
@@ -119,7 +115,7 @@ def _decoded_blocks(stream: IO[bytes], settings: ReaderSettings, log: ReadLog) -
     decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
     carry, first = "", True
     while True:
-        raw = stream.read(READ_BLOCK_BYTES)
+        raw = stream.read(text_stream.READ_BLOCK_BYTES)
         text = carry + decoder.decode(raw, final=not raw)
         carry = ""
         if first and text:
@@ -139,7 +135,7 @@ def _decoded_blocks(stream: IO[bytes], settings: ReaderSettings, log: ReadLog) -
 def _read_text(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> Iterator[Document]:
     limit = settings.max_document_characters
     position, pending = 0, ""
-    with open_bytes(file) as stream:
+    with open_text(file, settings.max_expansion, log.counts) as stream:
         before = log.counts["invalid_utf8_bytes"]
         blocks = _decoded_blocks(stream, settings, log)
         if limit is None:
@@ -209,51 +205,103 @@ def read_json_lines(file: SourceFile, settings: ReaderSettings, log: ReadLog) ->
 
     Raises DataError past `settings.max_malformed_lines_per_file`.
     """
-    with open_bytes(file) as stream:
-        for number, raw in enumerate(stream, start=1):
-            line = raw.decode("utf-8", errors="surrogateescape")
-            line, invalid = SURROGATES.subn("\ufffd", line)
-            log.counts["invalid_utf8_bytes"] += invalid
+    allowed = settings.max_malformed_lines_per_file
+    with open_text(file, settings.max_expansion, log.counts) as stream:
+        for number, raw in lines_of(stream, settings.max_line_bytes):
+            if raw is None:
+                log.note_malformed(file, number, _too_long(settings), allowed)
+                continue
+            line = _decoded(raw, log)
             if not line.strip("\ufeff \t\r\n"):
                 continue
             try:
                 record = json.loads(line.removeprefix("\ufeff"))
-            except (json.JSONDecodeError, RecursionError) as error:
-                log.note_malformed(file, number, f"not JSON ({error})", settings.max_malformed_lines_per_file)
+            except (ValueError, RecursionError) as error:  # also of an integer of more digits than Python takes
+                log.note_malformed(file, number, f"not JSON ({str(error).partition(';')[0]})", allowed)
                 continue
             if isinstance(record, dict):
                 yield number, record
             else:
-                log.note_malformed(
-                    file,
-                    number,
-                    f"a JSON {type(record).__name__}, not an object",
-                    settings.max_malformed_lines_per_file,
-                )
+                log.note_malformed(file, number, f"a JSON {type(record).__name__}, not an object", allowed)
+
+
+def _too_long(settings: ReaderSettings) -> str:
+    return f"longer than max_line_bytes = {settings.max_line_bytes:,}"
+
+
+def _decoded(raw: bytes, log: ReadLog) -> str:
+    """UTF-8 to text. Invalid bytes become U+FFFD and are counted."""
+    return without_surrogates(raw.decode("utf-8", errors="surrogateescape"), log)
 
 
 def _read_parquet(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> Iterator[Document]:
+    row = text_bytes = 0
+    for batch in _text_batches(file, settings):
+        for raw in batch:
+            if raw is None:
+                log.counts["null_rows"] += 1
+            elif raw.size > settings.max_line_bytes:
+                allowed = settings.max_malformed_lines_per_file
+                log.note_malformed(file, row, _too_long(settings), allowed, unit="row")
+            else:
+                text_bytes += raw.size
+                check_expansion(file, text_bytes, settings.max_expansion)
+                text = _clean_text(_decoded(raw.to_pybytes(), log), settings, log)
+                yield Document(text=text, source=file.name, position=row)
+            row += 1
+
+
+def _text_batches(file: SourceFile, settings: ReaderSettings) -> Iterator[Iterator[pa.Buffer | None]]:
+    """The text column of a Parquet file in batches of rows; each row the bytes of a text, or None.
+
+    Read as a dictionary: a text that a file of kilobytes names a million times is then in memory once.
+    """
+    field = settings.text_field
     with pq.ParquetFile(file.path) as parquet:
-        names = parquet.schema_arrow.names
-        if settings.text_field not in names:
-            raise DataError(
-                f"{file.path} has no column {settings.text_field!r}; its columns are {', '.join(names)}. "
-                f"Name the text column with text_field of {OF_A_CORPUS}."
-            )
-        kind = parquet.schema_arrow.field(settings.text_field).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise DataError(
-                f"{file.path}: column {settings.text_field!r} is {kind}, not text. Name a text column with "
-                f"text_field of {OF_A_CORPUS}."
-            )
-        row = 0
-        for batch in parquet.iter_batches(batch_size=1024, columns=[settings.text_field]):
-            for text in batch.column(0).to_pylist():
-                if text is None:
-                    log.counts["null_rows"] += 1
-                else:
-                    yield Document(text=_clean_text(text, settings, log), source=file.name, position=row)
-                row += 1
+        schema, metadata = parquet.schema_arrow, parquet.metadata
+    if schema.names.count(field) != 1:
+        there = f"{schema.names.count(field)} columns" if field in schema.names else "no column"
+        raise DataError(
+            f"{file.path} has {there} {field!r}; its columns are {', '.join(schema.names)}. "
+            f"Name the text column, which has a name of its own, with text_field of {OF_A_CORPUS}."
+        )
+    kind = _storage(schema.field(field).type)
+    if not (_is_text(kind) or pa.types.is_null(kind)):
+        raise DataError(
+            f"{file.path}: column {field!r} is {kind}, not text. Name a text column with text_field of {OF_A_CORPUS}."
+        )
+    columns = [
+        metadata.row_group(group).column(at) for group in range(metadata.num_row_groups) for at in _at(metadata, field)
+    ]
+    check_expansion(file, sum(column.total_uncompressed_size for column in columns), settings.max_expansion)
+    with pq.ParquetFile(file.path, metadata=metadata, read_dictionary=[field]) as parquet:
+        for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
+            yield _buffers(batch.column(0))
+
+
+def _at(metadata: Any, field: str) -> list[int]:
+    """Where the leaf column of that name stands in each row group."""
+    return [at for at in range(metadata.num_columns) if metadata.schema.column(at).path == field]
+
+
+def _storage(kind: pa.DataType) -> pa.DataType:
+    """What an Arrow type is kept as: of a dictionary its values, of an extension its storage."""
+    if pa.types.is_dictionary(kind):
+        return _storage(kind.value_type)
+    return _storage(kind.storage_type) if isinstance(kind, pa.BaseExtensionType) else kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _buffers(column: pa.Array) -> Iterator[pa.Buffer | None]:
+    column = column.storage if isinstance(column, pa.ExtensionArray) else column
+    if pa.types.is_null(column.type):
+        return iter([None] * len(column))
+    column = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    values = column.dictionary
+    return (None if at is None else values[at].as_buffer() for at in column.indices.to_pylist())
 
 
 def _clean_text(text: str, settings: ReaderSettings, log: ReadLog) -> str:

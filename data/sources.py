@@ -1,12 +1,18 @@
-"""Which files a corpus is made of: folders, files and globs the user names, or Python's own library."""
+"""Which files a corpus is made of: folders, files and globs the user names, or Python's own library.
+
+Every entry of a folder is taken, counted under a reason, or refused by name. Nothing is waited for: a FIFO is not opened.
+"""
 
 from __future__ import annotations
 
+import errno
+import fnmatch
 import glob
 import os
+import stat
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +25,21 @@ FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".py": "text", ".js
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 READABLE = ".txt, .md, .py, .jsonl (each also .gz or .zst) and .parquet"
 
+# Why an entry of a folder is no file of the corpus; a file of another kind is counted by its suffix.
+HIDDEN_FILES = "hidden files"
+HIDDEN_FOLDERS = "hidden folders"
+LINKED_FOLDERS = "linked folders (name them themselves to have them read)"
+MATCHED_FOLDERS = "folders that a pattern matches (it takes files; end it with /** for what is below)"
+BROKEN_LINKS = "links to nothing or to themselves"
+SPECIAL_FILES = "FIFOs, sockets and devices"
+CLOSED_FOLDERS = "folders that cannot be opened"
+REASONS = (
+    *(HIDDEN_FILES, HIDDEN_FOLDERS, LINKED_FOLDERS, MATCHED_FOLDERS, BROKEN_LINKS, SPECIAL_FILES, CLOSED_FOLDERS),
+)
+NO_SUFFIX = "no suffix"
+
+TELL_EVERY = 1000  # files, while a large folder is listed
+
 # Tests of the library, and what pip or the build put among it: neither is the library's own source.
 LIBRARY_SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "__phello__"}
@@ -28,7 +49,8 @@ LIBRARY_SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceFile:
-    """One file to read. `name` is what documents record: the path below (and with) the root the user named."""
+    """One file to read. `name` is what documents record: the path below (and with) the root the user named. Bytes of a
+    name that are not UTF-8 stand in it as `\\xNN`."""
 
     path: str
     name: str
@@ -37,81 +59,214 @@ class SourceFile:
     compression: Literal["gzip", "zstd"] | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Entry:
+    """A plain file that was found: below which root, and where it really lies."""
+
+    root: str
+    path: str
+    real: str
+    bytes: int
+
+
 def list_files(
-    paths: Sequence[str], skipped: Counter[str] | None = None, *, key: str = "corpus.paths"
+    paths: Sequence[str],
+    skipped: Counter[str] | None = None,
+    *,
+    key: str = "corpus.paths",
+    tell: Callable[[int], None] = lambda files: None,
 ) -> list[SourceFile]:
     """Return the readable files of folders (walked), files and globs (`**` crosses folders), sorted by name.
 
-    Names start with the root's own name, and with as many of its parents as it takes to keep two roots apart. Files of
-    other kinds below a folder or glob are counted by suffix in `skipped`. Raises DataError, which calls the setting `key`,
-    when a path does not exist, a file named outright is of no readable kind, or nothing readable is found.
+    Names start with the root's own name, and with as many of its parents as it takes to keep two roots apart. What lies
+    below a folder or glob and is not read is counted in `skipped`: under its suffix, or one of REASONS. `tell` hears
+    how many files were found so far. Raises DataError, which calls the setting `key`, when a path does not exist or is
+    no plain file, a file named outright is of no readable kind, or nothing readable is found.
     """
     if not paths:
         raise DataError(
             f"{key} is empty: nothing to read. Set it to folders, files or globs, as in {key}=[books/,notes/*.md]."
         )
     skipped = Counter() if skipped is None else skipped
-    found: dict[str, tuple[Path, Path]] = {}
+    found: dict[str, _Entry] = {}
     for path in paths:
-        for root, file in _expand(path, key):
-            found.setdefault(str(file.resolve()), (root, file))
-    labels = _root_labels({root.resolve() for root, _ in found.values()})
+        for entry in _expand(os.path.expanduser(path), path, key, skipped):
+            found.setdefault(entry.real, entry)
+            if len(found) % TELL_EVERY == 0:
+                tell(len(found))
+    real_roots = {root: os.path.realpath(root) for root in {entry.root for entry in found.values()}}
+    labels = _root_labels({Path(root) for root in real_roots.values()})
     files = []
-    for root, file in found.values():
-        kind = _kind(file)
+    for entry in found.values():
+        kind = _kind(os.path.basename(entry.path))
         if kind is None:
-            skipped[file.suffix or file.name] += 1
+            skipped[_suffix(os.path.basename(entry.path))] += 1
             continue
-        name = "/".join((labels[root.resolve()], *file.relative_to(root).parts)).strip("/")
-        files.append(
-            SourceFile(path=str(file), name=name, bytes=file.stat().st_size, format=kind[0], compression=kind[1])
-        )
+        below = os.path.relpath(entry.path, entry.root) if entry.root in ("", ".") else entry.path[len(entry.root) :]
+        name = _printable(f"{labels[Path(real_roots[entry.root])]}/{below.lstrip('/')}".lstrip("/"))
+        files.append(SourceFile(path=entry.path, name=name, bytes=entry.bytes, format=kind[0], compression=kind[1]))
     if not files:
-        seen = ", ".join(f"{suffix} ({count})" for suffix, count in skipped.most_common(5)) or "no files at all"
+        seen = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common(5)) or "no files at all"
         raise DataError(f"{key} = {list(paths)} holds no readable text: {seen}. Readable are {READABLE}.")
     return sorted(files, key=lambda file: (file.name, file.path))
 
 
-def _expand(path: str, key: str) -> Iterable[tuple[Path, Path]]:
-    """Yield (root, file) for one entry of the setting `key`."""
-    given = Path(path).expanduser()
-    if given.is_dir():
-        for folder, folders, names in os.walk(given):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                if not name.startswith("."):
-                    yield given, Path(folder, name)
-    elif given.is_file():
-        if _kind(given) is None:
-            raise DataError(f"{key} names {path}, whose suffix is not readable. Readable are {READABLE}.")
-        yield given.parent, given
-    elif glob.has_magic(path):
-        root = Path(*_before_magic(given.parts))
-        matches = sorted(Path(match) for match in glob.glob(str(given), recursive=True))
-        if not any(match.is_file() for match in matches):
+def _expand(path: str, given: str, key: str, skipped: Counter[str]) -> Iterator[_Entry]:
+    """The files of one entry of the setting `key`, which spells it `given`."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        if os.path.lexists(path):
+            nowhere = "which is a link to nothing" if isinstance(error, FileNotFoundError) else _why_not(error)
+            raise DataError(f"{key} names {given}, {nowhere}. Name a folder, file or glob that is there.") from error
+        if not glob.has_magic(path):
             raise DataError(
-                f"{key} names {path}, and that pattern matches no file. Check it with ls (a quoted ** crosses folders)."
-            )
-        yield from ((root, match) for match in matches if match.is_file())
+                f"{key} names {given}, {_why_not(error)}. Give an existing folder, file or glob."
+            ) from error
+        yield from _glob(path, given, key, skipped)
+        return
+    if stat.S_ISDIR(status.st_mode):
+        yield from _walk(path, path, skipped)
+    elif not stat.S_ISREG(status.st_mode):
+        raise DataError(
+            f"{key} names {given}, which is a FIFO, a socket or a device: only plain files are read, since every step "
+            "may read them again. Write its text to a file and name that."
+        )
+    elif _kind(os.path.basename(path)) is None:
+        raise DataError(f"{key} names {given}, whose suffix is not readable. Readable are {READABLE}.")
     else:
-        raise DataError(f"{key} names {path}, which does not exist. Give an existing folder, file or glob.")
+        root, real = os.path.dirname(path), os.path.realpath(path)
+        yield _Entry(root=root, path=path, real=real, bytes=status.st_size)
 
 
-def _before_magic(parts: tuple[str, ...]) -> Iterable[str]:
-    for part in parts[:-1]:
-        if glob.has_magic(part):
-            return
-        yield part
+def _why_not(error: OSError | ValueError) -> str:
+    code = getattr(error, "errno", None)
+    if code == errno.ELOOP:
+        return "which is a link to itself"
+    if code in (None, errno.ENOENT, errno.ENOTDIR):
+        return "which does not exist"
+    return f"which cannot be opened ({getattr(error, 'strerror', error)})"
 
 
-def _kind(file: Path) -> tuple[Format, Literal["gzip", "zstd"] | None] | None:
-    """Return (format, compression) by suffix, or None when the file is of no readable kind."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
+def _walk(root: str, top: str, skipped: Counter[str]) -> Iterator[_Entry]:
+    """The plain files below `top`, folder by folder; linked and hidden folders are counted, not entered."""
+    waiting = [top]
+    while waiting:
+        folder = waiting.pop()
+        real, folders = os.path.realpath(folder), []
+        for entry in _entries(folder, skipped):
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if entry.name.startswith("."):
+                skipped[HIDDEN_FOLDERS if is_folder else HIDDEN_FILES] += 1
+            elif is_folder:
+                folders.append(entry.path)
+            elif (
+                found := _plain_file(root, entry.path, real, entry.is_symlink(), LINKED_FOLDERS, skipped)
+            ) is not None:
+                yield found
+        waiting += reversed(folders)
+
+
+def _entries(folder: str, skipped: Counter[str]) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder or ".") as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError:
+        skipped[CLOSED_FOLDERS] += 1
+        return []
+
+
+def _plain_file(
+    root: str, path: str, real_folder: str, linked: bool, if_folder: str, skipped: Counter[str]
+) -> _Entry | None:
+    """What stands at `path` if it is a plain file or a link to one; else None, and counted."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        if os.path.lexists(path):  # else it went while we looked
+            skipped[BROKEN_LINKS] += 1
+        return None
+    except OSError as error:
+        skipped[BROKEN_LINKS if error.errno == errno.ELOOP else CLOSED_FOLDERS] += 1
+        return None
+    if stat.S_ISREG(status.st_mode):
+        real = os.path.realpath(path) if linked else os.path.join(real_folder, os.path.basename(path))
+        return _Entry(root=root, path=path, real=real, bytes=status.st_size)
+    skipped[if_folder if stat.S_ISDIR(status.st_mode) else SPECIAL_FILES] += 1
+    return None
+
+
+def _glob(pattern: str, given: str, key: str, skipped: Counter[str]) -> Iterator[_Entry]:
+    """The plain files that a pattern matches, as the glob module has it; `**` follows no links, which may go in circles."""
+    parts = Path(pattern).parts
+    first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    root, matched = os.path.join("", *parts[:first]), False
+    for path in sorted(set(_matches(root, parts[first:], skipped)), key=lambda path: path.split("/")):
+        found = _plain_file(root, path, "", True, MATCHED_FOLDERS, skipped)
+        if found is not None:
+            matched = True
+            yield found
+    if not matched:
+        raise DataError(
+            f"{key} names {given}, and that pattern matches no file. Check it with ls (a quoted ** crosses folders)."
+        )
+
+
+def _matches(folder: str, parts: tuple[str, ...], skipped: Counter[str], *, deep: bool = False) -> Iterator[str]:
+    """Paths below `folder` that match the parts of a pattern, one part a level; `**` (then `deep`) any number of levels."""
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        for below in _folders(folder, skipped):
+            yield from _matches(below, rest or ("*",), skipped, deep=True)
+        return
+    names = [part]
+    if glob.has_magic(part):
+        names = fnmatch.filter([entry.name for entry in _entries(folder, skipped)], part)
+        names = [name for name in names if part.startswith(".") or not name.startswith(".")]
+    for path in (os.path.join(folder, name) for name in names):
+        if rest:
+            yield from _matches(path, rest, skipped) if os.path.isdir(path) else ()
+        elif os.path.lexists(path) and not (deep and os.path.isdir(path)):  # its files match by themselves
+            yield path
+
+
+def _folders(top: str, skipped: Counter[str]) -> Iterator[str]:
+    """`top` and the folders below it, without hidden ones; linked ones are counted."""
+    waiting = [top]
+    while waiting:
+        folder = waiting.pop()
+        yield folder
+        below = []
+        for entry in _entries(folder, skipped):
+            path = os.path.join(folder, entry.name)
+            if os.path.isdir(path) and not entry.name.startswith("."):
+                if entry.is_symlink():
+                    skipped[LINKED_FOLDERS] += 1
+                else:
+                    below.append(path)
+        waiting += reversed(below)
+
+
+def _kind(name: str) -> tuple[Format, Literal["gzip", "zstd"] | None] | None:
+    """Return (format, compression) by a file name's suffixes, or None when the file is of no readable kind."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     if suffixes[-1:] == [".parquet"]:
         return "parquet", None
     compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     kind = FORMATS.get(suffixes[-2] if compression and len(suffixes) > 1 else suffixes[-1]) if suffixes else None
     return (kind, compression) if kind else None  # type: ignore[return-value]
+
+
+def _suffix(name: str) -> str:
+    """What a file that is not read is counted under: `.json`, `.tar.gz`."""
+    suffixes = Path(name).suffixes
+    compressed = bool(suffixes) and suffixes[-1].lower() in COMPRESSIONS
+    return _printable("".join(suffixes[-2 if compressed else -1 :])) or NO_SUFFIX
+
+
+def _printable(name: str) -> str:
+    """A file name as text: Parquet, JSON and a terminal hold no bytes that are not UTF-8."""
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 
 
 def _root_labels(roots: set[Path]) -> dict[Path, str]:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from data.errors import DataError
+from data.instructions import InstructionSettings, instruction_files
+from model.errors import ModelError
+from pipelines.engine.errors import EngineError
+from pipelines.engine.files import FileHashes
+from pipelines.stages.start import Start
 from pipelines.teach import settings_help
 from tests.conftest import LOCAL, answer, athanor, complaint, tiny
 
@@ -73,6 +80,20 @@ def test_a_folder_with_no_readable_text(capsys: pytest.CaptureFixture[str], tmp_
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "picture.png").write_bytes(b"\x89PNG")
     assert "no readable text" in complaint(capsys, "run", *tiny(tmp_path / "text", tmp_path / "store"))
+
+
+@pytest.mark.parametrize("target", [None, "/dev/zero"])
+def test_a_special_file_is_refused_and_not_waited_for_wherever_files_are_read(
+    tmp_path: Path, target: str | None
+) -> None:
+    for name in ("config.json", "task.yaml"):
+        (tmp_path / name).symlink_to(target) if target else os.mkfifo(tmp_path / name)
+    with pytest.raises(EngineError, match=r"task\.yaml is no plain file"):
+        FileHashes(tmp_path / "hashes").of([tmp_path / "task.yaml"])
+    with pytest.raises(ModelError, match=r"config\.json is no plain file"):
+        Start.open("pretrain.init_from", str(tmp_path))
+    with pytest.raises(DataError, match="a FIFO, a socket or a device"):
+        instruction_files(InstructionSettings(kind="files", paths=(str(tmp_path / "config.json"),)))
 
 
 def test_an_empty_corpus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

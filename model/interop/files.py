@@ -166,6 +166,8 @@ def _read_tensors(directory: Path) -> State:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # a FIFO would be waited for
+        raise ModelError(f"{path} is no plain file: copy or download it again.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

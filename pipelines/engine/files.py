@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -153,6 +154,11 @@ class FileHashes:
     def _key(self, path: Path) -> tuple[str, int, int]:
         with _readable(path):
             status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise EngineError(
+                    f"{path} is no plain file; a folder, FIFO, socket or device cannot be an input of a run, which may read "
+                    "it again. Write its content to a file."
+                )
             return os.path.realpath(path), status.st_size, status.st_mtime_ns
 
     def _hash(self, key: tuple[str, int, int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,17 @@ import pytest
 
 from data.errors import DataError
 from data.readers import exclude_files
-from data.sources import list_files, python_library_files
+from data.sources import (
+    BROKEN_LINKS,
+    HIDDEN_FILES,
+    HIDDEN_FOLDERS,
+    LINKED_FOLDERS,
+    MATCHED_FOLDERS,
+    NO_SUFFIX,
+    SPECIAL_FILES,
+    list_files,
+    python_library_files,
+)
 
 
 def touch(root: Path, *names: str) -> None:
@@ -38,7 +49,7 @@ def test_a_folder_gives_its_readable_files_sorted_and_named_below_it(tmp_path: P
         ("books/deep/c.jsonl.zst", "jsonl", "zstd"),
         ("books/e.PY", "text", None),
     ]
-    assert skipped == {".jpg": 1}
+    assert skipped == {".jpg": 1, "hidden files": 1, "hidden folders": 1}
     assert files[1].bytes == len("books/b.txt")
 
 
@@ -88,6 +99,92 @@ def test_what_cannot_be_a_corpus_is_refused_with_the_reason(
     with pytest.raises(DataError) as refused:
         list_files(paths, key="other.paths")
     assert "other.paths" in str(refused.value) and "corpus.paths" not in str(refused.value)
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A folder with one of everything that is no plain readable file."""
+    root = tmp_path / "x"
+    touch(root, "a.txt", ".hidden.txt", ".git/config.txt", "table.csv", "site.tar.gz", "LICENSE", "in/b.txt")
+    touch(tmp_path, "shelf/book.txt")
+    os.mkfifo(root / "pipe.txt")
+    for name, target in (
+        ("shelf", tmp_path / "shelf"),
+        ("circle", root),
+        ("again", Path(".")),
+        ("self.txt", Path("self.txt")),
+        ("one.txt", Path("two.txt")),
+        ("two.txt", Path("one.txt")),
+        ("nowhere.txt", Path("gone.txt")),
+        ("null.txt", Path("/dev/null")),
+        ("link.txt", tmp_path / "shelf" / "book.txt"),
+    ):
+        (root / name).symlink_to(target)
+    (root / os.fsdecode(b"caf\xe9.txt")).write_text("x", encoding="utf-8")
+    return root
+
+
+def test_every_entry_of_a_folder_is_read_or_counted_under_a_reason(hostile: Path) -> None:
+    skipped: Counter[str] = Counter()
+    files = list_files([str(hostile)], skipped)
+    assert [f.name for f in files] == ["x/a.txt", "x/caf\\xe9.txt", "x/in/b.txt", "x/link.txt"]
+    assert skipped == {
+        HIDDEN_FILES: 1,
+        HIDDEN_FOLDERS: 1,
+        LINKED_FOLDERS: 3,
+        BROKEN_LINKS: 4,
+        SPECIAL_FILES: 2,
+        ".csv": 1,
+        ".tar.gz": 1,
+        NO_SUFFIX: 1,
+    }
+    assert Path(files[1].path).read_text(encoding="utf-8") == "x"
+
+
+def test_a_pattern_goes_in_no_circles_and_counts_what_it_matches_and_does_not_take(hostile: Path) -> None:
+    skipped: Counter[str] = Counter()
+    found = [f.name for f in list_files([f"{hostile}/**/*.txt"], skipped)]
+    assert found == ["x/a.txt", "x/caf\\xe9.txt", "x/in/b.txt", "x/link.txt"]
+    assert skipped == {LINKED_FOLDERS: 3, BROKEN_LINKS: 4, SPECIAL_FILES: 2}
+    skipped.clear()
+    assert len(list_files([f"{hostile}/*"], skipped)) == 3
+    assert skipped[MATCHED_FOLDERS] == 4
+
+
+def test_a_linked_folder_named_itself_is_read(hostile: Path) -> None:
+    assert [f.name for f in list_files([str(hostile / "shelf")])] == ["shelf/book.txt"]
+    assert [f.name for f in list_files([f"{hostile}/shel*/*.txt"])] == ["x/shelf/book.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pipe.txt", "a FIFO, a socket or a device"),
+        ("null.txt", "a FIFO, a socket or a device"),
+        ("self.txt", "a link to itself"),
+        ("nowhere.txt", "a link to nothing"),
+        ("a.txt/b.txt", "does not exist"),
+        ("x" * 300, "File name too long"),
+        ("zero\0byte.txt", "does not exist"),
+    ],
+)
+def test_what_is_no_file_is_refused_by_name_and_never_waited_for(hostile: Path, name: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as refused:
+        list_files([str(hostile / name)])
+    assert "corpus.paths names" in str(refused.value)
+
+
+def test_a_home_that_nobody_has_is_refused() -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        list_files(["~nobody-has-this-name/texts"])
+
+
+def test_a_large_folder_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.sources.TELL_EVERY", 2)
+    touch(tmp_path, *(f"x/{n}.txt" for n in range(5)))
+    heard: list[int] = []
+    list_files([str(tmp_path / "x")], tell=heard.append)
+    assert heard == [2, 4]
 
 
 def test_the_python_library_has_its_sources_and_no_tests_or_packages() -> None:
