@@ -86,6 +86,7 @@ def print_json(value: Any) -> None:
 _FIGURES: tuple[tuple[str, str], ...] = (
     ("bits_per_byte", "{:.3f} bits/byte"),
     ("hidden_token_loss", "hidden tokens {:.3f} nats"),
+    ("finetuned_conversation_loss", "answers {:.3f} nats"),
     ("max_logit_error", "logits agree to {:.1e}"),
     ("loss", "loss {:.3f}"),
     ("pairs", "{:,} pairs"),

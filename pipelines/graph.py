@@ -87,14 +87,26 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
         models["finetune"] = add("finetune", finetune.run, s.finetuning(), pair, **training)
 
     held_out = {**corpora, **rows, "tokenizer": words, **models}
+    held_out |= {"instructions": chats} if s.finetune is not None else {}
     if corpora and not s.writes_from_left_to_right():
         asked = denoise.DenoiseSettings(evaluate=s.evaluating(), objective=s.objective, seq_len=s.shards.seq_len)
-        add("evaluate", denoise.run, asked, {**corpora, "tokenizer": words, **models}, volatile=tracked.VOLATILE)
-    elif corpora:
+        given = {**corpora, "tokenizer": words, **models}
+        add("evaluate", denoise.run, asked, given, version=2, volatile=tracked.VOLATILE)
+    elif corpora or s.finetune is not None:
         tasks = {"tasks": evaluate.task_files(s.evaluate)}
-        add("evaluate", evaluate.run, s.evaluating(), held_out, files=tasks, volatile=tracked.VOLATILE)
+        add(
+            "evaluate",
+            evaluate.run,
+            s.evaluating(),
+            held_out,
+            version=2,
+            files=tasks,
+            volatile=tracked.VOLATILE,
+            check=lambda: evaluate.check_tasks(s.evaluate, s.evaluation_windows()),
+        )
     add("export", export.run, s.export, {**corpora, "tokenizer": words, **models})
-    add("report", report.run, s.report, dict(steps), volatile=("report.html",))  # it shows seconds
+    # Volatile, as it shows seconds. A report is made whatever failed, and says what.
+    add("report", report.run, s.report, dict(steps), version=2, volatile=("report.html",), despite=s.report.without)
     return steps
 
 

@@ -221,7 +221,11 @@ class Settings:
             except TrainingError as error:
                 raise TrainingError(f"{where}.{error}") from error
         if "evaluate" in steps and self.writes_from_left_to_right():
-            self.evaluate.windows(self.resolved_model().max_seq_len, self.shards.seq_len if self.pretrains else None)
+            self.evaluation_windows()
+
+    def evaluation_windows(self) -> tuple[int, int]:
+        """Context and stride in tokens of what is scored from left to right. Raises EngineError where they cannot be."""
+        return self.evaluate.windows(self.resolved_model().max_seq_len, self.shards.seq_len if self.pretrains else None)
 
     def _everywhere(self) -> dict[str, Any]:
         """Execution settings that every training step shares."""

@@ -27,8 +27,14 @@ from pipelines.execution import execute, make_backend, named
 from pipelines.graph import build
 from pipelines.settings import Settings, SettingsError, compose, hydra_overrides, multirun, points_of, resolved, typed
 
-METRICS = (("evaluate", "bits_per_byte"), ("evaluate", "hidden_token_loss"), ("pretrain", "loss"))
-"""(step, figure) a sweep is sorted by: the first that a trial has; smaller is better."""
+METRICS = (
+    ("evaluate", "bits_per_byte"),
+    ("evaluate", "hidden_token_loss"),
+    ("evaluate", "finetuned_conversation_loss"),
+    ("finetune", "loss"),
+    ("pretrain", "loss"),
+)
+"""(step, figure) a sweep is sorted by: the first in which the trials differ; smaller is better."""
 
 LOST = "not finished: its process or that of another trial died, and the launcher gave up."
 
@@ -47,11 +53,10 @@ class Combination:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A line of the table: the metric and its name, or why there is none."""
+    """A line of the table: the figures there are, with `_low` and `_high` of those that have an interval; or why none."""
 
     words: tuple[str, ...]
-    value: float | None
-    name: str
+    figures: dict[str, float]
     failure: str
 
 
@@ -70,7 +75,7 @@ class Trial:
             settings = replace(settings, tracking=replace(tracking, group=tracking.group or self.group))
             steps = build(settings)
             execute(settings, [named(steps, self.until)] if self.until else list(steps.values()))
-            return figure(settings)[0]
+            return next(iter(figures(settings).values()), None)
         except Exception as error:
             # One bad combination must not end the sweep.
             return str(error) if hasattr(error, "exit_code") else traceback.format_exc()
@@ -111,13 +116,13 @@ def group_name(experiment: str, overrides: Sequence[str]) -> str:
 
 
 def _outcome(point: Combination, answer: float | str | None) -> Outcome:
-    """What became of a point: its metric from the store, whatever the launcher brought back."""
-    value, name = figure(point.settings) if point.settings is not None else (None, "")
+    """What became of a point: its figures from the store, whatever the launcher brought back."""
+    found = figures(point.settings) if point.settings is not None else {}
     if point.mistake or isinstance(answer, str):
-        failure = point.mistake or ("" if answer == LOST and value is not None else str(answer))
+        failure = point.mistake or ("" if answer == LOST and found else str(answer))
     else:
         failure = ""
-    return Outcome(words=point.words, value=value, name=name, failure=failure)
+    return Outcome(words=point.words, figures=found, failure=failure)
 
 
 def combinations(overrides: Sequence[str]) -> list[Combination]:
@@ -200,27 +205,61 @@ def watching(points: Sequence[Combination]) -> Iterator[None]:
         thread.join()
 
 
-def figure(settings: Settings) -> tuple[float | None, str]:
-    """(metric, its name) of a configuration from its artifacts; (None, '') where they are not there."""
+def figures(settings: Settings) -> dict[str, float]:
+    """The metrics of a configuration that its artifacts have, in the order of METRICS, each with its interval's ends."""
     reports = {r.name: r for r in runner.plan(list(build(settings).values()), store=open_store(settings.store))}
+    found: dict[str, float] = {}
     for step, name in METRICS:
-        if step in reports and (value := reports[step].metrics.get(name)) is not None:
-            return float(value), name
-    return None, ""
+        metrics = reports[step].metrics if step in reports else {}
+        label = name if step == "evaluate" else f"{step} {name}"
+        if metrics.get(name) is not None:
+            ends = {f"{label}{end}": metrics.get(f"{name}{end}") for end in ("_low", "_high")}
+            found |= {label: float(metrics[name])} | {end: float(at) for end, at in ends.items() if at is not None}
+    return found
+
+
+def sorted_by(outcomes: Sequence[Outcome]) -> str:
+    """The first metric in which the trials differ, as fine-tuning's do not in bits per byte; else the first there is."""
+    names = [name for step, metric in METRICS for name in [metric if step == "evaluate" else f"{step} {metric}"]]
+    there = [name for name in names if any(name in outcome.figures for outcome in outcomes)]
+    differ = [name for name in there if len({outcome.figures.get(name) for outcome in outcomes if outcome.figures}) > 1]
+    return next(iter([*differ, *there]), "metric")
 
 
 def show(outcomes: Sequence[Outcome]) -> None:
-    """The trials, best first, with only the overrides in which they differ."""
-    words = _differing(outcomes)
-    order = sorted(range(len(outcomes)), key=lambda i: (outcomes[i].value is None, outcomes[i].value or 0.0))
-    name = next((outcome.name for outcome in outcomes if outcome.name), "metric")
+    """The trials, best first, with only the overrides in which they differ.
+
+    An order is no verdict: where intervals are known, the trials that cannot be told from the best by them are counted, and
+    where none is known that is said.
+    """
+    words, name = _differing(outcomes), sorted_by(outcomes)
+    values = [outcome.figures.get(name) for outcome in outcomes]
+    order = sorted(range(len(outcomes)), key=lambda i: (values[i] is None, values[i] or 0.0))
+    ends = [(outcome.figures.get(f"{name}_low"), outcome.figures.get(f"{name}_high")) for outcome in outcomes]
+    has_ends = any(low is not None for low, _ in ends)
     cells = []
     for place, index in enumerate(order, start=1):
-        value, failure = outcomes[index].value, outcomes[index].failure
-        cells.append((str(place), "failed" if failure else "-" if value is None else f"{value:.4f}", words[index]))
+        value, (low, high) = values[index], ends[index]
+        shown = "failed" if outcomes[index].failure else "-" if value is None else f"{value:.4f}"
+        between = ["-" if low is None or high is None else f"{low:.4f} to {high:.4f}"] if has_ends else []
+        cells.append((str(place), shown, *between, words[index]))
     out = console.console()
     out.print()
-    out.print(console.table(None, ("", name, "overrides"), cells, right=(name,)))
+    columns = ("", name, *(["95 % interval"] if has_ends else []), "overrides")
+    out.print(console.table(None, columns, cells, right=(name,)))
+    if verdict := _verdict([ends[index] for index in order if values[index] is not None], name):
+        out.print(verdict, markup=False)
+
+
+def _verdict(ends: Sequence[tuple[float | None, float | None]], name: str) -> str:
+    """What the intervals, best trial first, say of the order; nothing of a single trial."""
+    if len(ends) < 2:
+        return ""
+    if any(low is None for low, _ in ends):
+        return f"No intervals around {name}, so the order is no verdict."
+    best_high = ends[0][1]
+    alike = sum(1 for low, _ in ends[1:] if low is not None and best_high is not None and low <= best_high)
+    return f"The first is not clearly better than {alike} of the others: their intervals overlap." if alike else ""
 
 
 def _differing(points: Sequence[Combination] | Sequence[Outcome]) -> list[str]:

@@ -82,6 +82,10 @@ def plan(arguments: argparse.Namespace) -> int:
     settings = compose(arguments.overrides)
     steps = build(settings, corpus_may_be_missing=True)
     reports = runner.plan(list(steps.values()), store=open_store(settings.store))
+    for report in reports:
+        check = steps[report.name].check
+        if check is not None and report.state in ("to make", "unfinished"):
+            check()
     costs = planning.estimate(settings, reports)
     if arguments.json:
         console.print_json({"steps": steps_json(reports), "costs": costs})

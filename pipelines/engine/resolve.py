@@ -47,7 +47,7 @@ def resolve(targets: Sequence[Step], hashes: FileHashes) -> Graph:
     def visit(step: Step) -> Node:
         if step not in by_step:
             inputs = {name: visit(source) for name, source in step.inputs.items()}
-            node = _node(step, inputs, hashes)
+            node = node_of(step, inputs, hashes)
             by_step[step] = by_digest.setdefault(node.digest, node)
         return by_step[step]
 
@@ -55,7 +55,8 @@ def resolve(targets: Sequence[Step], hashes: FileHashes) -> Graph:
     return Graph(targets=wanted, nodes=list(by_digest.values()))
 
 
-def _node(step: Step, inputs: dict[str, Node], hashes: FileHashes) -> Node:
+def node_of(step: Step, inputs: dict[str, Node], hashes: FileHashes) -> Node:
+    """A step with the nodes it is made from. Raises EngineError for what has no digest."""
     if not step.name or step.name.startswith(".") or "/" in step.name:
         raise EngineError(f"{step.name!r} cannot be a step's name: it names a folder of the store.")
     sources = {name: _source(paths, hashes) for name, paths in step.files.items()}

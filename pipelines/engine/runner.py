@@ -20,7 +20,7 @@ from pipelines.engine.errors import EngineError
 from pipelines.engine.events import Event, OnEvent, State, StepReport
 from pipelines.engine.files import FileHashes
 from pipelines.engine.lease import Held, Lease, LeaseLostError
-from pipelines.engine.resolve import Graph, Node, check_sources, resolve
+from pipelines.engine.resolve import Graph, Node, check_sources, node_of, resolve
 from pipelines.engine.step import Artifact, Step
 from pipelines.engine.store import Store, storage_errors
 from pipelines.engine.typed import to_plain
@@ -34,8 +34,8 @@ def run(
 ) -> list[StepReport]:
     """Make the targets and whatever they lack, and report on every step they depend on, inputs first.
 
-    Raises the first error of a step after the steps that were running beside it have ended. On Ctrl-C leases are
-    released, work is kept, and KeyboardInterrupt goes on.
+    A step that fails takes only those with it that need what it makes; a step that goes on `despite` that is made of the
+    rest. Then the first error is raised. On Ctrl-C leases are released, work is kept, and KeyboardInterrupt goes on.
     """
     with storage_errors(store):
         return _Run(targets, store, backend, on_event).all()
@@ -93,6 +93,15 @@ def _looked_at(report: StepReport, store: Store) -> StepReport:
     return report
 
 
+def _ends_the_run(failure: BaseException | None) -> bool:
+    """Whether nothing more is started after an error: an interruption, or one that leaves with a code of its own, as a
+    machine does that is taken away."""
+    return failure is not None and (
+        not isinstance(failure, Exception)
+        or getattr(failure, "exit_code", None) not in (None, 1, EngineError.exit_code)
+    )
+
+
 class _Run:
     """One call of ``run``: which nodes are done, which are running, what they use."""
 
@@ -102,6 +111,10 @@ class _Run:
         self._nodes, self._store, self._backend = graph.nodes, store, backend
         self._on_event, self._telling = on_event, threading.Lock()
         self._artifacts: dict[str, Artifact] = {}
+        self._lost: dict[str, str] = {}
+        """Why a node will not be made in this run, by its digest: its own error, or that of what it needs."""
+        self._partial: dict[str, list[str]] = {}
+        """Inputs that a node goes without, by its digest."""
         self._made: set[str] = set()
         self._needed = _needed(graph, store)
         self._running: dict[str, tuple[Node, threading.Thread]] = {}
@@ -110,7 +123,7 @@ class _Run:
         self._cancelled = threading.Event()
 
     def all(self) -> list[StepReport]:
-        """Make what is missing, side by side where resources allow; after an error what runs may end before it is raised."""
+        """Make what is missing, side by side where resources allow; an error is raised when all that can be made is made."""
         waiting = [node for node in self._nodes if node.digest in self._needed and not self._is_cached(node)]
         error: BaseException | None = None
         there = self._backend.resources() if waiting else Resources(cpus=0, gpus=0)
@@ -119,16 +132,19 @@ class _Run:
             # Execution settings too: they enter no manifest, but a stage writes and logs what it is told.
             told = [node.identity, to_plain(node.step.settings)]
             manifests.refuse_secrets(told, f"{node.name}: its settings")
+        for node in waiting:
+            if node.step.check is not None:
+                node.step.check()
         if any(node.step.resumes for node in waiting):  # as trainings do
             self._backend.expect_gang()
         try:
-            while self._running or (waiting and error is None):
-                if error is None:
-                    for node in self._startable(waiting, there):
-                        waiting.remove(node)
-                        self._launch(node)
+            while self._running or waiting:
+                for node in self._startable(waiting, there):
+                    waiting.remove(node)
+                    self._launch(node)
                 failure = self._next_end()
                 error = error or failure
+                waiting = [] if _ends_the_run(failure) else self._makeable(waiting)
         except BaseException:
             self._abandon()
             raise
@@ -165,6 +181,30 @@ class _Run:
                 free_cpus, free_gpus = free_cpus - node.step.cpus, free_gpus - node.step.gpus
         return chosen
 
+    def _makeable(self, waiting: list[Node]) -> list[Node]:
+        """The nodes that can still be made: without those that need what failed, or as their step is made despite that."""
+        kept: list[Node] = []
+        for node in waiting:  # inputs before what needs them
+            lost = {
+                name: self._lost[source.digest] for name, source in node.inputs.items() if source.digest in self._lost
+            }
+            there = {name: source for name, source in node.inputs.items() if source.digest in self._artifacts}
+            if not lost or (node.step.despite is not None and len(lost) + len(there) < len(node.inputs)):
+                kept.append(node)
+            elif node.step.despite is None or not there:
+                needs = " and ".join(lost)
+                self._lost[node.digest] = f"not made: it needs {needs}"
+                self._tell(
+                    node, "said", line=f"not made: it needs {needs}, which {'are' if len(lost) > 1 else 'is'} not there"
+                )
+            else:
+                inputs = {name: node.step.inputs[name] for name in there}
+                settings = node.step.despite(manifests.without_secrets(lost))
+                partial = node_of(replace(node.step, settings=settings, inputs=inputs), there, self._hashes)
+                self._partial[partial.digest] = list(lost)
+                kept.append(partial)
+        return kept
+
     def _launch(self, node: Node) -> None:
         def body() -> None:
             try:
@@ -187,8 +227,14 @@ class _Run:
             del self._running[node.digest]
             if isinstance(outcome, Artifact):
                 self._artifacts[node.digest] = outcome
+                if node.digest in self._partial:
+                    self._tell(
+                        node, "said", line=f"made without {', '.join(self._partial[node.digest])}: {outcome.url}"
+                    )
                 return None
             self._tell(node, "failed", line=str(outcome))
+            name = "" if hasattr(outcome, "exit_code") else f"{type(outcome).__name__}: "
+            self._lost[node.digest] = f"{name}{outcome}"
             return outcome
 
     def _make(self, node: Node) -> Artifact:

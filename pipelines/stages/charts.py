@@ -64,11 +64,13 @@ def curves(
 
 
 def intervals(
-    rows: Sequence[tuple[str, float, float, float, str]], *, label: str, unit: str = "", width: int = 640
+    rows: Sequence[tuple[str, float, float | None, float | None, str]], *, label: str, unit: str = "", width: int = 640
 ) -> str:
-    """One line per (name, value, low, high, style): a dot between its whiskers, the value written beside it."""
+    """One line per (name, value, low, high, style): a dot between its whiskers, the value written beside it; a dot alone
+    where there is no interval."""
     left, right, step = 128, 64, 30
-    low, high = padded(min(row[2] for row in rows), max(row[3] for row in rows))
+    ends = [x for _, *numbers, _ in rows for x in numbers if isinstance(x, float | int)]
+    low, high = padded(min(ends), max(ends))
     height = TOP + step * len(rows) + BOTTOM
 
     def place(value: float) -> float:
@@ -82,9 +84,9 @@ def intervals(
     for number, (name, value, lowest, highest, style) in enumerate(rows):
         y = TOP + step * (number + 0.5)
         parts.append(f'<text class="name" x="{left - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
-        parts.append(
-            f'<line class="whisker {style}" x1="{place(lowest):.1f}" x2="{place(highest):.1f}" y1="{y}" y2="{y}"/>'
-        )
+        if lowest is not None and highest is not None:
+            ends_at = f'x1="{place(lowest):.1f}" x2="{place(highest):.1f}"'
+            parts.append(f'<line class="whisker {style}" {ends_at} y1="{y}" y2="{y}"/>')
         parts.append(f'<circle class="dot {style}" cx="{place(value):.1f}" cy="{y}" r="5"/>')
         parts.append(f'<text class="value" x="{width - right + 10}" y="{y + 4:.1f}">{value:.3f}{unit}</text>')
     return "".join([*parts, "</svg>"])

@@ -32,7 +32,7 @@ from pipelines.engine.typed import to_plain
 from pipelines.stages import held_out
 from pipelines.stages.evaluate_settings import EvaluateSettings
 from pipelines.stages.inputs import named
-from pipelines.stages.intervals import interval, resample_sums
+from pipelines.stages.intervals import bounds, interval, resample_sums, share_interval
 from pipelines.stages.tracked import track_scores
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def run(settings: DenoiseSettings, inputs: Mapping[str, Artifact], out_dir: Path
     corpora = named(inputs, "corpus")
     chosen = {name: held_out.choose(artifact.path, asked) for name, artifact in corpora.items()}
     documents = list({document.id: document for part in chosen.values() for document in part.documents}.values())
-    groups = held_out.group_by_bytes(documents, asked.bytes_per_shard)
+    groups = held_out.group_by_bytes([len(d.text.encode("utf-8")) for d in documents], asked.bytes_per_shard)
     work = {
         f"hidden-{number:03d}": Work(
             settings=settings,
@@ -84,8 +84,9 @@ def run(settings: DenoiseSettings, inputs: Mapping[str, Artifact], out_dir: Path
     table_NK = np.column_stack([columns["targets"], columns["nats"], columns["right"]]).astype(np.float64)
     targets, nats, right = table_NK.sum(0)
     draws_RK = resample_sums(table_NK, resamples=asked.bootstrap_resamples, seed=asked.seed)
-    loss = interval(nats / targets, draws_RK[:, 1] / draws_RK[:, 0])
-    accuracy = interval(right / targets, draws_RK[:, 2] / draws_RK[:, 0])
+    count = len(documents)
+    loss = interval(nats / targets, draws_RK[:, 1] / draws_RK[:, 0], count=count, of="documents")
+    accuracy = share_interval(right, targets, draws_RK[:, 2] / draws_RK[:, 0], count=count, of="documents")
     scored = {"documents": len(documents), "targets": int(targets)}
     results = {
         "objective": to_plain(settings.objective),
@@ -95,20 +96,23 @@ def run(settings: DenoiseSettings, inputs: Mapping[str, Artifact], out_dir: Path
         "hidden_token_accuracy": asdict(accuracy),
     }
     (out_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    between = "" if loss.low is None else f" [{loss.low:.4f}, {loss.high:.4f}]"
+    shares = "" if accuracy.low is None else f" [{accuracy.low:.1%}, {accuracy.high:.1%}]"
     words = (
-        f"{settings.objective.kind} on {len(documents)} held-out documents, {int(targets):,} hidden tokens: loss "
-        f"{loss.value:.4f} nats [{loss.low:.4f}, {loss.high:.4f}], {accuracy.value:.1%} right "
-        f"[{accuracy.low:.1%}, {accuracy.high:.1%}]"
+        f"{settings.objective.kind} on {count} held-out documents, {int(targets):,} hidden tokens: loss "
+        f"{loss.value:.4f} nats{between}, {accuracy.value:.1%} right{shares}"
     )
-    (out_dir / "results.md").write_text(f"{words}. Brackets: 95 %, bootstrap over documents.\n", encoding="utf-8")
+    brackets = f"No intervals: {loss.missing}" if loss.missing else "Brackets: 95 %, bootstrap over documents"
+    (out_dir / "results.md").write_text(f"{words}. {brackets}.\n", encoding="utf-8")
     pq.write_table(pa.table(columns), out_dir / "documents.parquet", compression="zstd")
-    ctx.say(f"{words}; bits per byte, tasks and samples are for models that write from left to right")
+    missing = f" (no intervals: {loss.missing})" if loss.missing else ""
+    ctx.say(f"{words}{missing}; bits per byte, tasks and samples are for models that write from left to right")
     figures = {
         "hidden_token_loss": loss.value,
-        "hidden_token_loss_low": loss.low,
-        "hidden_token_loss_high": loss.high,
         "hidden_token_perplexity": math.exp(loss.value),
         "hidden_token_accuracy": accuracy.value,
+        **bounds("hidden_token_loss", asdict(loss)),
+        **bounds("hidden_token_accuracy", asdict(accuracy)),
         **{f"scored_{unit}": count for unit, count in scored.items()},
     }
     track_scores(asked.tracking, figures, inputs, out_dir, ctx)

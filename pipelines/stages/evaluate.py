@@ -5,8 +5,10 @@ Every model of the run (`base`, and `finetuned` where there is one) is scored on
 that depend on the documents alone, so no score depends on how many workers there were. What the workers do is in
 `measure.py`.
 
-Writes results.json, results.md (the table), documents.parquet (one row per document), tasks/ (each harness example with
-its answers), samples.json and, where runs are tracked offline, logs/.
+Held-out conversations are scored by the loss of the assistant's tokens, which is what fine-tuning is trained on.
+
+Writes results.json, results.md (the table), documents.parquet (one row per document), conversations.parquet (one row per
+conversation), tasks/ (each harness example with its answers), samples.json and, where runs are tracked offline, logs/.
 """
 
 from __future__ import annotations
@@ -20,42 +22,69 @@ from typing import Any
 from pipelines.engine.step import Artifact, Context
 from pipelines.stages.evaluate_settings import EvaluateSettings, SampleSettings, task_files
 from pipelines.stages.inputs import named
+from pipelines.stages.task_files import read_tasks
 from pipelines.stages.tracked import track_scores
 
-__all__ = ["EvaluateSettings", "SampleSettings", "run", "task_files"]
+__all__ = ["EvaluateSettings", "SampleSettings", "check_tasks", "run", "task_files"]
 
 
 def run(settings: EvaluateSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
-    """Inputs: corpus (or several, corpus-NAME), tokenizer, pretrain; optionally finetune, and shards (or several), from
-    which the unigram baseline learns. Returns the figures of results.json, flat."""
+    """Inputs: tokenizer, pretrain (or the start that stands for it); optionally corpus (or several, corpus-NAME), shards (or
+    several), from which the unigram baseline learns, finetune, and instructions. Returns the figures of results.json, flat.
+    """
     from pipelines.stages import held_out, summary
     from pipelines.stages.measure import MODELS, measure, plan_work
 
     models = {name: inputs[step] for name, step in MODELS.items() if step in inputs}
     chosen = {name: held_out.choose(artifact.path, settings) for name, artifact in named(inputs, "corpus").items()}
     documents = list({document.id: document for part in chosen.values() for document in part.documents}.values())
-    groups = held_out.group_by_bytes(documents, settings.bytes_per_shard)
-    work = plan_work(settings, inputs, models, [document.id for document in documents], groups)
+    groups = held_out.group_by_bytes([len(d.text.encode("utf-8")) for d in documents], settings.bytes_per_shard)
+    groups = groups if documents else []
+    chats, available = (
+        held_out.choose_conversations(inputs["instructions"].path, settings) if "instructions" in inputs else ([], 0)
+    )
+    chat_groups = held_out.group_by_bytes([held_out.text_bytes(chat) for chat in chats], settings.bytes_per_shard)
+    ids_of_chats = [[chats[place].id for place in group] for group in chat_groups if group]
+    work = plan_work(settings, inputs, models, [document.id for document in documents], groups, ids_of_chats)
     done = ctx.map_shards(measure, work, label="measurements", gpus=settings.gpus_per_task)
 
     columns = summary.collect_columns(documents, groups, models, done)
-    scores = summary.summarize(columns, settings)
-    results = {
+    scores = summary.summarize(columns, settings) if documents else {}
+    windows: dict[str, Any] = next((result["windows"] for result in done.values() if "windows" in result), {})
+    results: dict[str, Any] = {
         "held_out": {name: part.card() for name, part in chosen.items()},
         "scored": {"documents": len(documents)} | {unit: int(columns[unit].sum()) for unit in ("bytes", "tokens")},
-        "windows": done["score-base-000"]["windows"] | {"precision": settings.precision},
-        "unigram_training_tokens": done["baselines"]["training_tokens"],
+        "windows": windows | {"precision": settings.precision},
+        "unigram_training_tokens": done["baselines"]["training_tokens"] if documents else 0,
         "scores": {name: asdict(score) for name, score in scores.items()},
         "tasks": {name: done[f"tasks-{name}"]["tasks"] for name in models if settings.tasks},
     }
+    if chats:
+        chat_columns = summary.collect_conversations(chats, ids_of_chats, models, done)
+        results["conversations"] = summary.summarize_conversations(chat_columns, models, available, settings)
+        summary.write_columns(out_dir / "conversations.parquet", chat_columns)
+        if refused := next((r["refused"] for r in done.values() if r.get("refused")), ""):
+            count = results["conversations"]["refused"]
+            ctx.say(f"{count} held-out conversations refused by the chat template, not scored; the first: {refused}")
     _write_json(out_dir / "results.json", results)
     _write_json(out_dir / "samples.json", {name: done[f"samples-{name}"]["samples"] for name in models})
     (out_dir / "results.md").write_text(summary.table(results), encoding="utf-8")
-    summary.write_documents(out_dir / "documents.parquet", columns)
-    ctx.say(summary.headline(results))
+    if documents:
+        summary.write_columns(out_dir / "documents.parquet", columns)
+    for line in summary.headlines(results):
+        ctx.say(line)
     figures = summary.metrics(results)
     track_scores(settings.tracking, figures, inputs, out_dir, ctx)
     return figures
+
+
+def check_tasks(settings: EvaluateSettings, windows: tuple[int, int]) -> None:
+    """Build every task that does not come with this program and run it without a model: what fails there would fail after
+    everything is trained. Raises EngineError."""
+    if read_tasks(settings.tasks, settings.task_folders).own():
+        from pipelines.stages.harness_tasks import try_tasks
+
+        try_tasks(settings, windows[0])
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from pipelines.engine.step import EngineError
 from pipelines.stages.generate import GenerateSettings
+from pipelines.stages.task_files import read_tasks
 from pipelines.training.settings import TrackingSettings
 
-TASKS = Path(__file__).parents[2] / "conf" / "evaluate" / "tasks"
+TASK_INTERVALS = (
+    "Tasks: the harness's own figures. In brackets 95 %: Wilson's for shares of right answers, else the bootstrap through "
+    "the harness's aggregation; over whole documents where they gave several examples. Chance: what random answers score."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class EvaluateSettings:
     seed: int = 0
     compressors: tuple[Literal["gzip", "xz"], ...] = ("gzip", "xz")
     tasks: tuple[str, ...] = ()
-    """lm-evaluation-harness tasks: names of YAML files in conf/evaluate/tasks or in task_folders."""
+    """lm-evaluation-harness tasks, groups or tags: names of YAML files in conf/evaluate/tasks or in task_folders."""
     task_folders: tuple[str, ...] = field(default=(), metadata={"execution": True})
     """Where else to look for tasks. What counts is what is in their files, which enter the step's digest."""
     task_examples: int = 100
@@ -76,27 +79,9 @@ class EvaluateSettings:
         return context, stride
 
 
-def task_path(name: str, folders: Sequence[str]) -> Path:
-    """The YAML file of a task: in the user's folders first, then in conf/evaluate/tasks. EngineError if in none."""
-    places = [*map(Path, folders), TASKS]
-    for place in places:
-        if (place / f"{name}.yaml").is_file():
-            return place / f"{name}.yaml"
-    known = ", ".join(sorted(path.stem for place in places for path in place.glob("*.yaml")))
-    raise EngineError(
-        f"evaluate.tasks: no task named {name!r}. A task is a harness YAML file in conf/evaluate/tasks "
-        f"or in one of evaluate.task_folders; there are {known}."
-    )
-
-
 def task_files(settings: EvaluateSettings) -> tuple[Path, ...]:
-    """Every file that the chosen tasks are made from, to enter the step's digest: their YAML and their own data."""
-    import yaml
+    """Every file that the chosen tasks are made from, to enter the step's digest: their YAML, what it includes, their data.
 
-    files: list[Path] = []
-    for name in settings.tasks:
-        path = task_path(name, settings.task_folders)
-        data = (yaml.safe_load(path.read_text(encoding="utf-8")).get("dataset_kwargs") or {}).get("data_files", ())
-        by_split = data.values() if isinstance(data, dict) else [data] if data else []
-        files += [path, *(path.parent / file for file in by_split)]
-    return tuple(files)
+    Raises EngineError for a task that is not there or cannot be run.
+    """
+    return tuple(read_tasks(settings.tasks, settings.task_folders).files)

@@ -1,7 +1,6 @@
-"""Our model as an lm-evaluation-harness model, and tasks run on it without a network.
+"""Our model as an lm-evaluation-harness model.
 
     HarnessModel(model, tokenizer)                            # loglikelihood, loglikelihood_rolling, generate_until
-    run_tasks(harness, documents, settings, out_dir)          # {"next_line": {"acc": {"value", "low", "high"}, ...}}
 
 Texts become tokens as in training: `<s>` first, control strings inside a text stay text. Truncation is the harness's
 own (`HFLM`): a prompt loses its beginning, a rolling text is cut into windows side by side.
@@ -11,40 +10,19 @@ Importing this module imports lm-evaluation-harness (about two seconds), so only
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
-
-import yaml
-
-from data.document import Document
-from data.tokenizer import Tokenizer
-from model.architectures import Transformer
-from model.generate import Sampling, generate
-from pipelines.engine.step import EngineError
-from pipelines.stages.evaluate_settings import EvaluateSettings, task_path
-from pipelines.stages.intervals import mean_interval
-from pipelines.stages.scoring import score_sequences
-from pipelines.stages.task_data import make_examples
-
-# Read when `datasets` is imported: a task's data are local files, and a machine without a network must not wait.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.evaluator import evaluate as evaluate_tasks
-from lm_eval.models.utils import normalize_gen_kwargs
 
-MOST_NEW_TOKENS = 256
-FEWEST_EXAMPLES = 4
+from data.tokenizer import Tokenizer
+from model.architectures import Transformer
+from model.generate import Sampling, generate
+from pipelines.stages.harness_tasks import generation_options
+from pipelines.stages.scoring import score_sequences
 
 
 class HarnessModel(TemplateLM):
@@ -124,13 +102,8 @@ class HarnessModel(TemplateLM):
         return [answers[number] for number in range(len(requests))]
 
     def _continue(self, prompts: list[str], options: dict[str, Any]) -> list[str]:
-        options = dict(normalize_gen_kwargs(options, MOST_NEW_TOKENS))
+        options = generation_options(options, self.max_length)
         until, new_tokens = list(options["until"]), int(options["max_gen_toks"])
-        if new_tokens >= self.max_length:
-            raise EngineError(
-                f"A task asks for {new_tokens} new tokens of a model made for {self.max_length}: no room is left for "
-                "its prompt. Set generation_kwargs.max_gen_toks in the task's file to less."
-            )
         sampling = Sampling(
             max_new_tokens=new_tokens,
             temperature=float(options.get("temperature") or 0.0),
@@ -150,80 +123,6 @@ class HarnessModel(TemplateLM):
             )
             texts += [_before(self.tokenizer.decode(ids), until) for ids in generated]
         return texts
-
-
-def run_tasks(
-    harness: HarnessModel, documents: Sequence[Document], settings: EvaluateSettings, out_dir: Path
-) -> dict[str, Any]:
-    """Run `settings.tasks`; {task: {metric: {"value", "low", "high"}, "examples": n}}, or {"skipped": why} for a task
-    that these documents give too few examples for. Each example and its answers go to `out_dir`/TASK.jsonl."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {}
-    loaded: dict[str, ConfigurableTask] = {}
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):  # tqdm, one bar per call
-        for name in settings.tasks:
-            config = _load_task(name, settings)
-            maker = config.pop("made_from", None)
-            if maker is not None:
-                examples = make_examples(maker, documents, limit=settings.task_examples, seed=settings.seed)
-                if len(examples) < FEWEST_EXAMPLES:
-                    results[name] = {"skipped": f"the held-out documents give {len(examples)} examples", "examples": 0}
-                    continue
-                path = Path(scratch) / f"{name}.jsonl"
-                path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
-                config["dataset_kwargs"] = {"data_files": {config["test_split"]: str(path)}}
-            config["dataset_kwargs"] = {"cache_dir": scratch, **config.get("dataset_kwargs", {})}
-            loaded[name] = ConfigurableTask(config=config)
-            loaded[name].set_fewshot_seed(settings.seed)
-        found = evaluate_tasks(harness, loaded, bootstrap_iters=0, log_samples=True) if loaded else None
-    for name in loaded:
-        assert found is not None
-        answers = found["samples"][name]
-        results[name] = _figures(found["results"][name], answers, settings) | {"examples": len(answers)}
-        lines = (json.dumps(_answered(answer), default=str) + "\n" for answer in answers)
-        (out_dir / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    return {name: results[name] for name in settings.tasks}
-
-
-def _load_task(name: str, settings: EvaluateSettings) -> dict[str, Any]:
-    """The task's configuration, with the data files of its own read relative to its YAML file."""
-    path = task_path(name, settings.task_folders)
-    try:
-        config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise EngineError(
-            f"{path} is not plain YAML ({error}). Only declarative harness tasks run here: no `!function`."
-        ) from error
-    data_files = config.get("dataset_kwargs", {}).get("data_files")
-    if data_files is not None:
-        by_split = data_files if isinstance(data_files, dict) else {config["test_split"]: data_files}
-        config["dataset_kwargs"]["data_files"] = {split: str(path.parent / file) for split, file in by_split.items()}
-    return {**config, "task": name}
-
-
-def _figures(found: dict[str, Any], answers: list[dict[str, Any]], settings: EvaluateSettings) -> dict[str, Any]:
-    """Each metric with its interval over the examples; without one where the metric is no mean of the examples."""
-    figures: dict[str, Any] = {}
-    for key, value in found.items():
-        metric, _, _ = key.partition(",")
-        if "," not in key or metric.endswith("_stderr"):
-            continue
-        values = [answer[metric] for answer in answers if isinstance(answer.get(metric), int | float)]
-        if len(values) == len(answers):
-            mean = mean_interval(values, resamples=settings.bootstrap_resamples, seed=settings.seed)
-            figures[metric] = {"value": mean.value, "low": mean.low, "high": mean.high}
-        else:
-            figures[metric] = {"value": float(value), "low": None, "high": None}
-    return figures
-
-
-def _answered(answer: dict[str, Any]) -> dict[str, Any]:
-    """One line of the answers' file: the example, what the model said, and what that scored."""
-    return {
-        "example": answer["doc"],
-        "answers": answer["filtered_resps"],
-        "scores": {name: answer[name] for name in answer["metrics"]},
-    }
 
 
 def _before(text: str, until: Sequence[str]) -> str:

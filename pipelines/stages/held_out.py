@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.document import Document, read_documents
 from pipelines.engine.step import EngineError
 from pipelines.stages.evaluate_settings import EvaluateSettings
+
+if TYPE_CHECKING:
+    from data.instructions import Conversation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,26 @@ def choose(corpus: Path, settings: EvaluateSettings) -> HeldOut:
     return HeldOut(documents=chosen, available=len(available))
 
 
+def choose_conversations(instructions: Path, settings: EvaluateSettings) -> tuple[list[Conversation], int]:
+    """The held-out conversations to score, under the same caps and in the order of their ids; and how many there are."""
+    from data.instructions import load_conversations
+
+    available = sorted(load_conversations(instructions / "heldout.jsonl"), key=lambda conversation: conversation.id)
+    chosen: list[Conversation] = []
+    room = settings.max_bytes if settings.max_bytes is not None else math.inf
+    for conversation in available[: settings.max_documents]:
+        room -= text_bytes(conversation)
+        if chosen and room < 0:
+            break
+        chosen.append(conversation)
+    return chosen, len(available)
+
+
+def text_bytes(conversation: Conversation) -> int:
+    """UTF-8 bytes of what is said in a conversation."""
+    return sum(len(message["content"].encode("utf-8")) for message in conversation.messages)
+
+
 def by_id(corpora: Iterable[Path], ids: Sequence[str]) -> list[Document]:
     """Held-out documents of several corpora, in the order of `ids`."""
     wanted = set(ids)
@@ -63,12 +86,11 @@ def by_id(corpora: Iterable[Path], ids: Sequence[str]) -> list[Document]:
     return [found[identity] for identity in ids]
 
 
-def group_by_bytes(documents: list[Document], bytes_per_shard: int) -> list[list[int]]:
-    """Indices of the documents of each shard: as many shards as the bytes ask for, filled evenly."""
-    sizes = [len(document.text.encode("utf-8")) for document in documents]
-    groups: list[list[int]] = [[] for _ in range(max(1, min(len(documents), -(-sum(sizes) // bytes_per_shard))))]
+def group_by_bytes(sizes: Sequence[int], bytes_per_shard: int) -> list[list[int]]:
+    """Places of the texts of each shard, by their bytes: as many shards as the bytes ask for, filled evenly."""
+    groups: list[list[int]] = [[] for _ in range(max(1, min(len(sizes), -(-sum(sizes) // bytes_per_shard))))]
     filled = [0] * len(groups)
-    for index in sorted(range(len(documents)), key=lambda i: (-sizes[i], i)):
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         emptiest = min(range(len(groups)), key=lambda group: (filled[group], group))
         groups[emptiest].append(index)
         filled[emptiest] += sizes[index]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from data.document import Document
+from data.errors import DataError
 from data.shard_set import ShardSet
 from data.tokenizer import Tokenizer
 from pipelines.engine.step import Artifact
@@ -33,14 +34,15 @@ MODELS = {BASE: "pretrain", FINETUNED: "finetune"}
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One piece: what to measure, with which artifacts, on which held-out documents (their ids, in order)."""
+    """One piece: what to measure, with which artifacts, on which held-out documents or conversations (ids, in order)."""
 
-    kind: Literal["score", "tasks", "samples", "baselines"]
+    kind: Literal["score", "conversations", "tasks", "samples", "baselines"]
     settings: EvaluateSettings
     tokenizer: Artifact
     model: Artifact | None = None
     corpora: tuple[Artifact, ...] = ()
     shards: tuple[Artifact, ...] = ()
+    instructions: Artifact | None = None
     ids: tuple[str, ...] = ()
     trained_tokens: int | None = None
     """Longest row the models were trained on, where that is known: further apart they have seen no two tokens."""
@@ -54,10 +56,11 @@ def plan_work(
     models: Mapping[str, Artifact],
     ids: Sequence[str],
     groups: Sequence[Sequence[int]],
+    conversation_groups: Sequence[Sequence[str]],
 ) -> dict[str, Work]:
     """Every piece of work by shard name, the long ones first, so that the last to finish is a short one.
 
-    `groups`: places in `ids` of the documents that are scored together.
+    `groups`: places in `ids` of the documents that are scored together; `conversation_groups`: ids of conversations.
     """
     shards = tuple(named(inputs, "shards").values())
     baselines = Work(
@@ -77,14 +80,24 @@ def plan_work(
         for number, group in enumerate(groups):
             scored = tuple(ids[place] for place in group)
             work[f"score-{name}-{number:03d}"] = replace(of_model, kind="score", ids=scored)
+        for number, chats in enumerate(conversation_groups):
+            work[f"conversations-{name}-{number:03d}"] = replace(
+                of_model, kind="conversations", instructions=inputs["instructions"], ids=tuple(chats)
+            )
     for name, model in models.items():
         work[f"samples-{name}"] = replace(baselines, kind="samples", model=model, shards=(), ids=())
-    return work | {"baselines": baselines}
+    return work | ({"baselines": baselines} if ids else {})
 
 
 def measure(work: Work, out_dir: Path) -> dict[str, Any]:
     """Do one piece of work; the result is JSON-able."""
-    pieces = {"score": score, "tasks": tasks, "samples": samples, "baselines": baselines}
+    pieces = {
+        "score": score,
+        "conversations": conversations,
+        "tasks": tasks,
+        "samples": samples,
+        "baselines": baselines,
+    }
     return pieces[work.kind](work, out_dir)
 
 
@@ -109,6 +122,43 @@ def score(work: Work, out_dir: Path) -> dict[str, Any]:
     }
 
 
+def conversations(work: Work, out_dir: Path) -> dict[str, Any]:
+    """Nats and tokens of the assistant's answers in each conversation under one model: what fine-tuning is trained on.
+
+    A conversation that the chat template refuses has no tokens; `refused` says the first such, and why.
+    """
+    from data.chat import encode_chat
+    from data.instructions import load_conversations
+    from pipelines.stages.scoring import score_sequences
+
+    assert work.instructions is not None
+    model, tokenizer = _model(work), Tokenizer.load(work.tokenizer.path)
+    context_tokens, stride_tokens = work.settings.windows(model.config.max_seq_len, work.trained_tokens)
+    there = {c.id: c for c in load_conversations(work.instructions.path / "heldout.jsonl")}
+    encoded: list[tuple[list[int], list[bool]]] = []
+    refused = ""
+    for conversation in (there[identity] for identity in work.ids):
+        try:
+            encoded.append(encode_chat(tokenizer, conversation.messages))
+        except DataError as error:
+            refused = refused or f"{conversation.source} at {conversation.position}: {error}"
+            encoded.append(([], []))
+    scores = score_sequences(
+        model,
+        [ids for ids, _ in encoded],
+        targets=[is_target for _, is_target in encoded],
+        context_tokens=context_tokens,
+        stride_tokens=stride_tokens,
+        tokens_per_batch=work.settings.tokens_per_batch,
+    )
+    return {
+        "nats": [score.nats for score in scores],
+        "tokens": [score.tokens for score in scores],
+        "refused": refused,
+        "windows": {"context_tokens": context_tokens, "stride_tokens": stride_tokens},
+    }
+
+
 def baselines(work: Work, out_dir: Path) -> dict[str, Any]:
     """Compressed bytes per document, and nats per document under unigram models over the same tokens."""
     texts, tokenizer = _texts(work), Tokenizer.load(work.tokenizer.path)
@@ -129,7 +179,8 @@ def baselines(work: Work, out_dir: Path) -> dict[str, Any]:
 
 def tasks(work: Work, out_dir: Path) -> dict[str, Any]:
     """Harness tasks on one model; each example with its answers goes to tasks/."""
-    from pipelines.stages.harness import HarnessModel, run_tasks
+    from pipelines.stages.harness import HarnessModel
+    from pipelines.stages.harness_tasks import run_tasks
 
     model, tokenizer = _model(work), Tokenizer.load(work.tokenizer.path)
     context_tokens, _ = work.settings.windows(model.config.max_seq_len, work.trained_tokens)

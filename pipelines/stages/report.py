@@ -14,6 +14,7 @@ from typing import Any
 
 from pipelines.engine.step import Artifact, Context
 from pipelines.stages import charts
+from pipelines.stages.evaluate_settings import TASK_INTERVALS
 from pipelines.stages.inputs import named
 
 TEMPLATE = "report.html.jinja"
@@ -28,6 +29,17 @@ class ReportSettings:
     """What stands above the report."""
 
     title: str = "Athanor"
+
+    def without(self, failed: Mapping[str, str]) -> PartialReportSettings:
+        """The settings of a report on what there is, after these steps failed."""
+        return PartialReportSettings(title=self.title, failed=dict(failed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialReportSettings(ReportSettings):
+    """A report on part of a run: which steps failed, or could not be made without one that did, with the error of each."""
+
+    failed: dict[str, str]
 
 
 def run(settings: ReportSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
@@ -49,9 +61,12 @@ def run(settings: ReportSettings, inputs: Mapping[str, Artifact], out_dir: Path,
         trainings=[training(name, inputs[name]) for name in ("pretrain", "finetune") if name in inputs],
         corpora=[corpus(name, artifact) for name, artifact in named(inputs, "corpus").items()],
         counts={name: numbers(inputs[name].metrics) for name in inputs if name.split("-")[0] in COUNTED},
-        evaluation=evaluation(inputs["evaluate"]) if "bits_per_byte" in evaluated else None,
+        evaluation=evaluation(inputs["evaluate"])
+        if "scored_documents" in evaluated and "hidden_token_loss" not in evaluated
+        else None,
         export=inputs["export"].metrics if "export" in inputs else None,
         lineage=[lineage(name, artifact) for name, artifact in inputs.items()],
+        failed=settings.failed if isinstance(settings, PartialReportSettings) else {},
         environment=next((artifact.manifest for artifact in inputs.values()), {}),
     )
     (out_dir / "report.html").write_text(page, encoding="utf-8")
@@ -67,16 +82,15 @@ def tiles(inputs: Mapping[str, Artifact]) -> list[dict[str, str]]:
 
     scores = inputs["evaluate"].metrics if "evaluate" in inputs else {}
     if "bits_per_byte" in scores:
-        low, high = scores["bits_per_byte_low"], scores["bits_per_byte_high"]
-        tile("bits per byte, held out", f"{scores['bits_per_byte']:.3f}", f"95 % interval {low:.3f} – {high:.3f}")
-        rivals = {name: scores[key] for name in ("unigram", "gzip", "xz") if (key := f"{name}_bits_per_byte") in scores}
-        beaten = [name for name, value in rivals.items() if scores["bits_per_byte_high"] < value]
-        remark = ", ".join(f"{name} {value:.2f}" for name, value in rivals.items())
-        tile("clearly better than", ", ".join(beaten) or "none of them", remark)
+        tile("bits per byte, held out", f"{scores['bits_per_byte']:.3f}", between(scores, "bits_per_byte"))
+        tile(*verdict(json.loads((inputs["evaluate"].path / "results.json").read_text(encoding="utf-8"))["scores"]))
         tile("perplexity", f"{scores['perplexity']:.1f}", "per token")
+    for name in ("finetuned_conversation_loss", "conversation_loss"):
+        if name in scores:
+            model = name.removesuffix("_conversation_loss") if "_conv" in name else "base"
+            tile(f"held-out answers, {model}", f"{scores[name]:.3f}", f"nats per token; {between(scores, name)}")
     if "hidden_token_loss" in scores:
-        low, high = scores["hidden_token_loss_low"], scores["hidden_token_loss_high"]
-        remark = f"nats, held out; 95 % interval {low:.3f} – {high:.3f}"
+        remark = f"nats, held out; {between(scores, 'hidden_token_loss')}"
         tile("loss of a hidden token", f"{scores['hidden_token_loss']:.3f}", remark)
         tile("hidden tokens found", f"{scores['hidden_token_accuracy']:.1%}", f"of {scores['scored_targets']:,}")
     trained = inputs["pretrain"].metrics if "pretrain" in inputs else {}
@@ -91,6 +105,24 @@ def tiles(inputs: Mapping[str, Artifact]) -> list[dict[str, str]]:
     seconds = sum(artifact.manifest.get("seconds", 0) for artifact in inputs.values())
     tile("made in", seconds_text(seconds), f"{len(inputs)} steps, some side by side")
     return found
+
+
+def between(scores: Mapping[str, Any], name: str) -> str:
+    """The interval around a figure in words, or that there is none."""
+    if f"{name}_low" not in scores:
+        return "no interval: too few held out"
+    return f"95 % interval {scores[f'{name}_low']:.3f} – {scores[f'{name}_high']:.3f}"
+
+
+def verdict(scores: Mapping[str, Any]) -> tuple[str, str, str]:
+    """A tile that says whom the model beats: those whose difference from it, over the same documents, lies above 0 with its
+    whole interval."""
+    rivals = {name: scores[name] for name in ("unigram", "gzip", "xz") if name in scores}
+    remark = ", ".join(f"{name} {score['bits_per_byte']['value']:.2f}" for name, score in rivals.items())
+    if any(score["worse_by"]["low"] is None for score in rivals.values()):
+        return "clearly better than", "no verdict", f"too few documents for intervals; {remark}"
+    beaten = [name for name, score in rivals.items() if score["worse_by"]["low"] > 0]
+    return "clearly better than", ", ".join(beaten) or "none of them", remark
 
 
 TRAINING_FIGURES = {
@@ -141,6 +173,7 @@ def evaluation(artifact: Artifact) -> dict[str, Any]:
     """Scores, tasks and samples, and the picture of the scores."""
     results = json.loads((artifact.path / "results.json").read_text(encoding="utf-8"))
     samples = json.loads((artifact.path / "samples.json").read_text(encoding="utf-8"))
+    chats = results.get("conversations", {"scores": {}})["scores"]
     ranked = sorted(results["scores"].items(), key=lambda item: float(item[1]["bits_per_byte"]["value"]))
     rows = []
     for name, score in ranked:
@@ -164,7 +197,10 @@ def evaluation(artifact: Artifact) -> dict[str, Any]:
     ]
     return {
         **results,
-        "picture": charts.intervals(rows, label="bits per byte of every scorer, with 95 % intervals"),
+        "picture": charts.intervals(rows, label="bits per byte of every scorer, with 95 % intervals") if rows else "",
+        "missing": ranked[0][1]["bits_per_byte"]["missing"] if ranked else "",
+        "chats_missing": next((score["loss"]["missing"] for score in chats.values()), ""),
+        "task_intervals": TASK_INTERVALS,
         "ranked": ranked,
         "models": list(samples),
         "samples": asked,
@@ -198,9 +234,9 @@ def lineage(name: str, artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def figure(value: Mapping[str, float | None] | None, digits: int = 3) -> str:
+def figure(value: Mapping[str, Any] | None, digits: int = 3) -> str:
     """`1.234 (1.200 – 1.270)`; a dash where there is no figure."""
-    if value is None:
+    if value is None or value["value"] is None:
         return "–"
     middle = f"{value['value']:.{digits}f}"
     return middle if value["low"] is None else f"{middle} ({value['low']:.{digits}f} – {value['high']:.{digits}f})"

@@ -68,10 +68,12 @@ def score_sequences(
     stride_tokens: int,
     tokens_per_batch: int,
     first: Sequence[int] | None = None,
+    targets: Sequence[Sequence[bool]] | None = None,
 ) -> list[Score]:
     """Score every sequence (token ids, `<s>` included) from position `first[i] + 1` on; in the order given.
 
-    Batches are formed over all windows sorted by length, so padding is small, and depend only on the arguments.
+    targets: which tokens of each sequence count, as long as it; all where left out. Batches are formed over all windows
+    sorted by length, so padding is small, and depend only on the arguments.
     """
     starts = first if first is not None else [0] * len(sequences)
     windows = [
@@ -83,9 +85,11 @@ def score_sequences(
     ]
     nats, tokens, greedy = [0.0] * len(sequences), [0] * len(sequences), [True] * len(sequences)
     for batch in _batches(windows, tokens_per_batch):
-        for window, loss, is_greedy in zip(batch, *_score_batch(model, sequences, batch), strict=True):
+        for window, loss, is_greedy, counted in zip(
+            batch, *_score_batch(model, sequences, targets, batch), strict=True
+        ):
             nats[window.sequence] += loss
-            tokens[window.sequence] += window.end - window.scored_from
+            tokens[window.sequence] += counted
             greedy[window.sequence] &= is_greedy
     return [Score(*score) for score in zip(nats, tokens, greedy, strict=True)]
 
@@ -104,9 +108,13 @@ def _batches(windows: list[Window], tokens_per_batch: int) -> Iterator[list[Wind
 
 @torch.inference_mode()
 def _score_batch(
-    model: Transformer, sequences: Sequence[Sequence[int]], batch: list[Window]
-) -> tuple[list[float], list[bool]]:
-    """Loss in nats and greediness of each window. Rows are padded on the right, where causal attention never looks."""
+    model: Transformer,
+    sequences: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[bool]] | None,
+    batch: list[Window],
+) -> tuple[list[float], list[bool], list[int]]:
+    """Loss in nats, greediness and scored tokens of each window. Rows are padded on the right, where causal attention never
+    looks."""
     device = next(model.parameters()).device
     width = batch[0].tokens
     tokens_BT = torch.zeros(len(batch), width, dtype=torch.int64)
@@ -116,7 +124,10 @@ def _score_batch(
         tokens_BT[row, : window.tokens] = ids[:-1]
         skipped = window.scored_from - window.start
         targets_BT[row, skipped : window.tokens] = ids[1 + skipped :]
+        if targets is not None:
+            counts_T = torch.as_tensor(targets[window.sequence][window.start + 1 : window.end + 1], dtype=torch.bool)
+            targets_BT[row, : window.tokens][~counts_T] = IGNORED
     found = model(tokens_BT.to(device), targets_BT=targets_BT.to(device), per_token=True)
     nats_B = found["nll"].double().sum(1)
     is_greedy_B = (found["is_top"].cpu() | (targets_BT == IGNORED)).all(1)
-    return nats_B.tolist(), is_greedy_B.tolist()
+    return nats_B.tolist(), is_greedy_B.tolist(), (targets_BT != IGNORED).sum(1).tolist()

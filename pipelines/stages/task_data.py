@@ -73,17 +73,21 @@ MAKERS: Mapping[str, Callable[[Document, random.Random], Iterator[Example]]] = {
 
 
 def make_examples(maker: str, documents: Sequence[Document], *, limit: int, seed: int) -> list[Example]:
-    """At most `limit` examples of the named maker, one document after the other in turns."""
-    streams = [MAKERS[maker](document, random.Random(f"{seed}:{maker}:{document.id}")) for document in documents]
+    """At most `limit` examples of the named maker, one document after the other in turns; `document` is each one's."""
+    streams = [(document, MAKERS[maker](document, _rng(seed, maker, document))) for document in documents]
     examples: list[Example] = []
     while streams and len(examples) < limit:
         remaining = []
-        for stream in streams:
+        for document, stream in streams:
             if len(examples) < limit and (example := next(stream, None)) is not None:
-                examples.append(example)
-                remaining.append(stream)
+                examples.append(example | {"document": document.id})
+                remaining.append((document, stream))
         streams = remaining
     return examples
+
+
+def _rng(seed: int, maker: str, document: Document) -> random.Random:
+    return random.Random(f"{seed}:{maker}:{document.id}")
 
 
 def _context(lines: list[str], position: int) -> str:

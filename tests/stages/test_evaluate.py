@@ -21,7 +21,7 @@ from pipelines.engine.step import EngineError
 from pipelines.stages import evaluate, held_out
 from pipelines.stages.baselines import gzip_bytes, token_counts, unigram_nats, xz_bytes
 from pipelines.stages.generate import GenerateSettings
-from pipelines.stages.intervals import interval, mean_interval, resample_sums
+from pipelines.stages.intervals import interval, resample_sums, share_interval, wilson
 from pipelines.stages.scoring import sliding_windows
 from pipelines.stages.weights import load_model
 
@@ -91,17 +91,40 @@ def test_bootstrap_intervals_cover_the_truth_as_often_as_they_say():
         sizes = rng.lognormal(3, 0.7, 120)
         bits = sizes * rng.normal(2.0, 0.3, 120)
         draws = resample_sums(np.column_stack([bits, sizes]), resamples=200, seed=trial)
-        found = interval(bits.sum() / sizes.sum(), draws[:, 0] / draws[:, 1])
+        found = interval(bits.sum() / sizes.sum(), draws[:, 0] / draws[:, 1], count=120, of="documents")
         covered += found.low <= 2.0 <= found.high
     # 95 % of 200, give or take three standard deviations of a binomial and the bootstrap's known optimism
     assert 200 * 0.95 - 3 * math.sqrt(200 * 0.95 * 0.05) - 6 <= covered <= 200
 
 
 def test_bootstrap_is_a_function_of_its_seed():
-    values = [0.0, 1.0, 1.0, 0.0, 1.0]
-    assert mean_interval(values, resamples=50, seed=1) == mean_interval(values, resamples=50, seed=1)
-    other = resample_sums(np.array(values)[:, None], resamples=50, seed=2)
-    assert (resample_sums(np.array(values)[:, None], resamples=50, seed=1) != other).any()
+    column = np.array([0.0, 1.0, 1.0, 0.0, 1.0])[:, None]
+    once = resample_sums(column, resamples=50, seed=1)
+    assert (resample_sums(column, resamples=50, seed=1) == once).all()
+    assert (resample_sums(column, resamples=50, seed=2) != once).any()
+
+
+def test_no_interval_is_told_below_five_documents_and_none_without_a_width():
+    draws = np.linspace(1.0, 2.0, 100)
+    for count in (1, 4):
+        found = interval(1.5, draws, count=count, of="documents")
+        assert (found.value, found.low, found.high) == (1.5, None, None)
+        assert found.missing == f"{count} document{'s' * (count > 1)}, and an interval takes at least 5"
+        assert wilson(0, count, of="examples").low is None
+    assert interval(1.5, draws, count=5, of="documents").missing == ""
+    alike = interval(1.5, np.full(100, 1.5), count=60, of="documents")
+    assert (alike.low, alike.high, alike.missing) == (None, None, "every draw of documents gives the same")
+
+
+def test_a_share_of_none_or_all_has_wilsons_interval():
+    # Wilson's score interval at 95 % by hand: 0 of 60 → [0, z²/(n + z²)]; 30 of 60 from statsmodels' proportion_confint
+    none, half, all_ = (wilson(right, 60, of="examples") for right in (0, 30, 60))
+    assert (none.value, none.low, none.high) == (0.0, 0.0, pytest.approx(3.8414588 / 63.8414588))
+    assert (half.low, half.high) == (pytest.approx(0.3773502), pytest.approx(0.6226498))
+    assert (all_.low, all_.high) == (pytest.approx(60 / 63.8414588), 1.0)
+    # of tokens in documents: the bootstrap over documents, and Wilson's with a document as a trial where that has no width
+    clustered = share_interval(0, 5000, np.zeros(100), count=10, of="documents")
+    assert (clustered.low, clustered.high) == (0.0, wilson(0, 10, of="documents").high)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +135,7 @@ def evaluated(small_run, tmp_path_factory, in_process):
 
 
 SETTINGS = evaluate.EvaluateSettings(
-    max_documents=4,
+    max_documents=6,
     bootstrap_resamples=100,
     tasks=("next_line", "close_bracket", "held_out_rolling"),
     task_examples=12,

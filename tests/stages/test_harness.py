@@ -7,9 +7,7 @@ import json
 import pytest
 
 from data.tokenizer import Tokenizer
-from pipelines.engine.step import EngineError
-from pipelines.stages import evaluate, export, harness, held_out
-from pipelines.stages.evaluate_settings import task_path
+from pipelines.stages import evaluate, export, harness, harness_tasks, held_out
 from pipelines.stages.task_data import make_examples
 from pipelines.stages.weights import load_model
 
@@ -123,17 +121,12 @@ def test_a_users_own_task_runs_with_data_beside_its_file(small_run, models, tmp_
     (tmp_path / "capitals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = evaluate.EvaluateSettings(tasks=("capitals",), task_folders=(str(tmp_path),), bootstrap_resamples=20)
     assert {path.name for path in evaluate.task_files(settings)} == {"capitals.yaml", "capitals.jsonl"}
-    found = harness.run_tasks(models[0], [], settings, tmp_path / "out")
+    found = harness_tasks.run_tasks(models[0], [], settings, tmp_path / "out")
     assert found["capitals"]["acc"]["value"] == 0.5
     assert found["capitals"]["examples"] == 4
     assert len((tmp_path / "out" / "capitals.jsonl").read_text().splitlines()) == 4
 
 
 def test_a_task_without_enough_examples_is_skipped_with_its_reason(models, tmp_path):
-    found = harness.run_tasks(models[0], [], evaluate.EvaluateSettings(tasks=("close_bracket",)), tmp_path)
+    found = harness_tasks.run_tasks(models[0], [], evaluate.EvaluateSettings(tasks=("close_bracket",)), tmp_path)
     assert found == {"close_bracket": {"skipped": "the held-out documents give 0 examples", "examples": 0}}
-
-
-def test_an_unknown_task_is_answered_with_those_there_are():
-    with pytest.raises(EngineError, match="close_bracket, held_out_rolling, next_line"):
-        task_path("next_lin", ())

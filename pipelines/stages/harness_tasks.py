@@ -1,0 +1,258 @@
+"""Tasks of lm-evaluation-harness: built, tried without a model, and run, all without a network.
+
+    try_tasks(settings, context_tokens=256)              # before anything trains: every task of the user's is built and run
+    run_tasks(harness, documents, settings, out_dir)     # {"next_line": {"acc": {"value", "low", "high", "chance", …}, …}}
+
+Every value is the harness's own: each metric's per-example values go through the aggregation that the harness has for it,
+and so do the draws of its bootstrap. Importing this module imports lm-evaluation-harness (about two seconds), so only what
+needs it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.document import Document
+from pipelines.engine.step import EngineError
+from pipelines.stages.evaluate_settings import EvaluateSettings
+from pipelines.stages.task_data import make_examples
+from pipelines.stages.task_files import TaskFile, TaskSet, read_tasks
+
+# Read when `datasets` is imported: a task's data are local files, and a machine without a network must not wait.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+from lm_eval.api.group import Group
+from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from pipelines.stages.harness_figures import Aggregation, Figure, Figures, group_figures, task_figures
+
+MOST_NEW_TOKENS = 256
+FEWEST_EXAMPLES = 4
+TRIED_EXAMPLES = 2000
+"""Of a task's own data, tried before anything trains."""
+
+
+def generation_options(options: Mapping[str, Any], context_tokens: int) -> dict[str, Any]:
+    """A request's options with the harness's defaults filled in. Raises EngineError where no room is left for a prompt."""
+    filled = dict(normalize_gen_kwargs(dict(options), MOST_NEW_TOKENS))
+    if (new_tokens := int(filled["max_gen_toks"])) >= context_tokens:
+        raise EngineError(
+            f"A task asks for {new_tokens} new tokens where a window holds {context_tokens}: no room is left for its prompt."
+            f" Set generation_kwargs: {{max_gen_toks: …}} in the task's file to less than {context_tokens}."
+        )
+    return filled
+
+
+def run_tasks(
+    harness: LM, documents: Sequence[Document], settings: EvaluateSettings, out_dir: Path
+) -> dict[str, Figures]:
+    """Run `settings.tasks`; {task: {metric: {"value", "low", "high", "missing", "chance"}, "examples": n}}, or
+    {"skipped": why} for a task that these documents give too few examples for. Groups stand before their tasks.
+
+    Each example and its answers go to `out_dir`/TASK.jsonl.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    chosen = read_tasks(settings.tasks, settings.task_folders)
+    with _quiet(), tempfile.TemporaryDirectory() as scratch:
+        built = build_tasks(chosen, documents, settings, Path(scratch))
+        found = built.evaluate(harness)
+    results: dict[str, Figures] = {}
+    made: dict[str, dict[str, Figure]] = {}
+    for name, task in built.tasks.items():
+        answers = found["samples"][name]
+        made[name] = task_figures(task, found["results"][name], answers, settings)
+        shown = {metric: figure.shown() for metric, figure in made[name].items()}
+        results[name] = shown | {"examples": len({answer["doc_id"] for answer in answers})}
+        lines = (json.dumps(_answered(answer), default=str) + "\n" for answer in answers)
+        (out_dir / f"{re.sub(r'[^a-zA-Z0-9_.:-]', '_', name)}.jsonl").write_text("".join(lines), encoding="utf-8")
+    for name in built.groups:
+        results[name] = group_figures(chosen, name, made, found["results"])
+    results |= {name: {"skipped": why, "examples": 0} for name, why in built.skipped.items()}
+    return {name: results[name] for asked in chosen.asked for name in _and_below(chosen, asked)}
+
+
+def try_tasks(settings: EvaluateSettings, context_tokens: int) -> None:
+    """Build every task that does not come with this program, and run it on a model that says nothing.
+
+    Raises EngineError for a task that could not be scored: its data, templates, filters, metrics or room for prompts.
+    """
+    chosen = read_tasks(settings.tasks, settings.task_folders)
+    if not (own := chosen.own()):
+        return
+    with _quiet(), tempfile.TemporaryDirectory() as scratch:
+        built = build_tasks(chosen, [SAMPLE] * FEWEST_EXAMPLES, settings, Path(scratch))
+        for name in own:
+            task, path = built.tasks[name], chosen.tasks[name].path
+            with _named(path):
+                found = evaluate(
+                    _Silent(context_tokens), {"tasks": {name: task}}, bootstrap_iters=0, limit=TRIED_EXAMPLES
+                )
+            _check_metrics(path, task, found["results"][name])
+        with _named(next(chosen.groups[group].path for group in built.groups) if built.groups else Path(".")):
+            if built.groups:
+                build_tasks(chosen, [SAMPLE] * FEWEST_EXAMPLES, settings, Path(scratch)).evaluate(
+                    _Silent(context_tokens), limit=1
+                )
+
+
+SAMPLE = Document(
+    text="".join(
+        f"def value_{i}(first, other={i}):\n    return compute(first, {i * i}, (other + {i}))\n" for i in range(40)
+    ),
+    source="sample.py",
+    position=0,
+)
+"""What examples are made of where there are no held-out documents yet."""
+
+
+@dataclass(kw_only=True)
+class BuiltTasks:
+    """Tasks and groups as the harness has them, and why others were left out."""
+
+    tasks: dict[str, ConfigurableTask] = field(default_factory=dict)
+    groups: dict[str, Group] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def evaluate(self, model: LM, limit: int | None = None) -> dict[str, Any]:
+        """What the harness finds: per-example values in `samples`, aggregates of tasks and groups in `results`."""
+        if not self.tasks:
+            return {"results": {}, "samples": {}}
+        loaded = {"tasks": self.tasks, "groups": self.groups}
+        return dict(evaluate(model, loaded, bootstrap_iters=0, log_samples=True, limit=limit))
+
+
+def build_tasks(
+    chosen: TaskSet, documents: Sequence[Document], settings: EvaluateSettings, scratch: Path
+) -> BuiltTasks:
+    """Every task of a set as the harness builds it, its data read. Raises EngineError for what it cannot build."""
+    built = BuiltTasks()
+    for name, task in chosen.tasks.items():
+        config = json.loads(json.dumps(task.config, default=str))  # the harness changes what it is given
+        if task.made_from is not None:
+            examples = make_examples(task.made_from, documents, limit=settings.task_examples, seed=settings.seed)
+            if len(examples) < FEWEST_EXAMPLES:
+                built.skipped[name] = f"the held-out documents give {len(examples)} examples"
+                continue
+            path = scratch / f"{len(built.tasks)}.jsonl"
+            path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
+            config["dataset_kwargs"] = {"data_files": {task.split: str(path)}}
+        config["dataset_kwargs"] = {**config["dataset_kwargs"], "cache_dir": str(scratch)}
+        with _named(task.path):
+            made = ConfigurableTask(config=config)
+        _check_functions(task, made)
+        made._aggregation_list = {metric: Aggregation(of) for metric, of in made.aggregation().items()}
+        made.set_fewshot_seed(settings.seed)
+        built.tasks[name] = made
+    for name in chosen.groups:  # the innermost first: whatever a group contains was read before it
+        members = chosen.groups[name].members
+        if missing := [m for m in members if m not in built.tasks and m not in built.groups]:
+            built.skipped[name] = f"{', '.join(missing)} {'was' if len(missing) == 1 else 'were'} skipped"
+            continue
+        with _named(chosen.groups[name].path):
+            built.groups[name] = Group.from_config(dict(chosen.groups[name].config))
+        for member in members:
+            built.groups[name].add(built.groups[member] if member in built.groups else built.tasks[member])
+    return built
+
+
+def _check_functions(task: TaskFile, made: ConfigurableTask) -> None:
+    """Whether the harness knows each metric and its aggregation; it looks for others on a network, and goes on without."""
+    for metric, function in made._metric_fn_list.items():
+        if function is None or made.aggregation().get(metric) is None:
+            from lm_eval.api.registry import aggregation_registry, metric_registry
+
+            raise EngineError(
+                f"{task.path}: metric_list: {metric}: the harness has no such metric, or not the aggregation given for it. "
+                f"Metrics are {', '.join(sorted(metric_registry.keys()))}; aggregations are "
+                f"{', '.join(sorted(aggregation_registry.keys()))}."
+            )
+
+
+def _check_metrics(path: Path, task: ConfigurableTask, found: Mapping[str, Any]) -> None:
+    """Whether every metric that was asked for came out; the harness leaves out what an output type does not give."""
+    given = {key.partition(",")[0] for key in found if "," in key}
+    missing, more = set(task._metric_fn_list) - given, given - set(task._metric_fn_list)
+    if missing and not {key for key in more if not key.endswith("_stderr")}:
+        raise EngineError(
+            f"{path}: metric_list: {', '.join(sorted(missing))}: the harness does not compute it for output_type "
+            f"{task.OUTPUT_TYPE}; leave it out, or ask in another way."
+        )
+
+
+class _Silent(LM):
+    """A model that says nothing: longer texts are less likely, and nothing is written."""
+
+    def __init__(self, context_tokens: int) -> None:
+        super().__init__()
+        self._context_tokens = context_tokens
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return [(-1.0 - len(request.args[1]), False) for request in requests]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        return [-1.0 - len(request.args[0]) for request in requests]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        for request in requests:
+            generation_options(request.args[1], self._context_tokens)
+        return ["" for _ in requests]
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Whatever the harness, jinja or `datasets` raise about a task becomes one refusal that names its file."""
+    try:
+        yield
+    except EngineError as error:
+        raise EngineError(f"{path}: {error}") from error
+    except Exception as error:
+        shown = " ".join(f"{type(error).__name__}: {error}".split())
+        shown = shown if len(shown) <= 600 else shown[:600] + " …"
+        raise EngineError(
+            f"{path}: the harness cannot run this task ({shown}). Check its fields against its data: templates name columns,"
+            " doc_to_target names a choice or its number, and every split has examples."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's bars and remarks: what matters of them is checked here."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _and_below(chosen: TaskSet, name: str) -> Iterator[str]:
+    """A task, or a group and everything in it."""
+    yield name
+    for member in chosen.groups[name].members if name in chosen.groups else ():
+        yield from _and_below(chosen, member)
+
+
+def _answered(answer: dict[str, Any]) -> dict[str, Any]:
+    """One line of the answers' file: the example, what the model said, and what that scored."""
+    scored = {
+        "example": answer["doc"],
+        "answers": answer["filtered_resps"],
+        "scores": {name: answer[name] for name in answer["metrics"]},
+    }
+    return scored if answer["filter"] == "none" else scored | {"filter": answer["filter"]}

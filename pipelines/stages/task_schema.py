@@ -1,0 +1,191 @@
+"""What a harness task file may say: its fields and their types, what is refused, and where its data lie.
+
+Checked without importing lm-evaluation-harness, by what can be told from the file alone; whether a task can be built of its
+data, `harness_tasks.py` tries.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pipelines.engine.step import EngineError
+
+MAKERS = ("next_line", "close_bracket", "rolling_text")
+"""Of what `made_from` may name; `task_data.py` makes them."""
+FORMATS = ("json", "csv", "parquet", "text", "arrow")
+"""Of `dataset_path`: files on this disk."""
+OUTPUTS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until")
+
+FIELDS: Mapping[str, tuple[type, ...]] = {
+    "made_from": (str,),
+    "task": (str,),
+    "task_alias": (str,),
+    "tag": (str, list),
+    "dataset_path": (str,),
+    "dataset_name": (str,),
+    "dataset_kwargs": (dict,),
+    "training_split": (str,),
+    "validation_split": (str,),
+    "test_split": (str,),
+    "fewshot_split": (str,),
+    "doc_to_text": (str, int),
+    "doc_to_target": (str, int, list),
+    "doc_to_choice": (str, list, dict),
+    "description": (str,),
+    "target_delimiter": (str,),
+    "fewshot_delimiter": (str,),
+    "fewshot_config": (dict,),
+    "num_fewshot": (int,),
+    "metric_list": (list,),
+    "output_type": (str,),
+    "generation_kwargs": (dict,),
+    "repeats": (int,),
+    "filter_list": (list,),
+    "should_decontaminate": (bool,),
+    "doc_to_decontamination_query": (str,),
+    "gen_prefix": (str,),
+    "metadata": (object,),
+    "unsafe_code": (bool,),
+}
+"""What a task file may say, and of which type; a null says nothing."""
+GROUP_FIELDS: Mapping[str, tuple[type, ...]] = {
+    "group": (str,),
+    "group_alias": (str,),
+    "task": (str, list),
+    "aggregate_metric_list": (list, dict),
+    "metadata": (object,),
+    "tag": (str, list),
+}
+NAMES = {str: "text", int: "a number", list: "a list", dict: "a mapping", bool: "true or false"}
+CODE = "runs code, and only declarative tasks run here; write what it makes into the data file, and name the field"
+REFUSED: Mapping[str, str] = {
+    "class": CODE,
+    "custom_dataset": CODE,
+    "process_docs": CODE,
+    "process_results": CODE,
+    "use_prompt": "fetches a prompt from promptsource; write it out as doc_to_text, doc_to_target and doc_to_choice",
+    "doc_to_image": "asks with images, and these models read text",
+    "doc_to_audio": "asks with sound, and these models read text",
+    "task_list": "is no part of the harness's guide; write a group with its tasks",
+}
+"""Fields of the harness that are refused, and what to do instead."""
+
+
+def check_fields(path: Path, config: Mapping[Any, Any], known: Mapping[str, tuple[type, ...]]) -> None:
+    """Whether every field is known and of its type. Raises EngineError."""
+    for key, value in config.items():
+        if key in REFUSED:
+            refuse(path, f"{key}: {REFUSED[key]}")
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            refuse(path, f"{key}: the harness has no such field; {hint}")
+        types = known[key]
+        is_flag = isinstance(value, bool) and bool not in types  # to Python a number
+        if value is not None and object not in types and (is_flag or not isinstance(value, types)):
+            refuse(path, f"{key}: {_short(value)} is not {' or '.join(NAMES[kind] for kind in types)}")
+
+
+def check_task(path: Path, config: dict[str, Any], maker: str | None) -> dict[str, Any]:
+    """A task's configuration, if the harness can make a task of it by what can be told without its data."""
+    if config.get("unsafe_code"):
+        refuse(path, f"unsafe_code: {CODE}")
+    if maker is not None and maker not in MAKERS:
+        refuse(path, f"made_from: {maker!r}: examples are made from held-out documents by {', '.join(MAKERS)}")
+    output = config.get("output_type", "generate_until")
+    if output not in OUTPUTS:
+        refuse(path, f"output_type: {output!r}: known are {', '.join(OUTPUTS)}")
+    if not (config.get("test_split") or config.get("validation_split")):
+        refuse(path, "test_split: name the split that is asked (test_split: test, or validation_split: …)")
+    for key in ("doc_to_text", "doc_to_target", *(("doc_to_choice",) if output == "multiple_choice" else ())):
+        if key not in config:
+            refuse(path, f"{key}: missing; a task of output_type {output} says what is asked and what is right")
+    for metric in config.get("metric_list", ()):
+        if not isinstance(metric, dict) or not isinstance(metric.get("metric"), str):
+            refuse(path, f"metric_list: {_short(metric)}: each entry is a mapping with metric: NAME")
+        if metric["metric"] == "bypass":
+            refuse(path, "metric_list: bypass measures nothing (the harness writes 999); leave it out")
+        if metric.get("hf_evaluate"):
+            refuse(
+                path,
+                f"metric_list: {metric['metric']}: hf_evaluate fetches code from a network; use a metric of the harness",
+            )
+    for rule in config.get("filter_list", ()):
+        if not isinstance(rule, dict) or not isinstance(rule.get("filter"), list) or "name" not in rule:
+            refuse(
+                path, f"filter_list: {_short(rule)}: each entry is a mapping with name: and filter: [{{function: …}}]"
+            )
+    return config
+
+
+def check_averages(path: Path, averaged: Sequence[Any]) -> list[dict[str, Any]]:
+    """A group's `aggregate_metric_list`."""
+    for entry in averaged:
+        if not isinstance(entry, dict) or not isinstance(entry.get("metric"), str):
+            refuse(path, f"aggregate_metric_list: {_short(entry)}: each entry is a mapping with metric: NAME")
+        if unknown := set(entry) - {"metric", "filter_list", "aggregation", "weight_by_size"}:
+            refuse(
+                path, f"aggregate_metric_list: {', '.join(sorted(map(str, unknown)))}: the harness has no such field"
+            )
+        if entry.get("aggregation", "mean") != "mean":
+            refuse(path, f"aggregate_metric_list: aggregation {entry['aggregation']!r}: the harness knows mean alone")
+    return [dict(entry) for entry in averaged]
+
+
+def data_files_of(path: Path, config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """A task's own data by split, absolute, relative paths being those beside its YAML file.
+
+    One file without a split is that of the split that is asked.
+    """
+    given = dict(config.get("dataset_kwargs") or {})
+    if config.get("dataset_path") not in FORMATS:
+        refuse(
+            path,
+            f"dataset_path: {config.get('dataset_path')!r} would be fetched from a network, and its content could not enter "
+            f"a digest; put the data beside the file and write dataset_path: json (or {', '.join(FORMATS[1:])}) and "
+            "dataset_kwargs: {data_files: NAME}",
+        )
+    if given.get("streaming") or "data_dir" in given or not given.get("data_files"):
+        refuse(path, "dataset_kwargs: name the task's own files, as in {data_files: {test: NAME.jsonl}}")
+    asked = config.get("test_split") or config["validation_split"]
+    data_files = given["data_files"]
+    by_split = data_files if isinstance(data_files, dict) else {asked: data_files}
+    found = {str(split): _expanded(path, names) for split, names in by_split.items()}
+    few_shot = (config.get("fewshot_config") or {}).get("split")
+    for key, split in [(key, config.get(key)) for key in FIELDS if key.endswith("_split")] + [
+        ("fewshot_config", few_shot)
+    ]:
+        if split is not None and split not in found:
+            refuse(path, f"{key}: {split!r} has no data; data_files gives {', '.join(found)}")
+    return found
+
+
+def _expanded(path: Path, names: Any) -> list[str]:
+    """The files that a name, a glob or a list of them means, sorted within each glob."""
+    found: list[str] = []
+    for name in [names] if isinstance(names, str) else names if isinstance(names, list) else [None]:
+        if not isinstance(name, str):
+            refuse(path, f"data_files: {_short(names)}: give a file's name, a list of them, or one a split")
+        if "://" in name:
+            refuse(
+                path, f"data_files: {name}: data lie on this disk, so that they can enter a digest; download the file"
+            )
+        place = path.parent / Path(name).expanduser()
+        matches = [place] if place.is_file() else [p for p in sorted(place.parent.glob(place.name)) if p.is_file()]
+        if not matches:
+            refuse(path, f"data_files: {name}: no such file beside it")
+        found += [str(match.absolute()) for match in matches]
+    return found
+
+
+def refuse(path: Path, why: str) -> NoReturn:
+    """Raise EngineError about a task file."""
+    raise EngineError(f"{path}: {why}.")
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
