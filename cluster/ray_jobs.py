@@ -350,7 +350,7 @@ def _advice(ended: JobStatus) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
 
 
 def _address(address: str | None) -> str:

@@ -24,7 +24,7 @@ def main() -> int:
         try:
             alive = alive_nodes()
         except (ConnectionError, RuntimeError, TimeoutError) as error:
-            why = str(error).splitlines()[0]
+            why = str(error).partition("\n")[0]
         else:
             if alive >= arguments.nodes:
                 print(f"Ray has {alive} of {arguments.nodes} nodes", flush=True)

@@ -27,9 +27,9 @@ from data.dedup import DedupSettings, MinHash, duplicates_to_drop, near_duplicat
 from data.document import Document, DocumentWriter, read_documents
 from data.errors import DataError
 from data.filters import FilterSettings, filter_document
-from data.readers import ReaderSettings, ReadLog, exclude_files, read_file
+from data.left_out import EXCLUDED, left_out, nothing_left
+from data.readers import MIN_CUT_CHARACTERS, ReaderSettings, ReadLog, exclude_files, read_file
 from data.sources import SourceFile, list_files, python_library_files
-from data.text_stream import OF_A_CORPUS
 
 MAX_SHARDS = 4096
 
@@ -71,6 +71,8 @@ def corpus_files(
     else:
         found = list_files(settings.paths, skipped, key=f"{key}.paths")
     files = exclude_files(found, settings.exclude)
+    if skipped is not None:
+        skipped[EXCLUDED] += len(found) - len(files)
     if not files:
         raise DataError(
             f"{key}.exclude = {list(settings.exclude)} leaves none of the {len(found)} files. Exclude less."
@@ -100,7 +102,8 @@ def build_corpus(settings: CorpusSettings, out_dir: Path, map_shards: MapShards,
     for an empty corpus.
     """
     skipped: Counter[str] = Counter()
-    shards = plan_shards(corpus_files(settings, skipped), settings.shard_bytes)
+    found = corpus_files(settings, skipped)
+    shards = plan_shards(found, settings.shard_bytes)
     names = [f"{number:05d}" for number in range(len(shards))]
     read = map_shards(
         read_shard,
@@ -108,20 +111,20 @@ def build_corpus(settings: CorpusSettings, out_dir: Path, map_shards: MapShards,
         label="read",
         scratch=True,
     )
-    if not any(result["documents_read"] for result in read.values()):
-        places = [place for result in read.values() for place in result["malformed"]]
-        found = f": {places[0]}" if places else " (an empty file has none)"
-        raise DataError(f"The corpus is empty: no document was found in its files{found}. Name files with text.")
     work = str(scratch / "work")
-    map_shards(
+    chosen = map_shards(
         select, {"all": SelectTask(work=work, names=tuple(names), settings=settings)}, label="select", scratch=True
-    )
+    )["all"]
+    if not (chosen["train"] and chosen["held_out"]):
+        dropped = {"dropped": {name: count for name, count in chosen.items() if count and name not in VERDICTS[:2]}}
+        raise DataError(_nothing_left(_card(settings, read, {"all": {"kept": {}, **dropped}}, skipped), chosen, found))
     write = map_shards(
         write_shard, {name: WriteTask(name=name, work=work, settings=settings) for name in names}, label="write"
     )
     card = _card(settings, read, write, skipped)
     if card["train_documents"] == 0:
-        raise DataError(_nothing_left(card["documents_read"], 0, card["heldout_documents"]))
+        raise DataError(_nothing_left(card, {**chosen, "train": 0}, found))
+    card["left_out"] = left_out(card)
     (out_dir / "card.json").write_text(json.dumps(card, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return card
 
@@ -198,8 +201,8 @@ class SelectTask:
 def select(task: SelectTask, out_dir: Path) -> dict[str, Any]:
     """Give every document its verdict, from ids and signatures alone, and index the held-out text.
 
-    Writes work/verdicts-NAME.npy (uint8 per document, an index into VERDICTS) and work/held-out.npy. Raises DataError
-    when nothing is left to train on or to evaluate.
+    Writes work/verdicts-NAME.npy (uint8 per document, an index into VERDICTS) and work/held-out.npy. Returns how many
+    documents got each verdict.
     """
     work, settings = Path(task.work), task.settings
     ids_by_shard = [
@@ -210,7 +213,6 @@ def select(task: SelectTask, out_dir: Path) -> dict[str, Any]:
         [np.load(work / f"signatures-{name}.npy", mmap_mode="r") for name in task.names],
         settings,
     )
-    _check_split(verdicts)
     out = out_dir / "work"
     out.mkdir(parents=True, exist_ok=True)
     start = 0
@@ -250,23 +252,9 @@ def split_and_deduplicate(
     return verdicts
 
 
-def _check_split(verdicts: NDArray[np.uint8]) -> None:
-    train, held_out = (int(np.count_nonzero(verdicts == code)) for code in (TRAIN, HELD_OUT))
-    if verdicts.size == 0:
-        raise DataError(
-            "The corpus is empty: its files hold no document that passes the filters. Name files with text in "
-            "`paths`, or loosen `filters`, of corpus or of sources.NAME."
-        )
-    if train == 0 or held_out == 0:
-        raise DataError(_nothing_left(verdicts.size, train, held_out))
-
-
-def _nothing_left(documents: int, train: int, held_out: int) -> str:
-    return (
-        f"Of {documents} document(s) {train} would be left to train on and {held_out} to evaluate on; "
-        "each needs at least 1. Give more text, or cut files into more documents with a smaller "
-        f"max_document_characters of {OF_A_CORPUS}."
-    )
+def _nothing_left(card: Mapping[str, Any], chosen: Mapping[str, int], files: Sequence[SourceFile]) -> str:
+    cuttable = any(file.format == "text" and file.bytes > MIN_CUT_CHARACTERS for file in files)
+    return nothing_left(card, train=chosen["train"], held_out=chosen["held_out"], cuttable=cuttable)
 
 
 def _held_out_documents(work: Path, verdict_dir: Path, names: Sequence[str]) -> Iterator[Document]:

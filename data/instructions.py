@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,8 @@ from data.chat import check_messages
 from data.decontaminate import is_held_out
 from data.document import Document, read_documents
 from data.errors import DataError
-from data.readers import ReaderSettings, ReadLog, read_json_lines, without_surrogates
+from data.left_out import conversations_left_out
+from data.readers import SURROGATES, ReaderSettings, ReadLog, read_json_lines, without_surrogates
 from data.sources import SourceFile, list_files
 
 Task = Literal["write", "document", "explain"]
@@ -76,13 +77,14 @@ class Conversation:
         return frozenset(message["content"] for message in self.messages if message["role"] == "assistant")
 
 
-def instruction_files(settings: InstructionSettings) -> list[SourceFile]:
-    """Return the user's .jsonl files in name order; none for kind functions. Raises DataError for any other file."""
+def instruction_files(settings: InstructionSettings, skipped: Counter[str] | None = None) -> list[SourceFile]:
+    """Return the user's .jsonl files in name order; none for kind functions. What lies beside them and is not read is
+    counted in `skipped`, as `list_files` does. Raises DataError for any other readable file."""
     if settings.kind == "functions":
         return []
     if not settings.paths:
         raise DataError(f"{PATHS} is empty: no conversations. Set it to .jsonl files, as in {PATHS}=[chats.jsonl].")
-    files = list_files(settings.paths, key=PATHS)
+    files = list_files(settings.paths, skipped, key=PATHS)
     for file in files:
         if file.format != "jsonl":
             raise DataError(
@@ -99,6 +101,7 @@ def build_instructions(settings: InstructionSettings, corpus_dirs: Sequence[Path
     """
     counts: Counter[str] = Counter()
     malformed: list[str] = []
+    skipped: Counter[str] = Counter()
     if settings.kind == "functions":
         train = [
             c
@@ -112,7 +115,8 @@ def build_instructions(settings: InstructionSettings, corpus_dirs: Sequence[Path
         ]
     else:
         log = ReadLog.new()
-        everything = [c for file in instruction_files(settings) for c in read_conversations(file, settings.reader, log)]
+        files = instruction_files(settings, skipped)
+        everything = [c for file in files for c in read_conversations(file, settings.reader, log)]
         train = [c for c in everything if not is_held_out(c.id, settings.held_out_fraction)]
         held_out = [c for c in everything if is_held_out(c.id, settings.held_out_fraction)]
         if not held_out and len({c.id for c in train}) > 1:
@@ -125,10 +129,13 @@ def build_instructions(settings: InstructionSettings, corpus_dirs: Sequence[Path
     held_answers = frozenset(a for c in held_out for a in c.answers) if settings.kind == "functions" else frozenset()
     train = _distinct(train, frozenset(c.id for c in held_out), held_answers, counts)
     if not train or not held_out:
-        raise DataError(_too_few(settings, len(train), len(held_out)))
+        reasons = conversations_left_out({**counts, "malformed": malformed, "skipped_files": skipped})
+        raise DataError(_too_few(settings, len(train), len(held_out), reasons))
     if settings.max_conversations is not None and len(train) > settings.max_conversations:
+        there = len(train) + len(held_out)
         held_out = _lowest(held_out, max(1, len(held_out) * settings.max_conversations // len(train)))
         train = _lowest(train, settings.max_conversations)
+        counts["conversations_beyond_most"] = there - len(train) - len(held_out)
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, conversations in (("train", train), ("heldout", held_out)):
         _write(out_dir / f"{name}.jsonl", conversations)
@@ -137,14 +144,16 @@ def build_instructions(settings: InstructionSettings, corpus_dirs: Sequence[Path
         "heldout_conversations": len(held_out),
         **dict(sorted(counts.items())),
         "malformed": malformed,
+        "skipped_files": dict(sorted(skipped.items())),
     }
 
 
 def load_conversations(path: Path) -> list[Conversation]:
     """Read a train.jsonl or heldout.jsonl that `build_instructions` wrote."""
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
+        # At LF alone: a message may hold the other characters that Python's own way breaks lines at.
+        records = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    except (OSError, ValueError) as error:
         raise DataError(
             f"{path} is not a conversation file of the instructions step ({error}). Run that step again."
         ) from error
@@ -188,13 +197,16 @@ def function_conversations(
             continue
         try:
             tree = ast.parse(document.text)
-        except (SyntaxError, ValueError, RecursionError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             # Also the pydoc topics, and the pieces of a file that was cut.
             counts["documents_not_python"] += 1
             continue
         lines = document.text.split("\n")
         for qualified_name, function in _functions(tree, ""):
-            yield from _about_function(document, lines, qualified_name, function, settings, counts)
+            try:
+                yield from _about_function(document, lines, qualified_name, function, settings, counts)
+            except (ValueError, RecursionError):  # it unparses to an integer of too many digits, or nests too deep
+                counts["functions_not_separable"] += 1
 
 
 def _functions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, FunctionNode]]:
@@ -218,7 +230,9 @@ def _about_function(
     if docstring is None or len(function.body) < 2 or not docstring.strip():
         counts["functions_without_docstring_or_body"] += 1
         return
-    description = inspect.cleandoc(docstring).strip()
+    description, wrong = SURROGATES.subn("\ufffd", inspect.cleandoc(docstring).strip())  # a string may spell them
+    if wrong:
+        counts["invalid_utf8_bytes"] += wrong
     code = _code_without_docstring(lines, function)
     if code is None:
         counts["functions_not_separable"] += 1
@@ -289,8 +303,10 @@ def _lowest(conversations: list[Conversation], count: int) -> list[Conversation]
     return [conversation for conversation in conversations if conversation.id in chosen]
 
 
-def _too_few(settings: InstructionSettings, train: int, held_out: int) -> str:
+def _too_few(settings: InstructionSettings, train: int, held_out: int, left_out: Mapping[str, int]) -> str:
+    reasons = "; ".join(f"{times:,} {reason}" for reason, times in left_out.items())
     counted = f"{train} conversation(s) to train on and {held_out} held out; each needs at least 1"
+    counted += f" (left out: {reasons})" if reasons else ""
     if settings.kind == "files":
         return f"The files in {PATHS} give {counted}. Give more conversations."
     return (

@@ -27,6 +27,7 @@ from data.text_stream import OF_A_CORPUS, check_expansion, leave_out, lines_of, 
 
 PARQUET_ROWS = 1024  # decoded together
 CUT_CONTEXT = 48
+MIN_CUT_CHARACTERS = 256
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -49,10 +50,10 @@ class ReaderSettings:
     """A file that unpacks to more than this many times its bytes (and 64 MiB) is refused. Text packs 2 to 20 times."""
 
     def __post_init__(self) -> None:
-        if self.max_document_characters is not None and self.max_document_characters < 256:
+        if self.max_document_characters is not None and self.max_document_characters < MIN_CUT_CHARACTERS:
             raise DataError(
-                f"max_document_characters = {self.max_document_characters}: must be at least 256, or null to never "
-                "cut files."
+                f"max_document_characters = {self.max_document_characters}: must be at least {MIN_CUT_CHARACTERS}, or null "
+                "to never cut files."
             )
         if self.max_malformed_lines_per_file < 0:
             raise DataError(f"max_malformed_lines_per_file = {self.max_malformed_lines_per_file}: must be 0 or more.")

@@ -168,8 +168,7 @@ def _records(store: Path) -> list[dict[str, Any]]:
     if not files:
         return []
     newest = max(files, key=lambda path: path.stat().st_mtime)
-    lines = newest.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in newest.read_bytes().split(b"\n")[:-1]]
 
 
 def read(store: Path) -> dict[str, Any]:

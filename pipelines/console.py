@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -172,8 +173,7 @@ class Display:
             if event.kind in ("finished", "failed"):
                 self._forget(event.step)
             self._failures += event.kind == "failed"
-            line = _event_line(event, is_raised=self._failures == 1)
-            if line:
+            for line in _event_lines(event, is_raised=self._failures == 1):
                 self._console.print(Text(f"{event.step:<12} {line}"))
 
     def _progress(self, event: Event) -> None:
@@ -212,10 +212,19 @@ def _amount(value: float, unit: str) -> str:
     return f"{count(value)} {unit}".rstrip() if unit else count(value)
 
 
-def _event_line(event: Event, *, is_raised: bool) -> str:
+_DETAIL = re.compile(r" \(|; |, the first")
+"""Where the details of a reason begin, which are told once."""
+
+
+def _event_lines(event: Event, *, is_raised: bool) -> list[str]:
     """`is_raised`: a failure that ends the run, whose words are its last ones."""
-    if event.kind in ("cached", "started") or (event.kind == "failed" and is_raised):
-        return event.kind
+    left_out = event.metrics.get("left_out") or {}
+    if event.kind == "cached":
+        short = [f"{times:,} {_DETAIL.split(reason)[0]}" for reason, times in left_out.items()]
+        return [f"cached; left out {', '.join(short)}" if short else "cached"]
+    if event.kind == "started" or (event.kind == "failed" and is_raised):
+        return [event.kind]
     if event.kind == "finished":
-        return f"done in {duration(event.seconds)}"
-    return event.line
+        reasons = [f"left out {times:,}: {reason}" for reason, times in left_out.items()]
+        return [*reasons, f"done in {duration(event.seconds)}"]
+    return [event.line] if event.line else []

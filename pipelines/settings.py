@@ -430,5 +430,5 @@ def _check_option(group: str, option: str) -> None:
 
 def _one_line(error: Exception) -> str:
     """Hydra's message without its stack of causes."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     return " ".join(lines[:3]) or type(error).__name__

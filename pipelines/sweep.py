@@ -148,7 +148,7 @@ def launch(words: Sequence[str], trial: Trial) -> list[float | str | None] | Non
     except Exception as error:
         if not type(error).__module__.startswith("ray."):
             raise
-        tell(f"the launcher gave up: {str(error).strip().splitlines()[-1]}")
+        tell(f"the launcher gave up: {str(error).strip().rpartition(chr(10))[2]}")
         return None
 
 

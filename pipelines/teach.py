@@ -47,7 +47,7 @@ def cluster_help(overrides: Sequence[str] = ()) -> str:
 
 def first_comment(experiment: str) -> str:
     """What an experiment's file says of itself in its first line of prose."""
-    for line in (CONF_DIR / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8").splitlines():
+    for line in (CONF_DIR / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8").split("\n"):
         if line.startswith("# ") and "@package" not in line:
             return line[2:]
     return ""

@@ -113,7 +113,7 @@ def test_malformed_lines_are_counted_and_too_many_are_an_error(
     said = complaint(capsys, "run", *overrides, "--until", "corpus")
     assert f"{tmp_path / 'a.jsonl'}, line 22" in said and "max_malformed_lines_per_file" in said
     made = answer(capsys, "run", *overrides, "corpus.reader.max_malformed_lines_per_file=30", "--until", "corpus")
-    assert "30 malformed lines" in made.err
+    assert "left out 30: malformed lines or rows, the first: " in made.err and "a.jsonl:2: not JSON" in made.err
     [card] = (tmp_path / "store").glob("corpus/*/card.json")
     assert json.loads(card.read_text())["malformed"][0].split("/")[-1].startswith("a.jsonl:2: not JSON")
 

@@ -9,11 +9,12 @@ import shlex
 import subprocess
 import sys
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
-from pipelines.console import console, summary
-from pipelines.engine.events import StepReport
+from pipelines.console import Display, console, summary
+from pipelines.engine.events import Event, StepReport
 from pipelines.verbs import _next_words
 from tests.conftest import ROOT
 
@@ -54,6 +55,25 @@ def test_on_a_terminal_one_bar_follows_what_is_counted() -> None:
     assert process.wait() == 0
     assert b"loss 8.0" in shown and b"tokens/s" in shown
     assert b"\x1b[1A" not in shown, "a second bar: the cursor had to go up to the first"
+
+
+def test_what_a_step_left_out_is_one_line_a_reason_and_told_again_when_cached(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    left_out = {"documents too short (filters.min_characters = 32)": 1180, "hidden files": 2}
+    step: dict[str, Any] = {"step": "corpus", "digest": "d", "metrics": {"documents": 3, "left_out": left_out}}
+    with Display() as display:
+        display.event(Event(kind="finished", seconds=2.0, **step))
+        display.event(Event(kind="cached", **step))
+        display.event(Event(kind="cached", step="shards", digest="d", metrics={"tokens": 1}))
+    assert capsys.readouterr().err.split("\n") == [
+        "corpus       left out 1,180: documents too short (filters.min_characters = 32)",
+        "corpus       left out 2: hidden files",
+        "corpus       done in 2.0s",
+        "corpus       cached; left out 1,180 documents too short, 2 hidden files",
+        "shards       cached",
+        "",
+    ]
 
 
 def test_the_last_table_tells_step_state_seconds_size_figure_and_path(capsys: pytest.CaptureFixture[str]) -> None:

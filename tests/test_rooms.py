@@ -104,6 +104,17 @@ def test_training_knows_of_data_its_batches_and_its_loader() -> None:
         assert read <= allowed, path
 
 
+def test_no_text_is_split_at_anything_but_line_ends() -> None:
+    """`str.splitlines` breaks at U+2028, U+2029, U+0085, form feeds …, which a line of jsonl may hold as they are."""
+    callers = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "splitlines"
+    ]
+    assert not callers, 'use .split("\\n")'
+
+
 OUTSIDE = {"os", "pathlib", "io", "shutil", "tempfile", "subprocess", "socket", "glob", "fsspec", "safetensors"}
 CALLS = {"open", "torch.load", "torch.save"}
 

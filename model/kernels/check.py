@@ -192,7 +192,7 @@ def _problem(
     try:
         found = _results(kernel, inputs, trial.mask)
     except Exception as error:  # whatever a kernel of another package raises, this run can do without it
-        return f"cannot run ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        return f"cannot run ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     for truth, oracle, ours in zip(exact, expected, found, strict=True):
         if not ours.isfinite().all():
             return "gives NaN or infinity"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +23,8 @@ class Event:
     """said, waiting, failed: for the person watching. progress: what else there is to tell."""
     seconds: float = 0.0
     """finished: all attempts together."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """finished, cached: what the step returned."""
 
 
 State = Literal["cached", "made", "to make", "unfinished", "running", "not needed", "damaged"]

@@ -158,7 +158,7 @@ class _Run:
             return False
         self._store.check(artifact)
         self._artifacts[node.digest] = artifact
-        self._tell(node, "cached")
+        self._tell(node, "cached", metrics=artifact.metrics)
         return True
 
     def _check_claim(self, node: Node, there: Resources) -> None:
@@ -243,7 +243,7 @@ class _Run:
         while True:
             artifact = self._store.find(node.name, node.digest)
             if artifact is not None:
-                self._tell(node, "cached")
+                self._tell(node, "cached", metrics=artifact.metrics)
                 return artifact
             lease = self._store.acquire(node.name, node.digest)
             if isinstance(lease, Lease):
@@ -303,7 +303,7 @@ class _Run:
         }
         artifact = self._store.publish(lease, work, manifest)
         self._made.add(node.digest)
-        self._tell(node, "finished", seconds=artifact.manifest["seconds"])
+        self._tell(node, "finished", seconds=artifact.manifest["seconds"], metrics=artifact.metrics)
         return artifact
 
     def _abandon(self) -> None:
@@ -324,8 +324,8 @@ class _Run:
             self._store.tidy(node.name, node.digest)
         return replace(report, state="made") if node.digest in self._made else report
 
-    def _tell(self, node: Node, kind: Any, *, line: str = "", seconds: float = 0.0) -> None:
-        self._emit(Event(kind=kind, step=node.name, digest=node.digest, line=line, seconds=seconds))
+    def _tell(self, node: Node, kind: Any, **more: Any) -> None:
+        self._emit(Event(kind=kind, step=node.name, digest=node.digest, **more))
 
     def _emit(self, event: Event) -> None:
         with self._telling:

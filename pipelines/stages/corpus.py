@@ -14,9 +14,12 @@ def run(settings: CorpusSettings, inputs: Mapping[str, Artifact], out_dir: Path,
     """Writes train/*.parquet, heldout/*.parquet and card.json (what came in, what stayed, why the rest went)."""
     card = build_corpus(settings, out_dir, ctx.map_shards, scratch=ctx.scratch)
     for repair, times in card["repaired"].items():
-        if not repair.startswith("malformed_lines in "):  # the total is said
+        if not repair.startswith(LEFT_OUT):
             ctx.say(f"{times:,} {repair.replace('_', ' ')}")
-    if card["malformed"]:
-        ctx.say(f"the first malformed: {card['malformed'][0]}; card.json has {len(card['malformed'])} of them")
     counts = {key: value for key, value in card.items() if isinstance(value, int)}
-    return {"documents": card["train_documents"] + card["heldout_documents"], **counts}
+    documents = card["train_documents"] + card["heldout_documents"]
+    return {"documents": documents, **counts, "left_out": card["left_out"]}
+
+
+LEFT_OUT = ("malformed_lines", "null_rows")
+"""Counted beside what was repaired, and said as left out."""

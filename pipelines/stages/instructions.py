@@ -29,8 +29,8 @@ def run(settings: ConversationRows, inputs: Mapping[str, Artifact], out_dir: Pat
     """Inputs: tokenizer and every corpus. Writes train.jsonl, heldout.jsonl and rows/ (shards with a target mask)."""
     corpora = [inputs[name] for name in sorted(inputs) if name.startswith("corpus")]
     metrics: dict[str, Any] = ctx.call(make, settings, corpora, inputs["tokenizer"], out_dir)
-    if metrics["malformed"]:
-        ctx.say(f"{metrics['malformed_lines']:,} malformed lines passed over; the first: {metrics['malformed'][0]}")
+    if cut := metrics["counts"].get("conversation_truncated"):
+        ctx.say(f"{cut:,} conversations cut to a row of {settings.seq_len} tokens (finetune.too_long=truncate)")
     return metrics
 
 
@@ -38,6 +38,7 @@ def make(settings: ConversationRows, corpora: list[Artifact], tokenizer: Artifac
     """Write everything, in one worker process."""
     from data.chat import encode_chat
     from data.instructions import build_instructions, load_conversations
+    from data.left_out import conversations_left_out
     from data.packing import TokenDocument
     from data.shard_tasks import make_conversation_shard
     from data.shards import ShardSettings, write_manifest
@@ -62,4 +63,9 @@ def make(settings: ConversationRows, corpora: list[Artifact], tokenizer: Artifac
         documents, out_dir / "rows", name="conversations", tokenizer=words, settings=rows, too_long=settings.too_long
     )
     totals = write_manifest(out_dir / "rows", [shard], settings=rows, vocab_size=words.vocab_size, masked=True)
-    return {"pairs": counts["train_conversations"], **counts, **totals, "left_out": totals["counts"]}
+    return {
+        "pairs": counts["train_conversations"],
+        **counts,
+        **totals,
+        "left_out": conversations_left_out({**counts, **totals["counts"]}),
+    }

@@ -111,7 +111,9 @@ class Watch:
 
     def _notes(self) -> list[str]:
         path = self._out_dir / "logs" / "notes.txt"
-        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return (
+            path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        )  # what follows is being written
 
     def _newest_record(self) -> dict[str, Any] | None:
         try:

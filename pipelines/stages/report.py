@@ -141,7 +141,7 @@ TRAINING_FIGURES = {
 def training(name: str, artifact: Artifact) -> dict[str, Any]:
     """Curves and figures of one training run."""
     path = artifact.path / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
     tokens = [row["tokens"] for row in rows]
     losses = [row["loss"] for row in rows]
     bold = charts.smoothed(losses, round(len(rows) * SMOOTHING_SHARE))

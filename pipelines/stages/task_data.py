@@ -27,7 +27,7 @@ def next_line(document: Document, rng: random.Random) -> Iterator[Example]:
 
     Fields: context, choices, answer (index).
     """
-    lines = document.text.splitlines()
+    lines = _lines(document)
     usable = [i for i, line in enumerate(lines) if len(line) in LINE_CHARACTERS and len(line.strip()) >= 12]
     positions = [i for i in usable if i >= CONTEXT_LINES]
     rng.shuffle(positions)
@@ -51,7 +51,7 @@ def close_bracket(document: Document, rng: random.Random) -> Iterator[Example]:
 
     Lines whose last bracket opened and closed with nothing between are left out: `()` needs no memory.
     """
-    lines = document.text.splitlines()
+    lines = _lines(document)
     found = [(i, match) for i, line in enumerate(lines) if (match := _CLOSERS.search(line)) and _is_balanced(line)]
     rng.shuffle(found)
     for position, match in found:
@@ -88,6 +88,11 @@ def make_examples(maker: str, documents: Sequence[Document], *, limit: int, seed
 
 def _rng(seed: int, maker: str, document: Document) -> random.Random:
     return random.Random(f"{seed}:{maker}:{document.id}")
+
+
+def _lines(document: Document) -> list[str]:
+    """At line ends alone: a form feed or U+2028 stands within a line."""
+    return document.text.replace("\r\n", "\n").split("\n")
 
 
 def _context(lines: list[str], position: int) -> str:

@@ -52,7 +52,7 @@ def read_metrics(path: Path) -> list[Row]:
     """The rows of a `metrics.jsonl`; none where there is no file, and a line torn by a kill ends them."""
     rows: list[Row] = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 rows.append(json.loads(line))
             except ValueError:

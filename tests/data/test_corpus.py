@@ -19,7 +19,7 @@ from data.decontaminate import HeldOutSettings, is_held_out
 from data.document import Document, document_id, read_documents
 from data.errors import DataError
 from data.readers import ReaderSettings
-from data.sources import SourceFile, list_files
+from data.sources import READABLE, SourceFile, list_files
 
 
 def prose(seed: int, words: int = 250) -> str:
@@ -166,7 +166,12 @@ def test_when_chance_holds_out_too_little_the_lowest_hashes_are_taken(
     ("texts", "message"),
     [
         ({"a.txt": ""}, "corpus is empty"),
-        ({"a.txt": "short", "b.txt": "1 2 3"}, "corpus is empty"),
+        (
+            {"a.txt": "short", "b.txt": "1 2 3"},
+            r"corpus is empty: .*2 documents too short \(filters.min_characters = 32\)",
+        ),
+        ({"a.txt": "\ufffd" * 40}, "corpus is empty: .*1 documents that are not UTF-8"),
+        ({"a.jsonl": "{}"}, "corpus is empty: .*1 malformed lines"),
         ({"a.txt": prose(1)}, "each needs at least 1"),
         ({"a.txt": prose(1), "b.txt": prose(1)}, "each needs at least 1"),
         ({"a.txt": prose(1), "b.txt": prose(1) + " and more"}, "each needs at least 1"),
@@ -177,6 +182,54 @@ def test_a_corpus_with_nothing_to_train_or_evaluate_on_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         build(write_texts(tmp_path / "in", texts), tmp_path)
+
+
+def test_what_is_left_out_is_told_with_the_setting_and_the_count(tmp_path: Path) -> None:
+    texts = {f"{n:03d}.txt": prose(n) for n in range(40)} | {f"copy{n}.txt": prose(n) for n in range(7)}
+    texts |= {
+        "short.txt": "too short",
+        "latin.jsonl": '{"text": 1}\n',
+        "table.csv": "1,2",
+        "x.json": "{}",
+        "y.json": "[]",
+    }
+    texts |= {"notes/a.txt": prose(100), ".hidden.txt": "x"}
+    settings = replace(write_texts(tmp_path / "in", texts), exclude=("*/notes/*",))
+    card, _, _ = build(settings, tmp_path)
+    assert card["left_out"] == {
+        "copies of other documents": 7,
+        "documents too short (filters.min_characters = 32)": 1,
+        "malformed lines or rows, the first: in/latin.jsonl:1: field 'text' is not text": 1,
+        "hidden files": 1,
+        "files that `exclude` names": 1,
+        f"files of other kinds (.json 2, .csv 1); readable are {READABLE}": 3,
+    }
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_where_a_shared_notice_leaves_nothing_it_is_named_and_the_remedy_works(tmp_path: Path, suffix: str) -> None:
+    """30 documents of 40 words behind a notice of 154: those in training are all mostly held-out text."""
+    texts = [f"{prose(1000, 154)} {prose(n, 40)}" for n in range(30)]
+    lines = {"all.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in texts)}
+    settings = write_texts(
+        tmp_path / "in", lines if suffix == "jsonl" else {f"{n}.txt": t for n, t in enumerate(texts)}
+    )
+    with pytest.raises(
+        DataError, match=r"documents that are mostly held-out text \(held_out.max_overlap = 0.5\)"
+    ) as refused:
+        build(settings, tmp_path / "refused")
+    assert "30 document(s) 0 would be left to train on" in str(refused.value)
+    assert "max_document_characters" not in str(refused.value) and "Give more text" not in str(refused.value)
+    loosened = replace(settings, held_out=replace(settings.held_out, max_overlap=None))
+    assert build(loosened, tmp_path / "made")[0]["train_documents"] > 20
+
+
+def test_only_files_that_can_be_cut_are_told_to_be_cut(tmp_path: Path) -> None:
+    for name, told in (("a.txt", True), ("a.jsonl", False)):
+        text = prose(1) if told else json.dumps({"text": prose(1)})
+        with pytest.raises(DataError, match="Give more text") as refused:
+            build(write_texts(tmp_path / name / "in", {name: text}), tmp_path / name)
+        assert ("max_document_characters" in str(refused.value)) is told
 
 
 def test_one_long_file_is_enough_for_a_corpus(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from data.instructions import (
     instruction_files,
     load_conversations,
 )
+from data.left_out import conversations_left_out
 
 MODULE = '''
 import os
@@ -178,6 +180,54 @@ def test_malformed_conversations_are_counted_with_file_and_line_and_limited(tmp_
         assert message in place
     with pytest.raises(DataError, match=r"a\.jsonl, line 11"):
         build_instructions(write_lines(tmp_path / "a.jsonl", ["{}"] * 20), [], tmp_path / "out")
+
+
+def test_line_separators_within_a_message_end_no_line(tmp_path: Path) -> None:
+    odd = "one\u2028two\u2029three\u0085four\x0b\x0c\x1c\x1d\x1efive\r\nsix"
+    lines = [json.dumps({"prompt": f"p{n} {odd}", "completion": f"c {odd}"}, ensure_ascii=False) for n in range(30)]
+    metrics = build_instructions(write_lines(tmp_path / "a.jsonl", lines), [], tmp_path / "out")
+    assert metrics["train_conversations"] + metrics["heldout_conversations"] == 30
+    both = [c for name in ("train", "heldout") for c in load_conversations(tmp_path / "out" / f"{name}.jsonl")]
+    assert {c.messages[0]["content"] for c in both} == {f"p{n} {odd}" for n in range(30)}
+    assert {c.position for c in both} == set(range(1, 31))
+
+
+@pytest.mark.parametrize(
+    "default",
+    ["0x" + "f" * 5000, "-" * 900 + "1", "-" * 90_000 + "1", "a" + ".b" * 5000],
+    ids=["an integer of too many digits", "nested", "nested past the parser", "a long chain"],
+)
+def test_a_function_that_python_cannot_write_again_is_counted(default: str) -> None:
+    text = f"def f(x={default}):\n    'What f does.'\n    return 1\n"
+    counts: Counter[str] = Counter()
+    assert list(function_conversations([document(text, "a.py")], InstructionSettings(), counts)) == []
+    assert counts["functions_not_separable"] + counts["documents_not_python"] == 1
+
+
+def test_half_a_pair_in_a_docstring_is_replaced_and_counted() -> None:
+    text = "def f(x):\n    'Half \\ud800 of a pair.'\n    return 1\n"
+    counts: Counter[str] = Counter()
+    made = list(function_conversations([document(text, "a.py")], InstructionSettings(tasks=("explain",)), counts))
+    assert [c.answers for c in made] == [{"Half \ufffd of a pair."}]
+    assert counts["invalid_utf8_bytes"] == 1
+
+
+def test_what_is_left_out_of_conversations_is_told_by_reason(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"p{n % 30}", "completion": "c"}) for n in range(75)]
+    (tmp_path / "in").mkdir()
+    settings = write_lines(tmp_path / "in" / "a.jsonl", [*lines, "{broken"])
+    (tmp_path / "in" / "x.json").write_text("[]")
+    metrics = build_instructions(
+        replace(settings, paths=(str(tmp_path / "in"),), max_conversations=20), [], tmp_path / "out"
+    )
+    told = conversations_left_out(metrics)
+    assert told["repeats of other conversations"] == 45
+    assert told["conversations beyond finetune.data.max_conversations"] == 10 - metrics["heldout_conversations"]
+    assert told["files of other kinds (.json 1); readable are .jsonl (also .gz or .zst)"] == 1
+    [malformed] = [reason for reason in told if "in/a.jsonl:76: not JSON" in reason]
+    assert told[malformed] == 1
+    with pytest.raises(DataError, match=r"left out: 5 malformed lines or rows, the first: in/b\.jsonl:1"):
+        build_instructions(write_lines(tmp_path / "in" / "b.jsonl", ["{}"] * 5), [], tmp_path / "none")
 
 
 def test_half_a_pair_of_utf_16_is_replaced_and_counted(tmp_path: Path) -> None:

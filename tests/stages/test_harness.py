@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from data.document import Document
 from data.tokenizer import Tokenizer
 from pipelines.stages import evaluate, export, harness, harness_tasks, held_out
 from pipelines.stages.task_data import make_examples
@@ -35,6 +36,15 @@ def models(small_run, tmp_path_factory, in_process):
     ours = harness.HarnessModel(load_model(out_dir / "model"), Tokenizer.load(out_dir / "model"), tokens_per_batch=600)
     shared = {"pretrained": theirs, "tokenizer": tokenizer, "batch_size": 3, "device": "cpu"}
     return ours, HFLM(**shared, add_bos_token=True), HFLM(**shared, add_bos_token=False)
+
+
+def test_lines_of_an_example_end_at_line_ends_alone():
+    """The library's own modules hold form feeds; a line beside one stays whole."""
+    lines = [f"the_{n} line of \x0c text \u2028 number {n}" for n in range(40)]
+    document = Document(text="\n".join(lines) + "\n", source="a.py", position=0)
+    examples = make_examples("next_line", [document], limit=20, seed=0)
+    assert examples
+    assert {choice for example in examples for choice in example["choices"]} <= set(lines)
 
 
 def ask(kind, *arguments):

@@ -70,11 +70,11 @@ def test_notes_are_told_and_checkpoints_kept_once(tmp_path: Path) -> None:
     context = Shown(console.Display())
     watch = Watch({"train": {"total_tokens": 10}}, tmp_path, context)  # type: ignore[arg-type]
     (tmp_path / NOTES).parent.mkdir()
-    (tmp_path / NOTES).write_text("continuing after step 3\n")
+    (tmp_path / NOTES).write_text("continuing\u2028after step 3\nhalf of a no", encoding="utf-8")
     (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
     watch.look()
     watch.look()
-    assert context.said == ["continuing after step 3"]
+    assert context.said == ["continuing\u2028after step 3"]
     assert context.kept == ["checkpoints/step-00000003", METRICS]
 
 
