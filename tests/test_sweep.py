@@ -10,6 +10,7 @@ import pytest
 
 from pipelines.__main__ import main
 from pipelines.settings import Settings
+from pipelines.sweep import Outcome, show
 from tests.cluster.head import ray_head
 from tests.conftest import LOCAL, athanor, tiny
 
@@ -115,6 +116,28 @@ def test_trials_of_one_sweep_are_one_group_which_the_person_may_name(
     assert run("seed=1", "optim.lr=1e-3,3e-3") == {name}
     assert run("optim.lr=1e-3,4e-3", "seed=1") != {name}
     assert run("optim.lr=1e-3,3e-3", "tracking.group=mine") == {"mine"}
+
+
+def test_a_sweep_is_sorted_by_what_its_trials_differ_in_and_says_what_intervals_do_not_tell(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def shown(*trials: dict[str, float]) -> str:
+        show([Outcome(words=(f"x={n}", "same=1"), figures=figures, failure="") for n, figures in enumerate(trials)])
+        return capsys.readouterr().out
+
+    ends = {"bits_per_byte_low": 1.0, "bits_per_byte_high": 1.3}
+    tuned = [{"bits_per_byte": 1.2, **ends, "finetuned_conversation_loss": loss} for loss in (2.0, 1.0)]
+    out = shown(*tuned)  # tuning moves nothing in the pretrained model's bits per byte
+    assert "finetuned_conversation_loss" in out and out.index("1.0000") < out.index("2.0000")
+    assert "No intervals around finetuned_conversation_loss, so the order is no verdict." in out
+    out = shown(
+        {"bits_per_byte": 1.2, **ends}, {"bits_per_byte": 1.1, "bits_per_byte_low": 0.9, "bits_per_byte_high": 1.05}
+    )
+    assert "0.9000 to 1.0500" in out and "The first is not clearly better than 1 of the others" in out
+    out = shown(
+        {"bits_per_byte": 1.2, **ends}, {"bits_per_byte": 0.5, "bits_per_byte_low": 0.4, "bits_per_byte_high": 0.6}
+    )
+    assert "verdict" not in out and "not clearly" not in out
 
 
 def test_a_trial_whose_batch_cannot_be_is_refused_before_its_corpus_is_made(

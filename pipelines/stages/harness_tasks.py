@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 from lm_eval.api.group import Group
 from lm_eval.api.model import LM
+from lm_eval.api.registry import aggregation_registry, metric_registry
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -70,6 +72,17 @@ def run_tasks(
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
         built = build_tasks(chosen, documents, settings, Path(scratch))
         found = built.evaluate(harness)
+        results = _results(chosen, built, found, settings)
+    for name in built.tasks:
+        lines = (json.dumps(_answered(answer), default=str) + "\n" for answer in found["samples"][name])
+        (out_dir / f"{re.sub(r'[^a-zA-Z0-9_.:-]', '_', name)}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return results
+
+
+def _results(
+    chosen: TaskSet, built: BuiltTasks, found: Mapping[str, Any], settings: EvaluateSettings
+) -> dict[str, Figures]:
+    """The figures of every task, and of every group before its tasks."""
     results: dict[str, Figures] = {}
     made: dict[str, dict[str, Figure]] = {}
     for name, task in built.tasks.items():
@@ -77,8 +90,6 @@ def run_tasks(
         made[name] = task_figures(task, found["results"][name], answers, settings)
         shown = {metric: figure.shown() for metric, figure in made[name].items()}
         results[name] = shown | {"examples": len({answer["doc_id"] for answer in answers})}
-        lines = (json.dumps(_answered(answer), default=str) + "\n" for answer in answers)
-        (out_dir / f"{re.sub(r'[^a-zA-Z0-9_.:-]', '_', name)}.jsonl").write_text("".join(lines), encoding="utf-8")
     for name in built.groups:
         results[name] = group_figures(chosen, name, made, found["results"])
     results |= {name: {"skipped": why, "examples": 0} for name, why in built.skipped.items()}
@@ -151,9 +162,9 @@ def build_tasks(
             path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
             config["dataset_kwargs"] = {"data_files": {task.split: str(path)}}
         config["dataset_kwargs"] = {**config["dataset_kwargs"], "cache_dir": str(scratch)}
+        _check_known(task)
         with _named(task.path):
             made = ConfigurableTask(config=config)
-        _check_functions(task, made)
         made._aggregation_list = {metric: Aggregation(of) for metric, of in made.aggregation().items()}
         made.set_fewshot_seed(settings.seed)
         built.tasks[name] = made
@@ -169,17 +180,16 @@ def build_tasks(
     return built
 
 
-def _check_functions(task: TaskFile, made: ConfigurableTask) -> None:
-    """Whether the harness knows each metric and its aggregation; it looks for others on a network, and goes on without."""
-    for metric, function in made._metric_fn_list.items():
-        if function is None or made.aggregation().get(metric) is None:
-            from lm_eval.api.registry import aggregation_registry, metric_registry
-
-            raise EngineError(
-                f"{task.path}: metric_list: {metric}: the harness has no such metric, or not the aggregation given for it. "
-                f"Metrics are {', '.join(sorted(metric_registry.keys()))}; aggregations are "
-                f"{', '.join(sorted(aggregation_registry.keys()))}."
-            )
+def _check_known(task: TaskFile) -> None:
+    """Whether the harness knows each metric and aggregation; it looks for others on a network, and goes on without."""
+    for metric in task.config.get("metric_list", ()):
+        named = {"metric": (metric["metric"], metric_registry)}
+        if "aggregation" in metric:
+            named["aggregation"] = (metric["aggregation"], aggregation_registry)
+        for kind, (name, registry) in named.items():
+            if name not in registry:
+                known = ", ".join(sorted(registry.keys()))
+                raise EngineError(f"{task.path}: metric_list: the harness has no {kind} {name!r}; it has {known}.")
 
 
 def _check_metrics(path: Path, task: ConfigurableTask, found: Mapping[str, Any]) -> None:
@@ -235,7 +245,12 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # scikit-learn's, of every draw that lacks a class
             yield
     finally:
         logger.setLevel(level)

@@ -187,6 +187,8 @@ def evaluation(artifact: Artifact) -> dict[str, Any]:
                 "ours" if name in samples else "rival",
             )
         )
+    missing = ranked[0][1]["bits_per_byte"]["missing"] if ranked else ""
+    label = f"bits per byte of every scorer, {'without' if missing else 'with 95 %'} intervals"
     asked = [
         {
             "prompt": first["prompt"],
@@ -197,8 +199,8 @@ def evaluation(artifact: Artifact) -> dict[str, Any]:
     ]
     return {
         **results,
-        "picture": charts.intervals(rows, label="bits per byte of every scorer, with 95 % intervals") if rows else "",
-        "missing": ranked[0][1]["bits_per_byte"]["missing"] if ranked else "",
+        "picture": charts.intervals(rows, label=label) if rows else "",
+        "missing": missing,
         "chats_missing": next((score["loss"]["missing"] for score in chats.values()), ""),
         "task_intervals": TASK_INTERVALS,
         "ranked": ranked,

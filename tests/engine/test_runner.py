@@ -230,6 +230,88 @@ def test_an_error_leaves_what_is_finished_and_continues(store: LocalStore, backe
     assert digests(good, store)["letters"] in {report.digest for report in status([bad], store=store)}
 
 
+def failing(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+    raise EngineError("no such luck")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Settings of a step that is made of what there is."""
+
+    without: dict[str, str] = field(default_factory=dict)
+
+
+def summarize(settings: Summary, inputs: Mapping[str, Any], out_dir: Path, ctx: Any) -> dict[str, Any]:
+    (out_dir / "summary.json").write_text(json.dumps([sorted(inputs), settings.without]))
+    return {}
+
+
+def summary(**inputs: Step) -> Step:
+    return Step(
+        name="summary",
+        run=summarize,
+        version=1,
+        settings=Summary(),
+        inputs=inputs,
+        despite=lambda lost: Summary(without=lost),
+    )
+
+
+def test_a_failed_step_takes_only_what_needs_it_and_a_summary_says_so(store: LocalStore, backend: Backend) -> None:
+    bad = replace(letters("bad"), run=failing)
+    needs_bad = joined(bad, name="needs-bad")
+    target = summary(good=letters("good"), bad=bad, needs_bad=needs_bad, late=joined(letters("later"), name="late"))
+    events: list[Event] = []
+    with pytest.raises(EngineError, match="no such luck"):
+        run([target, needs_bad], store=store, backend=backend, on_event=events.append)
+    states = {report.name: report.state for report in status([target], store=store)}
+    assert states == {
+        "good": "cached",
+        "bad": "unfinished",
+        "needs-bad": "to make",
+        "later": "cached",
+        "late": "cached",
+        "summary": "to make",  # the whole one: what was made of a part is another artifact
+    }
+    [made] = store.root.glob("summary/*/summary.json")
+    assert json.loads(made.read_text()) == [
+        ["good", "late"],
+        {"bad": "no such luck", "needs_bad": "not made: it needs part0"},
+    ]
+    lines = [event.line for event in events if event.kind == "said"]
+    assert lines == ["not made: it needs part0, which is not there", f"made without bad, needs_bad: {made.parent}"]
+    better = {**target.inputs, "bad": letters("bad"), "needs_bad": joined(letters("bad"), name="needs-bad")}
+    reports = run([replace(target, inputs=better)], store=store, backend=backend)
+    assert json.loads((Path(str(reports[-1].path)) / "summary.json").read_text()) == [sorted(target.inputs), {}]
+
+
+def test_where_nothing_is_made_there_is_no_summary_and_an_error_with_a_code_of_its_own_ends_the_run(
+    store: LocalStore, backend: Backend
+) -> None:
+    class GoneError(Exception):
+        exit_code = 143
+
+    def gone(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        raise GoneError("the machine is taken away")
+
+    with pytest.raises(EngineError):
+        run([summary(bad=replace(letters("bad"), run=failing))], store=store, backend=backend)
+    target = summary(gone=replace(letters("gone"), run=gone), after=joined(letters("good"), name="after"))
+    with pytest.raises(GoneError):
+        run([target], store=store, backend=LocalBackend(cpus=1, gpus=0, in_process=True))
+    assert not list(store.root.glob("summary/*")) and not list(store.root.glob("after/*"))
+
+
+def test_what_a_step_would_refuse_is_refused_before_any_other_runs(store: LocalStore, backend: Backend) -> None:
+    def refuse() -> None:
+        raise EngineError("cannot be")
+
+    target = replace(joined(letters()), check=refuse)
+    with pytest.raises(EngineError, match="cannot be"):
+        run([target], store=store, backend=backend)
+    assert [report.state for report in status([target], store=store)] == ["to make", "to make"]
+
+
 def test_leftovers_of_a_failed_attempt_are_never_published(store: LocalStore, backend: Backend) -> None:
     fails = [True]
 

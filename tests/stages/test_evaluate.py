@@ -253,3 +253,79 @@ def test_importing_the_stages_does_not_import_what_is_slow():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def with_conversations(small_run, tmp_path_factory, in_process):
+    """The small run with forty conversations of a user's, half of them held out; some with two answers, one long."""
+    from data.instructions import InstructionSettings
+    from pipelines.stages import instructions
+    from pipelines.stages.instructions import ConversationRows
+
+    folder = tmp_path_factory.mktemp("chats")
+    lines = []
+    for number in range(40):
+        said = [
+            f"What is {number} and one?",
+            f"It is {number + 1}." * (1 + 40 * (number % 8 == 0)),
+            "Sure?",
+            f"{number + 1}, yes.",
+        ]
+        turns = said if number % 2 else said[:2]
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+        lines.append(json.dumps({"messages": messages}))
+    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    data = InstructionSettings(kind="files", paths=(str(folder / "chats.jsonl"),), held_out_fraction=0.5)
+    out_dir = folder / "instructions"
+    out_dir.mkdir()
+    metrics = instructions.run(ConversationRows(data=data, seq_len=128), small_run, out_dir, in_process(out_dir))
+    made = replace(small_run["tokenizer"], step="instructions", url=str(out_dir), manifest={"metrics": metrics})
+    return {**small_run, "instructions": made}
+
+
+def test_held_out_conversations_are_scored_by_the_loss_of_the_answers(with_conversations, tmp_path, in_process):
+    import torch
+
+    from data.chat import encode_chat
+    from data.instructions import load_conversations
+
+    settings = evaluate.EvaluateSettings(bootstrap_resamples=100, tokens_per_batch=600)
+    without_corpus = {name: with_conversations[name] for name in ("tokenizer", "pretrain", "finetune", "instructions")}
+    context = in_process(tmp_path)
+    metrics = evaluate.run(settings, without_corpus, tmp_path, context)
+    tokenizer = Tokenizer.load(with_conversations["tokenizer"].path)
+    held_out_chats = load_conversations(with_conversations["instructions"].path / "heldout.jsonl")
+    assert metrics["scored_conversations"] == len(held_out_chats) >= 5
+    rows = pq.read_table(tmp_path / "conversations.parquet").to_pydict()
+    for name, step, prefix in (("base", "pretrain", ""), ("finetuned", "finetune", "finetuned_")):
+        model = load_model(with_conversations[step].path / "model")
+        nats, tokens = {}, {}
+        for chat in held_out_chats:
+            ids, is_target = encode_chat(tokenizer, chat.messages)
+            total, done = 0.0, 0
+            while done < len(ids) - 1:  # windows of the model's 128 tokens, every 64
+                end = min(max(done + 64, 128), len(ids) - 1)
+                start = max(0, end - 128)
+                logp_TV = model(torch.tensor(ids[start:end])[None])["logits"][0].double().log_softmax(-1)
+                for place in range(done, end):
+                    total -= float(logp_TV[place - start, ids[place + 1]]) if is_target[place + 1] else 0.0
+                done = end
+            nats[chat.id], tokens[chat.id] = total, sum(is_target)
+        expected = sum(nats.values()) / sum(tokens.values())
+        assert metrics[f"{prefix}conversation_loss"] == pytest.approx(expected, rel=1e-5)
+        assert metrics[f"{prefix}conversation_loss_low"] < expected < metrics[f"{prefix}conversation_loss_high"]
+        assert rows[f"{name}_nats"] == pytest.approx([nats[identity] for identity in rows["id"]], rel=1e-5)
+        assert rows["tokens"] == [tokens[identity] for identity in rows["id"]]
+    assert max(tokens.values()) > 128  # the long one is scored whole, whatever its training would have dropped
+    assert "bits_per_byte" not in metrics
+    assert f"{len(held_out_chats)} of {len(held_out_chats)} held-out conversations" in context.said[-1]
+    assert "| finetuned | " in (tmp_path / "results.md").read_text()
+
+
+def test_one_held_out_document_has_no_interval_and_that_is_said(small_run, tmp_path, in_process):
+    context = in_process(tmp_path)
+    metrics = evaluate.run(evaluate.EvaluateSettings(max_documents=1), small_run, tmp_path, context)
+    assert metrics["bits_per_byte"] > 0 and not [name for name in metrics if name.endswith(("_low", "_high"))]
+    assert "no intervals: 1 document, and an interval takes at least 5" in context.said[-1]
+    table = (tmp_path / "results.md").read_text()
+    assert "No intervals: 1 document" in table and "[" not in table

@@ -117,6 +117,34 @@ def test_a_run_without_finetuning_or_evaluation_has_a_report_too(small_run, tmp_
     assert "Lineage" in (tmp_path / "report.html").read_text()
 
 
+def test_a_run_with_a_failed_step_has_a_report_that_says_which(small_run, tmp_path, in_process):
+    settings = report.ReportSettings(title="A run").without({"export": "no template <|x|> here", "extra": "not made"})
+    report.run(settings, {name: small_run[name] for name in ("corpus", "tokenizer")}, tmp_path, in_process(tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    assert "What failed" in page and "no template &lt;|x|&gt; here" in page
+    parser = Balance()
+    parser.feed(page)
+    assert parser.open == []
+
+
+def test_whom_the_model_beats_is_told_by_the_interval_of_the_difference_and_not_without_one():
+    def scored(low):
+        return {"bits_per_byte": {"value": 2.0}, "worse_by": {"value": 0.1, "low": low, "high": 0.3}}
+
+    assert report.verdict({"gzip": scored(0.05), "xz": scored(-0.01)})[1:] == ("gzip", "gzip 2.00, xz 2.00")
+    assert report.verdict({"gzip": scored(-0.01)})[1] == "none of them"
+    assert report.verdict({"gzip": scored(None)})[1] == "no verdict"
+    assert report.between({"x_low": 1.0, "x_high": 2.0}, "x") == "95 % interval 1.000 – 2.000"
+    assert "no interval" in report.between({}, "x")
+
+
+def test_the_page_of_one_document_claims_no_interval_and_shows_chance(finished):
+    _, page = finished  # evaluated on two documents
+    assert "No intervals, and so no verdict: 2 documents, and an interval takes at least 5" in page
+    assert "no verdict" in page and "95 % interval" not in page
+    assert re.search(r"next_line</td><td>acc</td>.*<td class=\"n\">0\.25</td>", page)
+
+
 def test_ticks_are_round_and_inside_the_range():
     assert charts.ticks(0, 10, 5) == [0, 2, 4, 6, 8, 10]
     assert charts.ticks(1.93, 2.31, 5) == pytest.approx([2.0, 2.1, 2.2, 2.3])
