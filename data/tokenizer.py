@@ -47,6 +47,19 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
 """
 
+# In an exported tokenizer every control piece begins with `<`, and a message's own `<` is written so (data/tokenizer_json).
+BREAKER = "<\ufdd0"
+BROKEN_MESSAGES = """\
+{%- set broken = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- if message['content'] is string -%}
+    {%- set message = dict(message, content=message['content'] | replace('<', '<\ufdd0')) -%}
+  {%- endif -%}
+  {%- set broken.messages = broken.messages + [message] -%}
+{%- endfor -%}
+{%- set messages = broken.messages -%}
+"""
+
 SPACE_MARK = "\u2581"
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 TAB_RUNS = ("\t", "\t\t", "\t\t\t", "\t\t\t\t")
@@ -133,7 +146,7 @@ def _own(folder: Path) -> tuple[Tokenizer | None, str]:
     """The folder's tokenizer if this program made it; else why it is not that."""
     try:
         model, template = ((folder / name).read_bytes() for name in (MODEL_FILE, TEMPLATE_FILE))
-        tokenizer = SentencePieceTokenizer(model, template.decode("utf-8"))
+        tokenizer = SentencePieceTokenizer(model, template.decode("utf-8").removeprefix(BROKEN_MESSAGES))
     except (OSError, RuntimeError, UnicodeDecodeError) as error:
         return None, f"not this program's {MODEL_FILE} and {TEMPLATE_FILE}: {error}"
     first = tuple(tokenizer.piece(number) for number in range(min(len(CONTROL_PIECES), tokenizer.vocab_size)))

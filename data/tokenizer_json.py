@@ -1,8 +1,11 @@
 """The tokenizer as Hugging Face files, for transformers, vLLM and the rest: same pieces, same merges, same ids.
 
 One that came with weights from outside leaves with the files it came in, byte by byte. For this program's own they are
-written: pieces with real spaces, not U+2581, so neither normalizer nor decoder has to swap them and U+2581 in a text
-survives.
+written: pieces with real spaces, not U+2581, so no decoder has to swap them and U+2581 in a text survives.
+
+Text is text there, too. `<unk>` is no added token, as encoding never needs it: a corpus that spells it (WikiText) is read as
+here. The chat template breaks whatever could be a control piece of a message with a noncharacter behind each `<`, which
+the normalizer takes out again once control pieces have been looked for.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from typing import Any
 
 from data.tokenizer import (
     BOS,
+    BREAKER,
+    BROKEN_MESSAGES,
     EOS,
     PAD,
     SPACE_MARK,
@@ -36,8 +41,9 @@ def export_tokenizer(
     left_padded: for decoders, which continue what stands last.
 
     `AutoTokenizer.from_pretrained(out_dir)` then gives Tokenizer.encode's ids, with `<s>` before them unless
-    add_special_tokens=False. Two differences remain: transformers reads control pieces spelled out in a text as such
-    unless told split_special_tokens=True, and its decoder keeps them unless told skip_special_tokens=True.
+    add_special_tokens=False, and encode_chat's for messages. Two differences remain: outside of messages transformers
+    reads control pieces but `<unk>` as such unless told split_special_tokens=True, and its decoder keeps them unless told
+    skip_special_tokens=True.
     """
     tokenizer = Tokenizer.load(tokenizer_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -47,10 +53,12 @@ def export_tokenizer(
         if not (isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.brings_template):
             (out_dir / TEMPLATE_FILE).write_text(tokenizer.chat_template, encoding="utf-8")
         return
-    special = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD}
+    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     if MASK in tokenizer.control_pieces:
         special["mask_token"] = MASK
-    additional = [piece for piece in tokenizer.control_pieces if piece not in special.values()]
+    additional = [piece for piece in tokenizer.control_pieces if piece not in (UNK, *special.values())]
+    chat_template = BROKEN_MESSAGES + tokenizer.chat_template
+    (out_dir / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
     config = {
         **special,
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -58,7 +66,7 @@ def export_tokenizer(
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_tokens if max_tokens is not None else int(1e30),
         "padding_side": "left" if left_padded else "right",
-        "chat_template": tokenizer.chat_template,
+        "chat_template": chat_template,
     }
     _write(out_dir / "tokenizer.json", tokenizer_json(tokenizer))
     _write(out_dir / "tokenizer_config.json", config)
@@ -77,9 +85,11 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(number, piece, special=True) for number, piece in enumerate(tokenizer.control_pieces)]
+        "added_tokens": [
+            _added(number, piece, special=True) for number, piece in enumerate(tokenizer.control_pieces) if piece != UNK
+        ]
         + [_added(pieces.index(run), run, special=False) for run in TAB_RUNS],
-        "normalizer": None,
+        "normalizer": {"type": "Replace", "pattern": {"Regex": f"(?<={BREAKER[0]}){BREAKER[1]}"}, "content": ""},
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",

@@ -104,7 +104,7 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
             volatile=tracked.VOLATILE,
             check=lambda: evaluate.check_tasks(s.evaluate, s.evaluation_windows()),
         )
-    add("export", export.run, s.export, {**corpora, "tokenizer": words, **models})
+    add("export", export.run, s.export, {**corpora, "tokenizer": words, **models}, version=2)
     # Volatile, as it shows seconds. A report is made whatever failed, and says what.
     add("report", report.run, s.report, dict(steps), version=2, volatile=("report.html",), despite=s.report.without)
     return steps

@@ -94,9 +94,9 @@ def check_tokens(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> dict[str
     """The same ids for the texts and for conversations made of them, and the same texts from the ids."""
     compared, fault = 0, "This is a fault of the export (data/tokenizer_json), not of the settings."
     options = {"add_special_tokens": False, "split_special_tokens": True}
-    if not isinstance(ours, SentencePieceTokenizer):  # T5's vocabulary spells `</s>`, and transformers reads it there
-        spelled = re.compile("|".join(map(re.escape, ours.control_pieces)))
-        texts = [spelled.sub("", text) for text in texts]
+    own = isinstance(ours, SentencePieceTokenizer)
+    if not own:  # T5's vocabulary spells `</s>`, and transformers reads it there
+        texts = [without_control_pieces(ours, text) for text in texts]
         fault = (
             f"The folder's tokenizer.json went out as it came in, and transformers' {type(theirs).__name__} reads it "
             'otherwise: put "tokenizer_class": "PreTrainedTokenizerFast" into the tokenizer_config.json beside the weights.'
@@ -108,7 +108,10 @@ def check_tokens(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> dict[str
         _same(f"text of sample {number}", ours.decode(ids), back, fault)
         compared += len(ids)
     conversations = 0
-    for messages, prompt in _conversations(ours, texts[0][:200]):
+    forged = "".join(ours.control_pieces) if own else ""
+    excerpt = texts[0][:200]
+    backwards = excerpt[::-1] if own else without_control_pieces(ours, excerpt[::-1])
+    for messages, prompt in _conversations(ours, excerpt + forged, backwards + forged):
         ids, _ = encode_chat(ours, messages, generation_prompt=prompt)
         rendered = theirs.apply_chat_template(
             messages,
@@ -121,12 +124,20 @@ def check_tokens(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> dict[str
     return {"compared_tokens": compared, "compared_conversations": conversations}
 
 
-def _conversations(tokenizer: Tokenizer, excerpt: str) -> Iterator[tuple[list[dict[str, str]], bool]]:
+def without_control_pieces(tokenizer: Tokenizer, text: str) -> str:
+    """A text in which transformers finds no control piece: taking one out may spell the next."""
+    spelled = re.compile("|".join(map(re.escape, tokenizer.control_pieces)))
+    while (rest := spelled.sub("", text)) != text:
+        text = rest
+    return rest
+
+
+def _conversations(tokenizer: Tokenizer, question: str, answer: str) -> Iterator[tuple[list[dict[str, str]], bool]]:
     """(messages, whether an answer is asked for) that the chat template takes; some know no system message."""
     messages = [
         {"role": "system", "content": "Answer briefly."},
-        {"role": "user", "content": f"  What is this?\n\n{excerpt}"},
-        {"role": "assistant", "content": excerpt[::-1]},
+        {"role": "user", "content": f"  What is this?\n\n{question}"},
+        {"role": "assistant", "content": answer},
         {"role": "user", "content": "Thanks.\n"},
     ]
     for until, prompt in ((3, False), (4, True)):

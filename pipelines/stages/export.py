@@ -57,7 +57,7 @@ def run(settings: ExportSettings, inputs: Mapping[str, Artifact], out_dir: Path,
 
 def write_model(settings: ExportSettings, source: Artifact, tokenizer: Artifact, folder: Path) -> None:
     """Write the folder. Runs in a worker: it imports torch."""
-    from data.tokenizer import Tokenizer
+    from data.tokenizer import SentencePieceTokenizer, Tokenizer
     from data.tokenizer_json import export_tokenizer
     from model.interop import has_hf_class, hf_config, load_pretrained, save_pretrained
     from model.position import LearnedPositionConfig
@@ -84,6 +84,7 @@ def write_model(settings: ExportSettings, source: Artifact, tokenizer: Artifact,
     if has_hf_class(config):
         name = hf_config(config)["architectures"][0]
         use = (TRANSFORMERS_USE if writes else OTHER_USE.replace("CLASS", name)).replace("BEGINS", _begins(pieces))
+        use = use.replace("PROMPTS", SAFE_MESSAGES if isinstance(pieces, SentencePieceTokenizer) else UNSAFE_MESSAGES)
         card = f"# {name} {origin}\n\n{use.replace('ENDS', pieces.piece(pieces.end_id))}"
     else:
         card = f"# A model in this program's own format, {origin}\n\nNo Hugging Face class computes it.\n"
@@ -145,9 +146,16 @@ ids = tokenizer("def ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0], skip_special_tokens=True))
 ```
 
-BEGINS Messages: `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`. Text that may contain control pieces
-such as `ENDS` has to be tokenized with `split_special_tokens=True`, so that it stays text.
+BEGINS Messages: `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`. PROMPTS
 """
+
+SAFE_MESSAGES = """\
+Whatever a message spells stays text. Other text that
+may contain control pieces such as `ENDS` has to be tokenized with `split_special_tokens=True`."""
+UNSAFE_MESSAGES = """\
+Text that may contain
+control pieces such as `ENDS` has to be tokenized with `split_special_tokens=True`, so that it stays text; what a message
+spells is read as a control piece."""
 
 OTHER_USE = """\
 ```python

@@ -142,7 +142,8 @@ def test_whole_modules_agree(tokenizer: Tokenizer, exported: Any, library_texts:
 
 def test_special_tokens_are_known_by_role(tokenizer: Tokenizer, exported: Any) -> None:
     assert exported("a")["input_ids"] == [tokenizer.bos_id, *tokenizer.encode("a")]
-    assert (exported.bos_token_id, exported.eos_token_id, exported.pad_token_id, exported.unk_token_id) == (2, 3, 0, 1)
+    assert (exported.bos_token_id, exported.eos_token_id, exported.pad_token_id) == (2, 3, 0)
+    assert exported.unk_token is None and exported.decode([1], skip_special_tokens=True) in ("", "<unk>")
     assert exported.convert_tokens_to_ids("<|end|>") == tokenizer.end_id
     assert (len(exported), exported.model_max_length) == (tokenizer.vocab_size, 512)
 
@@ -159,3 +160,53 @@ def test_the_generation_prompt_gives_the_same_ids(tokenizer: Tokenizer, exported
         ours, _ = encode_chat(tokenizer, CONVERSATION[:length], generation_prompt=True)
         theirs = exported.apply_chat_template(CONVERSATION[:length], add_generation_prompt=True, return_dict=True)
         assert theirs["input_ids"] == ours
+
+
+def test_an_unknown_word_spelled_in_a_corpus_is_text_without_any_option(tokenizer: Tokenizer, exported: Any) -> None:
+    for text in ("the <unk> of <unk>", "<unk>", "a<unk>\n", "<\ufdd0", "\ufdd0<\ufdd1"):
+        ids = exported.encode(text, add_special_tokens=False)
+        assert ids == tokenizer.encode(text.replace("<\ufdd0", "<")), text
+    assert exported.decode(tokenizer.encode("the <unk> of")) == "the <unk> of"
+
+
+@pytest.mark.parametrize("saved_again", [False, True])
+def test_no_message_forges_a_control_piece_in_transformers_either(
+    tokenizer: Tokenizer, exported: Any, tmp_path: Path, saved_again: bool
+) -> None:
+    theirs = exported
+    if saved_again:
+        exported.save_pretrained(tmp_path)
+        theirs = load(tmp_path)
+    chooser = random.Random(2)
+    pieces = [
+        *tokenizer.control_pieces,
+        "<",
+        "<\ufdd0",
+        "\ufdd0",
+        "<\ufdd0|end|>",
+        "|end|>",
+        " ",
+        "\n",
+        "word",
+        "<<s>s>",
+    ]
+    for _ in range(100):
+        question, answer = ("".join(chooser.choices(pieces, k=chooser.randint(1, 6))) for _ in range(2))
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        ids, is_target = encode_chat(tokenizer, messages)
+        found = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert found["input_ids"] == ids, messages
+        assert [bool(bit) for bit in found["assistant_masks"]] == is_target
+
+
+def test_the_exported_folder_is_the_same_tokenizer_here(
+    tokenizer: Tokenizer, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    export_tokenizer(tokenizer_dir, tmp_path / "once")
+    export_tokenizer(tmp_path / "once", tmp_path / "twice")
+    messages = [{"role": "user", "content": "<s>a<|end|>"}]
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        assert encode_chat(Tokenizer.load(folder), messages) == encode_chat(tokenizer, messages)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "once").iterdir()} == {
+        file.name: file.read_bytes() for file in (tmp_path / "twice").iterdir()
+    }

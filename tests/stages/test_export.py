@@ -75,6 +75,31 @@ def test_a_chat_template_that_writes_the_date_is_compared_on_one_day(tmp_path):
         check_tokens(ours, AutoTokenizer.from_pretrained(folder), texts)
 
 
+def test_a_corpus_that_spells_control_pieces_is_text_in_the_check(small_run, exported):
+    from transformers import AutoTokenizer
+
+    from pipelines.stages.conformance import check_tokens
+
+    ours = Tokenizer.load(small_run["tokenizer"].path)
+    theirs = AutoTokenizer.from_pretrained(exported[1], local_files_only=True)
+    texts = [" = Robert <unk> = \n <unk> </s><|end|> \n" * 20, ">knu< >s< <s>"]
+    assert check_tokens(ours, theirs, texts)["compared_conversations"] == 2
+    theirs.chat_template = ours.chat_template  # as it is here, where messages are protected otherwise
+    with pytest.raises(EngineError, match="chat template's tokens part"):
+        check_tokens(ours, theirs, texts)
+
+
+def test_a_foreign_tokenizer_is_compared_on_text_that_spells_its_control_pieces(tmp_path):
+    from transformers import AutoTokenizer
+
+    from pipelines.stages.conformance import check_tokens
+
+    folder = save("llama2", [Path(argparse.__file__).read_text()[:40_000]], tmp_path)
+    ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    for text in ("a <unk> b " * 9, "<<s>s> " * 9, ">s< >knu<" * 9):
+        assert check_tokens(ours, theirs, [text])["compared_conversations"] == 2
+
+
 @pytest.mark.parametrize("fault", ["epsilon", "rope", "weight"])
 def test_a_faulty_export_is_refused(small_run, exported, tmp_path, fault):
     folder = tmp_path / "model"
