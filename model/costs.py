@@ -9,7 +9,7 @@ from typing import NamedTuple
 from model.config import LayerConfig, ModelConfig
 from model.ffn import NoFfnConfig
 from model.heads import LanguageHeadConfig
-from model.loss import chunk_tokens
+from model.loss import CPU_PASS, chunk_tokens
 from model.position import position_parameters
 from model.slots import SlotCosts
 
@@ -19,6 +19,10 @@ FLOP_FORMULA = (
     "state space and linear attention layers by their recurrences instead; "
     "training = 3 × forward; recomputed activations are not counted"
 )
+
+
+MANY_TOKENS = 1 << 17
+"""Of one forward pass; what the loss over a vocabulary takes has come to its limit by then."""
 
 
 class ParameterCounts(NamedTuple):
@@ -127,8 +131,8 @@ def activation_bytes(
 ) -> int:
     """Bytes that one micro-batch holds at the end of its forward pass, when most is held.
 
-    What each block keeps for its backward pass (with `recompute` its input, and one block's at a time), the loss's
-    gradients, which the forward pass already makes, and one chunk of logits. What a frontend keeps is left out: little
+    What each block keeps for its backward pass (with `recompute` its input, and one block's at a time) and
+    `head_bytes`. What a frontend keeps is left out: little
     for tokens and patches, but the convolutions over a waveform keep more than a block does. Norms are taken as fused;
     the composite RMSNorm that PyTorch runs on CPUs keeps 4 bytes more for each of its elements, and 4 again in bf16.
     """
@@ -144,10 +148,28 @@ def activation_bytes(
     if config.tower is not None:
         tokens = config.tower.frontend.tokens or seq_len
         held += activation_bytes(config.tower, micro_batch_rows, tokens, dtype_bytes, recompute)
+    return held + head_bytes(config, micro_batch_rows * seq_len, dtype_bytes)
+
+
+def head_bytes(config: ModelConfig, tokens: int, dtype_bytes: int) -> int:
+    """Bytes of the loss over a vocabulary at its height, 0 for another head: the weight in the precision of the products,
+    its gradient (summed in fp32 where there are several chunks), a chunk's logits and one pass over them in fp32, twice.
+
+    Beyond a chunk's tokens they are the same for any number.
+    """
     if not isinstance(config.head, LanguageHeadConfig):
-        return held
-    logits = min(tokens, chunk_tokens(vocab_size)) * vocab_size * (8 + 2 * dtype_bytes)
-    return held + 4 * vocab_size * config.d_model + logits
+        return 0
+    vocab_size, d_model = config.require_vocab_size(), config.d_model
+    chunk = chunk_tokens(tokens, vocab_size, d_model, dtype_bytes)
+    weights = (0 if dtype_bytes == 4 else dtype_bytes) + dtype_bytes + (4 if chunk < tokens else 0)
+    passes = 8 * min(chunk * vocab_size, CPU_PASS)
+    return weights * vocab_size * d_model + chunk * vocab_size * dtype_bytes + passes
+
+
+def row_and_once_bytes(config: ModelConfig, seq_len: int, dtype_bytes: int, recompute: bool = False) -> tuple[int, int]:
+    """(what each row of a forward pass adds, what a pass of many rows takes once) of `activation_bytes`."""
+    row = activation_bytes(config, 1, seq_len, dtype_bytes, recompute) - head_bytes(config, seq_len, dtype_bytes)
+    return row, head_bytes(config, MANY_TOKENS, dtype_bytes)
 
 
 def _slots(config: ModelConfig) -> list[SlotCosts]:

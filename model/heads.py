@@ -10,7 +10,7 @@ from torch import nn
 from model.errors import ModelError
 from model.ffn import ACTIVATIONS, Activation
 from model.init import Declared, Linear, Multiplies, Parameter, declare
-from model.loss import capped, chunked_cross_entropy, token_scores
+from model.loss import SoftmaxGradient, Terms, capped, chunked_cross_entropy, softmax_gradient_, token_scores
 from model.norm import NormConfig, build_norm
 from model.slots import SlotCosts
 
@@ -121,6 +121,12 @@ class LanguageHead(Head, Multiplies):
         self.weights = weights
         self.soft_cap = soft_cap
         self.z_loss = z_loss
+        self._compiled: SoftmaxGradient | None = None
+
+    def compile_loss(self) -> None:
+        """Make one kernel of the passes over the logits. What gathers parameters around `forward` does not mind: no
+        parameter is read in there."""
+        self._compiled = torch.compile(softmax_gradient_, dynamic=False)
 
     def forward(
         self,
@@ -145,10 +151,9 @@ class LanguageHead(Head, Multiplies):
                 self.weight,
                 targets_BT.flatten(),
                 bias_V=self.bias,
-                soft_cap=self.soft_cap,
-                z_loss=self.z_loss,
-                smoothing=self.smoothing,
+                terms=Terms(self.soft_cap, self.z_loss, self.smoothing),
                 weights_N=self._weights(targets_BT.flatten()),
+                compiled=self._compiled,
             )
         logits_BTV = self.multiply(x_BTD)
         if self.soft_cap is not None:

@@ -35,15 +35,15 @@ https://arxiv.org/abs/2305.16264."""
 def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any]:
     """Figures for `plan`. Raises the rooms' errors for a combination that could not run."""
     from model.build import build_model
-    from model.costs import activation_bytes, parameter_counts
+    from model.costs import activation_bytes, parameter_counts, row_and_once_bytes
 
     settings.check_sizes()
     name, train = settings.first_training()
     model, seq_len, ranks = settings.resolved_model(), settings.shards.seq_len, settings.compute.ranks
     built = build_model(model, device="meta")  # proves that it can be built at this size, without its memory
     dtype_bytes, on_gpu = 2 if train.precision == "bf16" else 4, settings.compute.gpus_per_rank > 0
-    row_bytes = activation_bytes(model, 1, seq_len, dtype_bytes, train.recompute)
-    rows = largest_rows(seq_len, row_bytes=row_bytes, gpu_bytes=_GPU_BYTES if on_gpu else None)
+    memory_of_rows = row_and_once_bytes(model, seq_len, dtype_bytes, train.recompute)
+    rows = largest_rows(seq_len, *memory_of_rows, gpu_bytes=_GPU_BYTES if on_gpu else None)
     batch = BatchPlan.derive(train, seq_len=seq_len, world_size=ranks, largest_rows=rows)
     counts = parameter_counts(model)
     flops = flops_per_token(model, settings.objective.widths(seq_len), seq_len)

@@ -1,4 +1,4 @@
-"""torch.compile of a model's blocks, where it can and should be done."""
+"""torch.compile of a model's blocks and of its loss over the vocabulary, where it can and should be done."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from model.heads import LanguageHead
 from model.stack import Stack
 from pipelines.training.errors import TrainingError
 from pipelines.training.settings import TrainSettings
@@ -22,26 +23,33 @@ NO_COMPILER = "there is no C++ compiler (g++ or clang++)"
 
 
 def compile_blocks(model: nn.Module, settings: TrainSettings, device: torch.device) -> str:
-    """Compile each block of `model` if the settings and the machine allow; returns what was done, in one line.
+    """Compile each block of `model`, and the passes over its logits, if the settings and the machine allow; returns what
+    was done, in one line.
 
     Block by block and not the whole model: the blocks are alike, so one is compiled and all use it. Shapes are static,
     so a resumed run compiles the same code. Raises TrainingError for compile=on where it cannot be done.
     """
-    reason = _impossible(model, settings, device)
-    if settings.compile == "on" and reason is not None:
-        raise TrainingError(f"compile = on: not possible here, {reason}. Use compile=auto or compile=off.")
+    whole, blocks = _no_compiler(device), _blocks_impossible(model, settings)
+    if settings.compile == "on" and (whole or blocks) is not None:
+        raise TrainingError(f"compile = on: not possible here, {whole or blocks}. Use compile=auto or compile=off.")
     if settings.compile == "off":
-        reason = "as set"
+        whole = "as set"
     elif settings.compile == "auto":
-        reason = _not_worth_it(model, settings, device) or reason
-    if reason is not None:
-        return f"compile: off, {reason}"
+        whole = _not_worth_it(model, settings, device) or whole
+    losses = [module for module in model.modules() if isinstance(module, LanguageHead)]
+    if whole is not None or (blocks is not None and not losses):
+        return f"compile: off, {whole or blocks}"
     # The default, under /tmp, is emptied when the machine restarts.
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "athanor" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    for head in losses:
+        head.compile_loss()
+    if blocks is not None:
+        return f"compile: torch.compile of the loss, not of the blocks: {blocks}"
     for block in _blocks(model):
         block.compile(dynamic=False)
-    return "compile: torch.compile of the blocks; the first step takes longer"
+    parts = "blocks and the loss" if losses else "blocks"
+    return f"compile: torch.compile of the {parts}; the first step takes longer"
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -49,14 +57,14 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [block for stack in stacks for block in stack.layers]
 
 
-def _impossible(model: nn.Module, settings: TrainSettings, device: torch.device) -> str | None:
+def _no_compiler(device: torch.device) -> str | None:
+    return f"{NO_COMPILER}, so steps take 5 to 10 % longer" if _lacks_compiler(device) else None
+
+
+def _blocks_impossible(model: nn.Module, settings: TrainSettings) -> str | None:
     if settings.zero.stage == 3:
         return "ZeRO stage 3 gathers parameters inside the blocks, which cannot be compiled"
-    if not _blocks(model):
-        return "the model has no stack of blocks"
-    if _lacks_compiler(device):
-        return f"{NO_COMPILER}, so steps take 5 to 10 % longer"
-    return None
+    return None if _blocks(model) else "the model has no stack of blocks"
 
 
 def _lacks_compiler(device: torch.device) -> bool:

@@ -26,7 +26,7 @@ from data.shard_set import ShardSet
 from model.architectures import Transformer
 from model.build import build_model
 from model.config import ModelConfig
-from model.costs import FLOP_FORMULA, activation_bytes
+from model.costs import FLOP_FORMULA, row_and_once_bytes
 from model.interop import adapted_weights, load_pretrained, save_adapter, save_pretrained
 from model.peft import LoraConfig, attach_lora, freeze, merged
 from pipelines.engine.typed import from_plain, to_plain
@@ -155,5 +155,5 @@ def _largest_rows(config: ModelConfig, settings: TrainSettings, seq_len: int) ->
     if settings.device == "cpu" or not torch.cuda.is_available():
         return largest_rows(seq_len)
     dtype_bytes = 2 if settings.precision == "bf16" else 4
-    row_bytes = activation_bytes(config, 1, seq_len, dtype_bytes, settings.recompute)
-    return largest_rows(seq_len, row_bytes=row_bytes, gpu_bytes=torch.cuda.mem_get_info()[1])
+    memory_of_rows = row_and_once_bytes(config, seq_len, dtype_bytes, settings.recompute)
+    return largest_rows(seq_len, *memory_of_rows, gpu_bytes=torch.cuda.mem_get_info()[1])

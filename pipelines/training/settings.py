@@ -162,7 +162,7 @@ class TrainSettings:
 
     micro_batch_rows: rows of one forward pass on one rank; null takes the largest that divides and fits.
     recompute: forget the activations inside blocks and compute them again. threads: cores of one rank; null shares out.
-    compile: torch.compile of the blocks; auto where a C++ compiler exists and the run is long enough to earn it back.
+    compile: torch.compile of the blocks and the loss; auto where a C++ compiler exists and the run is long enough to earn it back.
     """
 
     total_tokens: int
@@ -267,11 +267,15 @@ LARGEST_TOKENS = {"cpu": 8192, "cuda": 65536}
 """Of one forward pass where nothing is set: beyond these, rows only cost memory."""
 
 
-def largest_rows(seq_len: int, *, row_bytes: int = 0, gpu_bytes: int | None = None) -> int:
-    """Rows of a forward pass: at most LARGEST_TOKENS, on a GPU with activations in at most half of its memory."""
+def largest_rows(seq_len: int, row_bytes: int = 0, once_bytes: int = 0, *, gpu_bytes: int | None = None) -> int:
+    """Rows of a forward pass: at most LARGEST_TOKENS, on a GPU with activations in at most half of its memory.
+
+    row_bytes: of each row. once_bytes: of the pass, however many rows it has; both as `model.costs` has them.
+    """
     if gpu_bytes is None:
         return max(1, LARGEST_TOKENS["cpu"] // seq_len)
-    return max(1, min(LARGEST_TOKENS["cuda"] // seq_len, gpu_bytes // 2 // max(1, row_bytes)))
+    fit = (gpu_bytes // 2 - once_bytes) // max(1, row_bytes)
+    return max(1, min(LARGEST_TOKENS["cuda"] // seq_len, fit))
 
 
 def _largest_divisor(number: int, *, at_most: int) -> int:

@@ -18,6 +18,7 @@ from model.costs import (
     forward_flops,
     kv_cache_bytes,
     parameter_counts,
+    row_and_once_bytes,
     train_flops_per_token,
 )
 from model.ffn import FfnConfig, NoFfnConfig
@@ -187,13 +188,22 @@ ROWS, TOKENS = 4, 128
 @EVERY
 def test_activation_bytes_are_those_the_backward_pass_is_left(family: ModelConfig, dtype: torch.dtype) -> None:
     config = replace(family, d_model=64, n_layers=4, max_seq_len=TOKENS)
-    logits_not_kept = ROWS * TOKENS * 97 * (8 + 2 * dtype.itemsize)
-    expected = activation_bytes(config, ROWS, TOKENS, dtype.itemsize) - logits_not_kept
+    logits_not_kept = ROWS * TOKENS * 97 * (8 + dtype.itemsize)
+    weight_not_kept = 0 if dtype == torch.float32 else 97 * 64 * dtype.itemsize
+    expected = activation_bytes(config, ROWS, TOKENS, dtype.itemsize) - logits_not_kept - weight_not_kept
     if config.norm.kind == "rms":  # PyTorch's composite on CPUs, as the docstring says
         norms = sum(1 if isinstance(layer.ffn, NoFfnConfig) else 2 for layer in config.layers)
         elements = ROWS * TOKENS * (norms + 1) * 64
         expected += elements * (4 if dtype == torch.float32 else 8 - dtype.itemsize)
     assert kept_bytes(config, ROWS, TOKENS, dtype) == pytest.approx(expected, rel=0.04)
+
+
+def test_the_loss_over_a_vocabulary_takes_no_more_memory_for_more_rows() -> None:
+    config = replace(LLAMA, vocab_size=128_256, d_model=4096)
+    row, once = row_and_once_bytes(config, 2048, 2)
+    # 8,192 tokens' logits and a bf16 weight with two gradients, one of them fp32: 2 GiB each but for the bf16 ones.
+    assert once == 128_256 * (8192 * 2 + 4096 * (2 + 2 + 4)) + 8 * 2**22
+    assert activation_bytes(config, 32, 2048, 2) == 32 * row + once
 
 
 @PRECISIONS

@@ -11,17 +11,19 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.loss
-from model.loss import IGNORED, chunk_tokens, chunked_cross_entropy, token_scores
+from model.loss import IGNORED, Terms, chunk_tokens, chunked_cross_entropy, softmax_gradient_, token_scores
 
 
 @contextmanager
-def small_chunks() -> Iterator[None]:
-    """Chunks of 64 tokens, the least there is, so that small inputs take several."""
-    before, model.loss.CHUNK_ELEMENTS = model.loss.CHUNK_ELEMENTS, 1
+def small_chunks(budget: int = 1) -> Iterator[None]:
+    """Chunks of `budget` bytes, by default of 64 tokens, the least there is, and passes of a few rows, so that small
+    inputs take several of both."""
+    before = model.loss.LOGITS_BYTES, model.loss.CPU_PASS
+    model.loss.LOGITS_BYTES, model.loss.CPU_PASS = budget, max(500, budget // 32)
     try:
         yield
     finally:
-        model.loss.CHUNK_ELEMENTS = before
+        model.loss.LOGITS_BYTES, model.loss.CPU_PASS = before
 
 
 def plain(
@@ -66,9 +68,7 @@ def test_value_and_gradients_are_those_of_the_plain_loss(
     smoothed, _ = plain(x, weight, targets, soft_cap, z_loss, bias, smoothing)
     expected = torch.autograd.grad(3 * (smoothed + z), (x, weight, bias))
     with small_chunks():
-        sums = chunked_cross_entropy(
-            x, weight, targets, bias_V=bias, soft_cap=soft_cap, z_loss=z_loss, smoothing=smoothing
-        )
+        sums = chunked_cross_entropy(x, weight, targets, bias_V=bias, terms=Terms(soft_cap, z_loss, smoothing))
     found = torch.autograd.grad(3 * sums["loss_sum"], (x, weight, bias))
     # Each of `tokens` terms is rounded a few times at 2^-24 of its size, which 12 products of normals keep below 50.
     bound = 50 * tokens * 2**-23
@@ -102,13 +102,14 @@ def test_a_hopeless_target_still_has_a_finite_loss(scale: float) -> None:
     assert x.grad.isfinite().all()
 
 
-class Largest(TorchDispatchMode):
-    """The most elements that any tensor made under it has."""
+class Watch(TorchDispatchMode):
+    """elements: the most that any tensor made under it has. products: how many matrix products."""
 
-    elements = 0
+    elements = products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
@@ -118,9 +119,67 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_of_the_step_holds_the_logits_of_all_tokens() -> None:
     tokens, vocab_size = 1024, 16384
     x, weight = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocab_size, 4, requires_grad=True)
-    with Largest() as largest:
+    with small_chunks(2**24), Watch() as watch:
         chunked_cross_entropy(x, weight, torch.randint(0, vocab_size, (tokens,)))["loss_sum"].backward()
-    assert largest.elements == chunk_tokens(vocab_size) * vocab_size < tokens * vocab_size
+    assert watch.elements == 256 * vocab_size
+    assert watch.products == 3 * 4  # of each chunk: logits and two gradients
+
+
+def test_a_batch_within_the_budget_is_one_product_of_each_kind() -> None:
+    x, weight = torch.randn(300, 8, requires_grad=True), torch.randn(4096, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), Watch() as watch:
+        chunked_cross_entropy(x, weight, torch.randint(0, 4096, (300,)))["loss_sum"].backward()
+    assert watch.products == 3
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocab_size", "d_model", "dtype_bytes", "expected"),
+    [
+        (1024, 50304, 384, 2, 1024),  # 98 MiB: whole
+        (4096, 4096, 384, 2, 4096),
+        (8192, 50304, 768, 2, 4096),  # 786 MiB: two equal shares of it
+        (65536, 128256, 4096, 2, 8192),  # as large as the weight's own gradient, 2 GiB
+        (5000, 128256, 64, 4, 1024),  # 489 MiB; no equal shares in sight
+        (100, 10**7, 8, 4, 64),  # the least, whatever the budget
+    ],
+)
+def test_a_chunk_is_as_large_as_the_budget_allows(
+    tokens: int, vocab_size: int, d_model: int, dtype_bytes: int, expected: int
+) -> None:
+    assert chunk_tokens(tokens, vocab_size, d_model, dtype_bytes) == expected
+
+
+@given(st.integers(1, 10**6), st.integers(2, 300_000), st.integers(1, 8192), st.sampled_from([2, 4]))
+def test_chunks_keep_to_the_budget_and_waste_none_of_it(tokens: int, vocab: int, width: int, size: int) -> None:
+    chunk = chunk_tokens(tokens, vocab, width, size)
+    budget = max(model.loss.LOGITS_BYTES, 4 * vocab * width)
+    assert chunk <= 64 or chunk * vocab * size <= budget
+    assert chunk == tokens or chunk % 64 == 0
+    assert 1 <= chunk <= tokens
+    assert chunk == tokens or 3 * chunk * vocab * size > budget
+
+
+def test_what_is_compiled_traces_whole_and_computes_the_same() -> None:
+    compiled = torch.compile(softmax_gradient_, backend="aot_eager", fullgraph=True, dynamic=False)
+    x, weight = torch.randn(90, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    targets = torch.randint(0, 40, (90,))
+    results = []
+    for each in (None, compiled):
+        sums = chunked_cross_entropy(x, weight, targets, terms=Terms(5.0, 1e-2, 0.1), compiled=each)
+        results.append((sums["loss_sum"], *torch.autograd.grad(sums["loss_sum"], (x, weight))))
+    for eager, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, eager)
+
+
+def test_the_same_batch_has_the_same_bits_again() -> None:
+    x, weight = torch.randn(700, 16, requires_grad=True), torch.randn(3000, 16, requires_grad=True)
+    targets = torch.randint(0, 3000, (700,))
+    results = []
+    for _ in range(2):
+        with small_chunks(2**20), torch.autocast("cpu", torch.bfloat16):
+            loss = chunked_cross_entropy(x, weight, targets)["loss_sum"]
+        results.append((loss, *torch.autograd.grad(loss, (x, weight))))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_under_autocast_the_loss_is_computed_in_half_precision_and_summed_in_full() -> None:

@@ -9,9 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.config import ModelConfig
+from model.costs import activation_bytes, row_and_once_bytes
 from pipelines.engine.typed import from_plain, to_plain
 from pipelines.training.errors import TrainingError
-from pipelines.training.settings import BatchPlan, MuonSettings, ScheduleSettings, TrainSettings, ZeroSettings
+from pipelines.training.settings import (
+    BatchPlan,
+    MuonSettings,
+    ScheduleSettings,
+    TrainSettings,
+    ZeroSettings,
+    largest_rows,
+)
 
 
 def settings(**changes: Any) -> TrainSettings:
@@ -104,3 +113,12 @@ def test_identity_changes_with_what_is_made_and_with_nothing_else() -> None:
 def test_settings_survive_the_trip_through_plain_data() -> None:
     start = settings(optim=MuonSettings(lr=1e-3), zero=ZeroSettings(stage=0))
     assert from_plain(TrainSettings, to_plain(start)) == start
+
+
+def test_a_large_vocabulary_is_counted_once_and_not_for_each_row() -> None:
+    config = ModelConfig(vocab_size=128_256, d_model=4096, n_layers=2, max_seq_len=2048)
+    row, once = row_and_once_bytes(config, 2048, 2)
+    rows = largest_rows(2048, row, once, gpu_bytes=24 * 10**9)
+    assert rows * row + once <= 12 * 10**9 < (rows + 1) * row + once
+    counted_for_each = largest_rows(2048, activation_bytes(config, 1, 2048, 2), gpu_bytes=24 * 10**9)
+    assert rows >= 3 * counted_for_each
