@@ -105,7 +105,7 @@ def token_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For evaluation: fp32 NLL of every target, and whether it was the likeliest token; 0 and false where ignored."""
     nlls, tops = [], []
-    size = chunk_tokens(len(x_ND), *weight_VD.shape, weight_VD.element_size())
+    size = _chunk_of(x_ND, weight_VD)
     for chunk_ND, chunk_targets_N in zip(x_ND.split(size), targets_N.split(size), strict=True):
         for logits_NV, piece_N in _passes(linear(chunk_ND, weight_VD, bias_V), chunk_targets_N):
             capped_NV = capped(logits_NV, soft_cap)
@@ -115,6 +115,11 @@ def token_scores(
             nlls.append(torch.where(valid_N, -log_p_N, 0.0))
             tops.append(valid_N & (capped_NV.argmax(-1) == target_N1[:, 0]))
     return torch.cat(nlls), torch.cat(tops)
+
+
+def _chunk_of(x_ND: torch.Tensor, weight_VD: torch.Tensor) -> int:
+    vocab_size, d_model = weight_VD.shape
+    return chunk_tokens(len(x_ND), vocab_size, d_model, weight_VD.element_size())
 
 
 def capped(logits_NV: torch.Tensor, soft_cap: float | None) -> torch.Tensor:
@@ -151,7 +156,7 @@ class _HeadLoss(torch.autograd.Function):
         bias_V = None if bias_V is None else bias_V.to(precision)
         nlls, zs, grads_x = [], [], []
         grad_weight_VD, grad_bias_V = None, None
-        size = chunk_tokens(len(x_ND), *weight_VD.shape, weight_VD.element_size())
+        size = _chunk_of(x_ND, weight_VD)
         parts = (tensor.split(size) for tensor in (x_ND, targets_N, weights_N))
         for chunk_ND, chunk_targets_N, chunk_weights_N in zip(*parts, strict=True):
             logits_NV = linear(chunk_ND, weight_VD, bias_V)
