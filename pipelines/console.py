@@ -98,11 +98,25 @@ _FIGURES: tuple[tuple[str, str], ...] = (
 
 
 def key_figure(metrics: Mapping[str, Any]) -> str:
-    """The one figure of a step that a table has room for, '-' where it has none."""
+    """The one figure of a step that a table has room for, '-' where it has none; (!) where there are warnings."""
+    mark = " (!)" if metrics.get("warnings") else ""
     for name, words in _FIGURES:
         if metrics.get(name) is not None:
-            return words.format(metrics[name])
-    return "-"
+            return words.format(metrics[name]) + mark
+    return "-" + mark
+
+
+def warnings(reports: Sequence[StepReport]) -> list[str]:
+    """What steps say of themselves that a person should know before using them."""
+    return [f"{r.name}: WARNING {text}" for r in reports for text in (r.metrics or {}).get("warnings", ())]
+
+
+def print_steps(reports: Sequence[StepReport]) -> None:
+    """The summary, and below it the warnings."""
+    out = console()
+    out.print(summary(reports))
+    for line in warnings(reports):
+        out.print(Text(line))
 
 
 def summary(reports: Sequence[StepReport]) -> Table:

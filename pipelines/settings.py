@@ -38,6 +38,7 @@ from pipelines.stages.report import ReportSettings
 from pipelines.stages.start import Start
 from pipelines.training.errors import TrainingError
 from pipelines.training.objective import check_suits
+from pipelines.training.rates import derived
 from pipelines.training.settings import (
     AdamWSettings,
     BatchPlan,
@@ -171,7 +172,8 @@ class Settings:
         """
         model = self.resolved_model()
         check_suits(self.objective.kind, model)
-        train = self.pretrain.run(optim=self.optim, schedule=self.schedule, **self._everywhere())
+        optim = derived(self.optim, model, trained_before=self.pretrain.init_from is not None)
+        train = self.pretrain.run(optim=optim, schedule=self.schedule, **self._everywhere())
         return PretrainSettings(
             model=model,
             train=train,
@@ -196,8 +198,10 @@ class Settings:
                 "causal decoder to answer, and this model is an encoder or has one; set finetune=none, or take the model "
                 "that pretraining leaves (model/ in its artifact) to your own task."
             )
+        model, adapted = self.resolved_model(), self.finetune.lora is not None
+        optim = derived(self.finetune.train.optim, model, trained_before=True, adapted=adapted)
         return FinetuneRun(
-            train=replace(self.finetune.train, **self._everywhere()),
+            train=replace(self.finetune.train, optim=optim, **self._everywhere()),
             epochs=self.finetune.epochs,
             lora=self.finetune.lora,
             freeze=self.finetune.freeze,

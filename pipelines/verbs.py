@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     reports = execute(settings, targets)
     out = console.console()
     out.print()
-    out.print(console.summary(reports))
+    console.print_steps(reports)
     out.print()
     prompt = (*settings.evaluate.samples.prompts, "Once ")[0].partition("\n")[0]
     prompt = prompt if settings.writes_from_left_to_right() else ""
@@ -110,7 +110,7 @@ def status(arguments: argparse.Namespace) -> int:
     if arguments.json:
         console.print_json({"steps": steps_json(reports)})
     else:
-        console.console().print(console.summary(reports))
+        console.print_steps(reports)
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.console import Display, console, summary
+from pipelines.console import Display, console, print_steps, summary
 from pipelines.engine.events import Event, StepReport
 from pipelines.verbs import _next_words
 from tests.conftest import ROOT
@@ -85,6 +85,15 @@ def test_the_last_table_tells_step_state_seconds_size_figure_and_path(capsys: py
     assert header == ["step", "state", "seconds", "size", "key figure", "path"]
     assert made == ["shards", "made", "3.2s", "3.0 MiB", "12,901 rows", "/a/b"]
     assert waiting == ["pretrain", "to make", "-", "-", "-", "-"]
+
+
+def test_a_step_with_warnings_is_marked_and_they_stand_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"loss": 10.3, "warnings": ["diverged in step 61: the loss is 27.00, and it began at 8.30"]}
+    report = StepReport(name="pretrain", digest="d", state="cached", metrics=figures)
+    print_steps([report, StepReport(name="export", digest="e", state="to make")])
+    said = capsys.readouterr().out
+    assert "loss 10.300 (!)" in said and said.count("(!)") == 1
+    assert said.splitlines()[-1] == f"pretrain: WARNING {figures['warnings'][0]}"
 
 
 def test_what_to_type_next_is_whole_commands_that_a_shell_takes_as_they_are() -> None:

@@ -6,11 +6,13 @@ Ctrl-C and tells the display, and the same code path serves a laptop, a cluster 
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pipelines.engine import manifest as manifests
@@ -24,6 +26,7 @@ from pipelines.engine.resolve import Graph, Node, check_sources, node_of, resolv
 from pipelines.engine.step import Artifact, Step
 from pipelines.engine.store import Store, storage_errors
 from pipelines.engine.typed import to_plain
+from pipelines.engine.work import Work
 
 LOOK_AGAIN_SECONDS = 0.5  # at a lease that somebody else holds
 GOODBYE_SECONDS = 25.0  # for running steps to notice an interruption
@@ -79,7 +82,15 @@ def _report(node: Node, store: Store, *, needed: bool) -> StepReport:
         )
     kept = store.unfinished(node.name, node.digest)
     state: State = "not needed" if not needed else "unfinished" if kept else "to make"
-    return StepReport(name=node.name, digest=node.digest, state=state, path=kept)
+    return StepReport(name=node.name, digest=node.digest, state=state, path=kept, metrics=_last_words(kept))
+
+
+def _last_words(kept: str | None) -> dict[str, Any]:
+    """Why the last attempt at a step ended, where its folder says so, as the `warnings` of a step's figures."""
+    failure = None if kept is None or "://" in kept else Work(root=Path(kept)).failure
+    if failure is None or not failure.is_file():
+        return {}
+    return {"warnings": [f"the last attempt ended: {failure.read_text(encoding='utf-8').strip()}"]}
 
 
 def _looked_at(report: StepReport, store: Store) -> StepReport:
@@ -286,7 +297,12 @@ class _Run:
         for name, source in node.inputs.items():
             if source.digest not in self._made:
                 self._store.verify(inputs[name], source.step.self_checking)
-        metrics = run_stage(context, node.step.run, node.step.settings, inputs)
+        try:
+            metrics = run_stage(context, node.step.run, node.step.settings, inputs)
+        except Exception as error:
+            with contextlib.suppress(OSError):  # the folder may have gone to another process, or the disk be full
+                work.failure.write_text(f"{error}\n", encoding="utf-8")
+            raise
         context.still_holds()
         check_sources(node, self._hashes)
         manifest = {

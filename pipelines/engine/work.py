@@ -49,6 +49,11 @@ class Work:
         """What ranks of gangs printed."""
         return self.root / "engine" / "logs"
 
+    @property
+    def failure(self) -> Path:
+        """What the last attempt ended with, in words, until the next one begins."""
+        return self.root / "engine" / "failure.txt"
+
     def folder(self, kind: str) -> Path:
         """Where shards put their files: "out" or "scratch"."""
         return {"out": self.out, "scratch": self.scratch}[kind]
@@ -66,6 +71,7 @@ class Work:
         shutil.rmtree(self.root / "engine" / "tmp", ignore_errors=True)
         for folder in (self.out, self.scratch, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
+        self.failure.unlink(missing_ok=True)
         (self.out / manifest.NAME).unlink(missing_ok=True)  # from an attempt that died while publishing
         if not resumes:
             self._sweep()

@@ -58,6 +58,7 @@ def run(settings: ReportSettings, inputs: Mapping[str, Artifact], out_dir: Path,
     page = environment.get_template(TEMPLATE).render(
         title=settings.title,
         tiles=tiles(inputs),
+        warnings=[(name, text) for name, a in inputs.items() for text in a.metrics.get("warnings", ())],
         trainings=[training(name, inputs[name]) for name in ("pretrain", "finetune") if name in inputs],
         corpora=[corpus(name, artifact) for name, artifact in named(inputs, "corpus").items()],
         counts={name: numbers(inputs[name].metrics) for name in inputs if name.split("-")[0] in COUNTED},

@@ -18,7 +18,7 @@ from torch import nn
 
 from model.moe.layer import Experts
 from pipelines.training.errors import TrainingError
-from pipelines.training.optim import Together
+from pipelines.training.optim import Together, peak_rate
 from pipelines.training.pieces import Piece
 from pipelines.training.ranks import Ranks
 from pipelines.training.settings import TrainSettings
@@ -83,10 +83,11 @@ class ExpertParallel:
         for name, experts in layers.items():
             self._take(name, experts)
         optim = settings.optim
-        group = {"names": list(self._held), "peak_lr": optim.lr, "muon": False, "weight_decay": optim.weight_decay}
+        lr = peak_rate(optim, "expert", 3)
+        group = {"names": list(self._held), "peak_lr": lr, "muon": False, "weight_decay": optim.weight_decay}
         self._optimizer = torch.optim.AdamW(
             [{"params": list(self._held.values()), **group}],
-            lr=optim.lr,
+            lr=lr,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
             fused=True,

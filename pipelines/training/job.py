@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
         * (1 if lora is None else 2 / 3),  # frozen weights have no gradient of their own, a third of the work
         flop_formula=FLOP_FORMULA + ("" if lora is None else "; of that 2/3, as only adapters are trained"),
         largest_rows=_largest_rows(model.config, settings, seq_len),
+        uniform_loss=math.log(model.config.vocab_size) if model.config.vocab_size else None,
         config={name: job[name] for name in ("train", "model", "order", "mixture", "digests") if name in job},
     )
     return train(model=model, loader_factory=loader_factory, settings=settings, run=run)

@@ -26,6 +26,7 @@ from pipelines.training.compile import compile_blocks
 from pipelines.training.errors import TrainingError, TrainingStopped
 from pipelines.training.expert_parallel import share_experts
 from pipelines.training.hardware import peak_flops
+from pipelines.training.health import Health, few_steps, judged
 from pipelines.training.metrics import (
     METRICS,
     MetricsLog,
@@ -47,7 +48,7 @@ from pipelines.training.zero import ZeroEngine
 LoaderFactory = Callable[[BatchPlan, int], Loader]
 """(plan, rank) -> that rank's loader, at row 0."""
 
-GO_ON, SAVE, STOP = 0, 1, 2
+GO_ON, SAVE, STOP, DIVERGED = 0, 1, 2, 3
 
 NOTES = "logs/notes.txt"
 """Below a run's folder: what it said in words, one line each, for whoever watches from another process."""
@@ -127,7 +128,8 @@ class Run:
     weights, by parameter name on the CPU in fp32, into a folder that does not exist yet. run_id: names the run at
     Weights & Biases. url: where what is in out_dir will stay; inputs: where what it is made from is, by name.
     flops_per_token: forward and backward, counted as `flop_formula` says. largest_rows: the most rows
-    a forward pass may take on one rank where the settings leave it open. config: for the record.
+    a forward pass may take on one rank where the settings leave it open. uniform_loss: of a uniform guess, in nats a
+    target; None where targets are none of a vocabulary. config: for the record.
     """
 
     out_dir: Path
@@ -141,6 +143,7 @@ class Run:
     flops_per_token: float | None = None
     flop_formula: str = ""
     largest_rows: int = 8
+    uniform_loss: float | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -179,6 +182,7 @@ def train(
         trainer.write_model()
         figures = summary(read_metrics(run.out_dir / METRICS), resumed_at_step=trainer.first_step)
         figures |= {"parameters": trainer.parameters, "seconds": time.monotonic() - began}
+        figures["warnings"] = trainer.warnings(figures)
         if wandb is not None:
             wandb.lineage(run.url or str(run.out_dir), inputs=run.inputs, digests=run.digests)
         checkpoints.end(figures, keep=settings.checkpoint.keep_finished)
@@ -213,6 +217,10 @@ class Trainer:
         self.step = self.first_step
         self._saved_step, self._saved_at = self.step if saved else -1, time.monotonic()
         self._sinks: list[Callable[[Row], None]] = []
+        warmup_steps = round(settings.schedule.warmup_fraction * plan.total_steps)
+        self.health = Health(uniform=run.uniform_loss, warmup_steps=warmup_steps, total_steps=plan.total_steps)
+        if ranks.is_first:
+            judged([row for row in read_metrics(run.out_dir / METRICS) if row["step"] <= self.step], self.health)
         self._introduce(compiled)
 
     def open_sinks(self, stack: ExitStack) -> WandbRun | None:
@@ -239,7 +247,8 @@ class Trainer:
         return wandb
 
     def go(self, signals: Signals) -> None:
-        """Step by step to the end."""
+        """Step by step to the end. Raises TrainingError for a run that has diverged, unless it is to go on all the same."""
+        self._stop_if_diverged()
         while self.step < self.plan.total_steps:
             began = time.perf_counter()
             batch = next(self.loader)
@@ -252,11 +261,24 @@ class Trainer:
                 raise TrainingError(self._non_finite(result))
             if result.wish != GO_ON:
                 self.save()
+            if result.wish == DIVERGED:
+                self._stop_if_diverged()
             if result.wish == STOP:
                 raise TrainingStopped(
                     f"Stopped as asked after step {self.step} of {self.plan.total_steps}, and saved. Run the same "
                     "command again to go on from there."
                 )
+        if self.health.diverged is not None:  # in the last step, perhaps
+            self.save()
+        self._stop_if_diverged()
+
+    def warnings(self, figures: Mapping[str, Any]) -> list[str]:
+        """What a person should know who reads the run's figures later."""
+        told = [warning.text for warning in self.health.warnings]
+        if self.health.diverged is not None:
+            told.append(f"it went on, and its loss ended at {figures['loss']:.2f}")
+        few = self._few_steps()
+        return told if few is None else [few, *told]
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
@@ -355,10 +377,46 @@ class Trainer:
                 f"{self.run.flop_formula}"
             )
         self.say(tracking_line(self.settings.tracking))
+        if (few := self._few_steps()) is not None:
+            self.say(f"WARNING {few}")
         if self.ranks.is_first:
             (self.run.out_dir / "ds_config.json").write_text(json.dumps(self.engine.config, indent=2) + "\n")
 
+    def _stop_if_diverged(self) -> None:
+        """Raise TrainingError in every rank where the first one has seen the run diverge and that ends it."""
+        found, problem = self.health.diverged, None
+        if found is not None and self.settings.on_divergence == "stop":
+            problem = (
+                f"{self.run.label} {found.text}. A model that is worse than it was is no use to what follows, so the run "
+                f"stops; {self._kept()}. Lower {self._rates()} or take auto, or lengthen {self._key('schedule')}."
+                f"warmup_fraction; {self._key('on_divergence')}=warn goes on from there all the same."
+            )
+        self.ranks.agree(problem)
+
+    def _few_steps(self) -> str | None:
+        batch, plan = self._key("global_batch_tokens"), self.plan
+        smaller = max(plan.seq_len * plan.world_size, plan.tokens_per_step * plan.total_steps // 50)
+        smaller -= smaller % (plan.seq_len * plan.world_size)
+        remedy = f"Set {batch}={smaller}, or train on more"
+        return few_steps(plan.total_steps, plan.tokens_per_step, remedy)
+
+    def _key(self, name: str) -> str:
+        """What a person calls a setting of this run on the command line."""
+        if self.run.label == "pretrain":
+            return name if name in ("optim", "schedule") else f"pretrain.{name}"
+        return f"{self.run.label}.train.{name}"
+
+    def _rates(self) -> str:
+        optim = self._key("optim")
+        return f"{optim}.matrix_lr and {optim}.lr" if self.settings.optim.kind == "muon" else f"{optim}.lr"
+
+    def _kept(self) -> str:
+        kept = sorted(path.name for path in self.checkpoints.folder.glob("step-*"))
+        return f"checkpoints kept: {', '.join(kept)}" if kept else "there is no checkpoint yet"
+
     def _wish(self, signals: Signals) -> int:
+        if self.health.diverged is not None and self.settings.on_divergence == "stop":
+            return DIVERGED
         if signals.asks_to_stop:
             return STOP
         clock = self.settings.checkpoint
@@ -393,12 +451,14 @@ class Trainer:
         }
         for sink in self._sinks:
             sink(row)
+        if self.ranks.is_first and result.applied:
+            for warning in self.health.look(self.step, result.loss):
+                self.say(f"WARNING {warning.text}")
 
     def _non_finite(self, result: StepResult) -> str:
-        kept = sorted(path.name for path in self.checkpoints.folder.glob("step-*"))
         return (
             f"loss = {result.loss} and gradient norm = {result.grad_norm} in step {self.step} (batch digest "
-            f"{result.batch_digest}): an update must be finite, so it was not applied and the run stops. Lower "
-            "optim.lr, lengthen schedule.warmup_fraction or set clip_norm; on_non_finite=skip leaves such updates out "
-            f"and counts them. Kept: {kept[-1] if kept else 'no checkpoint yet'}."
+            f"{result.batch_digest}): an update must be finite, so it was not applied and the run stops; {self._kept()}. "
+            f"Lower {self._rates()}, lengthen {self._key('schedule')}.warmup_fraction or set {self._key('clip_norm')}=1; "
+            f"{self._key('on_non_finite')}=skip leaves such updates out and counts them."
         )

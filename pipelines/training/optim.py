@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.init import NO_WEIGHT_DECAY, parameter_roles
+from model.init import NO_WEIGHT_DECAY, Role, parameter_roles
 from pipelines.training.errors import TrainingError
 from pipelines.training.settings import MuonSettings, OptimSettings, ScheduleSettings
 
@@ -27,11 +27,12 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Op
         raise TrainingError("No parameter of the model is to be trained: all are frozen. Train some, or add adapters.")
     adamw_groups = [group for group in groups if not group["muon"]]
     betas = (settings.beta1, settings.beta2)
-    adamw = torch.optim.AdamW(adamw_groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
+    # Groups bring rates of their own; these are for none.
+    adamw = torch.optim.AdamW(adamw_groups, lr=0.0, betas=betas, eps=settings.eps, fused=True)
     if not isinstance(settings, MuonSettings):
         return adamw
     matrices = [group for group in groups if group["muon"]]
-    muon = torch.optim.Muon(matrices, lr=settings.matrix_lr, momentum=settings.momentum, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, lr=0.0, momentum=settings.momentum, adjust_lr_fn="match_rms_adamw")
     return Together(muon, adamw)
 
 
@@ -44,19 +45,26 @@ def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[Group]:
             continue
         role = roles[name]
         muon = isinstance(settings, MuonSettings) and role == "matrix" and parameter.ndim == 2
-        lr = settings.lr
-        if isinstance(settings, MuonSettings) and muon:
-            lr = settings.matrix_lr
-        elif role == "embedding":
-            lr = settings.embedding_lr or lr
-        elif role == "head":
-            lr = settings.head_lr or lr
+        lr = peak_rate(settings, role, parameter.ndim)
         decay = 0.0 if role in NO_WEIGHT_DECAY else settings.weight_decay
         treatment = {"lr": lr, "peak_lr": lr, "weight_decay": decay, "muon": muon}
         group = groups.setdefault((lr, decay, muon), {"params": [], "names": [], **treatment})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def peak_rate(settings: OptimSettings, role: Role, ndim: int) -> float:
+    """The peak learning rate of a parameter with this role and so many axes."""
+    rate = {"embedding": settings.embedding_lr, "head": settings.head_lr}.get(role)
+    if isinstance(settings, MuonSettings) and role == "matrix" and ndim == 2:
+        rate = settings.matrix_lr
+    elif isinstance(settings, MuonSettings) and ndim > 1 and role in ("matrix", "router", "expert"):
+        rate = settings.expert_lr
+    rate = rate or settings.lr
+    if isinstance(rate, str):
+        raise TrainingError(f"a learning rate = {rate}: training takes numbers; `rates.derived` makes them.")
+    return rate
 
 
 class Together(torch.optim.Optimizer):

@@ -12,6 +12,8 @@ from pipelines.engine.typed import default_of
 from pipelines.training.errors import TrainingError
 
 _EXECUTION: Any = {"execution": True}
+Rate = float | Literal["auto"]
+"""A peak learning rate, or `auto`: derived from the model by `training/rates.py` before anything is identified or run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,22 +21,23 @@ class _AdamSettings:
     """What both optimizers take.
 
     lr: peak learning rate, which the schedule scales. embedding_lr, head_lr: the same for embeddings and an untied
-    head; null takes `lr`. weight_decay: for matrices and heads; norms, biases and embeddings take none.
+    head; null takes `lr`. auto: from the model's kind and width. weight_decay: for matrices and heads; norms, biases and
+    embeddings take none.
     """
 
-    lr: float = 6e-4
-    embedding_lr: float | None = None
-    head_lr: float | None = None
+    lr: Rate = 6e-4
+    embedding_lr: Rate | None = None
+    head_lr: Rate | None = None
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
-        _require("lr", self.lr, self.lr > 0, "a learning rate above 0")
+        _require("lr", self.lr, _is_rate(self.lr), "a learning rate above 0, or auto")
         for name in ("embedding_lr", "head_lr"):
             rate = getattr(self, name)
-            _require(name, rate, rate is None or rate > 0, "a learning rate above 0, or null for lr")
+            _require(name, rate, rate is None or _is_rate(rate), "a learning rate above 0, auto, or null for lr")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _require(name, value, 0 <= value < 1, "a fraction from 0 to below 1")
@@ -54,16 +57,20 @@ class MuonSettings(_AdamSettings):
     """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW with the fields above for the rest.
 
     matrix_lr: peak learning rate of the matrices, in units of AdamW's: the orthogonal update is scaled to AdamW's usual
-    root mean square (Moonlight, 2025). Only with ZeRO stage 0, where each rank sees whole matrices.
+    root mean square (Moonlight, 2025). expert_lr: of routers, experts and all other weights with more than one axis that
+    Muon does not take; null takes `lr`. Only with ZeRO stage 0, where each rank sees whole matrices.
     """
 
     kind: Literal["muon"] = "muon"
-    matrix_lr: float = 2e-3
+    matrix_lr: Rate = 2e-3
+    expert_lr: Rate | None = field(default=None, metadata={"absent_at_default": True})
     momentum: float = 0.95
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("matrix_lr", self.matrix_lr, self.matrix_lr > 0, "a learning rate above 0")
+        _require("matrix_lr", self.matrix_lr, _is_rate(self.matrix_lr), "a learning rate above 0, or auto")
+        rate = self.expert_lr
+        _require("expert_lr", rate, rate is None or _is_rate(rate), "a learning rate above 0, auto, or null for lr")
         _require("momentum", self.momentum, 0 <= self.momentum < 1, "a fraction from 0 to below 1")
 
 
@@ -159,6 +166,7 @@ class TrainSettings:
     saved_precision: of the finished weights; checkpoints are fp32 always.
     clip_norm: gradients are scaled down to this global norm; null leaves them.
     on_non_finite: an update with an infinite or NaN gradient is never applied; then the run stops or counts it.
+    on_divergence: whether a run ends, saved, whose loss is above a uniform guess after warmup or far above its start.
 
     micro_batch_rows: rows of one forward pass on one rank; null takes the largest that divides and fits.
     recompute: forget the activations inside blocks and compute them again. threads: cores of one rank; null shares out.
@@ -175,6 +183,7 @@ class TrainSettings:
     optim: OptimSettings = field(default_factory=AdamWSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
 
+    on_divergence: Literal["stop", "warn"] = field(default="stop", metadata=_EXECUTION)
     zero: ZeroSettings = field(default_factory=ZeroSettings, metadata=_EXECUTION)
     micro_batch_rows: int | None = field(default=None, metadata=_EXECUTION)
     recompute: bool = field(default=False, metadata=_EXECUTION)
@@ -280,6 +289,10 @@ def largest_rows(seq_len: int, row_bytes: int = 0, once_bytes: int = 0, *, gpu_b
 
 def _largest_divisor(number: int, *, at_most: int) -> int:
     return next(k for k in range(max(1, min(number, at_most)), 0, -1) if number % k == 0)
+
+
+def _is_rate(value: float | str) -> bool:
+    return value == "auto" or (not isinstance(value, str) and value > 0)
 
 
 def _require(name: str, value: object, holds: bool, rule: str) -> None:

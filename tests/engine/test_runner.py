@@ -226,7 +226,10 @@ def test_an_error_leaves_what_is_finished_and_continues(store: LocalStore, backe
         run([replace(bad, run=fail)], store=store, backend=backend, on_event=events.append)
     assert [event.line for event in events if event.kind == "failed"] == ["a bug"]
     assert [report.state for report in status([bad], store=store)] == ["cached", "unfinished"]
+    # Why it ended stands with its state until another attempt begins.
+    assert status([bad], store=store)[1].metrics == {"warnings": ["the last attempt ended: a bug"]}
     assert [report.state for report in run([bad], store=store, backend=backend)] == ["cached", "made"]
+    assert status([bad], store=store)[1].metrics == {"characters": 9}
     assert digests(good, store)["letters"] in {report.digest for report in status([bad], store=store)}
 
 

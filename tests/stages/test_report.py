@@ -45,7 +45,13 @@ def finished(small_run, tmp_path_factory, in_process):
         folder.mkdir()
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         manifest = {
-            "metrics": {"tokens": 819_200, "parameters": 5_012_345, "tokens_per_second": 5200.0, "loss": 2.1},
+            "metrics": {
+                "warnings": [f"{name} diverged <b>early</b>"],
+                "tokens": 819_200,
+                "parameters": 5_012_345,
+                "tokens_per_second": 5200.0,
+                "loss": 2.1,
+            },
             "inputs": {"shards": {"digest": "ab" * 32}},
             "files": {"model/model.safetensors": {"sha256": "0" * 64, "bytes": 20_000_000}},
             "identity": {"settings": {"lr": 1e-3}},
@@ -97,7 +103,15 @@ def test_the_page_says_what_the_artifacts_say(finished):
     metrics = made["evaluate"].metrics
     for value in (metrics["bits_per_byte"], metrics["gzip_bits_per_byte"], metrics["finetuned_bits_per_byte"]):
         assert f"{value:.3f}" in page
-    for text in ("A run", "5.01 M", "1 min 33 s", "next_line", "&lt;script&gt;alert(1)", "&#34;lr&#34;: 0.001"):
+    for text in (
+        "A run",
+        "5.01 M",
+        "1 min 33 s",
+        "next_line",
+        "pretrain:</b> pretrain diverged &lt;b&gt;early",
+        "&lt;script&gt;alert(1)",
+        "&#34;lr&#34;: 0.001",
+    ):
         assert text in page
     samples = json.loads((made["evaluate"].path / "samples.json").read_text())
     assert set(samples) == {"base", "finetuned"}

@@ -100,6 +100,7 @@ def test_identity_changes_with_what_is_made_and_with_nothing_else() -> None:
         "threads": 3,
         "compile": "off",
         "checkpoint": dataclasses.replace(start.checkpoint, keep=9),
+        "on_divergence": "warn",
         "tracking": dataclasses.replace(start.tracking, mode="offline"),
     }
     execution = {f.name for f in dataclasses.fields(TrainSettings) if f.metadata.get("execution")}

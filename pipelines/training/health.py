@@ -1,0 +1,108 @@
+"""Whether the loss says that a run learns: what a person is told at once, and what ends a run.
+
+    health = Health(uniform=math.log(vocab_size), warmup_steps=30, total_steps=1000)
+    for step, loss in …:
+        for warning in health.look(step, loss):    # each once
+
+A run has *diverged* where its loss is not finite, far above where it began, or, once it has warmed up, above that of a
+uniform guess. Losses are medians of a few steps, which one hard batch does not move.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+FEW_STEPS = 20
+"""Below this a training hardly moves: Adam's own averages reach back 10 to 20 updates."""
+WINDOW = 10
+"""Steps that a loss is the median of; fewer in a run of few steps."""
+BY_HEART = 0.01
+"""Nats per target below which rows are known by heart."""
+ABOVE_UNIFORM = 0.2
+"""Nats that a model before its first update may be above a uniform guess."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warning:
+    """One thing to be told. diverged: the run learns nothing any more."""
+
+    step: int
+    text: str
+    diverged: bool = False
+
+
+class Health:
+    """The losses of one run so far."""
+
+    def __init__(self, *, uniform: float | None, warmup_steps: int, total_steps: int) -> None:
+        self._uniform, self._warmup_steps, self._total_steps = uniform, warmup_steps, total_steps
+        self._losses: deque[float] = deque(maxlen=max(1, min(WINDOW, total_steps // 20)))
+        self._start: float | None = None
+        self._told: set[bool] = set()
+        self.warnings: list[Warning] = []
+        """All of them, in order."""
+
+    @property
+    def diverged(self) -> Warning | None:
+        """The warning that the run has diverged, if there was one."""
+        return next((warning for warning in self.warnings if warning.diverged), None)
+
+    def look(self, step: int, loss: float) -> list[Warning]:
+        """What the loss of a step adds to the warnings."""
+        self._losses.append(loss)
+        full = len(self._losses) == self._losses.maxlen
+        middle = statistics.median(self._losses) if math.isfinite(loss) else loss
+        if full and self._start is None:
+            self._start = middle
+        found = []
+        if (problem := self._problem(step, middle, full)) and self.diverged is None:
+            found.append(Warning(step=step, text=f"diverged in step {step:,}: {problem}", diverged=True))
+        if full and middle < BY_HEART and not any("by heart" in warning.text for warning in self.warnings):
+            found.append(Warning(step=step, text=by_heart(step, middle)))
+        self.warnings += found
+        return found
+
+    def _problem(self, step: int, middle: float, full: bool) -> str | None:
+        over = f", the median of {len(self._losses)} steps," if len(self._losses) > 1 else ""
+        if not math.isfinite(middle):
+            return f"the loss is {middle}"
+        if not full or self._start is None:
+            return None
+        if middle > self._start + max(1.0, self._start / 2):
+            return f"the loss{over} is {middle:.2f}, and it began at {self._start:.2f}"
+        if self._uniform is None or middle <= self._uniform + ABOVE_UNIFORM:
+            return None
+        # A model may begin above a uniform guess, its weights being large; then it has until the middle of the run.
+        began_above = self._start > self._uniform + ABOVE_UNIFORM
+        patience = self._total_steps // 2 if began_above else self._warmup_steps + len(self._losses)
+        if step <= patience:
+            return None
+        return f"the loss{over} is {middle:.2f} after warmup, above the {self._uniform:.2f} of a uniform guess"
+
+
+def by_heart(step: int, loss: float) -> str:
+    """The remark on a training loss of nothing."""
+    return (
+        f"training loss {loss:.4f} by step {step:,}: the training rows are known by heart, which says nothing of other "
+        "text; the held-out score does. Train for fewer epochs, or on more text"
+    )
+
+
+def few_steps(total_steps: int, tokens_per_step: int, remedy: str) -> str | None:
+    """A warning about a run that is too short to learn, or None."""
+    if total_steps >= FEW_STEPS:
+        return None
+    steps = "1 step" if total_steps == 1 else f"{total_steps} steps"
+    return f"only {steps} of {tokens_per_step:,} tokens: below {FEW_STEPS} a model hardly changes. {remedy}"
+
+
+def judged(rows: list[dict[str, Any]], health: Health) -> Health:
+    """`health` after all rows of a `metrics.jsonl`; an update that was left out counts for nothing."""
+    for row in rows:
+        if not row["skipped"]:
+            health.look(row["step"], row["loss"])
+    return health
