@@ -16,16 +16,18 @@ import re
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from pipelines.engine.events import Event, StepReport
 
+PACE_SECONDS = 60.0  # what a rate and the time left are measured over
 QUIET_SECONDS = 10.0  # between progress lines of one step where there is no terminal
 
 
@@ -33,7 +35,7 @@ def duration(seconds: float | None) -> str:
     """90 → '1m30s'; None → '-'."""
     if seconds is None:
         return "-"
-    if seconds < 10:
+    if seconds < 9.95:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -45,7 +47,8 @@ def duration(seconds: float | None) -> str:
 def count(value: float) -> str:
     """1234567 → '1.23 M' (powers of 1000; B is a thousand million, as tokens and parameters are told)."""
     for unit in ("", "k", "M", "B", "T", "P", "E", "Z"):
-        if abs(value) < 1000 or unit == "Z":
+        # 999.95 k is told as 1 M: three digits of it would be 1e+03.
+        if abs(value) < (999.5 if unit else 1000) or unit == "Z":
             return (f"{value:.0f}" if unit == "" else f"{value:.3g}") + (f" {unit}" if unit else "")
         value /= 1000
     raise AssertionError("unreachable")
@@ -54,7 +57,7 @@ def count(value: float) -> str:
 def size(value: float) -> str:
     """Bytes in powers of 1024: 3 << 20 → '3.0 MiB'."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
-        if abs(value) < 1024 or unit == "PiB":
+        if abs(value) < (1023.95 if unit != "B" else 1024) or unit == "PiB":
             return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     raise AssertionError("unreachable")
@@ -158,14 +161,13 @@ class Display:
             BarColumn(bar_width=24),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=self._console,
             transient=True,
         )
         self._tasks: dict[tuple[str, str], TaskID] = {}
         self._last_line: dict[str, float] = {}
-        self._began: dict[tuple[str, str], tuple[float, float]] = {}
+        self._paces: dict[tuple[str, str], Pace] = {}
         self._failures = 0
         self._lock = threading.Lock()
 
@@ -192,9 +194,8 @@ class Display:
 
     def _progress(self, event: Event) -> None:
         key = (event.step, event.label)
-        began, first = self._began.setdefault(key, (time.monotonic(), event.done))
-        elapsed = time.monotonic() - began
-        rate = (event.done - first) / elapsed if elapsed > 0.5 else 0.0
+        rate = self._paces.setdefault(key, Pace()).after(event.done, time.monotonic())
+        left = f"{duration((event.total - event.done) / rate)} left" if event.total and rate > 0 else ""
         words = f"{event.label} {_amount(event.done, event.unit)}"
         if event.total:
             words = f"{event.label} {count(event.done)} of {_amount(event.total, event.unit)}"
@@ -202,18 +203,41 @@ class Display:
         words += f", {event.line}" if event.line else ""
         if self._live:
             if key not in self._tasks:
-                self._tasks[key] = self._bars.add_task(words, total=event.total, step=event.step)
-            self._bars.update(self._tasks[key], completed=event.done, total=event.total, description=words)
+                self._tasks[key] = self._bars.add_task(words, total=event.total, step=event.step, left=left)
+            self._bars.update(self._tasks[key], completed=event.done, total=event.total, description=words, left=left)
             return
         now = time.monotonic()
         if now - self._last_line.setdefault(event.step, now - max(0.0, QUIET_SECONDS - 3)) >= QUIET_SECONDS:
             self._last_line[event.step] = now
-            left = f", {duration((event.total - event.done) / rate)} left" if event.total and rate > 0 else ""
-            self._console.print(Text(f"{event.step:<12} {words}{left}"))
+            self._console.print(Text(f"{event.step:<12} {words}{', ' if left else ''}{left}"))
 
     def _forget(self, step: str) -> None:
         for key in [key for key in self._tasks if key[0] == step]:
             self._bars.remove_task(self._tasks.pop(key))
+
+
+class Pace:
+    """How fast a count goes up now, from what was told of it lately.
+
+    What was there at the first look was made by an earlier attempt, or before anybody looked, and the time until the first
+    change went into starting: the clock runs from that change on. A count that goes back begins anew.
+    """
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._seen: deque[tuple[float, float]] = deque()
+
+    def after(self, done: float, now: float) -> float:
+        """The rate a second, 0 while it is not known; `now` in seconds of any clock."""
+        if self._first is None or done < max(self._first, self._seen[-1][1] if self._seen else done):
+            self._first = done
+            self._seen.clear()
+        if done != self._first or self._seen:
+            self._seen.append((now, done))
+        while len(self._seen) > 2 and self._seen[1][0] < now - PACE_SECONDS:
+            self._seen.popleft()
+        then, before = self._seen[0] if self._seen else (now, done)
+        return (done - before) / (now - then) if now - then > 0.5 else 0.0
 
 
 def _rate(rate: float, unit: str) -> str:

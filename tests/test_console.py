@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.console import Display, console, print_steps, summary
+from pipelines.console import Display, Pace, console, count, print_steps, size, summary
 from pipelines.engine.events import Event, StepReport
 from pipelines.verbs import _next_words
 from tests.conftest import ROOT
@@ -85,6 +85,46 @@ def test_the_last_table_tells_step_state_seconds_size_figure_and_path(capsys: py
     assert header == ["step", "state", "seconds", "size", "key figure", "path"]
     assert made == ["shards", "made", "3.2s", "3.0 MiB", "12,901 rows", "/a/b"]
     assert waiting == ["pretrain", "to make", "-", "-", "-", "-"]
+
+
+def test_the_time_left_after_a_resume_is_that_of_what_is_made_now() -> None:
+    """A million tokens were there, 45 s go into starting, then a thousand come a second and slow down to a hundred."""
+    pace, total = Pace(), 2e6
+    assert pace.after(1e6, 0.0) == 0.0
+    done = 1e6
+    for second in range(45, 75):
+        done += 1000
+        rate = pace.after(done, second)
+    assert (total - done) / rate == pytest.approx((total - done) / 1000, rel=1e-6)
+    for second in range(75, 200):
+        done += 100
+        rate = pace.after(done, second)
+    assert rate == pytest.approx(100, rel=0.05)
+    assert pace.after(0.0, 201) == 0.0  # a count that begins anew
+    assert pace.after(10.0, 202) == 0.0 and pace.after(20.0, 203) == 10.0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1 k"),
+        (999_499, "999 k"),
+        (999_949_312, "1 B"),
+        (999.6e6, "1 B"),
+        (122_070, "122 k"),
+    ],
+)
+def test_counts_have_three_digits_and_never_an_exponent(value: float, text: str) -> None:
+    assert count(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1023, "1023 B"), (1024, "1.0 KiB"), (1024**2 - 1, "1.0 MiB"), (3 << 20, "3.0 MiB")]
+)
+def test_sizes_round_into_the_next_unit(value: float, text: str) -> None:
+    assert size(value) == text
 
 
 def test_a_step_with_warnings_is_marked_and_they_stand_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:

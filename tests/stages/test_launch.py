@@ -53,15 +53,19 @@ def test_the_progress_line_has_loss_mfu_tokens_per_second_and_the_time_left(
     log = MetricsLog(tmp_path / METRICS, keep_steps=0)
     log(row(1))
     watch.look()
-    clock[0] += 4.0
+    clock[0] += 45.0  # of compiling, say, which no later step takes
     log(row(2))
-    log(row(3))
-    with (tmp_path / METRICS).open("a") as file:
-        file.write('{"step": 4, "lo')  # a row that is being written
     watch.look()
-    first, second = capsys.readouterr().err.splitlines()
+    clock[0] += 4.0
+    log(row(3))
+    log(row(4))
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"step": 5, "lo')  # a row that is being written
+    watch.look()
+    first, unknown, second = capsys.readouterr().err.splitlines()
     assert first == "pretrain     trained 2.05 k of 20.5 k tokens, loss 4.400, 26% MFU"
-    assert second == "pretrain     trained 6.14 k of 20.5 k tokens, 1.02 k tokens/s, loss 4.200, 26% MFU, 14s left"
+    assert unknown == "pretrain     trained 4.1 k of 20.5 k tokens, loss 4.300, 26% MFU"
+    assert second == "pretrain     trained 8.19 k of 20.5 k tokens, 1.02 k tokens/s, loss 4.100, 26% MFU, 12s left"
     watch.look()
     assert capsys.readouterr().err == ""  # the same row is not told twice
 
