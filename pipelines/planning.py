@@ -12,14 +12,18 @@ ranks share are divided by that number.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from data.corpus import CorpusSettings, corpus_files
 from data.errors import DataError
+from data.instructions import instruction_files
 from pipelines import console
 from pipelines.console import count, duration, size
 from pipelines.engine.events import StepReport
 from pipelines.settings import Settings, corpus_key
+from pipelines.stages.finetune import tuning_tokens
+from pipelines.training.health import few_steps
 from pipelines.training.objective import flops_per_token
 from pipelines.training.settings import BatchPlan, TrainSettings, largest_rows
 
@@ -39,6 +43,9 @@ def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any
 
     settings.check_sizes()
     name, train = settings.first_training()
+    tuned = tuning(settings, reports)
+    if tuned is not None and name == "finetune":
+        train = replace(train, total_tokens=tuned["tokens"])
     model, seq_len, ranks = settings.resolved_model(), settings.shards.seq_len, settings.compute.ranks
     built = build_model(model, device="meta")  # proves that it can be built at this size, without its memory
     dtype_bytes, on_gpu = 2 if train.precision == "bf16" else 4, settings.compute.gpus_per_rank > 0
@@ -67,6 +74,9 @@ def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any
     there = data(settings, tokens, reports)
     return {
         "step": name,
+        "learning_rates": {f.name: getattr(train.optim, f.name) for f in fields(train.optim) if f.name.endswith("lr")},
+        "finetune": tuned,
+        "warnings": warnings(settings, reports, batch.total_steps if name == "pretrain" else None, tuned),
         "parameters": {"total": counts.total, "active": counts.active, "embedding": counts.embedding},
         "tokens": tokens,
         "tokens_per_step": batch.tokens_per_step,
@@ -86,6 +96,64 @@ def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any
         "data": there,
         "time": {gpu: flops * tokens / (peak * 0.4 * ranks) for gpu, peak in _PEAKS.items()},
     }
+
+
+def tuning(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any] | None:
+    """Tokens and steps of fine-tuning: counted where the conversations are in rows, else guessed from what they are made of.
+
+    None where nothing is fine-tuned.
+    """
+    told = settings.finetuning()
+    if told is None or settings.finetune is None:
+        return None
+    [made] = [r.metrics for r in reports if r.name == "instructions" and r.metrics and "rows" in r.metrics] or [None]
+    if made is not None:
+        there, basis = float(made["rows"] * settings.shards.seq_len), "counted"
+    else:
+        there, basis = (
+            conversation_bytes(settings) / TEXT_BYTES_PER_TOKEN,
+            f"guessed at {TEXT_BYTES_PER_TOKEN} bytes a token",
+        )
+    tokens = tuning_tokens(told, there)
+    batch = told.train.global_batch_tokens
+    return {
+        "tokens": tokens,
+        "tokens_per_step": batch,
+        "steps": tokens // batch,
+        "epochs": told.epochs,
+        "basis": basis if there else "no conversations yet",
+    }
+
+
+def conversation_bytes(settings: Settings) -> float:
+    """Bytes of the conversations to train on, as well as they are known before they are read."""
+    assert settings.finetune is not None
+    chosen = settings.finetune.data
+    if chosen.kind == "files":
+        try:
+            return sum(file.bytes for file in instruction_files(chosen)) * (1 - chosen.held_out_fraction)
+        except DataError:
+            return 0.0
+    most = (chosen.max_conversations or 10**9) * chosen.max_characters / 2  # they are of every length up to it
+    return min(most, FUNCTIONS_SHARE * sum(corpus_bytes(source) for source in settings.corpora().values()))
+
+
+FUNCTIONS_SHARE = 0.4
+"""Bytes of conversations made from functions for a byte of Python, all three tasks, in this machine's library."""
+
+
+def warnings(
+    settings: Settings, reports: Sequence[StepReport], steps: int | None, tuned: dict[str, Any] | None
+) -> list[str]:
+    """What a person should know before starting."""
+    found = []
+    if steps is not None and "pretrain" not in {r.name for r in reports if r.state == "cached"}:
+        remedy = "Set pretrain.global_batch_tokens lower or pretrain.total_tokens higher"
+        found.append(("pretrain", few_steps(steps, settings.pretrain.global_batch_tokens, remedy)))
+    if tuned is not None and tuned["basis"] != "no conversations yet":
+        remedy = "Set finetune.train.global_batch_tokens lower or finetune.epochs higher"
+        found.append(("finetune", few_steps(tuned["steps"], tuned["tokens_per_step"], remedy)))
+    return [f"{step}: WARNING {text}" for step, text in found if text is not None]
 
 
 _PEAKS = {"A100": 312e12, "H100": 989e12}
@@ -131,7 +199,7 @@ def disk(parameters: int, train: TrainSettings, reports: Sequence[StepReport]) -
     """Bytes: checkpoints kept (fp32 weights and two moments each) and the final weights; artifacts there already."""
     return {
         "checkpoints": 12 * parameters * (train.checkpoint.keep + 1),
-        "weights": 4 * parameters,
+        "weights": (2 if train.saved_precision == "bf16" else 4) * parameters,
         "artifacts_made": sum(report.bytes or 0 for report in reports),
     }
 
@@ -143,7 +211,7 @@ def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
     out.print(console.table(None, ("step", "state", "digest", "path"), rows))
     out.print()
     memory, room = costs["memory_per_rank"], costs["disk"]
-    at_most = "at most " if costs["step"] == "finetune" else ""  # its epochs end it earlier
+    tuned = costs["finetune"]
     lines = [
         (
             "parameters",
@@ -151,12 +219,14 @@ def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
         ),
         (
             "tokens",
-            f"{at_most}{count(costs['tokens'])} = {costs['steps']:,} steps of {count(costs['tokens_per_step'])}",
+            f"{count(costs['tokens'])} = {costs['steps']:,} steps of {count(costs['tokens_per_step'])}"
+            + (f", {tuned['epochs']:g} epochs ({tuned['basis']})" if costs["step"] == "finetune" else ""),
         ),
+        ("learning rates", ", ".join(f"{name} {rate:.3g}" for name, rate in costs["learning_rates"].items() if rate)),
         ("batch", f"{costs['ranks']} ranks x {costs['micro_batch_rows']} rows x {costs['accumulation']} accumulated"),
         (
             "data",
-            _data_words(costs["data"]) if costs["step"] == "pretrain" else "the conversations, finetune.epochs times",
+            _data_words(costs["data"]) if costs["step"] == "pretrain" else "the conversations",
         ),
         (
             "FLOPs",
@@ -173,7 +243,14 @@ def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
             f"{size(room['shards'])} of shards",
         ),
     ]
+    if tuned is not None and costs["step"] == "pretrain":
+        steps = f"{tuned['steps']:,} steps of {count(tuned['tokens_per_step'])}"
+        lines.append(
+            ("then finetune", f"{count(tuned['tokens'])} = {steps}, {tuned['epochs']:g} epochs ({tuned['basis']})")
+        )
     out.print(console.table(None, (costs["step"], ""), lines))
+    for line in costs["warnings"]:
+        out.print(line, markup=False)
 
 
 def _data_words(amount: dict[str, Any]) -> str:

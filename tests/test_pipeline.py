@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+from pipelines.engine.events import StepReport
+from pipelines.planning import estimate
+from pipelines.settings import compose
 from tests.conftest import LOCAL, METRICS_KEYS, ROOT, TINY, answer, athanor, complaint, tiny
 
 pytestmark = pytest.mark.slow
@@ -95,6 +98,35 @@ def test_plan_runs_nothing_and_tells_what_it_would_cost(
     states = {step["name"]: step["state"] for step in planned["steps"]}
     assert states["shards"] == "cached" and states["pretrain"] == states["report"] == "to make"
     assert planned["costs"]["steps"] == 20 and planned["costs"]["memory_per_rank"]["total"] > 0
+
+
+def test_what_plan_says_before_a_run_is_what_the_run_then_takes(finished: dict[str, Any], corpus_dir: Path) -> None:
+    words = tiny(corpus_dir, finished["store"], "finetune.train.total_tokens=1e9")
+    guessed = estimate(compose(words), [])
+    made = {
+        name: StepReport(name=name, digest="", state="cached", metrics=m["metrics"])
+        for name, m in finished["manifests"].items()
+    }
+    counted = estimate(compose(words), list(made.values()))
+    files = {name: manifest["files"] for name, manifest in finished["manifests"].items()}
+    trained, rows = made["pretrain"].metrics, made["instructions"].metrics
+    for costs in (guessed, counted):
+        assert costs["steps"] == trained["steps"] and costs["tokens"] == trained["tokens"]
+        assert costs["parameters"]["total"] == trained["parameters"]
+        weights = files["pretrain"]["model/model.safetensors"]["bytes"]
+        assert costs["disk"]["weights"] == costs["disk"]["export"] == pytest.approx(weights, rel=0.1)
+        checkpoint = sum(f["bytes"] for path, f in files["pretrain"].items() if path.startswith("checkpoints/"))
+        assert costs["disk"]["checkpoints"] == pytest.approx(3 * checkpoint, rel=0.1) or not checkpoint
+    assert guessed["data"]["tokens"] == pytest.approx(made["shards"].metrics["tokens"], rel=0.5)
+    assert counted["data"]["tokens"] == made["shards"].metrics["tokens"]
+    assert guessed["data"]["shards"] == pytest.approx(made["shards"].metrics["shards"], abs=1)
+    tars = sum(f["bytes"] for path, f in files["shards"].items() if path.endswith(".tar"))
+    assert counted["disk"]["shards"] == pytest.approx(tars, rel=0.5)
+    # Through the conversations so many times, not `total_tokens`.
+    in_rows = rows["rows"] * 64 * counted["finetune"]["epochs"]
+    assert counted["finetune"]["steps"] == in_rows // 512 and counted["finetune"]["basis"] == "counted"
+    assert guessed["finetune"]["steps"] == pytest.approx(counted["finetune"]["steps"], rel=0.6)
+    assert [line.partition(":")[0] for line in counted["warnings"]] == ["finetune"] * (in_rows // 512 < 20)
 
 
 def test_one_changed_setting_remakes_only_what_follows(

@@ -91,11 +91,16 @@ def shortened(settings: FinetuneRun, rows: Artifact) -> TrainSettings:
     """
     metrics, batch = rows.metrics, settings.train.global_batch_tokens
     seq_len = (metrics["tokens"] + metrics["padding"]) // metrics["rows"]
-    there = int(metrics["rows"] * seq_len * settings.epochs)
     if metrics["rows"] * seq_len < batch:
         raise EngineError(
             f"finetune.train.global_batch_tokens = {batch:,}: the conversations fill only {metrics['rows']} rows of "
             f"{seq_len} tokens, and a batch may not be larger than all of them. Use at most "
             f"{metrics['rows'] * seq_len:,}, or give more conversations."
         )
-    return replace(settings.train, total_tokens=max(batch, min(settings.train.total_tokens, there // batch * batch)))
+    return replace(settings.train, total_tokens=tuning_tokens(settings, metrics["rows"] * seq_len))
+
+
+def tuning_tokens(settings: FinetuneRun, there: float) -> int:
+    """Tokens of the epochs asked for, in whole batches; `there`: those of all rows of conversations."""
+    batch = settings.train.global_batch_tokens
+    return max(batch, min(settings.train.total_tokens, int(there * settings.epochs) // batch * batch))
