@@ -90,7 +90,7 @@ def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any
         "memory_per_rank": {**memory, "total": sum(memory.values())},
         "disk": {
             **disk(counts.total, train, reports),
-            "shards": int(there["tokens"] or 0) * (2 if (model.vocab_size or 0) < 2**16 else 4),
+            "shards": rows_bytes(there, model.vocab_size or 0, reports),
             "export": 4 * counts.total,
         },
         "data": there,
@@ -106,7 +106,7 @@ def tuning(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any] 
     told = settings.finetuning()
     if told is None or settings.finetune is None:
         return None
-    [made] = [r.metrics for r in reports if r.name == "instructions" and r.metrics and "rows" in r.metrics] or [None]
+    made = next((r.metrics for r in reports if r.name == "instructions" and "rows" in (r.metrics or {})), None)
     if made is not None:
         there, basis = float(made["rows"] * settings.shards.seq_len), "counted"
     else:
@@ -202,6 +202,13 @@ def disk(parameters: int, train: TrainSettings, reports: Sequence[StepReport]) -
         "weights": (2 if train.saved_precision == "bf16" else 4) * parameters,
         "artifacts_made": sum(report.bytes or 0 for report in reports),
     }
+
+
+def rows_bytes(there: dict[str, Any], vocab_size: int, reports: Sequence[StepReport]) -> int:
+    """Of all shards: counted where they are made, else what their tokens take and a fifth for where those came from."""
+    if there["basis"] == "counted":
+        return sum(report.bytes or 0 for report in reports if report.name.startswith("shards"))
+    return round(int(there["tokens"] or 0) * (2 if vocab_size < 2**16 else 4) * 1.2)
 
 
 def show(reports: Sequence[StepReport], costs: dict[str, Any]) -> None:
