@@ -6,8 +6,19 @@ import hashlib
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cluster.errors import ClusterError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """What a job is given: `count` machines of so many CPUs and GPUs each; `words` are the settings that say so."""
+
+    count: int
+    cpus: int
+    gpus: int
+    words: str
 
 
 def given_store(command: Sequence[str]) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from cluster.command import check_command, check_store, given_store, job_name, shell_line
+from cluster.command import Machines, check_command, check_store, given_store, job_name, shell_line
 from cluster.errors import ClusterError
 
 _RAY_DRAIN_SECONDS = 30
@@ -87,6 +87,16 @@ class KubeRaySettings:
             raise ClusterError(f"namespace={self.namespace}: lower-case letters, digits and dashes.")
         if self.store is not None:
             check_store(self.store, "store")
+
+    @property
+    def machines(self) -> Machines:
+        """What the run gets."""
+        return Machines(
+            count=self.workers,
+            cpus=self.cpus_per_worker,
+            gpus=self.gpus_per_worker,
+            words=f"workers={self.workers} gpus_per_worker={self.gpus_per_worker} cpus_per_worker={self.cpus_per_worker}",
+        )
 
 
 def submit(settings: KubeRaySettings, command: Sequence[str], *, dry_run: bool) -> int:

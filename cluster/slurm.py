@@ -18,9 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.command import check_command, check_store, given_store, job_name, shell_line
+from cluster.command import Machines, check_command, check_store, given_store, job_name, shell_line
 from cluster.errors import ClusterError
 from cluster.tree import working_tree
+
+LOST_MACHINE_EXIT_CODE = 75
+"""Of a run that lost a machine, or Ray itself, and can go on (LOST_MACHINE of `pipelines/engine/errors.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,16 @@ class SlurmSettings:
         if self.store is not None:
             check_store(self.store, "store")
 
+    @property
+    def machines(self) -> Machines:
+        """What the run gets."""
+        return Machines(
+            count=self.nodes,
+            cpus=self.cpus_per_node,
+            gpus=self.gpus_per_node,
+            words=f"nodes={self.nodes} gpus_per_node={self.gpus_per_node} cpus_per_node={self.cpus_per_node}",
+        )
+
 
 def submit(settings: SlurmSettings, command: Sequence[str], *, dry_run: bool) -> int:
     """Print the script, or hand it to sbatch. ClusterError where there is no sbatch or it refuses."""
@@ -118,6 +131,7 @@ def render(settings: SlurmSettings, command: Sequence[str]) -> str:
         "GPUS": str(settings.gpus_per_node),
         "READY": str(settings.ready_seconds),
         "REQUEUES": str(settings.max_requeues),
+        "LOST": str(LOST_MACHINE_EXIT_CODE),
         "COMMAND": shell_line("$python", command).replace("'$python'", '"$python"'),
     }
     body = re.sub(r"@([A-Z]+)@", lambda match: values[match.group(1)], _SCRIPT)
@@ -195,17 +209,53 @@ if [ -z "$head_address" ]; then
     exit 1
 fi
 
-# ---- the end: whatever happens, Ray goes and the exit code stays
+# ---- the end: whatever happens, Ray goes and the exit code stays; a run that can go on goes back into the queue
 steps=()
+driver=""
+warned=""
+interrupted=""
+ender=""  # ends a run that Ray's death has left hanging
+again=""  # why the job is to go back into the queue
+end_run() {  # the first warning counts: a second signal would have the run leave without saving
+    interrupted=yes
+    [ -n "$warned" ] && return
+    warned=$1
+    [ -z "$driver" ] && exit @LOST@
+    kill -TERM "$driver" 2>/dev/null
+}
+lose_ray() {  # nothing can be saved without Ray: ranks hang, or are gone
+    end_run "a part of Ray ended"
+    (sleep 10; kill -KILL "$driver" 2>/dev/null) & ender=$!
+}
 finish() {
     code=$?
-    trap - EXIT USR1 TERM
-    for step in "${steps[@]}"; do kill "$step" 2>/dev/null; done
-    wait
-    srun --overlap --ntasks-per-node=1 --nodes="$SLURM_JOB_NUM_NODES" rm -rf "$ray_folder" 2>/dev/null
+    trap - EXIT
+    trap '' USR1 USR2 TERM
+    [ -n "$ender" ] && kill "$ender" 2>/dev/null
+    [ -n "$warned" ] && [ "$code" -ne 0 ] && again=$warned
+    [ "$code" -eq @LOST@ ] && again=${again:-a machine was lost}
+    for step in "${steps[@]}"; do kill -USR2 "$step" 2>/dev/null; done
+    (sleep 10; kill -KILL "${steps[@]}" 2>/dev/null) & killer=$!
+    for step in "${steps[@]}"; do wait "$step"; done
+    kill -KILL "$killer" 2>/dev/null
+    wait "$killer" 2>/dev/null
+    timeout 10 srun --overlap --ntasks-per-node=1 --nodes="$SLURM_JOB_NUM_NODES" rm -rf "$ray_folder" 2>/dev/null
+    [ -n "$again" ] && requeue "$again"
     exit "$code"
 }
+requeue() {  # only what still runs: a cancelled job stays cancelled, one that Slurm preempts for good is queued by Slurm
+    scontrol show job "$SLURM_JOB_ID" | grep -q "JobState=RUNNING" || return
+    if [ "${SLURM_RESTART_COUNT:-0}" -ge @REQUEUES@ ]; then
+        echo "$1, and this was restart ${SLURM_RESTART_COUNT:-0}: not queued again (max_requeues)" >&2
+        return
+    fi
+    echo "$1: back into the queue, the run goes on from its store"
+    scontrol requeue "$SLURM_JOB_ID"
+}
 trap finish EXIT
+trap 'end_run "time is up"' USR1
+trap 'end_run "preempted"' TERM
+trap lose_ray USR2
 
 await_nodes() {  # gives up as soon as a part of Ray ends, not only when the time is over
     "$python" -m cluster.ready --nodes "$1" --timeout @READY@ &
@@ -214,9 +264,17 @@ await_nodes() {  # gives up as soon as a part of Ray ends, not only when the tim
     kill "$ready" 2>/dev/null
     return 1
 }
+watch_steps() {  # a part of Ray that ends is told to this script
+    while sleep 1; do
+        for step in "${steps[@]}"; do
+            kill -0 "$step" 2>/dev/null || { kill -USR2 $$; return; }
+        done
+    done
+}
 
-# ---- the head, then every other node
+# ---- the head, then every other node; cluster.member keeps Ray from ending at a warning, and passes that on
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" \
+    "$python" -m cluster.member --warn $$ \
     "$ray" start --head --block --node-ip-address="$head_address" --port="$port" \
     --ray-client-server-port="$((port + 1))" --dashboard-port="$((port + 2))" --dashboard-agent-listen-port=0 \
     --temp-dir="$ray_folder" --disable-usage-stats "${resources[@]}" &
@@ -228,6 +286,7 @@ fi
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     workers=$((SLURM_JOB_NUM_NODES - 1))
     srun --overlap --nodes="$workers" --ntasks="$workers" --ntasks-per-node=1 --exclude="$SLURMD_NODENAME" \
+        --kill-on-bad-exit=1 "$python" -m cluster.member \
         "$ray" start --block --address="$RAY_ADDRESS" --dashboard-agent-listen-port=0 --temp-dir="$ray_folder" \
         --disable-usage-stats "${resources[@]}" &
     steps+=($!)
@@ -237,25 +296,21 @@ if ! await_nodes "$SLURM_JOB_NUM_NODES"; then
     exit 1
 fi
 
-# ---- the run; on a warning (time limit, preemption) it ends cleanly and the job goes back into the queue
-warned=""
-end_run() { warned=$1; kill -TERM "$driver" 2>/dev/null; }
+# ---- the run
 @COMMAND@ &
 driver=$!
-trap 'end_run USR1' USR1
-trap 'end_run TERM' TERM
-while :; do  # a signal interrupts `wait` while the driver is still on its way out
+watch_steps &
+watcher=$!
+while :; do  # a signal interrupts `wait`, whose code then is the signal's and not the driver's
+    interrupted=""
     wait "$driver"
     code=$?
-    kill -0 "$driver" 2>/dev/null || break
+    [ -z "$interrupted" ] && break
 done
-if [ "$warned" = USR1 ] && [ "$code" -ne 0 ]; then
-    if [ "${SLURM_RESTART_COUNT:-0}" -lt @REQUEUES@ ]; then
-        echo "time is up: back into the queue, the run goes on from its store"
-        scontrol requeue "$SLURM_JOB_ID"
-    else
-        echo "time is up, and this was restart ${SLURM_RESTART_COUNT:-0}: not queued again (max_requeues)" >&2
-    fi
+kill "$watcher" 2>/dev/null
+if [ "$warned" = "a part of Ray ended" ] && [ "$code" -ne 0 ]; then
+    echo "a part of Ray ended before the run did; its messages are above" >&2
+    code=@LOST@
 fi
 exit "$code"
 """

@@ -46,7 +46,7 @@ class CorpusSettings:
 
     kind: Literal["files", "python-library"] = "files"
     """files: the user's `paths`. python-library: sources and language reference of the Python that runs this."""
-    paths: tuple[str, ...] = field(default=(), metadata={"execution": True})
+    paths: tuple[str, ...] = field(default=(), metadata={"execution": True, "path": True})
     """Folders, files or globs. Their contents and names make the corpus, not where they lie."""
     exclude: tuple[str, ...] = ()
     """Globs over the recorded names (as in python-library/encodings/cp*.py); `*` also crosses folders."""

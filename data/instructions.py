@@ -35,7 +35,7 @@ class InstructionSettings:
     kind: Literal["functions", "files"] = "functions"
     """functions: from the Python functions with docstrings in the corpus. files: .jsonl of the user's, a line each,
     as {"messages": [{"role", "content"}, …]} or {"prompt", "completion"}."""
-    paths: tuple[str, ...] = field(default=(), metadata={"execution": True})
+    paths: tuple[str, ...] = field(default=(), metadata={"execution": True, "path": True})
     """Folders, files or globs of .jsonl (or .jsonl.gz, .jsonl.zst), for kind files."""
     tasks: tuple[Task, ...] = ("write", "document", "explain")
     """write: the code from its description. document: the docstring from the code. explain: what a function does."""

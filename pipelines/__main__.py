@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = _parse(name, arguments[1:])
         if name == "submit" and options.command:
             _check_verb(options.command[0])
-            verbs.check_sent(options.command[0], _parse(options.command[0], options.command[1:]))
+            options.sent = _parse(options.command[0], options.command[1:])
         sys.exit(VERBS[name].function(options))
     except KeyboardInterrupt:
         _leave("interrupted; what is finished is kept, and the same command again continues from there.", 130)

@@ -42,7 +42,7 @@ def make_backend(settings: Settings) -> Backend:
     """Ray, or its local twin; nothing is started before the first step that is not cached."""
     if settings.compute.backend == "local":
         return LocalBackend()
-    return RayBackend(address=settings.compute.address)
+    return RayBackend(address=settings.compute.address, wait_seconds=settings.compute.wait_seconds)
 
 
 def named(steps: dict[str, Step], name: str) -> Step:

@@ -17,7 +17,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin
 
 import conf
 from data.corpus import CorpusSettings
@@ -28,7 +29,7 @@ from data.shards import ShardSettings
 from data.tokenizer_training import TokenizerSettings
 from model.config import ModelConfig
 from pipelines.engine.errors import EngineError
-from pipelines.engine.typed import from_plain
+from pipelines.engine.typed import field_types, from_plain
 from pipelines.stages.evaluate import EvaluateSettings
 from pipelines.stages.export import ExportSettings
 from pipelines.stages.finetune import FinetuneRun, FinetuneSettings
@@ -66,7 +67,7 @@ class SettingsError(Exception):
 class PretrainGroup(TrainSettings):
     """What stands under `pretrain`: a training run, and what it begins with."""
 
-    init_from: str | None = field(default=None, metadata=_EXECUTION)
+    init_from: str | None = field(default=None, metadata={"execution": True, "path": True})
     """A Hugging Face folder of weights; null starts anew. Its files' content enters digests, not where it lies."""
 
     def run(self, **elsewhere: Any) -> TrainSettings:
@@ -80,7 +81,7 @@ class Settings:
     """One experiment, whole. Every field is one top-level key of the composed configuration."""
 
     experiment: str = field(metadata=_EXECUTION)
-    store: str = field(default="runs", metadata=_EXECUTION)
+    store: str = field(default="runs", metadata={"execution": True, "path": True})
     seed: int = 0
     """What `pretrain.seed` and `order.seed` are unless they are set themselves."""
     compute: ComputeSettings = field(default_factory=ComputeSettings, metadata=_EXECUTION)
@@ -399,14 +400,47 @@ def _leaves(plain: Any, path: str) -> list[str]:
 
 
 def section(cls: type[T], file: str, values: Mapping[str, str]) -> T:
-    """One file of `conf` with overrides on top, as its class; for settings that are not part of an experiment."""
+    """One file of `conf` with overrides on top, as its class; for settings that are not part of an experiment.
+
+    What is text in the class is taken as it is typed (`memory=3000`, `time_limit=30:00`); `null` is null where null may be.
+    """
     import yaml
 
     config = yaml.safe_load((CONF_DIR / f"{file}.yaml").read_text(encoding="utf-8"))
+    for key, text in values.items():
+        *above, last = key.split(".") if key.partition(".")[0] in config else [key.partition(".")[0]]
+        place = config
+        for name in above:  # secrets.WANDB_API_KEY
+            place = place.get(name) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise SettingsError(f"{key}: {'.'.join(above)} holds no settings of its own; set {above[0]}=….")
+        place[last] = _as_typed(cls, key, text)
     try:
-        return from_plain(cls, {**config, **{key: yaml.safe_load(value) for key, value in values.items()}}, where="")
+        return from_plain(cls, config, where="")
     except EngineError as error:
         raise SettingsError(_without_root(error)) from error
+
+
+def _as_typed(cls: Any, key: str, text: str) -> Any:
+    """The value of an override of a flat settings class, whose text needs no quotes."""
+    import yaml
+
+    hint = field_types(cls).get(key.partition(".")[0])
+    arms = get_args(hint)
+    if "." in key:
+        hint = arms[1] if get_origin(hint) is dict else None
+    if text in ("null", "~") and NoneType in arms:
+        return None
+    if (str in (hint, *arms) and get_origin(hint) not in (dict, tuple)) and text[:1] not in ("'", '"'):
+        return text
+    holds_text = hint is str or str in arms
+    try:
+        return yaml.load(text, yaml.BaseLoader) if holds_text else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        what = "NAME: VALUE pairs in braces" if get_origin(hint) is dict else "a list in brackets"
+        raise SettingsError(
+            f"{key}={text}: not to be read; write {what if holds_text else 'a plain value'}."
+        ) from error
 
 
 def _without_root(error: EngineError) -> str:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from pipelines import console
 from pipelines.engine import runner
-from pipelines.engine.backend import Poll
+from pipelines.engine.backend import Poll, Say
 from pipelines.engine.gang import Gang
 from pipelines.engine.local_backend import LocalBackend
 from pipelines.engine.store import open_store
@@ -34,7 +34,7 @@ INPUTS_MAY_TAKE = timedelta(days=2)  # how long the other ranks wait while rank 
 class TorchrunBackend(LocalBackend):
     """The local backend, whose gang is the processes that are there already."""
 
-    def gang(self, gang: Gang, *, poll: Poll = lambda: None) -> Any:
+    def gang(self, gang: Gang, *, poll: Poll = lambda: None, say: Say = lambda line: None, again: bool = False) -> Any:
         """Run this process's own rank: torchrun has started the others."""
         dist.broadcast_object_list([gang.fn, gang.config], src=0, device=torch.device("cpu"))
         return gang.fn(gang.config)

@@ -17,7 +17,7 @@ from pipelines.engine.events import StepReport
 from pipelines.engine.store import open_store
 from pipelines.execution import execute, found, made, named
 from pipelines.graph import build
-from pipelines.settings import SettingsError, compose, corpus_key, section
+from pipelines.settings import SettingsError, compose, section
 
 if TYPE_CHECKING:
     from cluster.submit import ClusterSettings
@@ -249,25 +249,17 @@ def train(arguments: argparse.Namespace) -> int:
 def submit(arguments: argparse.Namespace) -> int:
     """`athanor submit`: hand a command to a cluster; the job's exit code if its log is followed."""
     from cluster.submit import submit as send
+    from pipelines.travel import sent
 
     if not arguments.command:
         raise SettingsError(
             "nothing to submit; put the command after two dashes: submit cluster=ray address=URL -- run experiment=demo"
         )
     settings = cluster_settings(arguments.overrides)
-    return send(settings, arguments.command, dry_run=arguments.dry_run, follow=not arguments.no_follow)
-
-
-def check_sent(verb: str, arguments: argparse.Namespace) -> None:
-    """Refuse a misspelled experiment or setting here instead of on the cluster. What is only there (files, GPUs) is not
-    looked at. Raises SettingsError."""
-    if verb in ("run", "train", "plan", "certify") and not getattr(arguments, "multirun", False):
-        settings = compose(arguments.overrides)
-        if verb != "plan" and settings.pretrains:
-            for step, source in settings.corpora().items():
-                if source.kind == "files" and not source.paths:
-                    key = f"{corpus_key(step)}.paths"
-                    raise SettingsError(f"{key} is empty: nothing to read; set {key}=[DIR or globs].")
+    command, lines = sent(settings, arguments.command, arguments.sent)
+    for line in lines:
+        sys.stderr.write(line + "\n")
+    return send(settings, command, dry_run=arguments.dry_run, follow=not arguments.no_follow)
 
 
 def logs(arguments: argparse.Namespace) -> int:
@@ -288,7 +280,11 @@ def cluster_settings(overrides: Sequence[str]) -> ClusterSettings:
     """Settings of `submit`: conf/cluster/KIND.yaml with KEY=VALUE on top. Raises SettingsError for a mistake in them."""
     from cluster.submit import KINDS
 
-    values = dict(word.split("=", 1) for word in overrides if "=" in word)
+    if strays := [word for word in overrides if "=" not in word]:
+        raise SettingsError(
+            f"{strays[0]!r} is no setting of a cluster; write KEY=VALUE, and the command after two dashes."
+        )
+    values = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in overrides)}
     kind = values.pop("cluster", None)
     if kind not in KINDS:
         near = difflib.get_close_matches(kind or "", KINDS, n=1)

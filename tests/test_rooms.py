@@ -29,6 +29,7 @@ DOORS = {
     "pipelines/settings.py": {"hydra", "omegaconf"},
     "pipelines/torchrun.py": {"torch"},  # process groups, no tensors
     "pipelines/verbs.py": {"cluster"},
+    "pipelines/travel.py": {"cluster"},  # names of its settings, for annotations
 }
 """The one file of a room that may import what the rest of it may not."""
 

@@ -10,30 +10,38 @@ from __future__ import annotations
 import atexit
 import importlib
 import importlib.util
-import math
 import os
 import secrets
 import signal
-import socket
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.engine.errors import EngineError
 from pipelines.engine.gang import SAVING_SECONDS, Gang, run_rank
+from pipelines.engine.machines import (
+    Claim,
+    Patience,
+    Resources,
+    check_feasible,
+    forget_launchers,
+    interface_with,
+)
 from pipelines.engine.outcome import WorkerDiedError, guarded_call, log_tail, opened, portable_call
+from pipelines.engine.ray_address import check_address, check_same
 from pipelines.engine.ray_health import RAY_ITSELF, SILENT_SECONDS, Head, RayGoneError, end_local_ray, leave_at_once
 
 Poll = Callable[[], None]
 """Called several times a second while a backend waits; raising from it ends what runs and what waits."""
+Say = Callable[[str], None]
+"""Told in a line what a backend waits for."""
 
 MAX_RETRIES = 3  # of a call whose worker died
 POLL_SECONDS = 0.2
-ANSWER_SECONDS = 6.0  # for an existing cluster to connect, and as long again to greet
 OBJECT_STORE_BYTES = 128 * 2**20  # results only; Ray's default would claim 30 % of the memory
 PACKAGES = ("pipelines", "model", "data", "conf", "cluster")
 
@@ -55,14 +63,6 @@ RAY_ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What there is to run on, altogether."""
-
-    cpus: float
-    gpus: float
-
-
 class Backend(Protocol):
     """Where steps' work runs."""
 
@@ -78,10 +78,12 @@ class Backend(Protocol):
         cpus: float = 1,
         gpus: float = 0,
         poll: Poll = ...,
+        say: Say = ...,
     ) -> Generator[tuple[str, Any], None, None]:
         """Run ``fn(*args)`` for each call in worker processes; (name, result) in the order they finish.
 
-        A call whose worker dies is tried again, at most MAX_RETRIES times; then WorkerDiedError.
+        A call whose worker dies is tried again, at most MAX_RETRIES times; then WorkerDiedError. What is waited for is
+        said.
         """
         ...
 
@@ -89,27 +91,16 @@ class Backend(Protocol):
         """Ranks will be asked for: prepare what can be prepared beside the steps before them."""
         ...
 
-    def gang(self, gang: Gang, *, poll: Poll = ...) -> Any:
-        """Run all ranks once and return rank 0's result. Raises a rank's error; WorkerDiedError if one was killed."""
+    def gang(self, gang: Gang, *, poll: Poll = ..., say: Say = ..., again: bool = False) -> Any:
+        """Run all ranks once and return rank 0's result. Raises a rank's error; WorkerDiedError if one was killed.
+
+        again: after a death, which may have been a machine's; then what is missing is waited for.
+        """
         ...
 
     def close(self) -> None:
         """End every process this backend started."""
         ...
-
-
-def check_feasible(there: Resources, *, cpus: float, gpus: float, copies: int = 1) -> int:
-    """How many such processes fit at once. Raises EngineError if ``copies`` of them never will."""
-    for name, each, total in (("GPU", gpus, there.gpus), ("CPU", cpus, there.cpus)):
-        if each * copies > total:
-            wanted = f"{copies} × {each:g}" if copies > 1 else f"{each:g}"
-            raise EngineError(
-                f"{wanted} {name}s asked for where there are {total:g}: it would wait for ever. Ask for fewer workers, "
-                f"or for fewer {name}s each, or run on a larger cluster."
-            )
-    by_cpu = there.cpus / cpus if cpus else math.inf
-    by_gpu = there.gpus / gpus if gpus else math.inf
-    return int(min(by_cpu, by_gpu, 1024))
 
 
 class RayBackend(Backend):
@@ -122,9 +113,11 @@ class RayBackend(Backend):
         cpus: int | None = None,
         gpus: int | None = None,
         packages: tuple[str, ...] = PACKAGES,
+        wait_seconds: float = 600,
     ) -> None:
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._cpus, self._gpus, self._packages = cpus, gpus, packages
+        self._wait_seconds = wait_seconds  # for lost machines
         self._start = threading.Lock()
         self._started = False
         self._owned = False
@@ -134,8 +127,9 @@ class RayBackend(Backend):
     def resources(self) -> Resources:
         if self._address is None and not self._started and self._cpus is not None and self._gpus is not None:
             return Resources(cpus=self._cpus, gpus=self._gpus)
-        total = self._ray().cluster_resources()
-        return Resources(cpus=total.get("CPU", 0.0), gpus=total.get("GPU", 0.0))
+        nodes = [node["Resources"] for node in self._ray().nodes() if node["Alive"]]
+        machines = tuple((float(node.get("CPU", 0)), float(node.get("GPU", 0))) for node in nodes)
+        return Resources(cpus=sum(c for c, _ in machines), gpus=sum(g for _, g in machines), machines=machines)
 
     def map(
         self,
@@ -145,11 +139,13 @@ class RayBackend(Backend):
         cpus: float = 1,
         gpus: float = 0,
         poll: Poll = lambda: None,
+        say: Say = lambda line: None,
     ) -> Generator[tuple[str, Any], None, None]:
         """Tasks of Ray, two for every free slot so that no worker waits for this loop; what has not ended is cancelled."""
         ray = self._ray()
         self._check_ray()
         at_once = check_feasible(self.resources(), cpus=cpus, gpus=gpus)
+        patience = self._patience(Claim(cpus=cpus, gpus=gpus), say)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(guarded_call)
         waiting = [(name, _portable(fn, *args)) for name, args in calls.items()][::-1]
         running: dict[Any, str] = {}
@@ -160,6 +156,7 @@ class RayBackend(Backend):
                     running[task.remote(call, sys.path)] = name
                 poll()
                 self._check_ray()
+                patience.enough()
                 ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
                 for reference in ready:
                     name = running.pop(reference)
@@ -184,11 +181,19 @@ class RayBackend(Backend):
         self._ray()
         threading.Thread(target=importlib.import_module, args=("ray.train.torch",), name="imports Ray Train").start()
 
-    def gang(self, gang: Gang, *, poll: Poll = lambda: None) -> Any:
+    def gang(self, gang: Gang, *, poll: Poll = lambda: None, say: Say = lambda line: None, again: bool = False) -> Any:
         """The ranks of one `TorchTrainer`, from a thread beside this one, which polls."""
         self._ray()
         self._check_ray()
-        check_feasible(self.resources(), cpus=gang.cpus_per_worker, gpus=gang.gpus_per_worker, copies=gang.workers)
+        claim = Claim(cpus=gang.cpus_per_worker, gpus=gang.gpus_per_worker, copies=gang.workers)
+        if again:
+            patience = self._patience(claim, say)
+            while not patience.enough():
+                poll()
+                self._check_ray()
+                time.sleep(POLL_SECONDS)
+        else:
+            check_feasible(self.resources(), cpus=claim.cpus, gpus=claim.gpus, copies=claim.copies)
         answer: list[Any] = []
         # In a thread of its own: Ray Train's fit() blocks, and in the main thread it would take over Ctrl-C.
         local = self._address is None
@@ -211,6 +216,18 @@ class RayBackend(Backend):
         if isinstance(answer[0], BaseException):
             raise answer[0]
         return answer[0]
+
+    def _patience(self, claim: Claim, say: Say) -> Patience:
+        there = self.resources()
+
+        def look() -> Resources:
+            """As it was while the head is away: Ray would wait for it, for longer than we do (`_check_ray`)."""
+            nonlocal there
+            if self._head is None or self._head.connects():
+                there = self.resources()
+            return there
+
+        return Patience(claim, look, wait_seconds=self._wait_seconds, say=say)
 
     def close(self) -> None:
         with self._start:
@@ -249,13 +266,13 @@ class RayBackend(Backend):
 
             if not self._started:
                 if self._address is not None:
-                    _check_address(self._address)
+                    check_address(self._address)
                 if not ray.is_initialized():
                     _in_lasting_thread(self._connect)
                     _take_back_sigterm()
                     self._owned = True
                 elif self._address is not None:
-                    _check_same(self._address, ray.get_runtime_context().gcs_address)
+                    check_same(self._address, ray.get_runtime_context().gcs_address)
                 if self._address is not None:
                     self._head = Head(ray.get_runtime_context().gcs_address)
                 self._started = True
@@ -326,45 +343,6 @@ def _take_back_sigterm() -> None:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _check_address(address: str) -> None:
-    """EngineError unless something answers there; ``ray.init`` alone waits for minutes, then ends the process."""
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    if "://" in address or not host or not port.isdigit():
-        raise EngineError(
-            f"address={address}: expected host:port of a Ray head (usually port 6379). To reach a cluster from "
-            f"outside, send the whole command there: athanor submit cluster=ray address=http://HOST:8265 -- run ..."
-        )
-    try:
-        with socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS) as connection:
-            if not os.environ.get("RAY_USE_TLS"):
-                _expect_grpc(connection)
-    except OSError as error:
-        raise EngineError(
-            f"address={address}: no Ray cluster answers there ({error.strerror or error}). Check that it runs (ray "
-            f"status) and that this machine may reach it, or leave the address out to start Ray on this machine."
-        ) from error
-
-
-def _check_same(address: str, joined: str) -> None:
-    """EngineError if this process already belongs to another cluster than the one it is asked to use."""
-    if address != "auto" and address.rpartition(":")[2] != joined.rpartition(":")[2]:
-        raise EngineError(
-            f"address={address}: this process already belongs to the Ray cluster at {joined}, and Ray allows one. Leave "
-            f"the address out to use that one, or start the command by itself."
-        )
-
-
-def _expect_grpc(connection: socket.socket) -> None:
-    """OSError unless the other end greets like a Ray head: gRPC, which is HTTP/2, opens with SETTINGS."""
-    settings = 4
-    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, settings, 0, 0, 0, 0, 0]))
-    greeting = connection.recv(9)
-    if len(greeting) < 4 or greeting[3] != settings:
-        raise OSError("something else listens on this port")
-
-
 def _portable(fn: Callable[..., Any], *args: Any) -> bytes:
     """As ``portable_call``; cloudpickle also takes along functions of a program's main module."""
     import ray.cloudpickle
@@ -391,10 +369,35 @@ def _ray_rank(config: dict[str, Any]) -> Any:
     return outcome
 
 
+def _take_place() -> None:
+    """In each rank, before it joins the others: by Ray's address of its machine, whatever the host's name resolves to (on
+    Debian to 127.0.1.1, where no other machine finds it), and by no other launcher's word."""
+    import ray
+
+    forget_launchers()
+    interface = interface_with(ray.util.get_node_ip_address())
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
 def _fit(gang: Gang, local: bool) -> Any:
     """One attempt under Ray Train: rank 0's result, or the error to raise."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    joins: Any = TorchConfig().backend_cls
+
+    class Joining(joins):
+        """PyTorch's process group, by the machines' addresses in Ray."""
+
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(_take_place)
+            super().on_start(worker_group, backend_config)
+
+    class JoiningConfig(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return Joining
 
     unused = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if local else set())
 
@@ -416,7 +419,7 @@ def _fit(gang: Gang, local: bool) -> Any:
     trainer = Trainer(
         _ray_rank,
         train_loop_config={"call": _portable(run_rank, gang), "search_path": sys.path},
-        torch_config=TorchConfig(backend=gang.torch_backend),
+        torch_config=JoiningConfig(backend=gang.torch_backend),
         scaling_config=ScalingConfig(
             num_workers=gang.workers, use_gpu=gang.gpus_per_worker > 0, resources_per_worker=resources
         ),

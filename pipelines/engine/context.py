@@ -13,7 +13,7 @@ from pipelines.engine.backend import Backend
 from pipelines.engine.events import Event, OnEvent
 from pipelines.engine.gang import Gang
 from pipelines.engine.lease import Lease
-from pipelines.engine.outcome import WorkerDiedError
+from pipelines.engine.outcome import LostMachineError, WorkerDiedError
 from pipelines.engine.step import Context
 from pipelines.engine.store import Store
 from pipelines.engine.work import Shard, Work, as_json, run_shard
@@ -68,7 +68,7 @@ class RunContext(Context):
             if name not in done
         }
         self.progress(label, len(done), len(payloads), "shards")
-        results = self.backend.map(run_shard, calls, cpus=cpus, gpus=gpus, poll=self.still_holds)
+        results = self.backend.map(run_shard, calls, cpus=cpus, gpus=gpus, poll=self.still_holds, say=self.say)
         with contextlib.closing(results):  # an error here ends the workers now, not when its traceback is forgotten
             for name, result in results:
                 done[name] = result
@@ -78,7 +78,7 @@ class RunContext(Context):
 
     def call(self, fn: Callable[..., Any], *args: Any, cpus: float = 1, gpus: float = 0) -> Any:
         name = getattr(fn, "__name__", "call")
-        results = self.backend.map(fn, {name: args}, cpus=cpus, gpus=gpus, poll=self.still_holds)
+        results = self.backend.map(fn, {name: args}, cpus=cpus, gpus=gpus, poll=self.still_holds, say=self.say)
         return dict(results)[name]
 
     def gang(
@@ -115,7 +115,9 @@ class RunContext(Context):
                 logs=self._new_logs(),
             )
             try:
-                return self.backend.gang(gang, poll=poll)
+                return self.backend.gang(gang, poll=poll, say=self.say, again=failures > 0)
+            except LostMachineError:
+                raise  # waiting for another has been tried
             except WorkerDiedError as error:
                 self.still_holds()
                 failures += 1

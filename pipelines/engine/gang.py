@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.engine.machines import forget_launchers
 from pipelines.engine.outcome import failed, guarded
 
 
@@ -41,6 +42,7 @@ SAVING_SECONDS = 20.0
 
 def run_rank(gang: Gang) -> bytes:
     """In a rank's process, with RANK and the rest set: run, with output in the rank's log; the outcome, pickled."""
+    forget_launchers()
     rank = os.environ["RANK"]
     if gang.logs.is_dir():
         _send_output_to(gang.logs / f"rank-{rank}.log")

@@ -20,8 +20,9 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from pipelines.engine.backend import MAX_RETRIES, Backend, Poll, Resources, check_feasible
+from pipelines.engine.backend import MAX_RETRIES, Backend, Poll, Say
 from pipelines.engine.gang import SAVING_SECONDS, Gang, run_rank
+from pipelines.engine.machines import Resources, check_feasible
 from pipelines.engine.outcome import WorkerDiedError, describe_exit, guarded_call, log_tail, opened, portable_call
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork of a process with threads or torch in it may hang
@@ -57,6 +58,7 @@ class LocalBackend(Backend):
         cpus: float = 1,
         gpus: float = 0,
         poll: Poll = lambda: None,
+        say: Say = lambda line: None,
     ) -> Generator[tuple[str, Any], None, None]:
         """Worker processes of this machine, as many as its cores allow; in one process the calls take turns."""
         at_once = check_feasible(self._resources, cpus=cpus, gpus=gpus)
@@ -79,7 +81,7 @@ class LocalBackend(Backend):
     def expect_gang(self) -> None:
         """Nothing to prepare."""
 
-    def gang(self, gang: Gang, *, poll: Poll = lambda: None) -> Any:
+    def gang(self, gang: Gang, *, poll: Poll = lambda: None, say: Say = lambda line: None, again: bool = False) -> Any:
         """One process for each rank, joined by torch.distributed on loopback; a lone rank may run in this process."""
         check_feasible(self._resources, cpus=gang.cpus_per_worker, gpus=gang.gpus_per_worker, copies=gang.workers)
         if self._in_process and gang.workers == 1:

@@ -12,13 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipelines.engine.errors import EngineError
+from pipelines.engine.errors import LOST_MACHINE, EngineError
 
 LOG_TAIL_BYTES = 2000
 
 
 class WorkerDiedError(EngineError):
     """A worker process ended without a word: killed, out of memory, or its machine went away."""
+
+
+class LostMachineError(WorkerDiedError):
+    """A machine went away and no other took its place in time."""
+
+    exit_code = LOST_MACHINE
 
 
 def guarded(fn: Callable[..., Any], *args: Any) -> bytes:

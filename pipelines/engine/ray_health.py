@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines.engine.errors import EngineError
+from pipelines.engine.errors import LOST_MACHINE, EngineError
 
 SILENT_SECONDS = 30.0  # of a cluster's head, until it counts as gone
 RAY_ITSELF = ("gcs_server", "raylet")
@@ -24,6 +24,8 @@ RAY_ITSELF = ("gcs_server", "raylet")
 
 class RayGoneError(EngineError):
     """Ray ended under this process, which has to end too and can be started again."""
+
+    exit_code = LOST_MACHINE
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what}. What is finished is kept; run the same command again to continue.")
@@ -45,10 +47,16 @@ class Head:
                 self._answered = now
             if now - self._asked > 2:
                 self._asked = now
-                host, _, port = self.address.rpartition(":")
-                with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=1):
+                if self.connects():
                     self._answered = now
             return now - self._answered < SILENT_SECONDS
+
+    def connects(self) -> bool:
+        """Whether it takes a connection now."""
+        host, _, port = self.address.rpartition(":")
+        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=1):
+            return True
+        return False
 
 
 def end_local_ray(node: Any) -> None:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.engine import manifest as manifests
-from pipelines.engine.backend import Backend, Resources
+from pipelines.engine.backend import Backend
 from pipelines.engine.context import CancelledError, RunContext, run_stage
 from pipelines.engine.errors import EngineError
 from pipelines.engine.events import Event, OnEvent, State, StepReport
 from pipelines.engine.files import FileHashes
 from pipelines.engine.lease import Held, Lease, LeaseLostError
+from pipelines.engine.machines import Resources
 from pipelines.engine.resolve import Graph, Node, check_sources, node_of, resolve
 from pipelines.engine.step import Artifact, Step
 from pipelines.engine.store import Store, storage_errors

@@ -86,6 +86,8 @@ def _dataclass(cls: type, mapping: Any, where: str) -> Any:
 def _placed(where: str, error: Exception) -> str:
     """What a class said of its own fields, with their place in the settings: `a.lr = 0: …`, `a: the sum of …`."""
     where, words = where.lstrip("."), str(error)
+    if not where:
+        return words
     above, _, last = where.rpartition(".")
     if words.startswith(f"{last}."):
         return f"{above}.{words}" if above else words

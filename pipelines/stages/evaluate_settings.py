@@ -45,7 +45,7 @@ class EvaluateSettings:
     compressors: tuple[Literal["gzip", "xz"], ...] = ("gzip", "xz")
     tasks: tuple[str, ...] = ()
     """lm-evaluation-harness tasks, groups or tags: names of YAML files in conf/evaluate/tasks or in task_folders."""
-    task_folders: tuple[str, ...] = field(default=(), metadata={"execution": True})
+    task_folders: tuple[str, ...] = field(default=(), metadata={"execution": True, "path": True})
     """Where else to look for tasks. What counts is what is in their files, which enter the step's digest."""
     task_examples: int = 100
     """Examples of a task made from held-out documents; a task that brings its own data uses all of it."""

@@ -24,7 +24,7 @@ from pipelines.training.settings import TrainSettings
 class FinetuneSettings:
     """Supervised fine-tuning on conversations, loss on the assistant's tokens only."""
 
-    init_from: str | None = field(default=None, metadata={"execution": True})
+    init_from: str | None = field(default=None, metadata={"execution": True, "path": True})
     """A Hugging Face folder of weights to tune instead of a pretrained model; its content enters digests."""
     data: InstructionSettings = field(default_factory=InstructionSettings)
     too_long: Literal["truncate", "drop"] = "drop"

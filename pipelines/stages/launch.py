@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,14 @@ class ComputeSettings:
     """auto: cuda where this machine has an NVIDIA device, else cpu."""
     cpus_per_rank: int | None = None
     """null: this machine's cores divided by the ranks, at least 1."""
+    wait_seconds: float = 600
+    """For a machine that was lost to come back, or another in its place; then the run ends with exit code 75."""
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
             raise ValueError(f"ranks = {self.ranks}: training takes at least one process; use compute.ranks=1 or more.")
+        if not 0 <= self.wait_seconds < math.inf:
+            raise ValueError(f"wait_seconds = {self.wait_seconds}: must be 0 or more seconds.")
         if self.cpus_per_rank is not None and self.cpus_per_rank < 1:
             raise ValueError(f"cpus_per_rank = {self.cpus_per_rank}: a process takes at least one core, or null.")
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster import member
 from cluster.errors import ClusterError
-from cluster.slurm import SlurmSettings, render, submit
+from cluster.slurm import LOST_MACHINE_EXIT_CODE, SlurmSettings, render, submit
+from pipelines.engine.errors import LOST_MACHINE
 
+ROOT = Path(__file__).parents[2]
 COMMAND = ["run", "experiment=gpt2-124m", "corpus.paths=[/data/a b,/data/$HOME]"]
 
 
@@ -69,39 +76,107 @@ def test_a_store_in_the_command_wins() -> None:
     assert "/shared/runs &" not in text
 
 
+def _job(folder: Path, *, driver: str, step: str = "sleep 60", state: str = "RUNNING", restarts: int = 0) -> Path:
+    """The script without its Ray: bash runs it with a driver and a step of ours, and a `scontrol` that notes its words."""
+    text = script(max_requeues=2)
+    ends, runs = text.split("# ---- the end")[1].split("# ---- the head")[0], text.split("# ---- the run\n")[1]
+    runs = "\n".join(f"({driver}) &" if "-m pipelines" in line else line for line in runs.split("\n"))
+    stubs = f"""
+scontrol() {{ [ "$1" = show ] && echo JobState={state} || echo "$@" >> {folder}/requeued; }}
+srun() {{ :; }}
+timeout() {{ :; }}
+SLURM_JOB_ID=7; SLURM_JOB_NUM_NODES=2; SLURM_RESTART_COUNT={restarts}; ray_folder=/nowhere
+# the end"""
+    path = folder / "job.sh"
+    path.write_text(f"{stubs}{ends}{step} & steps+=($!)\n{runs}")
+    return path
+
+
+SAVES = "trap 'exit 130' TERM; sleep 20 & echo $! > {folder}/sleeps; touch {folder}/ready; wait $!"
+
+
 @pytest.mark.parametrize("code", [0, 3, 137])
-@pytest.mark.parametrize("warn", [False, True])
-def test_the_driver_decides_the_exit_code_and_a_warning_requeues(tmp_path: Path, code: int, warn: bool) -> None:
-    """The last part of the script, run by bash with a driver of ours and a `scontrol` that notes its arguments."""
-    tail = script(max_requeues=2).split("# ---- the run;")[1].split("\n", 1)[1]
-    driver = "sleep 20" if warn else f"sh -c 'exit {code}'"
-    lines = [
-        f"(trap 'exit {code}' TERM; {driver} & wait $!) &" if "-m pipelines" in line else line
-        for line in tail.split("\n")
-    ]
-    notes = tmp_path / "requeued"
-    (tmp_path / "job.sh").write_text(f'scontrol() {{ echo "$@" >> {notes}; }}\nSLURM_JOB_ID=7\n' + "\n".join(lines))
-    process = subprocess.Popen(["bash", tmp_path / "job.sh"], stdout=subprocess.DEVNULL, start_new_session=True)
-    if warn:
-        _signal_when_ready(process)
-    assert process.wait(timeout=30) == code
-    assert notes.exists() == (warn and code != 0)
+def test_the_driver_decides_the_exit_code(tmp_path: Path, code: int) -> None:
+    path = _job(tmp_path, driver=f"sleep 0.2; exit {code}")
+    assert subprocess.run(["bash", path], stdout=subprocess.DEVNULL, timeout=30).returncode == code
+    assert not (tmp_path / "requeued").exists()
 
 
-def _signal_when_ready(process: subprocess.Popen[bytes]) -> None:
-    """USR1 once bash sits in `wait` with its trap set."""
-    import signal
-    import time
+@pytest.mark.parametrize(
+    ("warning", "state", "restarts", "requeued"),
+    [
+        (signal.SIGUSR1, "RUNNING", 0, True),  # the time limit
+        (signal.SIGTERM, "RUNNING", 0, True),  # a preemption, as cluster.member passes it on
+        (signal.SIGTERM, "CANCELLED", 0, False),  # scancel
+        (signal.SIGTERM, "RUNNING", 2, False),  # max_requeues
+    ],
+)
+def test_a_warning_lets_the_run_save_and_requeues_what_nobody_cancelled(
+    tmp_path: Path, warning: signal.Signals, state: str, restarts: int, requeued: bool
+) -> None:
+    path = _job(tmp_path, driver=SAVES.format(folder=tmp_path), state=state, restarts=restarts)
+    process = subprocess.Popen(["bash", path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _wait_for(tmp_path / "ready")
+    process.send_signal(warning)
+    time.sleep(0.1)
+    process.send_signal(warning)  # a second one is not passed on: the run would leave without saving
+    assert process.wait(timeout=30) == 130
+    assert (tmp_path / "requeued").exists() == requeued
 
-    status = Path(f"/proc/{process.pid}/status")
-    usr1 = 1 << (signal.SIGUSR1 - 1)
-    while (
-        not int(next(line for line in status.read_text().splitlines() if line.startswith("SigCgt")).split()[1], 16)
-        & usr1
-    ):
+
+def test_a_lost_machine_requeues(tmp_path: Path) -> None:
+    path = _job(tmp_path, driver=f"sleep 0.2; exit {LOST_MACHINE}")
+    assert subprocess.run(["bash", path], stdout=subprocess.DEVNULL, timeout=30).returncode == LOST_MACHINE
+    assert (tmp_path / "requeued").read_text().split()[0] == "requeue"
+
+
+def test_a_dead_part_of_ray_ends_the_job_within_seconds_as_a_lost_machine(tmp_path: Path) -> None:
+    path = _job(tmp_path, driver=SAVES.format(folder=tmp_path), step="sleep 0.5")
+    began = time.monotonic()
+    with (tmp_path / "log").open("w") as log:
+        assert subprocess.run(["bash", path], stdout=log, stderr=log, timeout=30).returncode == LOST_MACHINE
+    assert time.monotonic() - began < 8
+    assert "a part of Ray ended before the run did" in (tmp_path / "log").read_text()
+    assert (tmp_path / "requeued").exists()
+
+
+def test_the_shell_and_the_engine_call_a_lost_machine_by_one_code() -> None:
+    assert LOST_MACHINE_EXIT_CODE == LOST_MACHINE == 75
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGUSR1)
+
+
+def test_a_member_keeps_its_command_from_the_warning_passes_it_on_and_ends_when_told(tmp_path: Path) -> None:
+    """As Slurm signals a step: every process of it."""
+    inner = f"import os, time; open('{tmp_path}/inner', 'w').write(str(os.getpid())); time.sleep(60)"
+    waits = f"touch {tmp_path}/ready; while [ ! -e {tmp_path}/end ]; do sleep 0.05; done"
+    batch = subprocess.Popen(["bash", "-c", f"trap 'touch {tmp_path}/warned' TERM; {waits}"])
+    _wait_for(tmp_path / "ready")
+    member = subprocess.Popen(
+        [sys.executable, "-m", "cluster.member", "--warn", str(batch.pid), sys.executable, "-c", inner], cwd=ROOT
+    )
+    _wait_for(tmp_path / "inner")
+    time.sleep(0.1)
+    pid = int((tmp_path / "inner").read_text())
+    for each in (pid, member.pid):
+        os.kill(each, signal.SIGTERM)
+    _wait_for(tmp_path / "warned")
+    assert member.poll() is None
+    for each in (pid, member.pid):
+        os.kill(each, signal.SIGUSR2)
+    assert member.wait(timeout=20) == 0
+    (tmp_path / "end").touch()
+    batch.wait(timeout=20)
+
+
+@pytest.mark.parametrize(("code", "ends_with"), [(0, 1), (3, 3)])
+def test_a_member_whose_command_ends_by_itself_has_failed(code: int, ends_with: int) -> None:
+    assert member.main([sys.executable, "-c", f"import sys; sys.exit({code})"]) == ends_with
 
 
 @pytest.mark.parametrize(

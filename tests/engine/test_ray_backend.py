@@ -18,12 +18,13 @@ import worker_functions as workers
 from engine_program import graph, make
 from test_engine_kills import lines_until, made_by, marked, start, wait_until, wait_until_gone
 
-from pipelines.engine import backend as backend_module
+from pipelines.engine import ray_address
 from pipelines.engine.backend import RayBackend
 from pipelines.engine.errors import EngineError
 from pipelines.engine.gang import Gang
 from pipelines.engine.local_backend import LocalBackend
 from pipelines.engine.outcome import WorkerDiedError
+from pipelines.engine.ray_address import check_same
 from pipelines.engine.runner import run
 from pipelines.engine.step import Context, Step
 from pipelines.engine.store import open_store
@@ -171,8 +172,8 @@ def _answers(port: int) -> bool:
 
 
 def test_a_port_where_something_else_listens_is_said_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backend_module.ANSWER_SECONDS <= 7  # to connect, and again to greet: 15 s at most
-    monkeypatch.setattr(backend_module, "ANSWER_SECONDS", 1.0)
+    assert ray_address.ANSWER_SECONDS <= 7  # to connect, and again to greet: 15 s at most
+    monkeypatch.setattr(ray_address, "ANSWER_SECONDS", 1.0)
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
@@ -194,7 +195,7 @@ def test_an_address_is_not_ignored_where_ray_runs_already(backend: RayBackend) -
     here = ray.get_runtime_context().gcs_address
     assert RayBackend(here).resources().cpus == 2
     with pytest.raises(EngineError, match="already belongs to the Ray cluster"):
-        backend_module._check_same("127.0.0.1:1", here)
+        check_same("127.0.0.1:1", here)
 
 
 @pytest.mark.parametrize(
