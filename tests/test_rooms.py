@@ -25,6 +25,7 @@ FORBIDDEN: dict[str, set[str]] = {
 }
 DOORS = {
     "pipelines/engine/backend.py": {"ray"},
+    "pipelines/engine/ray_address.py": {"ray"},  # its token
     "pipelines/training/zero.py": {"deepspeed"},
     "pipelines/settings.py": {"hydra", "omegaconf"},
     "pipelines/torchrun.py": {"torch"},  # process groups, no tensors
@@ -37,7 +38,7 @@ LIBRARIES = {
     "model": {"torch", "safetensors"},
     "data": {"numpy", "pyarrow", "sentencepiece", "tokenizers", "jinja2", "torch"},
     "cluster": {"yaml", "ray", "requests"},
-    "pipelines/engine": {"fsspec", "ray"},
+    "pipelines/engine": {"fsspec", "ray", "grpc"},
 }
 """What the rooms with a list of their own may import beside the standard library."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 
@@ -13,7 +14,7 @@ ANSWER_SECONDS = 6.0  # to connect, and as long again to greet
 def check_address(address: str) -> None:
     """EngineError unless something answers there; ``ray.init`` alone waits for minutes, then ends the process."""
     if address == "auto":
-        return
+        address = _running_here()
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
         raise EngineError(
@@ -24,11 +25,52 @@ def check_address(address: str) -> None:
         with socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS) as connection:
             if not os.environ.get("RAY_USE_TLS"):
                 _expect_grpc(connection)
+                _expect_admission(address)
     except OSError as error:
         raise EngineError(
             f"address={address}: no Ray cluster answers there ({error.strerror or error}). Check that it runs (ray "
             f"status) and that this machine may reach it, or leave the address out to start Ray on this machine."
         ) from error
+
+
+def _running_here() -> str:
+    """Where the Ray of this machine is, as `auto` finds it."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        found = canonicalize_bootstrap_address("auto")
+    except ConnectionError:
+        found = None
+    if not found:
+        raise EngineError(
+            "address=auto: no Ray runs on this machine. Start one (ray start --head), give the head's host:port, or leave "
+            "the address out."
+        )
+    return str(found)
+
+
+def _expect_admission(address: str) -> None:
+    """EngineError where the head asks for a token that this process does not have: Ray would try for most of a minute, and
+    then say that it failed to connect."""
+    import grpc
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+
+    logging.getLogger("ray._private.authentication.http_token_authentication").setLevel(logging.ERROR)
+    ours = {name.lower(): value for name, value in get_auth_headers_if_auth_enabled({}).items()}
+    with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(
+                b"", timeout=ANSWER_SECONDS, metadata=tuple(ours.items())
+            )
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.UNAUTHENTICATED:
+                return  # whatever else it is, Ray itself says more of it
+            has = "it is not the token that this process has" if ours else "this process has none"
+            raise EngineError(
+                f"address={address}: this Ray cluster asks for a token, and {has}. Set RAY_AUTH_MODE=token and "
+                "RAY_AUTH_TOKEN_PATH=FILE, the file that holds the cluster's token (on its head: ~/.ray/auth_token, or what "
+                "RAY_AUTH_TOKEN_PATH says there)."
+            ) from error
 
 
 def check_same(address: str, joined: str) -> None:

@@ -237,6 +237,7 @@ class Trainer:
                         folder=self.run.out_dir / "logs",
                         label=self.run.label,
                         config=self.run.config,
+                        say=self.say,
                     )
                 )
             except TrainingError as error:
@@ -376,10 +377,10 @@ class Trainer:
                 f"MFU = tokens/s x {self.run.flops_per_token:,.0f} FLOPs a token / ({plan.world_size} x {source}); "
                 f"{self.run.flop_formula}"
             )
-        self.say(tracking_line(self.settings.tracking))
         if (few := self._few_steps()) is not None:
             self.say(f"WARNING {few}")
         if self.ranks.is_first:
+            self.say(tracking_line(self.settings.tracking))
             (self.run.out_dir / "ds_config.json").write_text(json.dumps(self.engine.config, indent=2) + "\n")
 
     def _stop_if_diverged(self) -> None:

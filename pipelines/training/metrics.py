@@ -7,14 +7,15 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from pipelines.training.errors import TrainingError
 from pipelines.training.settings import TrackingSettings
+from pipelines.training.wandb_mode import INIT_SECONDS, wandb_mode
 
 METRICS = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 10.0
@@ -139,7 +140,14 @@ class WandbRun:
     """Weights & Biases for one training run: one id, so a resumed run goes on under it with its own step numbers."""
 
     def __init__(
-        self, settings: TrackingSettings, *, run_id: str, folder: Path, label: str, config: Mapping[str, Any]
+        self,
+        settings: TrackingSettings,
+        mode: Literal["online", "offline"],
+        *,
+        run_id: str,
+        folder: Path,
+        label: str,
+        config: Mapping[str, Any],
     ) -> None:
         import wandb
 
@@ -153,10 +161,16 @@ class WandbRun:
             job_type=label,
             id=run_id,
             resume="allow",
-            mode="online" if _is_online(settings) else "offline",
+            mode=mode,
             dir=str(folder),
             config=dict(config),
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                disable_code=True,
+                init_timeout=INIT_SECONDS if settings.mode == "auto" else 90.0,
+            ),
         )
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
@@ -212,14 +226,31 @@ def _reference(url: str, metadata: dict[str, Any]) -> Any:
 
 @contextmanager
 def wandb_run(
-    settings: TrackingSettings, *, run_id: str, folder: Path, label: str, config: Mapping[str, Any]
+    settings: TrackingSettings,
+    *,
+    run_id: str,
+    folder: Path,
+    label: str,
+    config: Mapping[str, Any],
+    say: Callable[[str], None] = print,
 ) -> Iterator[WandbRun | None]:
     """The run at Weights & Biases, or None where none is wanted. Raises TrainingError where it does not start."""
-    if settings.mode == "off":
+    mode, _ = wandb_mode(settings)
+    if mode == "off":
         yield None
         return
     try:
-        run = WandbRun(settings, run_id=run_id, folder=folder, label=label, config=config)
+        try:
+            run = WandbRun(settings, mode, run_id=run_id, folder=folder, label=label, config=config)
+        except Exception as error:
+            if settings.mode != "auto" or mode == "offline" or not _server_is_away(error):
+                raise
+            import wandb
+
+            wandb.teardown()  # else the run's id is in use
+            why = str(error).partition("\n")[0]
+            say(f"tracking: Weights & Biases offline after all, its server took no run ({why})")
+            run = WandbRun(settings, "offline", run_id=run_id, folder=folder, label=label, config=config)
     except Exception as error:
         raise TrainingError(
             f"tracking.mode = {settings.mode}: Weights & Biases did not start ({error}). Use tracking.mode=offline, or "
@@ -233,23 +264,21 @@ def wandb_run(
         run.close(failed=failed)
 
 
+def _server_is_away(error: Exception) -> bool:
+    """Whether it is the server that failed, and not a key that it refused."""
+    from wandb.errors import AuthenticationError, CommError
+
+    return isinstance(error, CommError) and not isinstance(error, AuthenticationError)
+
+
 def tracking_line(settings: TrackingSettings) -> str:
     """What is tracked where, in one line."""
-    if settings.mode == "off":
-        return "tracking: metrics.jsonl only (tracking.mode=off)"
-    if _is_online(settings):
+    mode, why = wandb_mode(settings)
+    if mode == "off":
+        return f"tracking: metrics.jsonl only ({why})"
+    if mode == "online":
         return f"tracking: Weights & Biases online, project {settings.project}"
-    why = "no key is set" if settings.mode == "auto" else "tracking.mode=offline"
     return f"tracking: Weights & Biases offline ({why}); upload later with `wandb sync`"
-
-
-def _is_online(settings: TrackingSettings) -> bool:
-    if settings.mode != "auto":
-        return settings.mode == "online"
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    return netrc.exists() and "api.wandb.ai" in netrc.read_text()
 
 
 def duration(seconds: float) -> str:

@@ -13,6 +13,9 @@ import torch.distributed as dist
 from pipelines.training.errors import TrainingError
 from pipelines.training.settings import TrainSettings
 
+MPI = ("OMPI_", "PMIX_", "PMI_", "MV2_")
+"""Of an mpirun in whose shell the run was started: DeepSpeed would compare its ranks with ours, and stop."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -68,6 +71,8 @@ def join(settings: TrainSettings) -> Ranks:
     this is a run of one process. A process group that is there already is used. Raises TrainingError for a GPU asked
     for where there is none.
     """
+    for name in [name for name in os.environ if name.startswith(MPI)]:
+        del os.environ[name]
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

@@ -120,9 +120,14 @@ def test_raising_from_poll_ends_what_runs(backend: LocalBackend, tmp_path: Path)
     wait_until_gone([int(path.name) for path in tmp_path.glob("[0-9]*")])
 
 
-def test_ranks_see_their_place_and_rank_0_answers(backend: LocalBackend, tmp_path: Path) -> None:
+def test_ranks_see_their_place_and_rank_0_answers(
+    backend: LocalBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK", "TORCHELASTIC_USE_AGENT_STORE", "GROUP_RANK", "RANK"):
+        monkeypatch.setenv(name, "7")  # of another launcher, in whose shell this was started
     answer = backend.gang(gang(tmp_path, workers.rank_environment))
     assert (answer["RANK"], answer["WORLD_SIZE"], answer["LOCAL_WORLD_SIZE"]) == ("0", "2", "2")
+    assert answer["of other launchers"] == ""
     other = (tmp_path / "rank1").read_text()
     assert f"'MASTER_PORT': '{answer['MASTER_PORT']}'" in other
     assert "'LOCAL_RANK': '1'" in other

@@ -125,12 +125,12 @@ def test_nothing_stays_behind_a_killed_driver_and_the_next_run_continues(tmp_pat
 
 
 @pytest.mark.slow
-def test_workers_of_an_existing_cluster_get_this_code(tmp_path: Path) -> None:
+def test_workers_of_an_existing_cluster_get_this_code_and_its_token_is_asked_for_at_once(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ray = Path(sys.executable).with_name("ray")
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": ""}
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "PYTHONPATH": ""}
     arguments = f"start --head --block --port={port} --num-cpus=2 --node-ip-address=127.0.0.1 --include-dashboard=false"
     head = subprocess.Popen(
         [ray, *arguments.split()],
@@ -149,6 +149,12 @@ def test_workers_of_an_existing_cluster_get_this_code(tmp_path: Path) -> None:
     try:
         wait_until(lambda: _answers(port), 60)
         time.sleep(1)
+        began = time.monotonic()
+        with pytest.raises(
+            EngineError, match=r"asks for a token, and .* Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+        ):
+            RayBackend(f"127.0.0.1:{port}").resources()
+        assert time.monotonic() - began < 15
         answer = subprocess.run(
             [sys.executable, "-c", program, f"127.0.0.1:{port}"],
             cwd=tmp_path,

@@ -62,6 +62,8 @@ def die_until(marks: str, times: int) -> str:
 def rank_environment(config: dict[str, Any]) -> dict[str, str]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     found = {name: os.environ[name] for name in names}
+    others = ("OMPI_", "PMI_", "TORCHELASTIC_", "GROUP_RANK")
+    found["of other launchers"] = " ".join(name for name in os.environ if name.startswith(others))
     Path(config["folder"], f"rank{found['RANK']}").write_text(str(found))
     return found
 

@@ -24,6 +24,7 @@ def _rank(rank: int, world_size: int, port: int, fn: Callable[..., None], argume
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in names.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ.update(OMPI_COMM_WORLD_LOCAL_RANK="7", PMI_RANK="7")  # of an mpirun in whose shell this was started
     torch.set_num_threads(1)
     from pipelines.training.ranks import leave
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import math
+import socket
 import struct
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pipelines.training import metrics as metrics_module
+from pipelines.training import wandb_mode as wandb_mode_module
 from pipelines.training.hardware import GPU_PEAKS, peak_flops
 from pipelines.training.metrics import (
     MetricsLog,
@@ -24,6 +30,7 @@ from pipelines.training.metrics import (
     wandb_run,
 )
 from pipelines.training.settings import TrackingSettings
+from pipelines.training.wandb_mode import wandb_mode
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
@@ -118,13 +125,87 @@ def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_without_a_key_tracking_is_offline_and_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def server() -> Iterator[str]:
+    """It answers GET, and takes runs without ever answering: as behind a proxy that has lost what it stands for."""
+    leave = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(404)
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            leave.wait(60)
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http_server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http_server.server_port}"
+    leave.set()
+    http_server.shutdown()
+
+
+@pytest.fixture
+def keyed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert "offline (no key is set)" in tracking_line(TrackingSettings(mode="auto"))
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    assert "online" in tracking_line(TrackingSettings(mode="auto"))
+    return monkeypatch
+
+
+def test_tracking_is_where_the_settings_the_environment_the_key_and_the_server_say(
+    keyed: pytest.MonkeyPatch, server: str, tmp_path: Path
+) -> None:
+    auto = TrackingSettings(mode="auto")
+    keyed.setenv("WANDB_BASE_URL", server)
+    assert wandb_mode(auto) == ("online", "a key is set")
+    for value, mode in (("offline", "offline"), ("dryrun", "offline"), ("disabled", "off"), ("online", "online")):
+        keyed.setenv("WANDB_MODE", value)
+        assert wandb_mode(auto)[0] == mode, value
+        assert wandb_mode(TrackingSettings(mode="online"))[0] == "online"  # what the settings say outright counts
+    keyed.setenv("WANDB_MODE", "disabled")
+    assert tracking_line(auto) == "tracking: metrics.jsonl only (WANDB_MODE=disabled)"
+    keyed.delenv("WANDB_MODE")
+    keyed.delenv("WANDB_API_KEY")
+    assert "offline (no key is set)" in tracking_line(auto)
+    (tmp_path / "none").write_text(
+        "machine 127.0.0.1 login user password k\n"
+    )  # `wandb login` at a server of one's own
+    assert wandb_mode(auto)[0] == "online"
     assert "offline (tracking.mode=offline)" in tracking_line(TrackingSettings(mode="offline"))
+
+
+def test_auto_is_offline_within_seconds_where_the_server_does_not_answer(keyed: pytest.MonkeyPatch) -> None:
+    keyed.setattr(wandb_mode_module, "ANSWER_SECONDS", 0.3)
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        refusing = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        keyed.setenv("WANDB_BASE_URL", refusing)
+        assert wandb_mode(TrackingSettings(mode="auto")) == ("offline", f"{refusing} does not answer")
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        keyed.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        assert wandb_mode(TrackingSettings(mode="auto"))[0] == "offline"
+
+
+@pytest.mark.slow
+def test_a_server_that_answers_and_takes_no_run_leaves_auto_offline_and_says_so(
+    keyed: pytest.MonkeyPatch, server: str, tmp_path: Path
+) -> None:
+    keyed.setenv("WANDB_BASE_URL", server)
+    keyed.setattr(metrics_module, "INIT_SECONDS", 2.0)
+    said: list[str] = []
+    described: dict[str, Any] = {"run_id": "abc124", "folder": tmp_path, "label": "pretrain", "config": {}}
+    with wandb_run(TrackingSettings(mode="auto"), **described, say=said.append) as run:
+        assert isinstance(run, WandbRun)
+        run(row(1))
+    assert len(list(tmp_path.rglob("offline-*/*.wandb"))) == 1
+    assert len(said) == 1 and said[0].startswith("tracking: Weights & Biases offline after all")
 
 
 @pytest.mark.slow
