@@ -41,7 +41,8 @@ NAMES = ["BERT", "RoBERTa", "T5", "BART"]
 
 def words(corpus_dir: Path, store: Path, *more: str) -> list[str]:
     pretraining = [word for word in tiny(corpus_dir, store) if not word.startswith("finetune")]
-    return [*pretraining, "optim=adamw", "optim.lr=3e-3", *more]
+    enough_for_intervals = ("corpus.held_out.fraction=0.35", "evaluate.max_bytes=100000")
+    return [*pretraining, *enough_for_intervals, "optim=adamw", "optim.lr=3e-3", *more]
 
 
 @pytest.mark.parametrize("family", list(ARCHITECTURES), ids=NAMES)

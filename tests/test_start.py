@@ -212,7 +212,7 @@ def test_an_exported_model_is_trained_further_and_tuned_without_pretraining(
     assert {"base", "finetuned"} <= set(json.loads(results.read_text())["scores"])
     assert (start / "manifest.json").exists()
 
-    # Conversations alone are enough: no corpus, so nothing is evaluated, and the export is still proven.
+    # Conversations alone are enough: no corpus, so those that are held out are all that is scored.
     chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(json.dumps({"prompt": f"Say {n}.", "completion": f"{n}!"}) + "\n" for n in range(60)))
     alone = [
@@ -220,7 +220,12 @@ def test_an_exported_model_is_trained_further_and_tuned_without_pretraining(
         *("finetune=chat", f"finetune.data.paths=[{chats}]", f"finetune.init_from={exported}"),
     ]
     said = athanor("run", *alone).stdout
-    assert re.search("^export +made", said, re.MULTILINE) and "\nevaluate" not in said
+    assert re.search("^export +made", said, re.MULTILINE) and re.search(
+        "^evaluate +made.* answers ", said, re.MULTILINE
+    )
+    results = max((tmp_path / "second").glob("evaluate/*/results.json"), key=lambda path: path.stat().st_mtime)
+    scored = json.loads(results.read_text())
+    assert scored["scores"] == {} and set(scored["conversations"]["scores"]) == {"base", "finetuned"}
     answer(capsys, "generate", *alone, "--chat", "--prompt", "Say 3.", "--max-tokens", "4")
 
 

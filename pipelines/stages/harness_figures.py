@@ -166,7 +166,7 @@ def group_figures(
         entry = next(
             entry
             for entry in chosen.groups[name].config["aggregate_metric_list"]
-            if entry["metric"] == metric and filtered in (entry.get("filter_list") or [filtered])
+            if entry["metric"] == metric and filtered in (entry.get("filter_list") or filtered)
         )
         parts, weights = [], []
         for task in tasks:

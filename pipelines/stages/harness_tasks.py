@@ -27,7 +27,7 @@ from data.document import Document
 from pipelines.engine.step import EngineError
 from pipelines.stages.evaluate_settings import EvaluateSettings
 from pipelines.stages.task_data import make_examples
-from pipelines.stages.task_files import TaskFile, TaskSet, read_tasks
+from pipelines.stages.task_files import GroupFile, TaskFile, TaskSet, read_tasks
 
 # Read when `datasets` is imported: a task's data are local files, and a machine without a network must not wait.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -113,11 +113,11 @@ def try_tasks(settings: EvaluateSettings, context_tokens: int) -> None:
                     _Silent(context_tokens), {"tasks": {name: task}}, bootstrap_iters=0, limit=TRIED_EXAMPLES
                 )
             _check_metrics(path, task, found["results"][name])
-        with _named(next(chosen.groups[group].path for group in built.groups) if built.groups else Path(".")):
-            if built.groups:
-                build_tasks(chosen, [SAMPLE] * FEWEST_EXAMPLES, settings, Path(scratch)).evaluate(
-                    _Silent(context_tokens), limit=1
-                )
+        if built.groups:
+            silent = _Silent(context_tokens)
+            found = build_tasks(chosen, [SAMPLE] * FEWEST_EXAMPLES, settings, Path(scratch)).evaluate(silent, limit=1)
+            for group in chosen.groups.values():
+                _check_averages(group, found["results"][group.name])
 
 
 SAMPLE = Document(
@@ -201,6 +201,18 @@ def _check_metrics(path: Path, task: ConfigurableTask, found: Mapping[str, Any])
             f"{path}: metric_list: {', '.join(sorted(missing))}: the harness does not compute it for output_type "
             f"{task.OUTPUT_TYPE}; leave it out, or ask in another way."
         )
+
+
+def _check_averages(group: GroupFile, found: Mapping[str, Any]) -> None:
+    """Whether everything that a group averages is a metric of its tasks; the harness goes on without."""
+    for entry in group.config["aggregate_metric_list"]:
+        given = {key.partition(",")[2] for key in found if key.partition(",")[0] == entry["metric"]}
+        filters = entry.get("filter_list") or sorted(given)
+        if not given or not set([filters] if isinstance(filters, str) else filters) <= given:
+            raise EngineError(
+                f"{group.path}: aggregate_metric_list: {entry['metric']}: no task of the group {group.name!r} has this "
+                f"metric{f' under every filter of {filters}' if given else ''}; name one of theirs."
+            )
 
 
 class _Silent(LM):

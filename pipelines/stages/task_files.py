@@ -132,6 +132,7 @@ class _Reader:
         known = sorted(self._index.names.keys() | self._index.tags.keys() | {p.stem for p in TASKS.glob("*.yaml")})
         near = difflib.get_close_matches(name, known, n=1)
         unread = "".join(f" {path} could not be read: {why}" for path, why in self._index.unread.items())
+        unread += "".join(f" evaluate.task_folders: {f} is no folder." for f in self._folders if not f.is_dir())
         remedy = f", did you mean {near[0]!r}?" if near else "."
         raise EngineError(
             f"evaluate.tasks: no task named {name!r}{remedy} A task is a harness YAML file in conf/evaluate/tasks or in one "

@@ -103,6 +103,16 @@ def check_task(path: Path, config: dict[str, Any], maker: str | None) -> dict[st
     for key in ("doc_to_text", "doc_to_target", *(("doc_to_choice",) if output == "multiple_choice" else ())):
         if key not in config:
             refuse(path, f"{key}: missing; a task of output_type {output} says what is asked and what is right")
+    choices = config.get("doc_to_choice")
+    if isinstance(choices, list | dict) and not all(
+        isinstance(choice, str) for choice in (choices.values() if isinstance(choices, dict) else choices)
+    ):
+        refuse(
+            path,
+            f"doc_to_choice: {_short(choices)}: choices are texts; put quotes around them (YAML takes yes for true)",
+        )
+    if config.get("metric_list") == []:
+        refuse(path, "metric_list: names no metric; leave it out for those of its output_type")
     for metric in config.get("metric_list", ()):
         if not isinstance(metric, dict) or not isinstance(metric.get("metric"), str):
             refuse(path, f"metric_list: {_short(metric)}: each entry is a mapping with metric: NAME")

@@ -131,6 +131,8 @@ REFUSALS = {
     "repeats: True is not a number": {"repeats": True},
     "metric_list: 'acc' is not a list": {"metric_list": "acc"},
     "each entry is a mapping with metric": {"metric_list": ["acc"]},
+    "names no metric": {"metric_list": []},
+    "choices are texts; put quotes around them": {"doc_to_choice": [True, False]},
     "bypass measures nothing": {"metric_list": [{"metric": "bypass"}]},
     "hf_evaluate fetches code": {"metric_list": [{"metric": "rouge", "hf_evaluate": True}]},
     "output_type: 'choices'": {"output_type": "choices"},
@@ -187,6 +189,8 @@ def test_an_unknown_task_is_answered_with_those_there_are_and_with_what_could_no
         ("does not compute it for output_type", {"metric_list": [{"metric": "acc"}, {"metric": "word_perplexity"}]}),
         ("TypeError", {"metric_list": [{"metric": "likelihood"}]}),
         ("'nothing' is undefined", {"doc_to_text": "{{nothing}}"}),
+        ("Sample larger than population|sample", {"num_fewshot": 100}),
+        ("no task of the group 'bad' has this metric", {"group": "bad", "task": ["good"]}),
         ("cannot run this task", {"doc_to_choice": "{{q}}"}),
         ("extract", {"filter_list": [{"name": "f", "filter": [{"function": "extract"}]}]}),
         ("cannot run this task", {"dataset_kwargs": {"data_files": "empty.jsonl"}}),
@@ -195,7 +199,9 @@ def test_an_unknown_task_is_answered_with_those_there_are_and_with_what_could_no
 )
 def test_every_task_is_built_and_tried_before_anything_trains(folder: Path, said: str, config):
     (folder / "empty.jsonl").write_text("")
-    path = write(folder, "bad", task="bad", **{**CHOICE, **config})
+    write(folder, "good", task="good", **CHOICE)
+    rest = {"aggregate_metric_list": [{"metric": "f1"}]} if "group" in config else {"task": "bad", **CHOICE}
+    path = write(folder, "bad", **{**rest, **config})
     settings = EvaluateSettings(tasks=("bad",), task_folders=(str(folder),))
     with pytest.raises(EngineError, match=said) as refused:
         evaluate.check_tasks(settings, (128, 64))
