@@ -65,7 +65,9 @@ def run(settings: EvaluateSettings, inputs: Mapping[str, Artifact], out_dir: Pat
         summary.write_columns(out_dir / "conversations.parquet", chat_columns)
         if refused := next((r["refused"] for r in done.values() if r.get("refused")), ""):
             count = results["conversations"]["refused"]
-            ctx.say(f"{count} held-out conversations refused by the chat template, not scored; the first: {refused}")
+            ctx.say(
+                f"not scored: {count} of the held-out conversations, refused by the chat template; the first: {refused}"
+            )
     _write_json(out_dir / "results.json", results)
     _write_json(out_dir / "samples.json", {name: done[f"samples-{name}"]["samples"] for name in models})
     (out_dir / "results.md").write_text(summary.table(results), encoding="utf-8")

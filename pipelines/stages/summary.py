@@ -207,7 +207,7 @@ def _conversation_lines(results: Mapping[str, Any]) -> list[str]:
         return []
     missing = next((score["loss"]["missing"] for score in found["scores"].values()), "")
     brackets = f"No intervals: {missing}." if missing else "In brackets: 95 % bootstrap intervals over conversations."
-    refused = f" ({found['refused']} more are refused by the chat template)" if found["refused"] else ""
+    refused = f" (not scored: {found['refused']} that the chat template refuses)" if found["refused"] else ""
     lines = [
         "",
         f"{found['scored']} of {found['available']} held-out conversations{refused}, {found['tokens']} tokens of the "

@@ -322,6 +322,31 @@ def test_held_out_conversations_are_scored_by_the_loss_of_the_answers(with_conve
     assert "| finetuned | " in (tmp_path / "results.md").read_text()
 
 
+def test_a_conversation_that_the_template_refuses_is_counted_and_the_others_are_scored(
+    with_conversations, tmp_path, in_process
+):
+    import shutil
+
+    from data.instructions import load_conversations
+
+    chats = load_conversations(with_conversations["instructions"].path / "heldout.jsonl")
+    words = chats[0].messages[0]["content"]
+    folder = shutil.copytree(with_conversations["tokenizer"].path, tmp_path / "tokenizer")
+    template = folder / "chat_template.jinja"
+    refusing = "{% if messages[0].content == '" + words + "' %}{{ raise_exception('not this') }}{% endif %}"
+    template.write_text(refusing + template.read_text())
+    made = {name: with_conversations[name] for name in ("pretrain", "finetune", "instructions")}
+    made["tokenizer"] = replace(with_conversations["tokenizer"], url=str(folder))
+    out_dir = tmp_path / "evaluate"
+    out_dir.mkdir()
+    context = in_process(out_dir)
+    metrics = evaluate.run(evaluate.EvaluateSettings(bootstrap_resamples=20), made, out_dir, context)
+    assert metrics["scored_conversations"] == len(chats) - 1
+    assert "not scored: 1 of the held-out conversations, refused by the chat template; the first: " in context.said[0]
+    assert "chats.jsonl at " in context.said[0] and "not this" in context.said[0]
+    assert "(not scored: 1 that the chat template refuses)" in (out_dir / "results.md").read_text()
+
+
 def test_one_held_out_document_has_no_interval_and_that_is_said(small_run, tmp_path, in_process):
     context = in_process(tmp_path)
     metrics = evaluate.run(evaluate.EvaluateSettings(max_documents=1), small_run, tmp_path, context)
