@@ -136,7 +136,7 @@ def render(settings: KubeRaySettings, command: Sequence[str]) -> str:
             "rayClusterSpec": _cluster(settings),
         },
     }
-    return _header(name, settings.namespace) + yaml.safe_dump(manifest, sort_keys=False, width=120)
+    return _header(name, settings) + yaml.safe_dump(manifest, sort_keys=False, width=120)
 
 
 def _with_store(settings: KubeRaySettings, command: Sequence[str]) -> list[str]:
@@ -229,12 +229,22 @@ def _pod(settings: KubeRaySettings, name: str, resources: dict[str, str], ports:
 _HEAD_PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
 
 
-def _header(name: str, namespace: str) -> str:
+def _header(name: str, settings: KubeRaySettings) -> str:
+    kubectl = f"kubectl -n {settings.namespace}"
+    cluster = f"cluster=$({kubectl} get rayjob {name} -o jsonpath='{{.status.rayClusterName}}')"
+    token = (
+        "#         export RAY_AUTH_MODE=token\n"
+        f"#         export RAY_AUTH_TOKEN=$({kubectl} get secret $cluster -o jsonpath='{{.data.auth_token}}' | base64 -d)\n"
+        if settings.auth == "token"
+        else ""
+    )
     return f"""\
-# apply   kubectl create -f job.yaml
-# state   kubectl -n {namespace} get rayjob {name}
-# log     kubectl -n {namespace} port-forward service/$(kubectl -n {namespace} get rayjob {name} \\
-#           -o jsonpath='{{.status.rayClusterName}}')-head-svc 8265 &
-#         athanor logs {name} address=http://localhost:8265
-# remove  kubectl -n {namespace} delete rayjob {name}
+# apply   {kubectl} create -f job.yaml
+# state   {kubectl} get rayjob {name}
+# log     {cluster}
+#         {kubectl} port-forward service/$cluster-head-svc 8265 &
+{token}#         athanor logs {name} address=http://localhost:8265
+# again   {kubectl} delete rayjob {name} --ignore-not-found && {kubectl} create -f job.yaml
+#         (a RayJob stays when its run has ended, and create refuses its name; the run goes on from its store)
+# remove  {kubectl} delete rayjob {name}
 """

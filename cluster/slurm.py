@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +31,7 @@ class SlurmSettings:
     """An allocation and what runs in it.
 
     store: absolute path on the shared file system, or URL; needed unless the command names one. logs: folder of the
-    job's log; null is `logs` beside a store that is a path, otherwise the folder submitted from. tree: checkout on the
+    job's log; null is `logs` in a store that is a path, otherwise `.`, the folder of sbatch's call. tree: checkout on the
     shared file system, run in place; null is this one. python: interpreter there; null is this one. setup: shell lines
     run first on the batch node, such as `module load cuda`. memory and time_limit are in Slurm's own notation (`0` is
     all of a node; D-HH:MM:SS). network: start of the addresses of the network Ray should use, such as 10.1.; null is
@@ -96,23 +96,43 @@ def submit(settings: SlurmSettings, command: Sequence[str], *, dry_run: bool) ->
     """Print the script, or hand it to sbatch. ClusterError where there is no sbatch or it refuses."""
     check_command(command)
     command = _with_store(settings, command)
-    script = render(settings, command)
-    if dry_run:
-        print(script, end="")
-        return 0
-    if shutil.which("sbatch") is None:
+    if not dry_run and shutil.which("sbatch") is None:
         raise ClusterError(
             "sbatch was not found: this machine does not belong to a Slurm cluster. On one that does, run the same "
             "line; or write the script with --dry-run, carry it there, and `sbatch` it."
         )
-    _log_folder(settings, command).mkdir(parents=True, exist_ok=True)
+    settings = _with_log_folder(settings, command)
+    script = render(settings, command)
+    if dry_run:
+        print(script, end="")
+        return 0
     answer = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise ClusterError(f"sbatch refused the script: {answer.stderr.strip()}. See it whole with --dry-run.")
     job = answer.stdout.strip().split(";")[0]
-    log = _log_folder(settings, command) / f"{job_name(command)}-{job}.log"
+    log = Path.cwd() / _log_folder(settings, command) / f"{job_name(command)}-{job}.log"
     print(f"submitted Slurm job {job}\n  tail -F {log}\n  squeue -j {job}\n  scancel {job}", file=sys.stderr)
     return 0
+
+
+def _with_log_folder(settings: SlurmSettings, command: Sequence[str]) -> SlurmSettings:
+    """Make the log's folder, which Slurm does not: a job whose log cannot be opened ends at once, and without one.
+
+    Where it cannot be made here, the log goes to the folder that sbatch is called from, which is there.
+    """
+    folder = _log_folder(settings, command)
+    why = f"{folder.parent.parent if settings.logs is None else folder.parent} is not on this machine"
+    if (folder.parent.parent if settings.logs is None else folder.parent).is_dir():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return settings
+        except OSError as error:
+            why = error.strerror or str(error)
+    print(
+        f"log: {folder} cannot be made from here ({why}), so the log goes to the folder sbatch is called from.",
+        file=sys.stderr,
+    )
+    return replace(settings, logs=".")
 
 
 def render(settings: SlurmSettings, command: Sequence[str]) -> str:
@@ -171,10 +191,13 @@ def _directives(settings: SlurmSettings, command: Sequence[str]) -> list[str]:
 
 def _log_folder(settings: SlurmSettings, command: Sequence[str]) -> Path:
     store = given_store(command) or settings.store or ""
-    beside = Path(store) / "logs" if store.startswith("/") else Path.cwd()
+    beside = Path(store) / "logs" if store.startswith("/") else Path()
     folder = Path(settings.logs) if settings.logs else beside
-    if not folder.is_absolute() or '"' in str(folder):
-        raise ClusterError(f"logs={folder}: give an absolute path that the nodes see, without quotes in it.")
+    if not (folder.is_absolute() or folder == Path()) or '"' in str(folder):
+        raise ClusterError(
+            f"logs={folder}: give an absolute path that the nodes see, without quotes in it, or . for the folder that "
+            "sbatch is called from."
+        )
     return folder
 
 

@@ -42,7 +42,11 @@ def cluster_help(overrides: Sequence[str] = ()) -> str:
     files = (CONF_DIR / "cluster" / f"{name}.yaml" for name in options("cluster"))
     told = [file.read_text(encoding="utf-8").strip().replace("\nkind: ", "\ncluster=") for file in files]
     asks = "A Ray cluster that asks for a token (RAY_AUTH_MODE=token) takes RAY_AUTH_TOKEN_PATH from this shell."
-    return "\n\n".join(["clusters: cluster=KIND KEY=VALUE …, then -- and the command", *told, asks])
+    ends = (
+        "Exit code 75 of a run: a machine, or Ray itself, was lost and did not come back within compute.wait_seconds. The same\n"
+        "command goes on; Slurm's script queues itself again."
+    )
+    return "\n\n".join(["clusters: cluster=KIND KEY=VALUE …, then -- and the command", *told, asks, ends])
 
 
 def first_comment(experiment: str) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +14,7 @@ import yaml
 from cluster.errors import ClusterError
 from cluster.kuberay import KubeRaySettings, render, submit
 
+ROOT = Path(__file__).parents[2]
 COMMAND = ["run", "experiment=gpt2-124m", "corpus.paths=[s3://b/a,s3://b/c]"]
 
 
@@ -105,3 +110,78 @@ def test_a_dry_run_prints_the_manifest_and_a_real_one_says_how_to_apply_it(capsy
     assert yaml.safe_load(capsys.readouterr().out)["kind"] == "RayJob"
     with pytest.raises(ClusterError, match="kubectl create"):
         submit(settings(), COMMAND, dry_run=False)
+
+
+def header(**changes: Any) -> dict[str, str]:
+    """The commands of the header by their words: what a person copies into a shell."""
+    commands: dict[str, str] = {}
+    word = ""
+    for line in render(settings(**changes), COMMAND).splitlines():
+        if not line.startswith("# ") or line.startswith("#         ("):
+            continue
+        word = line[2:10].strip() or word
+        commands[word] = commands.get(word, "") + line[10:] + "\n"
+    return commands
+
+
+@pytest.mark.parametrize("auth", ["token", "disabled"])
+def test_the_headers_commands_work_as_they_stand(auth: str, tmp_path: Path) -> None:
+    """Typed into bash, with a kubectl that answers as Kubernetes would and a program that tells what it is given."""
+    (tmp_path / "kubectl").write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        '  *"get rayjob"*rayClusterName*) printf athanor-x7k2p ;;\n'
+        '  *"get secret athanor-x7k2p"*auth_token*) printf c2VjcmV0 ;;\n'
+        f'  *) echo "$*" >> {tmp_path}/asked ;;\n'
+        "esac\n"
+    )
+    (tmp_path / "athanor").write_text('#!/bin/sh\necho "$* $RAY_AUTH_MODE $RAY_AUTH_TOKEN"\n')
+    for program in ("kubectl", "athanor"):
+        (tmp_path / program).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    commands, name = header(auth=auth), manifest()["metadata"]["name"]
+
+    def typed(word: str) -> str:
+        answer = subprocess.run(
+            ["bash", "-ec", commands[word] + "wait"], env=environment, capture_output=True, text=True
+        )
+        assert (answer.returncode, answer.stderr) == (0, "")
+        return answer.stdout
+
+    assert typed("log") == f"logs {name} address=http://localhost:8265 {'token secret' if auth == 'token' else ' '}\n"
+    assert "-n default port-forward service/athanor-x7k2p-head-svc 8265" in (tmp_path / "asked").read_text()
+    (tmp_path / "asked").unlink()
+    typed("again")  # the RayJob of an ended run has to go first: create refuses a name that is taken
+    assert (tmp_path / "asked").read_text().splitlines() == [
+        f"-n default delete rayjob {name} --ignore-not-found",
+        "-n default create -f job.yaml",
+    ]
+
+
+CRD = ROOT.parent / "shared/data/kuberay-crd/ray.io_rayjobs.yaml.gz"
+
+
+@pytest.mark.skipif(not CRD.exists(), reason="needs KubeRay's custom resource definitions")
+@pytest.mark.parametrize(
+    "changes", [{}, {"gpus_per_worker": 8, "claim": "shared", "store": "/store/r", "code": "s3://b/t.zip"}]
+)
+def test_the_manifest_is_what_kuberays_own_schema_says(changes: dict[str, Any]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    definition = yaml.load(gzip.decompress(CRD.read_bytes()), yaml.CSafeLoader)
+    schema = next(v for v in definition["spec"]["versions"] if v["name"] == "v1")["schema"]["openAPIV3Schema"]
+    job = manifest(secrets={"WANDB_API_KEY": "tracking/wandb"}, node_selector={"zone": "1"}, **changes)
+    jsonschema.validate(job["spec"], _closed(schema["properties"]["spec"]))
+
+
+def _closed(schema: Any) -> Any:
+    """Without fields that Kubernetes would drop unread."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {key: _closed(value) for key, value in schema.items()}
+    if schema.pop("x-kubernetes-int-or-string", False):
+        return {}
+    if "properties" in schema and schema.get("type") == "object" and "additionalProperties" not in schema:
+        schema["additionalProperties"] = False
+    return schema

@@ -197,9 +197,28 @@ def test_settings_that_cannot_work_are_refused_with_the_rule(settings: dict[str,
         script(**settings)
 
 
-def test_a_dry_run_prints_the_script_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
-    assert submit(SlurmSettings(store="/shared/runs"), COMMAND, dry_run=True) == 0
-    assert capsys.readouterr().out == script()
+def test_a_dry_run_prints_the_script_and_its_log_can_be_opened(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Slurm makes no folder for a log, and a job whose log cannot be opened ends at once without one."""
+    assert submit(SlurmSettings(store=str(tmp_path / "runs")), COMMAND, dry_run=True) == 0
+    printed = capsys.readouterr().out
+    assert printed == script(store=str(tmp_path / "runs"))
+    assert Path(directives(printed)["output"].strip('"')).parent == tmp_path / "runs" / "logs"
+    assert (tmp_path / "runs" / "logs").is_dir()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"store": "/not-here/but/there"}, {"store": "/shared/runs", "logs": "/not-here/logs"}]
+)
+def test_a_log_folder_that_cannot_be_made_here_gives_way_to_the_one_sbatch_is_called_from(
+    settings: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(SlurmSettings(**settings), COMMAND, dry_run=True) == 0  # type: ignore[arg-type]
+    out, err = capsys.readouterr()
+    assert directives(out)["output"] == '"%x-%j.log"'
+    assert "logs cannot be made from here (/not-here" in err
+    assert not Path("/not-here").exists()
 
 
 def test_where_there_is_no_sbatch_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
