@@ -43,8 +43,8 @@ def cluster_help(overrides: Sequence[str] = ()) -> str:
     told = [file.read_text(encoding="utf-8").strip().replace("\nkind: ", "\ncluster=") for file in files]
     asks = "A Ray cluster that asks for a token (RAY_AUTH_MODE=token) takes RAY_AUTH_TOKEN_PATH from this shell."
     ends = (
-        "Exit code 75 of a run: a machine, or Ray itself, was lost and did not come back within compute.wait_seconds. The same\n"
-        "command goes on; Slurm's script queues itself again."
+        "Exit code 75 of a run: a machine, or Ray itself, was lost and did not come back within compute.wait_seconds.\n"
+        "The same command goes on; Slurm's script queues itself again."
     )
     return "\n\n".join(["clusters: cluster=KIND KEY=VALUE …, then -- and the command", *told, asks, ends])
 
