@@ -23,7 +23,9 @@ from pipelines.engine.errors import EngineError
 from pipelines.engine.files import FileHashes, describe, tree
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.lease import Held, Lease, Owner
+from pipelines.engine.listed import strangers
 from pipelines.engine.records import Records
+from pipelines.engine.sealed import sealed
 from pipelines.engine.step import Artifact
 from pipelines.engine.work import Work, work_name
 
@@ -63,14 +65,16 @@ class Store(ABC):
         step, digest = manifest["step"], manifest["digest"]
         lease.check()
         files = self._describe(work)
-        manifest = {
-            **manifest,
-            "files": files,
-            "content_digest": manifests.content_digest(files, manifest["volatile"]),
-            "finished": manifests.now(),
-            "seconds": round(lease.seconds, 3),
-            "token": lease.token,
-        }
+        manifest = sealed(
+            {
+                **manifest,
+                "files": files,
+                "content_digest": manifests.content_digest(files, manifest["volatile"]),
+                "finished": manifests.now(),
+                "seconds": round(lease.seconds, 3),
+                "token": lease.token,
+            }
+        )
         self._stage(lease, work, manifest)
         lease.commit()
         self._finish(step, digest, lease.token)
@@ -95,45 +99,95 @@ class Store(ABC):
                 )
         return files
 
-    @abstractmethod
     def address(self, step: str, digest: str) -> str:
         """The `url` of that artifact, whether or not it is there."""
+        return f"{self.url}/{step}/{digest[:SHORT]}"
 
-    @abstractmethod
     def find(self, step: str, digest: str) -> Artifact | None:
-        """The published artifact, or None."""
+        """The published artifact, or None. Raises EngineError for a manifest that is damaged or of another artifact."""
+        data = self.manifest_bytes(step, digest[:SHORT])
+        if data is None:
+            return None
+        url = self.address(step, digest)
+        manifest = manifests.read(data, url)
+        if (manifest["step"], manifest["digest"]) != (step, digest):
+            raise EngineError(
+                f"{url} holds {manifest['step']} {manifest['digest']}, not {step} {digest}: it was moved there by hand; "
+                "delete it."
+            )
+        return Artifact(step=step, digest=digest, url=url, manifest=manifest)
 
-    @abstractmethod
     def check(self, artifact: Artifact) -> None:
-        """Raise EngineError if a published artifact is visibly damaged (files missing or cut short)."""
+        """Sizes alone, which are cheap to ask for. Raises EngineError for a file that is missing or of another size."""
+        sizes = self._sizes(artifact)
+        for path, entry in artifact.manifest["files"].items():
+            if sizes.get(path) != entry["bytes"]:
+                state = f"has {sizes[path]} bytes instead of {entry['bytes']}" if path in sizes else "is missing"
+                raise EngineError(
+                    f"{artifact.url}/{path} {state}: the artifact is damaged. Delete {artifact.url} to have it made again."
+                )
 
-    def verify(self, artifact: Artifact, self_checking: tuple[str, ...]) -> None:
+    def verify(self, artifact: Artifact, self_checking: tuple[str, ...], anew: tuple[str, ...] = ()) -> None:
         """Raise EngineError if a file of an artifact is not what was published, before another step builds on it.
 
         Files that match `self_checking` are looked at by size only. Hashes of unchanged files are remembered on this
-        machine.
+        machine for a while; not trusted for those that match `anew`.
         """
         self.check(artifact)
-        damage = self._damage(artifact, Path(artifact.url), self_checking)
+        damage = self._damage(artifact, Path(artifact.url), self_checking, anew)
         if damage is not None:
             raise EngineError(f"{damage}: the artifact is damaged. Delete {artifact.url} to have it made again.")
 
-    def _damage(self, artifact: Artifact, folder: Path, self_checking: tuple[str, ...]) -> str | None:
+    def strangers(self, artifact: Artifact) -> list[str]:
+        """Relative paths of what lies beside the artifact's files, where that would be seen by who reads its folder."""
+        return strangers(Path(artifact.url), artifact.manifest)
+
+    def _damage(
+        self, artifact: Artifact, folder: Path, self_checking: tuple[str, ...], anew: tuple[str, ...] = ()
+    ) -> str | None:
         """What is wrong with a file of an artifact in `folder`; None where every one is what was published."""
-        entries = {
-            path: entry["sha256"]
-            for path, entry in artifact.manifest["files"].items()
-            if not any(fnmatch.fnmatchcase(path, pattern) for pattern in self_checking)
+        files = {
+            path: e["sha256"] for path, e in artifact.manifest["files"].items() if not _matches(path, self_checking)
         }
-        found = FileHashes(self.file_hashes).of([folder / path for path in entries])
-        for (path, expected), sha256 in zip(entries.items(), found, strict=True):
-            if sha256 != expected:
-                return f"{folder / path} is not what was published (its sha256 is {sha256} and was {expected})"
+        hashes = FileHashes(self.file_hashes)
+        for distrust in (False, True):
+            entries = {path: sha256 for path, sha256 in files.items() if _matches(path, anew) == distrust}
+            found = hashes.of([folder / path for path in entries], anew=distrust)
+            for (path, expected), sha256 in zip(entries.items(), found, strict=True):
+                if sha256 != expected:
+                    return f"{folder / path} is not what was published (its sha256 is {sha256} and was {expected})"
         return None
 
-    @abstractmethod
     def all_manifests(self, step: str) -> list[dict[str, Any]]:
-        """Manifests of every published artifact of a step."""
+        """Manifests of every published artifact of a step; copies under other names are none."""
+        found = (
+            (name, manifests.read(data, f"{self.url}/{step}/{name}")) for name, data in self._manifests(step).items()
+        )
+        return [manifest for name, manifest in found if manifest["digest"][:SHORT] == name]
+
+    @abstractmethod
+    def published(self) -> dict[str, list[str]]:
+        """{step: names of folders that hold a manifest} of the whole store."""
+
+    @abstractmethod
+    def manifest_bytes(self, step: str, name: str) -> bytes | None:
+        """What stands in the manifest of the artifact in the folder `name`; None if there is none."""
+
+    @abstractmethod
+    def hashes_now(self, artifact: Artifact) -> dict[str, str | None]:
+        """{relative path: sha256} of every file of an artifact, read now; None for one that is not there."""
+
+    @abstractmethod
+    def seal(self, artifact: Artifact) -> None:
+        """Write the manifest of an artifact again, sealed."""
+
+    @abstractmethod
+    def _manifests(self, step: str) -> dict[str, bytes]:
+        """{folder: bytes of its manifest} of a step's artifacts."""
+
+    @abstractmethod
+    def _sizes(self, artifact: Artifact) -> dict[str, int]:
+        """{relative path: bytes} of the files of an artifact that are there."""
 
     @abstractmethod
     def open_work(self, lease: Lease, step: str, digest: str, *, resumes: bool) -> Work:
@@ -164,6 +218,10 @@ class Store(ABC):
         """Make staged and committed work visible; harmless when repeated. Whether the artifact is there afterwards."""
 
 
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
 @contextlib.contextmanager
 def storage_errors(store: Store) -> Iterator[None]:
     """Turn a full or unwritable disk, wherever it showed, into an EngineError with the remedy."""
@@ -188,7 +246,7 @@ def _explain(error: BaseException, store: Store) -> str | None:
                 f"same command again, and it continues."
             )
         path = str(getattr(cause, "filename", None) or "")
-        refused = number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+        refused = number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
         refused |= number == errno.ENOENT and not Path(store.url).exists()  # a folder that cannot be made, as in /proc
         if refused and path.startswith(store.url) and isinstance(cause, OSError):
             return (

@@ -44,3 +44,5 @@ class StepReport:
     path: str | None = None
     """Of the artifact, or of the kept work."""
     bytes: int | None = None
+    sealed: bool = True
+    """False: its manifest was written before manifests were sealed."""

@@ -17,8 +17,11 @@ from typing import Any
 
 from pipelines.engine.errors import EngineError
 from pipelines.engine.fingerprint import SHORT
+from pipelines.engine.waiting import waiting
 
-RACY_SECONDS = 2.0  # a file written this recently may change again without its mtime moving
+RACY_SECONDS = 2.0  # a file written this recently may change again without its times moving
+TRUST_SECONDS = 7 * 86400.0  # in a remembered hash
+LOCK_SECONDS = 60.0  # of waiting for a lock whose holders need milliseconds
 
 
 def sha256_of(path: Path) -> str:
@@ -49,16 +52,35 @@ def tree(root: Path) -> list[str]:
 
 
 def describe(root: Path, relpaths: Iterable[str], *, durable: bool) -> dict[str, dict[str, Any]]:
-    """{relative path: {"bytes", "sha256"}}; ``durable`` also forces the bytes to the disk before they are counted."""
+    """{relative path: {"bytes", "sha256"}}; ``durable`` also forces the bytes to the disk before they are counted, with
+    the mode that the umask gives: some libraries write files that nobody else may read."""
     names = list(relpaths)
 
     def one(name: str) -> dict[str, Any]:
         path = root / name
         if durable:
+            share(path)
             fsync(path)
         return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
     return dict(zip(names, in_parallel(names, one), strict=True))
+
+
+def share(path: Path) -> None:
+    """Give a file (or a folder) the mode that one made by ``open`` (or ``mkdir``) has: the umask decides."""
+    status = path.stat()
+    mode = (0o777 if stat.S_ISDIR(status.st_mode) else 0o666) & ~_umask()
+    if stat.S_IMODE(status.st_mode) != mode:
+        with contextlib.suppress(PermissionError):  # another user's, in a folder that several share
+            path.chmod(mode)
+
+
+def _umask() -> int:
+    """This process's umask; read from the kernel, since asking by ``os.umask`` would change it for all threads."""
+    try:
+        return int(Path("/proc/self/status").read_text().partition("\nUmask:")[2].split()[0], 8)
+    except (OSError, IndexError, ValueError):
+        return 0o022
 
 
 def fsync(path: Path) -> None:
@@ -98,82 +120,149 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-def read_json(path: Path) -> Any:
-    """The JSON in a file, or None if there is no such file."""
+def read_file(path: Path) -> bytes | None:
+    """The bytes of a plain file, or None if there is none. Raises EngineError for a folder, a pipe (which would keep a
+    reader waiting) or a file that may not be read."""
     try:
-        return json.loads(path.read_bytes())
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file.read()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except IsADirectoryError:
+        pass
+    except OSError as error:
+        raise EngineError(
+            f"{path} cannot be read ({error.strerror}). Give this user the right to read it, or delete it."
+        ) from error
+    raise EngineError(f"{path} is no plain file: something else was put in its place; delete it.")
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[int]:
-    """Hold an exclusive lock on a file (made if missing) among all processes and threads; yields its descriptor."""
+def locked(path: Path, *, why: str = "changes what it guards", seconds: float = LOCK_SECONDS) -> Iterator[None]:
+    """Hold an exclusive lock on a file (made if missing) among all processes and threads.
+
+    Raises EngineError after ``seconds`` of waiting for whoever holds it; ``why``: what they are at.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
+        _lock(descriptor, path, why, seconds)
+        yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path, why: str, seconds: float) -> None:
+    deadline, pause = time.monotonic() + seconds, 0.001
+    with contextlib.ExitStack() as told:
+        while True:
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if pause == 0.001:
+                    told.enter_context(waiting(f"the lock {path}, whose holder {why}", seconds))
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"{path} has been locked for {seconds:.0f} s by another process that {why}. See which one holds it "
+                    f"(fuser {path}), end it if it hangs, and run again."
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.25)
 
 
 def cache_folder(store_url: str) -> Path:
     """This machine's folder for a store: hashes of files; of one in S3 also work in progress and copies of artifacts.
 
-    In ``ATHANOR_CACHE`` or ``~/.cache/athanor``; where there is no home, among the temporary files.
+    In ``ATHANOR_CACHE`` or ``~/.cache/athanor``; where there is no home, among the temporary files, in a folder of this
+    user's own. Raises EngineError where somebody else's is in its place.
     """
     try:
         base = Path(os.environ.get("ATHANOR_CACHE") or Path.home() / ".cache" / "athanor")
     except RuntimeError:  # a user without a home
-        base = Path(tempfile.gettempdir()) / f"athanor-{os.getuid()}"
+        base = private_folder(Path(tempfile.gettempdir()) / f"athanor-{os.getuid()}")
     where = f"{os.environ.get('AWS_ENDPOINT_URL', '')} {store_url}"
     return base / hashlib.sha256(where.encode()).hexdigest()[:SHORT]
 
 
+def private_folder(path: Path) -> Path:
+    """A folder that this user alone may enter, at a path that anybody could have taken. Raises EngineError if they did."""
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:
+        raise EngineError(
+            f"{path} is not a folder of this user alone: somebody else could read or replace what is put there. Set "
+            "ATHANOR_CACHE to a folder of your own."
+        )
+    return path
+
+
 class FileHashes:
-    """sha256 of files from outside the graph, remembered by (path, size, mtime) in an append-only file."""
+    """sha256 of files that do not change, remembered in an append-only file of this machine.
+
+    A hash is trusted as long as the file's size, mtime, ctime and inode are what they were (whoever restores an mtime
+    cannot restore the ctime) and for ``TRUST_SECONDS`` at most: a disk that loses bits moves none of them.
+    """
 
     def __init__(self, cache: Path) -> None:
         self._cache = cache
-        self._known: dict[tuple[str, int, int], str] = {}
-        with contextlib.suppress(OSError), open(cache, encoding="utf-8") as lines:
-            for line in lines:
-                with contextlib.suppress(ValueError):  # a torn last line: that file is hashed again
-                    path, size, mtime_ns, sha256 = json.loads(line)
-                    self._known[path, size, mtime_ns] = sha256
+        self._known: dict[str, _Known] = {}
+        self._here: set[str] = set()  # hashed by this object
+        lines = 0
+        with contextlib.suppress(OSError), open(cache, encoding="utf-8") as remembered:
+            for lines, line in enumerate(remembered, start=1):  # noqa: B007
+                with contextlib.suppress(ValueError, TypeError):  # a torn last line, or an older form: hashed again
+                    path, *state, sha256, hashed = json.loads(line)
+                    self._known[path] = tuple(state), str(sha256), float(hashed)
+        if lines > 2 * len(self._known) + 1000:  # mostly of files that have changed since
+            with contextlib.suppress(OSError):
+                write_atomic(cache, b"".join(_line(path, known) for path, known in self._known.items()), durable=False)
 
-    def of(self, paths: Iterable[Path]) -> list[str]:
-        """sha256 hex of each file. Raises EngineError for one that cannot be read."""
-        keys = [self._key(path) for path in paths]
-        unknown = [key for key in dict.fromkeys(keys) if key not in self._known]
+    def of(self, paths: Iterable[Path], *, anew: bool = False) -> list[str]:
+        """sha256 hex of each file; ``anew`` trusts nothing remembered. Raises EngineError for one that cannot be read."""
+        states = [_state(path) for path in paths]
+        unknown = [state for state in dict.fromkeys(states) if anew or not self._trusts(*state)]
         if unknown:
-            in_parallel(unknown, self._hash)
-        return [self._known[key] for key in keys]
+            in_parallel(unknown, lambda state: self._hash(*state))
+        return [self._known[path][1] for path, _ in states]
 
-    def _key(self, path: Path) -> tuple[str, int, int]:
+    def _trusts(self, path: str, state: _State) -> bool:
+        if path not in self._known or self._known[path][0] != state:
+            return False
+        return path in self._here or 0 <= time.time() - self._known[path][2] < TRUST_SECONDS
+
+    def _hash(self, path: str, state: _State) -> None:
         with _readable(path):
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):
-                raise EngineError(
-                    f"{path} is no plain file; a folder, FIFO, socket or device cannot be an input of a run, which may read "
-                    "it again. Write its content to a file."
-                )
-            return os.path.realpath(path), status.st_size, status.st_mtime_ns
+            known = self._known[path] = (state, sha256_of(Path(path)), time.time())
+        self._here.add(path)
+        if time.time() - max(state[1], state[2]) / 1e9 > RACY_SECONDS:
+            with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+                self._cache.parent.mkdir(parents=True, exist_ok=True)
+                with open(self._cache, "ab", buffering=0) as file:
+                    file.write(_line(path, known))  # one write in append mode: lines of two processes do not mix
 
-    def _hash(self, key: tuple[str, int, int]) -> None:
-        path, _, mtime_ns = key
-        with _readable(path):
-            self._known[key] = sha256_of(Path(path))
-        if time.time() - mtime_ns / 1e9 > RACY_SECONDS:
-            self._remember(key)
 
-    def _remember(self, key: tuple[str, int, int]) -> None:
-        line = json.dumps([*key, self._known[key]]) + "\n"
-        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-            self._cache.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._cache, "ab", buffering=0) as file:
-                file.write(line.encode())  # one write in append mode: lines of two processes do not mix
+_State = tuple[int, ...]
+"""Size, mtime, ctime, inode."""
+_Known = tuple[_State, str, float]
+"""What a file was like when it was hashed, its sha256, and when that was."""
+
+
+def _state(path: Path) -> tuple[str, _State]:
+    with _readable(path):
+        status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise EngineError(
+            f"{path} is no plain file; a folder, FIFO, socket or device cannot be an input of a run, which may read it "
+            "again. Write its content to a file."
+        )
+    return os.path.realpath(path), (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def _line(path: str, known: _Known) -> bytes:
+    state, sha256, hashed = known
+    return (json.dumps([path, *state, sha256, hashed]) + "\n").encode()
 
 
 @contextlib.contextmanager

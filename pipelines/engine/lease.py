@@ -152,7 +152,7 @@ def acquire(
     ``finish(token)`` publishes work that its owner had committed and perhaps did not live to publish, and says whether
     it is there now. ``digest`` (64 hex) guards against two steps whose shortened names collide.
     """
-    seen = records.read(name)
+    seen = _read(records, name)
     if seen is None:
         previous: dict[str, Any] = {"token": 0, "floor": 1, "seconds": 0.0, "revision": 0, "digest": digest}
     else:
@@ -180,10 +180,44 @@ def acquire(
 
 def holder(records: Records, name: str, ttl_seconds: float = TTL_SECONDS) -> Owner | None:
     """Who is at work on it now, if anyone."""
-    seen = records.read(name)
+    seen = _read(records, name)
     if seen is None or seen.value["state"] != "held" or _may_be_taken(seen, ttl_seconds):
         return None
     return Owner(**seen.value["owner"])
+
+
+def _read(records: Records, name: str) -> Seen | None:
+    """The record of a lease. Raises EngineError for one that no lease wrote."""
+    seen = records.read(name)
+    wrong = None if seen is None else _misshapen(seen.value)
+    if wrong is not None:
+        raise records.damaged(name, wrong)
+    return seen
+
+
+def _misshapen(value: dict[str, Any]) -> str | None:
+    """Which field is not as a lease writes it; None where all are."""
+    for field, kind in _FIELDS.items():
+        if not isinstance(value.get(field), kind) or isinstance(value.get(field), bool):
+            return f"its {field} is {value.get(field, 'missing')!r:.60}"
+    if value["state"] not in ("held", "committed", "free"):
+        return f"its state is {value['state']!r:.60}"
+    owner = value.get("owner")
+    if value["state"] == "held" and not (
+        isinstance(owner, dict)
+        and owner.keys() == _OWNER.keys()
+        and all(isinstance(owner[field], kind) for field, kind in _OWNER.items())
+    ):
+        return f"its owner is {owner!r:.60}"
+    return None
+
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("token", "floor", "revision"), int),
+    **dict.fromkeys(("state", "digest"), str),
+    "seconds": (int, float),
+}
+_OWNER = {"host": str, "machine": str, "pid": int, "started": str}
 
 
 def _may_be_taken(seen: Seen, ttl_seconds: float) -> bool:

@@ -12,11 +12,11 @@ from typing import Any
 from pipelines.engine import lease as leases
 from pipelines.engine import manifest as manifests
 from pipelines.engine.base_store import Store
-from pipelines.engine.errors import EngineError
-from pipelines.engine.files import cache_folder, fsync, read_json, tree, write_json
+from pipelines.engine.files import cache_folder, fsync, in_parallel, read_file, sha256_of, share, tree, write_json
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.lease import Lease
 from pipelines.engine.records import FileRecords
+from pipelines.engine.sealed import sealed
 from pipelines.engine.step import Artifact
 from pipelines.engine.work import Work, attempt_name, attempts_in, newest_attempt, work_name
 
@@ -31,35 +31,30 @@ class LocalStore(Store):
         self.records = FileRecords(root / ".leases")
         self.file_hashes = cache_folder(str(root.absolute())) / "file-hashes.jsonl"
 
-    def address(self, step: str, digest: str) -> str:
-        return str(self._folder(step, digest))
+    def published(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for path in sorted(self.root.glob(f"[!.]*/*/{manifests.NAME}")):
+            found.setdefault(path.parts[-3], []).append(path.parts[-2])
+        return found
 
-    def find(self, step: str, digest: str) -> Artifact | None:
-        """Raises EngineError for a folder that holds another digest than its name says."""
-        folder = self._folder(step, digest)
-        manifest = _manifest(folder)
-        if manifest is None:
-            return None
-        if manifest["digest"] != digest:
-            raise EngineError(
-                f"{folder} holds {manifest['digest']}, not {digest}: it was moved there by hand; delete it."
-            )
-        return Artifact(step=step, digest=digest, url=str(folder), manifest=manifest)
+    def manifest_bytes(self, step: str, name: str) -> bytes | None:
+        return read_file(self.root / step / name / manifests.NAME)
 
-    def check(self, artifact: Artifact) -> None:
-        """Sizes alone, which cost a stat each. Raises EngineError for a file that is missing or of another size."""
-        for path, entry in artifact.manifest["files"].items():
-            file = Path(artifact.url, path)
-            size = file.stat().st_size if file.is_file() else None
-            if size != entry["bytes"]:
-                state = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
-                raise EngineError(
-                    f"{file} {state}: the artifact is damaged. Delete {artifact.url} to have it made again."
-                )
+    def hashes_now(self, artifact: Artifact) -> dict[str, str | None]:
+        there = [path for path in artifact.manifest["files"] if Path(artifact.url, path).is_file()]
+        sums = in_parallel([Path(artifact.url, path) for path in there], sha256_of)
+        return {**dict.fromkeys(artifact.manifest["files"]), **dict(zip(there, sums, strict=True))}
 
-    def all_manifests(self, step: str) -> list[dict[str, Any]]:
-        found = (_manifest(path.parent) for path in sorted((self.root / step).glob(f"*/{manifests.NAME}")))
-        return [manifest for manifest in found if manifest is not None]
+    def seal(self, artifact: Artifact) -> None:
+        write_json(Path(artifact.url, manifests.NAME), sealed(artifact.manifest))
+
+    def _manifests(self, step: str) -> dict[str, bytes]:
+        found = {path.parent.name: read_file(path) for path in (self.root / step).glob(f"*/{manifests.NAME}")}
+        return {name: data for name, data in sorted(found.items()) if data is not None}
+
+    def _sizes(self, artifact: Artifact) -> dict[str, int]:
+        paths = {path: Path(artifact.url, path) for path in artifact.manifest["files"]}
+        return {path: file.stat().st_size for path, file in paths.items() if file.is_file()}
 
     def open_work(self, lease: Lease, step: str, digest: str, *, resumes: bool) -> Work:
         """The newest attempt that a lease still vouches for goes on under this one's token; older ones are removed."""
@@ -89,6 +84,7 @@ class LocalStore(Store):
         files = [path / name for name in tree(path)] if path.is_dir() else [path] if path.exists() else []
         for file in files:
             with contextlib.suppress(FileNotFoundError):  # an old checkpoint may be deleted meanwhile
+                share(file)  # whoever continues this may be another user
                 fsync(file)
 
     def keep_shard(self, work: Work, label: str, name: str) -> None:
@@ -100,6 +96,7 @@ class LocalStore(Store):
         write_json(staged, manifest)
         os.replace(staged, work.out / manifests.NAME)
         for folder, _, _ in os.walk(work.out):
+            share(Path(folder))
             fsync(Path(folder))
 
     def _finish(self, step: str, digest: str, token: int) -> bool:
@@ -129,16 +126,3 @@ class LocalStore(Store):
 
     def _attempts(self, step: str, digest: str) -> dict[int, Path]:
         return attempts_in(self._attempt(step, digest, 0).parent)
-
-
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a published artifact; EngineError for one that is not what `publish` writes."""
-    try:
-        manifest = read_json(folder / manifests.NAME)
-    except ValueError:
-        manifest = {}
-    if manifest is None:
-        return None
-    if not isinstance(manifest, dict) or not {"digest", "files"} <= manifest.keys():
-        raise EngineError(f"{folder / manifests.NAME} is damaged. Delete {folder} to have it made again.")
-    return manifest

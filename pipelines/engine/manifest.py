@@ -1,26 +1,90 @@
-"""What a manifest says about an artifact, and what it must never say."""
+"""What a manifest says about an artifact; written sealed, and read by one reader wherever it lies."""
 
 from __future__ import annotations
 
 import fnmatch
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipelines.engine.errors import EngineError
 from pipelines.engine.fingerprint import digest
+from pipelines.engine.sealed import SEAL, opened, sealed
 
-FORMAT = 1
+FORMAT = 2  # 1 had no seal
 NAME = "manifest.json"
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("step", "digest", "content_digest", "finished"), str),
+    **dict.fromkeys(("identity", "inputs", "sources", "metrics", "files"), dict),
+    **{"volatile": list, "seconds": (int, float), "token": int},
+}
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+def read(data: bytes, place: str) -> dict[str, Any]:
+    """The manifest in the bytes of `place`/manifest.json, its seal still in it if it has one: `is_sealed` tells.
+
+    Raises EngineError, one sentence, for what is no manifest, or not the one that was published.
+    """
+    try:
+        manifest, was_sealed = opened(data)
+        wrong = _misshapen(manifest) or (None if was_sealed else _contradicted(manifest))
+    except ValueError as error:
+        was_sealed, wrong = False, str(error)
+    if wrong is None and manifest.get("format", FORMAT) not in range(1, FORMAT + 1):
+        raise EngineError(
+            f"{place}/{NAME} has format {_shown(manifest['format'])} and this program knows up to {FORMAT}: it was "
+            "published by a newer one. Use that one, or another store."
+        )
+    if wrong is not None:
+        raise EngineError(
+            f"{place}/{NAME} is damaged, or was changed after it was published ({wrong}). Delete {place} to have it made "
+            "again."
+        )
+    return sealed(manifest) if was_sealed else manifest
+
+
+def is_sealed(manifest: Mapping[str, Any]) -> bool:
+    """False for one that was published before manifests were sealed."""
+    return SEAL in manifest
+
+
+def _misshapen(manifest: Mapping[str, Any]) -> str | None:
+    """Which field is not what `publish` writes; None where all are."""
+    for name, kind in _FIELDS.items():
+        value = manifest.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"its {name} is {_shown(value)}"
+    if not all(isinstance(pattern, str) for pattern in manifest["volatile"]):
+        return f"its volatile is {_shown(manifest['volatile'])}"
+    if not all(_HEX.fullmatch(manifest[name]) for name in ("digest", "content_digest")):
+        return "its digests are not 64 hexadecimal digits"
+    for path, entry in manifest["files"].items():
+        inside = path and not path.startswith("/") and ".." not in PurePosixPath(path).parts and "\0" not in path
+        if not inside or not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
+            return f"its entry for the file {path!r} is {_shown(entry)}"
+        if not isinstance(entry.get("sha256"), str) or not _HEX.fullmatch(entry["sha256"]):
+            return f"its entry for the file {path!r} has no sha256"
+    wrong = [name for name, source in manifest["inputs"].items() if not isinstance(source, dict)]
+    return f"its input {wrong[0]!r} is none" if wrong else None
+
+
+def _contradicted(manifest: Mapping[str, Any]) -> str | None:
+    """What an unsealed manifest says that its own digests deny."""
+    if manifest["content_digest"] != content_digest(manifest["files"], manifest["volatile"]):
+        return "its content_digest is not that of its files"
+    return None if manifest["digest"] == digest(manifest["identity"]) else "its digest is not that of its identity"
+
+
+def _shown(value: Any) -> str:
+    return "missing" if value is None else f"{value!r:.60}"
 
 
 def content_digest(files: Mapping[str, Mapping[str, Any]], volatile: Iterable[str]) -> str:
@@ -71,28 +135,3 @@ def _commit() -> str | None:
 def now() -> str:
     """The time as manifests write it: UTC, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def refuse_secrets(value: Any, what: str) -> None:
-    """Raise EngineError if any text in plain data contains the value of a secret of the environment."""
-    written = json.dumps(value, default=str)
-    for name, secret in _secrets().items():
-        if secret in written:
-            raise EngineError(
-                f"{what} contains the value of the environment variable {name}. Secrets are never written to disk: "
-                f"leave it out of the settings; what needs it reads the environment itself."
-            )
-
-
-def without_secrets(value: Any) -> Any:
-    """Plain data with the values of secrets of the environment blotted out."""
-    written = json.dumps(value)
-    for name, secret in _secrets().items():
-        written = written.replace(secret, f"<{name}>")
-    return json.loads(written)
-
-
-def _secrets() -> dict[str, str]:
-    """Secrets of the environment as they would look inside JSON: named as such, and long enough to be one."""
-    named = {name: value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 12}
-    return {name: json.dumps(value)[1:-1] for name, value in named.items()}

@@ -10,7 +10,6 @@ which one is the artifact, and only then its manifest appears.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -22,13 +21,15 @@ from pipelines.engine import lease as leases
 from pipelines.engine import manifest as manifests
 from pipelines.engine.base_store import Store
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import cache_folder, tree
+from pipelines.engine.files import cache_folder, json_bytes, tree
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.lease import Lease
+from pipelines.engine.listed import strangers
 from pipelines.engine.objects import Objects, cached_folder, data_folder, move_into_cache
 from pipelines.engine.records import S3Records
+from pipelines.engine.sealed import opened, sealed, unsealed
 from pipelines.engine.step import Artifact
-from pipelines.engine.work import Work, attempt_name, newest_attempt, work_name
+from pipelines.engine.work import Work, attempt_name, newest_attempt, token_of, work_name
 
 INDEX = "kept.json"
 INDEX_SECONDS = 2.0  # shards finished faster than this are entered in the index together
@@ -45,48 +46,56 @@ class ObjectStore(Store):
         self.url = url.rstrip("/")
         self._objects = Objects(self.url)
         self._cache = cache_folder(self.url)
-        self.records = S3Records(self._objects.filesystem, self._objects.key(".leases"))
+        self.records = S3Records(self._objects, ".leases")
         self.file_hashes = self._cache / "file-hashes.jsonl"
         self._kept: dict[Path, Entries] = {}
         self._indexed = 0.0
         self._keeping = threading.Lock()
 
-    def address(self, step: str, digest: str) -> str:
-        return f"{self.url}/{step}/{digest[:SHORT]}"
+    def published(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for path in sorted(self._objects.sizes("")):
+            step, _, rest = path.partition("/")
+            name, _, file = rest.partition("/")
+            if file == manifests.NAME and not step.startswith("."):
+                found.setdefault(step, []).append(name)
+        return found
 
-    def find(self, step: str, digest: str) -> Artifact | None:
-        """Raises EngineError for objects that hold another digest than their name says."""
-        manifest = self._objects.read_json(f"{step}/{digest[:SHORT]}/{manifests.NAME}")
-        if manifest is None:
-            return None
-        url = self.address(step, digest)
-        if manifest["digest"] != digest:
-            raise EngineError(
-                f"{url} holds {manifest['digest']}, not {digest}: it was copied there by hand; delete it."
-            )
-        return Artifact(step=step, digest=digest, url=url, manifest=manifest)
+    def manifest_bytes(self, step: str, name: str) -> bytes | None:
+        return self._objects.read(f"{step}/{name}/{manifests.NAME}")
 
-    def check(self, artifact: Artifact) -> None:
-        sizes = self._objects.sizes(data_folder(artifact.step, artifact.manifest))
-        for path, entry in artifact.manifest["files"].items():
-            if sizes.get(path) != entry["bytes"]:
-                raise EngineError(
-                    f"{artifact.url}: {path} is missing or cut short: the artifact is damaged. Delete it to have it "
-                    f"made again."
-                )
+    def hashes_now(self, artifact: Artifact) -> dict[str, str | None]:
+        files, sizes = artifact.manifest["files"], self._sizes(artifact)
+        folder = data_folder(artifact.step, artifact.manifest)
+        return {
+            path: self._objects.sha256(f"{folder}/{path}", sizes[path]) if path in sizes else None for path in files
+        }
 
-    def verify(self, artifact: Artifact, self_checking: tuple[str, ...]) -> None:
+    def seal(self, artifact: Artifact) -> None:
+        path = f"{artifact.step}/{artifact.digest[:SHORT]}/{manifests.NAME}"
+        self._objects.write(path, json_bytes(sealed(artifact.manifest)))
+
+    def _manifests(self, step: str) -> dict[str, bytes]:
+        found = self._objects.read_all(f"{step}/*/{manifests.NAME}")
+        return {path.split("/")[-2]: data for path, data in sorted(found.items())}
+
+    def _sizes(self, artifact: Artifact) -> dict[str, int]:
+        return self._objects.sizes(data_folder(artifact.step, artifact.manifest))
+
+    def verify(self, artifact: Artifact, self_checking: tuple[str, ...], anew: tuple[str, ...] = ()) -> None:
         """What is remote is verified when it is fetched; this machine's copy of it here, and fetched again if need be."""
         self.check(artifact)
         copy = cached_folder(self.url, artifact.manifest)
         if copy.exists():
-            sizes = {path: (copy / path).stat().st_size for path in tree(copy)}
+            files = {path: copy / path for path in artifact.manifest["files"]}
+            sizes = {path: file.stat().st_size for path, file in files.items() if file.is_file()}
             whole = all(sizes.get(path) == entry["bytes"] for path, entry in artifact.manifest["files"].items())
-            if not whole or self._damage(artifact, copy, self_checking) is not None:
+            if not whole or self._damage(artifact, copy, self_checking, anew) is not None:
                 (copy / manifests.NAME).unlink(missing_ok=True)  # `fetch` takes it for none
 
-    def all_manifests(self, step: str) -> list[dict[str, Any]]:
-        return list(self._objects.read_all_json(f"{step}/*/{manifests.NAME}").values())
+    def strangers(self, artifact: Artifact) -> list[str]:
+        copy = cached_folder(self.url, artifact.manifest)
+        return strangers(copy, artifact.manifest) if copy.exists() else []
 
     def open_work(self, lease: Lease, step: str, digest: str, *, resumes: bool) -> Work:
         """This machine's folder of the last attempt goes on if nobody else had it since; else what was kept comes down."""
@@ -125,7 +134,9 @@ class ObjectStore(Store):
 
     def keep_shard(self, work: Work, label: str, name: str) -> None:
         marker = work.marker(label, name)
-        entries = json.loads(marker.read_bytes())
+        entries = unsealed(marker)
+        if entries is None:
+            raise EngineError(f"{marker} is gone or was changed since its shard was finished. Run again.")
         files = [work.folder(entries["folder"]) / path for path in entries["files"]]
         paths = [path.relative_to(work.root).as_posix() for path in (*files, work.shard_set(label), marker)]
         self._keep(work, instead_of=None, paths=paths, now=False)
@@ -145,15 +156,29 @@ class ObjectStore(Store):
                     del kept[path]
             kept |= uploaded
             if now or time.monotonic() - self._indexed > INDEX_SECONDS:
-                self._objects.write_json(f"{folder}/{INDEX}", kept)
+                self._objects.write(f"{folder}/{INDEX}", json_bytes(sealed(kept)))
                 self._indexed = time.monotonic()
 
     def _index(self, step: str, digest: str, *, below: int, floor: int) -> Entries:
         """What the newest earlier attempt that kept anything had kept."""
-        found = self._objects.read_all_json(f".work/{work_name(step, digest)}/*/{INDEX}")
-        attempts = {int(path.split("/")[-2][1:]): index for path, index in found.items()}
-        usable = [token for token in attempts if floor <= token < below]
-        return dict(attempts[max(usable)]) if usable else {}
+        found = self._objects.read_all(f".work/{work_name(step, digest)}/*/{INDEX}")
+        attempts = {token_of(path.split("/")[-2]): path for path in found}
+        usable = [token for token in attempts if token is not None and floor <= token < below]
+        return self._opened_index(attempts[max(usable)], found[attempts[max(usable)]]) if usable else {}
+
+    def _opened_index(self, path: str, data: bytes) -> Entries:
+        """Raises EngineError for an index that is not as it was written."""
+        try:
+            kept, _ = opened(data)
+            for entry in kept.values():
+                if not isinstance(entry["at"], str) or not isinstance(entry["sha256"], str) or entry["bytes"] < 0:
+                    raise ValueError(f"{entry!r:.60} is no entry of it")
+        except (ValueError, LookupError, TypeError) as error:
+            folder = f"{self.url}/{path.removesuffix(f'/{INDEX}')}"
+            raise EngineError(
+                f"{self.url}/{path} is damaged ({error}). Delete {folder}; then run again: the step begins anew."
+            ) from error
+        return kept
 
     def publish(self, lease: Lease, work: Work, manifest: dict[str, Any]) -> Artifact:
         artifact = super().publish(lease, work, manifest)
@@ -169,17 +194,19 @@ class ObjectStore(Store):
             lease.check()
             before = kept.get(f"out/{path}", {})
             if before.get("sha256") == entry["sha256"]:
-                self._objects.copy(before["at"], f"{data}/{path}")
+                self._objects.copy(before["at"], f"{data}/{path}", entry["bytes"])
             elif self._objects.upload(work.out / path, f"{data}/{path}") != entry:
                 raise EngineError(f"{work.out / path} changed while it was being published; run again.")
         folder = f".work/{work_name(manifest['step'], manifest['digest'])}/{attempt_name(lease.token)}"
-        self._objects.write_json(f"{folder}/{manifests.NAME}", manifest)
+        self._objects.write(f"{folder}/{manifests.NAME}", json_bytes(manifest))
 
     def _finish(self, step: str, digest: str, token: int) -> bool:
         folder = f".work/{work_name(step, digest)}"
-        manifest = self._objects.read_json(f"{folder}/{attempt_name(token)}/{manifests.NAME}")
-        if manifest is not None:
-            self._objects.write_json(f"{step}/{digest[:SHORT]}/{manifests.NAME}", manifest)
+        attempt = f"{folder}/{attempt_name(token)}"
+        data = self._objects.read(f"{attempt}/{manifests.NAME}")
+        if data is not None:
+            manifests.read(data, f"{self.url}/{attempt}")  # raises where it is not what was staged
+            self._objects.write(f"{step}/{digest[:SHORT]}/{manifests.NAME}", data)
         if self.find(step, digest) is None:
             return False
         self._objects.delete(folder)

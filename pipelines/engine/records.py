@@ -7,16 +7,20 @@ server (``If-Match`` / ``If-None-Match`` on the object's ETag). Every value writ
 
 from __future__ import annotations
 
-import json
+import contextlib
 import time
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import json_bytes, locked, write_atomic
+from pipelines.engine.files import json_bytes, locked, read_file, write_atomic
+from pipelines.engine.sealed import opened, sealed
+
+if TYPE_CHECKING:
+    from pipelines.engine.objects import Objects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +35,32 @@ class Seen:
 class Records(Protocol):
     """Named records with compare-and-swap."""
 
+    def damaged(self, name: str, why: str) -> EngineError:
+        """What to raise for a record that is none."""
+        ...
+
+    def names(self) -> list[str]:
+        """Of every record there is."""
+        ...
+
     def read(self, name: str) -> Seen | None:
-        """The record, or None if there is none."""
+        """The record, or None if there is none. Raises EngineError for one that is damaged."""
         ...
 
     def write(self, name: str, value: dict[str, Any], expected: str | None) -> str | None:
         """Write if the version still is ``expected`` (None: no record yet). Returns the new version; None: lost."""
         ...
+
+
+def opened_record(records: Records, name: str, data: bytes) -> dict[str, Any]:
+    """The value of a record from its bytes, wherever they were. Raises EngineError for other bytes than were written.
+
+    One that was written before records were sealed is taken as it is; the next write seals it.
+    """
+    try:
+        return opened(data)[0]
+    except ValueError as error:
+        raise records.damaged(name, str(error)) from error
 
 
 class FileRecords(Records):
@@ -48,31 +71,37 @@ class FileRecords(Records):
         self._lock = folder / ".lock"
 
     def read(self, name: str) -> Seen | None:
-        """The bytes themselves are the version; the age is by the file server's clock. Raises EngineError for a record
-        that is none."""
-        path = self._folder / f"{name}.json"
-        try:
-            data, written = path.read_bytes(), path.stat().st_mtime
-        except FileNotFoundError:
+        """The bytes themselves are the version; the age is by the file server's clock."""
+        data = read_file(self._path(name))
+        if data is None:
             return None
-        try:
-            return Seen(value=json.loads(data), version=data.decode(), age_seconds=self._now() - written)
-        except ValueError as error:
-            raise EngineError(
-                f"{path} is damaged ({error}). Delete it, and {self._folder.parent / '.work' / name} if it is there; then "
-                "run again: the step begins anew."
-            ) from error
+        value, age_seconds = opened_record(self, name, data), 0.0
+        with contextlib.suppress(FileNotFoundError):
+            age_seconds = self._now() - self._path(name).stat().st_mtime
+        return Seen(value=value, version=_version(data), age_seconds=age_seconds)
+
+    def damaged(self, name: str, why: str) -> EngineError:
+        work = self._folder.parent / ".work" / name
+        return EngineError(
+            f"{self._path(name)} is damaged ({why}). Delete it, and {work} if it is there; then run again: the step begins "
+            "anew."
+        )
+
+    def names(self) -> list[str]:
+        return sorted(path.stem for path in self._folder.glob("*.json"))
 
     def write(self, name: str, value: dict[str, Any], expected: str | None) -> str | None:
         """Compare and write under a lock of the file system; None where another's version stands."""
-        path = self._folder / f"{name}.json"
-        data = json_bytes(value)
+        data = json_bytes(sealed(value))
         with locked(self._lock):
-            current = path.read_bytes().decode() if path.exists() else None
-            if current != expected:
+            current = read_file(self._path(name))
+            if (None if current is None else _version(current)) != expected:
                 return None
-            write_atomic(path, data)
-        return data.decode()
+            write_atomic(self._path(name), data)
+        return _version(data)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
 
     def _now(self) -> float:
         """The file server's clock: the time it stamps on a file touched now."""
@@ -83,31 +112,45 @@ class FileRecords(Records):
             return time.time()
 
 
-class S3Records(Records):
-    """Records as objects under one prefix (``bucket/prefix``) of an S3 file system of ``s3fs``."""
+def _version(data: bytes) -> str:
+    return data.decode(errors="surrogateescape")
 
-    def __init__(self, filesystem: Any, prefix: str) -> None:
-        self._s3 = filesystem
-        self._bucket, _, self._prefix = prefix.partition("/")
+
+class S3Records(Records):
+    """Records as objects under one folder of a store in S3."""
+
+    def __init__(self, objects: Objects, folder: str) -> None:
+        self._objects, self._folder = objects, folder
 
     def read(self, name: str) -> Seen | None:
         """The ETag is the version; the age is by the server's clock."""
         try:
-            data, answer = self._get(name)
+            data, answer = self._objects.get_with_answer(self._path(name))
         except FileNotFoundError:
             return None
         written: datetime = answer["LastModified"]
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         age_seconds = (now - written).total_seconds()
-        return Seen(value=json.loads(data), version=answer["ETag"], age_seconds=age_seconds)
+        return Seen(value=opened_record(self, name, data), version=answer["ETag"], age_seconds=age_seconds)
+
+    def damaged(self, name: str, why: str) -> EngineError:
+        url = self._objects.url
+        return EngineError(
+            f"{url}/{self._path(name)} is damaged ({why}). Delete it, and {url}/.work/{name} if it is there; then run "
+            "again: the step begins anew."
+        )
+
+    def names(self) -> list[str]:
+        return sorted(
+            path.removesuffix(".json") for path in self._objects.sizes(self._folder) if path.endswith(".json")
+        )
 
     def write(self, name: str, value: dict[str, Any], expected: str | None) -> str | None:
         """A conditional put; None where another's version stands."""
-        data = json_bytes(value)
+        data = json_bytes(sealed(value))
         condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
         try:
-            answer = self._s3.call_s3("put_object", Bucket=self._bucket, Key=self._key(name), Body=data, **condition)
-            return str(answer["ETag"])
+            return self._objects.put_if(self._path(name), data, condition)
         except OSError:
             # Refused, or the answer got lost on the way and a retry was refused: what is stored tells which.
             seen = self.read(name)
@@ -117,11 +160,5 @@ class S3Records(Records):
                 return None
             raise
 
-    def _key(self, name: str) -> str:
-        return f"{self._prefix}/{name}.json".lstrip("/")
-
-    def _get(self, name: str) -> tuple[bytes, dict[str, Any]]:
-        answer = self._s3.call_s3("get_object", Bucket=self._bucket, Key=self._key(name))
-        from fsspec.asyn import sync  # the body of an answer is read on the file system's own event loop
-
-        return sync(self._s3.loop, answer["Body"].read), answer
+    def _path(self, name: str) -> str:
+        return f"{self._folder}/{name}.json"

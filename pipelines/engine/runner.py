@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import shlex
 import threading
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from pipelines.engine.files import FileHashes
 from pipelines.engine.lease import Held, Lease, LeaseLostError
 from pipelines.engine.machines import Resources
 from pipelines.engine.resolve import Graph, Node, check_sources, node_of, resolve
+from pipelines.engine.secrets import refuse_secrets, without_secrets
 from pipelines.engine.step import Artifact, Step
 from pipelines.engine.store import Store, storage_errors
 from pipelines.engine.typed import to_plain
@@ -79,6 +81,7 @@ def _report(node: Node, store: Store, *, needed: bool) -> StepReport:
             seconds=artifact.manifest["seconds"],
             metrics=artifact.metrics,
             path=artifact.url,
+            sealed=manifests.is_sealed(artifact.manifest),
             bytes=sum(entry["bytes"] for entry in artifact.manifest["files"].values()),
         )
     kept = store.unfinished(node.name, node.digest)
@@ -128,6 +131,7 @@ class _Run:
         self._partial: dict[str, list[str]] = {}
         """Inputs that a node goes without, by its digest."""
         self._made: set[str] = set()
+        self._unsealed: list[Artifact] = []
         self._needed = _needed(graph, store)
         self._running: dict[str, tuple[Node, threading.Thread]] = {}
         self._leases: dict[str, Lease] = {}
@@ -137,13 +141,15 @@ class _Run:
     def all(self) -> list[StepReport]:
         """Make what is missing, side by side where resources allow; an error is raised when all that can be made is made."""
         waiting = [node for node in self._nodes if node.digest in self._needed and not self._is_cached(node)]
+        if self._unsealed:
+            self._tell(self._nodes[-1], "said", line=unsealed_line([a.url for a in self._unsealed], self._store.url))
         error: BaseException | None = None
         there = self._backend.resources() if waiting else Resources(cpus=0, gpus=0)
         for node in waiting:
             self._check_claim(node, there)
             # Execution settings too: they enter no manifest, but a stage writes and logs what it is told.
             told = [node.identity, to_plain(node.step.settings)]
-            manifests.refuse_secrets(told, f"{node.name}: its settings")
+            refuse_secrets(told, f"{node.name}: its settings")
         for node in waiting:
             if node.step.check is not None:
                 node.step.check()
@@ -171,6 +177,7 @@ class _Run:
         self._store.check(artifact)
         self._artifacts[node.digest] = artifact
         self._tell(node, "cached", metrics=artifact.metrics)
+        self._unsealed += [] if manifests.is_sealed(artifact.manifest) else [artifact]
         return True
 
     def _check_claim(self, node: Node, there: Resources) -> None:
@@ -211,7 +218,7 @@ class _Run:
                 )
             else:
                 inputs = {name: node.step.inputs[name] for name in there}
-                settings = node.step.despite(manifests.without_secrets(lost))
+                settings = node.step.despite(without_secrets(lost))
                 partial = node_of(replace(node.step, settings=settings, inputs=inputs), there, self._hashes)
                 self._partial[partial.digest] = list(lost)
                 kept.append(partial)
@@ -268,7 +275,11 @@ class _Run:
                     lease.release()
             elif isinstance(lease, Held):
                 if not told:
-                    self._tell(node, "waiting", line=f"{lease.owner} is making it; waiting for its result")
+                    line = (
+                        f"{lease.owner} is making it; waiting for its result, or until nothing is heard of it for "
+                        f"{self._store.ttl_seconds:.0f} s"
+                    )
+                    self._tell(node, "waiting", line=line)
                 told = True
                 if self._cancelled.wait(LOOK_AGAIN_SECONDS):
                     raise CancelledError
@@ -296,8 +307,7 @@ class _Run:
         )
         inputs = {name: self._artifacts[source.digest] for name, source in node.inputs.items()}
         for name, source in node.inputs.items():
-            if source.digest not in self._made:
-                self._store.verify(inputs[name], source.step.self_checking)
+            self._verify(node, name, source, inputs[name])
         try:
             metrics = run_stage(context, node.step.run, node.step.settings, inputs)
         except Exception as error:
@@ -314,7 +324,7 @@ class _Run:
             "inputs": {name: _lineage(artifact) for name, artifact in inputs.items()},
             "sources": node.sources,
             "volatile": list(node.step.volatile),
-            "metrics": manifests.without_secrets(metrics),
+            "metrics": without_secrets(metrics),
             "started": started,
             **manifests.provenance(),
         }
@@ -322,6 +332,16 @@ class _Run:
         self._made.add(node.digest)
         self._tell(node, "finished", seconds=artifact.manifest["seconds"], metrics=artifact.metrics)
         return artifact
+
+    def _verify(self, node: Node, name: str, source: Node, artifact: Artifact) -> None:
+        """Raise EngineError for a damaged input; what was made a moment ago is only looked at again where all is."""
+        rechecked = tuple(p.partition("/")[2] for p in node.step.rechecked if p.partition("/")[0] == name)
+        if rechecked or source.digest not in self._made:
+            self._store.verify(artifact, source.step.self_checking, rechecked)
+        foreign = self._store.strangers(artifact)
+        if foreign:
+            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            self._tell(node, "said", line=f"{artifact.url}/{foreign[0]}{more}: no part of that artifact, left out")
 
     def _abandon(self) -> None:
         """After Ctrl-C: let running steps notice, then give their leases back so that the next run starts at once."""
@@ -347,6 +367,15 @@ class _Run:
     def _emit(self, event: Event) -> None:
         with self._telling:
             self._on_event(event)
+
+
+def unsealed_line(urls: Sequence[str], store: str) -> str:
+    """What is said of artifacts whose manifests have no seal."""
+    more = f" and {len(urls) - 1} more" if len(urls) > 1 else ""
+    return (
+        f"{urls[0]}{more}: published before manifests were sealed, so a change to the manifest would not be noticed; "
+        f"athanor verify --seal store={shlex.quote(store)} checks every file and seals them"
+    )
 
 
 def _lineage(artifact: Artifact) -> dict[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.engine.errors import EngineError
+from pipelines.engine.listed import listed
 
 __all__ = ["Artifact", "Context", "EngineError", "StageFn", "Step"]
 
@@ -115,6 +116,9 @@ class Step:
     """Glob patterns (relative to out_dir) of files that may differ between equal runs: logs, timings."""
     self_checking: tuple[str, ...] = ()
     """Glob patterns of files whose readers check every byte they use: not hashed again before another step uses them."""
+    rechecked: tuple[str, ...] = ()
+    """Glob patterns of INPUT/FILE: files of inputs whose every byte is compared with its checksum before the step begins,
+    whatever hash of them is remembered. For what leaves the store."""
     resumes: bool = False
     """True: the stage finds in out_dir whatever a killed attempt left. False: it finds finished shards only."""
     despite: Callable[[Mapping[str, str]], Any] | None = None
@@ -141,9 +145,10 @@ class Artifact:
 
     @property
     def path(self) -> Path:
-        """A local folder with the files; downloaded once per machine, verified, when the store is remote."""
+        """A local folder with the files of the manifest and no others; downloaded once per machine, verified, when the
+        store is remote."""
         if "://" not in self.url:
-            return Path(self.url)
+            return listed(Path(self.url), self.manifest)
         from pipelines.engine.objects import fetch  # fsspec is slow to import, and only remote artifacts need it
 
         return fetch(self.url, self.manifest)

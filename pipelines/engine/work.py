@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -23,9 +24,9 @@ from urllib.parse import quote
 
 from pipelines.engine import manifest
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import describe, fsync, read_json, tree, write_json
+from pipelines.engine.files import describe, fsync, read_file, tree, write_json
 from pipelines.engine.fingerprint import SHORT
-from pipelines.engine.sealed import sealed, unsealed
+from pipelines.engine.sealed import opened, sealed, unsealed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +98,9 @@ class Work:
     def finished_shards(self, label: str, names: list[str]) -> dict[str, dict[str, Any]]:
         """Results of the shards that are done. Raises EngineError if the set of shards is another than before."""
         set_path = self.shard_set(label)
-        before = read_json(set_path)
+        before = self._set_before(set_path)
         if before is None:
-            write_json(set_path, names)
+            write_json(set_path, sealed({"names": names}))
         elif before != names:
             raise EngineError(_changed_set(label, before, names, self.root))
         done = {}
@@ -108,6 +109,18 @@ class Work:
             if marker is not None and self._intact(marker):
                 done[name] = marker["result"]
         return done
+
+    def _set_before(self, path: Path) -> list[str] | None:
+        data = read_file(path)
+        if data is None:
+            return None
+        try:
+            before = json.loads(data) if data.startswith(b"[") else opened(data)[0]["names"]  # a list: before seals
+            return sorted(map(str, before))
+        except (ValueError, LookupError, TypeError) as error:
+            raise EngineError(
+                f"{path} is damaged ({error}). Delete {self.root.parent} to start this step over."
+            ) from error
 
     def _intact(self, marker: Mapping[str, Any]) -> bool:
         # Size only: the content is compared with the marker's checksum when the artifact is published.
@@ -128,7 +141,13 @@ def attempt_name(token: int) -> str:
 
 def attempts_in(folder: Path) -> dict[int, Path]:
     """{token: folder} of the attempts in a step's work folder."""
-    return {int(path.name[1:]): path for path in sorted(folder.glob("t[0-9]*")) if path.is_dir()}
+    found = {token_of(path.name): path for path in sorted(folder.glob("t[0-9]*")) if path.is_dir()}
+    return {token: path for token, path in found.items() if token is not None}
+
+
+def token_of(name: str) -> int | None:
+    """The token of the attempt whose folder has this name; None for another's."""
+    return int(name[1:]) if re.fullmatch(r"t\d{6,}", name) else None
 
 
 def newest_attempt(folder: Path) -> Path | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.engine import files
 from pipelines.engine.backend import Backend
 from pipelines.engine.errors import EngineError
 from pipelines.engine.events import Event
@@ -92,7 +92,7 @@ def test_nothing_is_written_by_plan_and_status(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a tale")
-    os.utime(text, (1e9, 1e9))  # not so young that its hash is not remembered
+    monkeypatch.setattr(files, "RACY_SECONDS", -1.0)  # not so young that its hash is not remembered
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -111,7 +111,7 @@ def test_where_hashes_cannot_be_remembered_files_are_hashed_each_time(
     monkeypatch.setenv("ATHANOR_CACHE", str(tmp_path / "no-folder"))
     text = tmp_path / "text.txt"
     text.write_text("a tale")
-    os.utime(text, (1e9, 1e9))
+    monkeypatch.setattr(files, "RACY_SECONDS", -1.0)
     [report] = plan([replace(letters(), files={"text": (text,)})], store=open_store(tmp_path / "store"))
     assert report.state == "to make"
 
@@ -362,7 +362,8 @@ def test_a_step_held_by_another_is_waited_for_and_its_result_used(store: LocalSt
     time.sleep(0.3)
     work = store.open_work(lease, "letters", digest, resumes=False)
     (work.out / "by_hand.txt").write_text("x")
-    identity = {"step": "letters", "digest": digest, "volatile": [], "metrics": {}}
+    made = {key: dict[str, Any]() for key in ("identity", "inputs", "sources", "metrics")}
+    identity = {"step": "letters", "digest": digest, "volatile": [], **made}
     store.publish(lease, work, identity)
     thread.join()
     assert [event.kind for event in events] == ["waiting", "cached"]

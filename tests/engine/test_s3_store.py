@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from damage import LEASES, MANIFESTS
 from engine_program import graph, make
 from test_engine_kills import lines_until, made_by, start
 from test_leases import paused, take
+from test_runner import letters
 
+from pipelines.engine import objects, waiting
 from pipelines.engine.errors import EngineError
 from pipelines.engine.lease import LeaseLostError
 from pipelines.engine.local_backend import LocalBackend
@@ -168,8 +172,77 @@ def test_a_download_that_is_not_what_was_published_is_refused(
         _ = artifact.path
     files.rm(key)
     shutil.rmtree(tmp_path / "machine2")
-    with pytest.raises(EngineError, match="missing or cut short"):
+    with pytest.raises(EngineError, match=r"summary\.txt is missing: the artifact is damaged"):
         open_store(f"{bucket}/store").check(artifact)
+
+
+def test_a_manifest_or_a_lease_that_is_not_as_it_was_written_is_one_sentence(
+    bucket: str, backend: LocalBackend
+) -> None:
+    store = open_store(f"{bucket}/store")
+    make(store, backend, [letters()])
+    stored = store._objects  # type: ignore[attr-defined]
+    name = str(plan([letters()], store=store)[0].path).removeprefix(f"{store.url}/")
+    [lease] = stored.sizes(".leases")
+    for place, folder, kinds in (
+        (f"{name}/manifest.json", f"{store.url}/{name}", MANIFESTS),
+        (f".leases/{lease}", f"{store.url}/.leases/{lease}", LEASES),
+    ):
+        good = stored.read(place)
+        for damage in kinds:
+            stored.write(place, kinds[damage](good))
+            with pytest.raises(EngineError) as refused:
+                status([letters()], store=store)
+            assert str(refused.value).startswith(folder) and "\n" not in str(refused.value), damage
+        stored.delete(place)  # and without a manifest, the lease is looked at
+    assert [report.state for report in status([letters()], store=store)] == ["to make"]
+    assert run([letters()], store=store, backend=backend)[0].state == "made"
+
+
+@pytest.mark.parametrize("index", [b"{", b'{"out/x": {"at": 1}}', b'{"sha256": "0"}'])
+def test_an_index_of_kept_files_that_is_not_as_it_was_written_is_one_sentence(bucket: str, index: bytes) -> None:
+    store = open_store(f"{bucket}/store")
+    digest = "a" * 64
+    lease = paused(store.acquire("x", digest))  # type: ignore[arg-type]
+    work = store.open_work(lease, "x", digest, resumes=True)
+    (work.out / "kept.txt").write_text("kept")
+    store.keep(work, "kept.txt")
+    lease.release()
+    store._objects.write(f".work/{work.root.parent.name}/{work.root.name}/kept.json", index)  # type: ignore[attr-defined]
+    again = paused(store.acquire("x", digest))  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match=r"kept\.json is damaged .* the step begins anew"):
+        store.open_work(again, "x", digest, resumes=True)
+
+
+def test_a_stranger_in_this_machines_copy_is_not_read(bucket: str, backend: LocalBackend) -> None:
+    store = open_store(f"{bucket}/store")
+    make(store, backend, [letters()])
+    artifact = store.find("letters", plan([letters()], store=store)[0].digest)
+    assert artifact is not None
+    copy = artifact.path
+    (copy / "stranger.parquet").write_text("x")
+    assert artifact.path != copy and not (artifact.path / "stranger.parquet").exists()
+    assert (artifact.path / "letters.txt").read_text() == "aaa"
+    assert store.strangers(artifact) == ["stranger.parquet"]
+
+
+def test_a_server_that_takes_connections_and_never_answers_is_one_sentence_in_a_stated_time(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(waiting, "tell", said.append)
+    monkeypatch.setattr(waiting, "SAY_AFTER_SECONDS", 0.2)
+    monkeypatch.setattr(objects, "ANSWER_SECONDS", 1.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        begun = time.monotonic()
+        with pytest.raises(EngineError, match=f"store={bucket}/silent: {url} takes connections and gave no answer"):
+            status([letters()], store=open_store(f"{bucket}/silent"))
+        assert time.monotonic() - begun < 10
+    assert [line.partition(" to answer")[0] for line in said] == [f"waiting for {url}"]
 
 
 def test_a_damaged_copy_on_this_machine_is_fetched_again_before_anything_is_built_on_it(
@@ -204,7 +277,7 @@ def test_a_server_that_is_not_there_is_one_clear_error(bucket: str, monkeypatch:
 
 
 def test_what_is_kept_of_a_growing_or_vanishing_file_is_what_its_checksum_says(bucket: str, tmp_path: Path) -> None:
-    objects, log, done = Objects(f"{bucket}/store"), tmp_path / "metrics.jsonl", threading.Event()
+    there, log, done = Objects(f"{bucket}/store"), tmp_path / "metrics.jsonl", threading.Event()
     log.write_text("first\n")
 
     def grow() -> None:
@@ -217,10 +290,10 @@ def test_what_is_kept_of_a_growing_or_vanishing_file_is_what_its_checksum_says(b
     thread.start()
     try:
         for number in range(3):
-            entry = objects.upload(log, f"log{number}")
+            entry = there.upload(log, f"log{number}")
             assert entry is not None
-            objects.download({"log": f"log{number}"}, {"log": entry}, tmp_path / "back")
+            there.download({"log": f"log{number}"}, {"log": entry}, tmp_path / "back")
     finally:
         done.set()
         thread.join()
-    assert objects.upload(tmp_path / "none", "none") is None
+    assert there.upload(tmp_path / "none", "none") is None
