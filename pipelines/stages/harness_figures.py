@@ -131,7 +131,7 @@ def _chance(
         return None
     choices_N = np.array([len(task.doc_to_choice(answer["doc"])) for answer in rows])
     if metric in ("acc", "acc_norm", "acc_bytes", "acc_mutual_info"):
-        right_N = np.array([_right_choices(task, answer["doc"]) for answer in rows])
+        right_N = np.array([right_choices(task, answer["doc"]) for answer in rows])
         return float((right_N / choices_N).mean())
     if metric == "mcc":
         return 0.0
@@ -145,7 +145,7 @@ def _chance(
     return None
 
 
-def _right_choices(task: ConfigurableTask, doc: Mapping[str, Any]) -> int:
+def right_choices(task: ConfigurableTask, doc: Mapping[str, Any]) -> int:
     """How many of a question's choices are right."""
     choices = task.doc_to_choice(doc)
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)

@@ -27,7 +27,7 @@ from data.document import Document
 from pipelines.engine.step import EngineError
 from pipelines.stages.evaluate_settings import EvaluateSettings
 from pipelines.stages.task_data import make_examples
-from pipelines.stages.task_files import GroupFile, TaskFile, TaskSet, read_tasks
+from pipelines.stages.task_files import TASKS, GroupFile, TaskFile, TaskSet, read_tasks
 
 # Read when `datasets` is imported: a task's data are local files, and a machine without a network must not wait.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,7 +40,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from pipelines.stages.harness_figures import Aggregation, Figure, Figures, group_figures, task_figures
+from pipelines.stages.harness_figures import Aggregation, Figure, Figures, group_figures, right_choices, task_figures
 
 MOST_NEW_TOKENS = 256
 FEWEST_EXAMPLES = 4
@@ -51,6 +51,8 @@ TRIED_EXAMPLES = 2000
 def generation_options(options: Mapping[str, Any], context_tokens: int) -> dict[str, Any]:
     """A request's options with the harness's defaults filled in. Raises EngineError where no room is left for a prompt."""
     filled = dict(normalize_gen_kwargs(dict(options), MOST_NEW_TOKENS))
+    if not isinstance(filled["until"], list) or not all(isinstance(text, str) for text in filled["until"]):
+        raise EngineError(f"generation_kwargs: until {filled['until']!r}: texts to end before, in a list.")
     if (new_tokens := int(filled["max_gen_toks"])) >= context_tokens:
         raise EngineError(
             f"A task asks for {new_tokens} new tokens where a window holds {context_tokens}: no room is left for its prompt."
@@ -102,13 +104,16 @@ def try_tasks(settings: EvaluateSettings, context_tokens: int) -> None:
     Raises EngineError for a task that could not be scored: its data, templates, filters, metrics or room for prompts.
     """
     chosen = read_tasks(settings.tasks, settings.task_folders)
-    if not (own := chosen.own()):
+    if not chosen.is_own():
         return
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
         built = build_tasks(chosen, [SAMPLE] * FEWEST_EXAMPLES, settings, Path(scratch))
-        for name in own:
-            task, path = built.tasks[name], chosen.tasks[name].path
+        for name, task in built.tasks.items():
+            path = chosen.tasks[name].path
+            if path.parent == TASKS:
+                continue
             with _named(path):
+                _check_answers(task)
                 found = evaluate(
                     _Silent(context_tokens), {"tasks": {name: task}}, bootstrap_iters=0, limit=TRIED_EXAMPLES
                 )
@@ -203,6 +208,17 @@ def _check_metrics(path: Path, task: ConfigurableTask, found: Mapping[str, Any])
         )
 
 
+def _check_answers(task: ConfigurableTask) -> None:
+    """Whether each question's answer is among its choices; the harness counts one that is not as wrong, whatever is said."""
+    if task.OUTPUT_TYPE == "multiple_choice":
+        for _, doc in task.doc_iterator(limit=TRIED_EXAMPLES):
+            if not right_choices(task, doc):
+                raise EngineError(
+                    f"doc_to_target: {task.doc_to_target(doc)!r} is none of the choices {task.doc_to_choice(doc)!r}, nor "
+                    "the number of one from 0."
+                )
+
+
 def _check_averages(group: GroupFile, found: Mapping[str, Any]) -> None:
     """Whether everything that a group averages is a metric of its tasks; the harness goes on without."""
     for entry in group.config["aggregate_metric_list"]:
@@ -242,7 +258,8 @@ def _named(path: Path) -> Iterator[None]:
     except EngineError as error:
         raise EngineError(f"{path}: {error}") from error
     except Exception as error:
-        shown = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = error.__cause__ or error  # `datasets` says what went wrong in the error below its own
+        shown = " ".join(f"{type(cause).__name__}: {cause}".split())
         shown = shown if len(shown) <= 600 else shown[:600] + " …"
         raise EngineError(
             f"{path}: the harness cannot run this task ({shown}). Check its fields against its data: templates name columns,"
@@ -253,9 +270,9 @@ def _named(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the harness's bars and remarks: what matters of them is checked here."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in ("lm_eval", "datasets")}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
     try:
         with (
             contextlib.redirect_stderr(io.StringIO()),
@@ -265,7 +282,8 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")  # scikit-learn's, of every draw that lacks a class
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _and_below(chosen: TaskSet, name: str) -> Iterator[str]:

@@ -77,9 +77,9 @@ class TaskSet:
             found += self.leaves(member) if member in self.groups else [member]
         return found
 
-    def own(self) -> list[str]:
-        """Names of the tasks that are not among those which come with this program."""
-        return [name for name, task in self.tasks.items() if task.path.parent != TASKS]
+    def is_own(self) -> bool:
+        """Whether any of them is not among those which come with this program."""
+        return any(file.path.parent != TASKS for file in (*self.tasks.values(), *self.groups.values()))
 
 
 def read_tasks(names: Sequence[str], folders: Sequence[str]) -> TaskSet:

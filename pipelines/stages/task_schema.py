@@ -103,6 +103,9 @@ def check_task(path: Path, config: dict[str, Any], maker: str | None) -> dict[st
     for key in ("doc_to_text", "doc_to_target", *(("doc_to_choice",) if output == "multiple_choice" else ())):
         if key not in config:
             refuse(path, f"{key}: missing; a task of output_type {output} says what is asked and what is right")
+    for key, least in (("num_fewshot", 0), ("repeats", 1)):
+        if config.get(key, least) < least:
+            refuse(path, f"{key}: {config[key]}: must be at least {least}")
     choices = config.get("doc_to_choice")
     if isinstance(choices, list | dict) and not all(
         isinstance(choice, str) for choice in (choices.values() if isinstance(choices, dict) else choices)

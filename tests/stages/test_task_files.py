@@ -131,6 +131,7 @@ REFUSALS = {
     "repeats: True is not a number": {"repeats": True},
     "metric_list: 'acc' is not a list": {"metric_list": "acc"},
     "each entry is a mapping with metric": {"metric_list": ["acc"]},
+    "num_fewshot: -1: must be at least 0": {"num_fewshot": -1},
     "names no metric": {"metric_list": []},
     "choices are texts; put quotes around them": {"doc_to_choice": [True, False]},
     "bypass measures nothing": {"metric_list": [{"metric": "bypass"}]},
@@ -190,6 +191,12 @@ def test_an_unknown_task_is_answered_with_those_there_are_and_with_what_could_no
         ("TypeError", {"metric_list": [{"metric": "likelihood"}]}),
         ("'nothing' is undefined", {"doc_to_text": "{{nothing}}"}),
         ("Sample larger than population|sample", {"num_fewshot": 100}),
+        (r"doc_to_target: 'Rome' is none of the choices \['France', 'Peru'\]", {"doc_to_target": "Rome"}),
+        ("JSON parse error", {"dataset_kwargs": {"data_files": "broken.jsonl"}}),
+        (
+            "until .* texts to end before",
+            {"output_type": "generate_until", "metric_list": None, "generation_kwargs": {"until": [3]}},
+        ),
         ("no task of the group 'bad' has this metric", {"group": "bad", "task": ["good"]}),
         ("cannot run this task", {"doc_to_choice": "{{q}}"}),
         ("extract", {"filter_list": [{"name": "f", "filter": [{"function": "extract"}]}]}),
@@ -199,6 +206,7 @@ def test_an_unknown_task_is_answered_with_those_there_are_and_with_what_could_no
 )
 def test_every_task_is_built_and_tried_before_anything_trains(folder: Path, said: str, config):
     (folder / "empty.jsonl").write_text("")
+    (folder / "broken.jsonl").write_text('{"q": 1\n{')
     write(folder, "good", task="good", **CHOICE)
     rest = {"aggregate_metric_list": [{"metric": "f1"}]} if "group" in config else {"task": "bad", **CHOICE}
     path = write(folder, "bad", **{**rest, **config})
@@ -230,6 +238,7 @@ def test_the_tasks_that_come_with_this_program_are_built_too(folder: Path):
     write(folder, "all", group="all", task=list(names))
     settings = EvaluateSettings(tasks=("all",), task_folders=(str(folder),))
     chosen = read(folder, "all")
-    assert chosen.own() == []
+    chosen_alone = read_tasks(names, ())
+    assert chosen.is_own() and not chosen_alone.is_own()
     built = harness_tasks.build_tasks(chosen, [harness_tasks.SAMPLE] * 4, settings, folder)
     assert set(built.tasks) == set(names) and built.skipped == {}
