@@ -90,7 +90,7 @@ def list_files(
     skipped = Counter() if skipped is None else skipped
     found: dict[str, _Entry] = {}
     for path in paths:
-        for entry in _expand(os.path.expanduser(path), path, key, skipped):
+        for entry in _expand(os.path.expanduser(path), path, key, skipped, paths):
             found.setdefault(entry.real, entry)
             if len(found) % TELL_EVERY == 0:
                 tell(len(found))
@@ -111,8 +111,8 @@ def list_files(
     return sorted(files, key=lambda file: (file.name, file.path))
 
 
-def _expand(path: str, given: str, key: str, skipped: Counter[str]) -> Iterator[_Entry]:
-    """The files of one entry of the setting `key`, which spells it `given`."""
+def _expand(path: str, given: str, key: str, skipped: Counter[str], paths: Sequence[str]) -> Iterator[_Entry]:
+    """The files of one entry of the setting `key`, which spells it `given` among `paths`."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
@@ -121,7 +121,8 @@ def _expand(path: str, given: str, key: str, skipped: Counter[str]) -> Iterator[
             raise DataError(f"{key} names {given}, {nowhere}. Name a folder, file or glob that is there.") from error
         if not glob.has_magic(path):
             raise DataError(
-                f"{key} names {given}, {_why_not(error)}. Give an existing folder, file or glob."
+                f"{key} names {given}, {_why_not(error)}. "
+                + (_comma(given, key, paths) or "Give an existing folder, file or glob.")
             ) from error
         yield from _glob(path, given, key, skipped)
         return
@@ -137,6 +138,17 @@ def _expand(path: str, given: str, key: str, skipped: Counter[str]) -> Iterator[
     else:
         root, real = os.path.dirname(path), os.path.realpath(path)
         yield _Entry(root=root, path=path, real=real, bytes=status.st_size)
+
+
+def _comma(path: str, key: str, paths: Sequence[str]) -> str:
+    """What to write where a name has been parted at its commas; empty where no such file is there."""
+    for first in range(len(paths)):
+        for last in range(first + 1, len(paths)):
+            for comma in (",", ", "):
+                name = comma.join(paths[first : last + 1])
+                if path in paths[first : last + 1] and os.path.exists(os.path.expanduser(name)):
+                    return f"A comma parts a list; a name that has one stands in quotes: \"{key}=['{name}']\"."
+    return ""
 
 
 def _why_not(error: OSError | ValueError) -> str:

@@ -33,7 +33,8 @@ from pipelines.engine.step import Step
 from pipelines.engine.store import open_store, storage_errors
 from pipelines.execution import execute, named
 from pipelines.graph import build
-from pipelines.settings import Settings, SettingsError, compose
+from pipelines.overrides import SettingsError
+from pipelines.settings import Settings, compose
 
 STEPS = 12
 ATTEMPTS = 3  # to kill a training before it ends

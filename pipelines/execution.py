@@ -14,7 +14,8 @@ from pipelines.engine.events import StepReport
 from pipelines.engine.local_backend import LocalBackend
 from pipelines.engine.step import Step
 from pipelines.engine.store import open_store
-from pipelines.settings import Settings, SettingsError
+from pipelines.overrides import SettingsError
+from pipelines.settings import Settings
 
 
 def execute(settings: Settings, targets: Sequence[Step], *, quiet: bool = False) -> list[StepReport]:

@@ -10,17 +10,15 @@ where or how fast and never what is made; `engine/fingerprint.py` leaves them ou
 
 from __future__ import annotations
 
-import difflib
+import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
-import conf
 from data.corpus import CorpusSettings
 from data.mixture import MixtureSettings
 from data.objective_settings import NextTokenSettings, ObjectiveChoice, check_sentinels
@@ -30,6 +28,7 @@ from data.tokenizer_training import TokenizerSettings
 from model.config import ModelConfig
 from pipelines.engine.errors import EngineError
 from pipelines.engine.typed import field_types, from_plain
+from pipelines.overrides import CONF_DIR, SettingsError, chosen_fields, hydra_overrides
 from pipelines.stages.evaluate import EvaluateSettings
 from pipelines.stages.export import ExportSettings
 from pipelines.stages.finetune import FinetuneRun, FinetuneSettings
@@ -50,17 +49,9 @@ from pipelines.training.settings import (
     ZeroSettings,
 )
 
-CONF_DIR = Path(conf.__file__).parent
 SENTINELS = 100  # as many as T5 has
 T = TypeVar("T")
 _EXECUTION: Any = {"execution": True}
-_OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[\w./@-]+?)(?:=(?P<value>.*))?$", re.DOTALL)
-
-
-class SettingsError(Exception):
-    """A setting that cannot be: offending value, rule, remedy."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +244,7 @@ def corpus_key(step: str) -> str:
 def compose(overrides: Sequence[str]) -> Settings:
     """Settings from overrides. Raises SettingsError for a mistake in them, naming the nearest right word."""
     settings = typed(plain(overrides))
-    if settings.starts_from is not None and Path(settings.starts_from).expanduser().is_dir() and settings.start:
+    if settings.starts_from is not None and os.path.isdir(os.path.expanduser(settings.starts_from)) and settings.start:
         # A folder that is not here may be where the command is sent to; `build` says so if it is needed here.
         settings.start.check_model(settings.model, chosen_fields(overrides))
     return settings
@@ -266,7 +257,7 @@ def plain(overrides: Sequence[str]) -> dict[str, Any]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    words = hydra_overrides(overrides)
+    words = hydra_overrides(overrides, Settings)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
             config = hydra_compose(config_name="config", overrides=words)
@@ -315,46 +306,6 @@ SET_ELSEWHERE = {
 """Keys that a dataclass has and a person may not set there, and what to set instead."""
 
 
-def hydra_overrides(overrides: Sequence[str]) -> list[str]:
-    """Overrides as Hydra shall see them.
-
-    A group choice is checked here, where the options are known. A value is forced (`++`): whether the key exists is for
-    the dataclasses to say, which know defaults that no YAML file spells out.
-    """
-    words = []
-    for word in overrides:
-        match = _OVERRIDE.match(word)
-        if match is None or (match["value"] is None and match["prefix"] != "~"):
-            raise SettingsError(
-                f"{word!r} is no override; write KEY=VALUE, for example experiment=demo or optim.lr=3e-4."
-            )
-        key, value = match["key"], match["value"]
-        if key.startswith("hydra") or match["prefix"]:
-            words.append(word)
-        elif (CONF_DIR / key).is_dir():
-            chosen = [option.strip() for option in (value or "").split(",")]
-            for option in chosen:
-                _check_option(key, option)
-            # Quoted, since Hydra would take zero=2 for the number and refuse it as the name of an option.
-            words.append(f"{key}=" + ",".join(f"'{option}'" for option in chosen))
-        else:
-            words.append(f"++{word}")
-    if not any(word.startswith(("experiment=", "+experiment=")) for word in words):
-        known = ", ".join(options("experiment"))
-        raise SettingsError(f"no experiment chosen; add experiment=NAME, one of {known}.")
-    return words
-
-
-def points_of(overrides: Sequence[str]) -> list[tuple[str, ...]]:
-    """The overrides of each point of a sweep, in Hydra's own order."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    parsed = OverridesParser.create().parse_overrides([word for word in overrides if not word.startswith("hydra")])
-    [points] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return [tuple(point) for point in points]
-
-
 def multirun(words: Sequence[str], trial: Callable[[Any], T]) -> list[T]:
     """What `trial` answered to each composed point of a sweep, in order, through Hydra's launcher.
 
@@ -377,26 +328,6 @@ def multirun(words: Sequence[str], trial: Callable[[Any], T]) -> list[T]:
     finally:
         GlobalHydra.instance().clear()
     return [job.return_value for batch in batches for job in batch]
-
-
-def chosen_fields(overrides: Sequence[str]) -> list[str]:
-    """The dotted fields of `model` that overrides set, one by one or by choosing a preset."""
-    import yaml
-
-    chosen: list[str] = []
-    for key, _, value in (word.lstrip("+").partition("=") for word in overrides):
-        if key == "model":
-            preset = yaml.safe_load((CONF_DIR / "model" / f"{value}.yaml").read_text(encoding="utf-8"))
-            chosen += _leaves(preset, "")
-        elif key.startswith("model."):
-            chosen.append(key.removeprefix("model."))
-    return chosen
-
-
-def _leaves(plain: Any, path: str) -> list[str]:
-    if not isinstance(plain, Mapping):
-        return [path]
-    return [leaf for key, value in plain.items() for leaf in _leaves(value, f"{path}.{key}" if path else key)]
 
 
 def section(cls: type[T], file: str, values: Mapping[str, str]) -> T:
@@ -445,28 +376,16 @@ def _as_typed(cls: Any, key: str, text: str) -> Any:
 
 def _without_root(error: EngineError) -> str:
     """An error of `from_plain` whose paths begin at a root with an empty name."""
-    return re.sub(r"(?<![\w\].])\.(?=[a-z_])", "", str(error))
-
-
-def groups() -> list[str]:
-    """Names of the configuration groups."""
-    return sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
-
-
-def options(group: str) -> list[str]:
-    """Names to choose from in one group."""
-    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
-
-
-def _check_option(group: str, option: str) -> None:
-    known = options(group)
-    if option not in known:
-        near = difflib.get_close_matches(option, known, n=1)
-        hint = f" Did you mean {group}={near[0]}?" if near else ""
-        raise SettingsError(f"{group}={option}: no such {group}.{hint} There are {', '.join(known)}.")
+    return re.sub(r"(?<![\w\].])\.(?=[a-z_])", "", str(error)).removeprefix(": ")
 
 
 def _one_line(error: Exception) -> str:
     """Hydra's message without its stack of causes."""
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    if lines and (match := re.match(r"Interpolation key '(.+)' not found", lines[0])):
+        at = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "a setting")
+        return (
+            f"{at} refers to the setting {match[1]} by ${{{match[1]}}}, and there is none. Name one that there is, or write "
+            f"'\\${{{match[1]}}}' in quotes where these signs are meant as they stand."
+        )
     return " ".join(lines[:3]) or type(error).__name__

@@ -25,7 +25,8 @@ from pipelines.engine.step import EngineError
 from pipelines.engine.store import open_store
 from pipelines.execution import execute, make_backend, named
 from pipelines.graph import build
-from pipelines.settings import Settings, SettingsError, compose, hydra_overrides, multirun, points_of, resolved, typed
+from pipelines.overrides import SettingsError, hydra_overrides, points_of
+from pipelines.settings import Settings, compose, multirun, resolved, typed
 
 METRICS = (
     ("evaluate", "bits_per_byte"),
@@ -86,7 +87,7 @@ def sweep(overrides: Sequence[str], until: str | None = None) -> int:
 
     Raises SettingsError when no combination is valid.
     """
-    words = hydra_overrides(overrides)
+    words = hydra_overrides(overrides, Settings, sweep=True)
     points = combinations(overrides)
     settings = [point.settings for point in points if point.settings is not None]
     if not settings:
@@ -127,7 +128,7 @@ def _outcome(point: Combination, answer: float | str | None) -> Outcome:
 
 def combinations(overrides: Sequence[str]) -> list[Combination]:
     """The points of the sweep in Hydra's own order."""
-    return [_combination(point) for point in points_of(overrides)]
+    return [_combination(point) for point in points_of(overrides, Settings)]
 
 
 def _combination(words: tuple[str, ...]) -> Combination:

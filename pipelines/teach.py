@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipelines.engine.typed import field_types
-from pipelines.settings import CONF_DIR, SET_ELSEWHERE, Settings, groups, options, plain
+from pipelines.overrides import CONF_DIR, groups, options
+from pipelines.settings import SET_ELSEWHERE, Settings, plain
 
 NOT_TAUGHT = ("experiment", "hydra")
 

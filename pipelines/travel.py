@@ -14,7 +14,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipelines.settings import Settings, SettingsError, compose, corpus_key, points_of
+from pipelines.overrides import SettingsError, points_of
+from pipelines.settings import Settings, compose, corpus_key
 
 if TYPE_CHECKING:
     from cluster.command import Machines
@@ -32,7 +33,7 @@ def sent(cluster: ClusterSettings, command: Sequence[str], parsed: argparse.Name
         raise SettingsError(f"--from {parsed.source}: a relative path; give an absolute one that the cluster sees.")
     if verb not in COMPOSES or not parsed.overrides:
         return [*command], []
-    points = points_of(parsed.overrides) if sweeps else [tuple(parsed.overrides)]
+    points = points_of(parsed.overrides, Settings) if sweeps else [tuple(parsed.overrides)]
     added: list[str] = []
     lines: list[str] = []
     for settings in map(compose, points):

@@ -17,7 +17,8 @@ from pipelines.engine.events import StepReport
 from pipelines.engine.store import open_store
 from pipelines.execution import execute, found, made, named
 from pipelines.graph import build
-from pipelines.settings import SettingsError, compose, section
+from pipelines.overrides import SettingsError
+from pipelines.settings import compose, section
 
 if TYPE_CHECKING:
     from cluster.submit import ClusterSettings

@@ -12,8 +12,9 @@ from model.build import build_model
 from pipelines.engine import runner
 from pipelines.engine.store import open_store
 from pipelines.graph import build
+from pipelines.overrides import options
 from pipelines.planning import estimate, memory_per_rank
-from pipelines.settings import compose, options
+from pipelines.settings import compose
 from pipelines.teach import settings_help
 from pipelines.training.errors import TrainingError
 from pipelines.training.expert_parallel import layers_with_experts

@@ -28,6 +28,7 @@ DOORS = {
     "pipelines/engine/ray_address.py": {"ray"},  # its token
     "pipelines/training/zero.py": {"deepspeed"},
     "pipelines/settings.py": {"hydra", "omegaconf"},
+    "pipelines/overrides.py": {"hydra"},
     "pipelines/torchrun.py": {"torch"},  # process groups, no tensors
     "pipelines/verbs.py": {"cluster"},
     "pipelines/travel.py": {"cluster"},  # names of its settings, for annotations

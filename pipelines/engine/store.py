@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pipelines.engine.base_store import Store, storage_errors
@@ -17,7 +18,7 @@ def open_store(url: str | Path, *, ttl_seconds: float = TTL_SECONDS) -> Store:
     text = str(url)
     scheme = text.split("://", 1)[0] if "://" in text else "file"
     if scheme == "file":
-        return LocalStore(Path(text.removeprefix("file://")).absolute(), ttl_seconds=ttl_seconds)
+        return LocalStore(Path(os.path.expanduser(text.removeprefix("file://"))).absolute(), ttl_seconds=ttl_seconds)
     if scheme == "s3":
         from pipelines.engine.object_store import ObjectStore  # fsspec is slow to import
 

@@ -9,6 +9,7 @@ and config.json in model/, where a pretrained model's lie too: fine-tuning and e
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,7 +54,7 @@ class Start:
     @classmethod
     def open(cls, setting: str, folder: str) -> Start:
         """Raises EngineError or ModelError for a folder that no training can begin with."""
-        path = Path(folder).expanduser().absolute()
+        path = Path(os.path.expanduser(folder)).absolute()
         if not path.is_dir():
             raise EngineError(
                 f"{setting}={folder}: no such folder; give a Hugging Face checkpoint on this disk, with config.json and "

@@ -13,7 +13,8 @@ import pytest
 from cluster.errors import ClusterError
 from pipelines.__main__ import _parse, main
 from pipelines.engine.typed import _dataclasses_in, field_types
-from pipelines.settings import Settings, SettingsError, compose
+from pipelines.overrides import SettingsError
+from pipelines.settings import Settings, compose
 from pipelines.travel import paths_of, sent
 from pipelines.verbs import cluster_settings
 
