@@ -63,13 +63,20 @@ class CorpusSettings:
 
 
 def corpus_files(
-    settings: CorpusSettings, skipped: Counter[str] | None = None, *, key: str = "corpus"
+    settings: CorpusSettings,
+    skipped: Counter[str] | None = None,
+    *,
+    key: str = "corpus",
+    tell: Callable[[int], None] = lambda files: None,
 ) -> list[SourceFile]:
-    """Return the files of a corpus in name order. Raises DataError, which calls the settings `key`, when there are none."""
+    """Return the files of a corpus in name order; `skipped` and `tell` as in `list_files`.
+
+    Raises DataError, which calls the settings `key`, when there are none.
+    """
     if settings.kind == "python-library":
         found = python_library_files()
     else:
-        found = list_files(settings.paths, skipped, key=f"{key}.paths")
+        found = list_files(settings.paths, skipped, key=f"{key}.paths", tell=tell)
     files = exclude_files(found, settings.exclude)
     if skipped is not None:
         skipped[EXCLUDED] += len(found) - len(files)

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -29,6 +30,7 @@ from pipelines.engine.events import Event, StepReport
 
 PACE_SECONDS = 60.0  # what a rate and the time left are measured over
 QUIET_SECONDS = 10.0  # between progress lines of one step where there is no terminal
+LONGEST_SILENCE_SECONDS = 60.0  # about a step that makes no progress
 
 
 def duration(seconds: float | None) -> str:
@@ -147,6 +149,16 @@ def shown_path(path: str | None) -> str:
     return path if here.startswith("..") else here
 
 
+@dataclass
+class _At:
+    """What a step was at when last heard of, and when the person was last told."""
+
+    words: str = ""
+    began: float = field(default_factory=time.monotonic)
+    told: float = field(default_factory=time.monotonic)
+    pause: float = field(default_factory=lambda: QUIET_SECONDS)
+
+
 class Display:
     """Turns the engine's events into lines, or into live bars on a terminal.
 
@@ -169,14 +181,19 @@ class Display:
         self._last_line: dict[str, float] = {}
         self._paces: dict[tuple[str, str], Pace] = {}
         self._failures = 0
-        self._lock = threading.Lock()
+        self._at: dict[str, _At] = {}
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._reminder = threading.Thread(target=self._remind, name="display", daemon=True)
 
     def __enter__(self) -> Display:
         if self._live:
             self._bars.start()
+        self._reminder.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._reminder.join()
         if self._live:
             self._bars.stop()
 
@@ -186,7 +203,9 @@ class Display:
             if event.kind == "progress":
                 self._progress(event)
                 return
-            if event.kind in ("finished", "failed"):
+            if event.kind in ("started", "waiting"):
+                self._at[event.step] = _At(words=event.line)
+            if event.kind in ("finished", "failed", "cached"):
                 self._forget(event.step)
             self._failures += event.kind == "failed"
             for line in _event_lines(event, is_raised=self._failures == 1):
@@ -201,6 +220,7 @@ class Display:
             words = f"{event.label} {count(event.done)} of {_amount(event.total, event.unit)}"
         words += f", {_rate(rate, event.unit)}" if rate > 0 else ""
         words += f", {event.line}" if event.line else ""
+        self._at.setdefault(event.step, _At()).words = words
         if self._live:
             if key not in self._tasks:
                 self._tasks[key] = self._bars.add_task(words, total=event.total, step=event.step, left=left)
@@ -209,9 +229,22 @@ class Display:
         now = time.monotonic()
         if now - self._last_line.setdefault(event.step, now - max(0.0, QUIET_SECONDS - 3)) >= QUIET_SECONDS:
             self._last_line[event.step] = now
+            self._at[event.step] = _At(words=words)
             self._console.print(Text(f"{event.step:<12} {words}{', ' if left else ''}{left}"))
 
+    def _remind(self) -> None:
+        """Tell of steps of which nothing was heard for a while what they are at: never longer silent than a minute."""
+        while not self._over.wait(QUIET_SECONDS / 10):
+            with self._lock:
+                shown = {step for step, _ in self._tasks}
+                for step, at in self._at.items():
+                    if step not in shown and time.monotonic() - at.told >= at.pause:
+                        at.told, at.pause = time.monotonic(), min(2 * at.pause, LONGEST_SILENCE_SECONDS)
+                        since = duration(at.told - at.began)
+                        self._console.print(Text(f"{step:<12} still at it, {since}{at.words and ': '}{at.words}"))
+
     def _forget(self, step: str) -> None:
+        self._at.pop(step, None)
         for key in [key for key in self._tasks if key[0] == step]:
             self._bars.remove_task(self._tasks.pop(key))
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from data.corpus import CorpusSettings, corpus_files
 from data.errors import DataError
-from data.instructions import instruction_files
+from data.instructions import InstructionSettings, instruction_files
 from data.objective_settings import check_pieces
 from data.sources import SourceFile
 from data.tokenizer import Tokenizer
 from pipelines.engine.step import StageFn, Step
+from pipelines.engine.waiting import working
 from pipelines.settings import Settings, corpus_key
 from pipelines.stages import (
     corpus,
@@ -80,7 +81,7 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
             s.finetune.rows(s.shards.seq_len),
             {**(corpora if s.finetune.data.kind == "functions" else {}), "tokenizer": words},
             version=2,
-            files={"conversations": paths(instruction_files(s.finetune.data))},
+            files={"conversations": conversations_of(s.finetune.data)},
             self_checking=("*.tar",),
         )
         pair = {"pretrain": models["pretrain"], "instructions": chats, "tokenizer": words}
@@ -113,11 +114,18 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
 def text_of(step: str, source: CorpusSettings, may_be_missing: bool) -> tuple[Path, ...]:
     """The files of a corpus step, or none where it may be missing and is."""
     try:
-        return paths(corpus_files(source, key=corpus_key(step)))
+        with working(f"{step}: the files in {corpus_key(step)}.paths are listed") as how_far:
+            return paths(corpus_files(source, key=corpus_key(step), tell=lambda files: how_far(f"{files:,} so far")))
     except DataError:
         if may_be_missing:
             return ()
         raise
+
+
+def conversations_of(source: InstructionSettings) -> tuple[Path, ...]:
+    """The user's files of conversations."""
+    with working("instructions: the files in finetune.data.paths are listed"):
+        return paths(instruction_files(source))
 
 
 def paths(files: list[SourceFile]) -> tuple[Path, ...]:

@@ -8,13 +8,19 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.console import Display, Pace, console, count, print_steps, size, summary
 from pipelines.engine.events import Event, StepReport
+from pipelines.engine.files import FileHashes
+from pipelines.engine.resolve import resolve
+from pipelines.graph import build
+from pipelines.settings import compose
 from pipelines.verbs import _next_words
 from tests.conftest import ROOT
 
@@ -74,6 +80,46 @@ def test_what_a_step_left_out_is_one_line_a_reason_and_told_again_when_cached(
         "shards       cached",
         "",
     ]
+
+
+def test_a_step_that_is_silent_is_told_of_less_and_less_often(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.console.QUIET_SECONDS", 0.05)
+    monkeypatch.setattr("pipelines.console.LONGEST_SILENCE_SECONDS", 0.1)
+    step: dict[str, Any] = {"step": "corpus", "digest": "d"}
+    with Display() as display:
+        display.event(Event(kind="started", **step))
+        display.event(Event(kind="progress", label="read", done=0, total=5, unit="shards", **step))
+        time.sleep(0.6)
+        display.event(Event(kind="finished", seconds=0.6, **step))
+        time.sleep(0.2)
+    lines = capsys.readouterr().err.split("\n")
+    told = [line for line in lines if re.fullmatch(r"corpus       still at it, 0\.\ds: read 0 of 5 shards", line)]
+    assert 3 <= len(told) <= 7
+    assert lines[-2].startswith("corpus       done"), "nothing of a step that has ended"
+
+
+def test_listing_and_hashing_files_say_how_far_they_are_in_every_verb(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("pipelines.engine.waiting.SAY_AFTER_SECONDS", 0.02)
+    monkeypatch.setattr("data.sources.TELL_EVERY", 1)
+    real_stat = os.stat
+
+    def slow_stat(path: Any, **more: Any) -> os.stat_result:
+        time.sleep(0.05 if str(path).endswith(".txt") else 0)
+        return real_stat(path, **more)
+
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("text")
+    monkeypatch.setattr("os.stat", slow_stat)
+    step = build(compose(["experiment=text", f"corpus.paths=[{tmp_path}]"]))["corpus"]
+    listed = capsys.readouterr()
+    assert listed.out == ""
+    assert re.search(r"^corpus: the files in corpus\.paths are listed, [12] so far \(0 s\)$", listed.err, re.MULTILINE)
+    resolve([step], FileHashes(tmp_path / "hashes"))
+    assert "corpus: its 3 files are looked at, and hashed where they are new" in capsys.readouterr().err
 
 
 def test_the_last_table_tells_step_state_seconds_size_figure_and_path(capsys: pytest.CaptureFixture[str]) -> None:

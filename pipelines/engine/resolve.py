@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from pipelines.engine.errors import EngineError
 from pipelines.engine.files import FileHashes, relative_names
 from pipelines.engine.fingerprint import digest, identity
 from pipelines.engine.step import Step
+from pipelines.engine.waiting import working
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,7 +60,7 @@ def node_of(step: Step, inputs: dict[str, Node], hashes: FileHashes) -> Node:
     """A step with the nodes it is made from. Raises EngineError for what has no digest."""
     if not step.name or step.name.startswith(".") or "/" in step.name:
         raise EngineError(f"{step.name!r} cannot be a step's name: it names a folder of the store.")
-    sources = {name: _source(paths, hashes) for name, paths in step.files.items()}
+    sources = {name: _source(step.name, paths, hashes) for name, paths in step.files.items()}
     payload = {
         "step": step.name,
         "version": step.version,
@@ -73,7 +74,7 @@ def node_of(step: Step, inputs: dict[str, Node], hashes: FileHashes) -> Node:
 def check_sources(node: Node, hashes: FileHashes) -> None:
     """Raise EngineError if a file from outside is no longer what the node's digest says it was made from."""
     for file_set, paths in node.step.files.items():
-        now = _source(paths, hashes)
+        now = _source(node.name, paths, hashes)
         if now != node.sources[file_set]:
             before = {tuple(entry) for entry in node.sources[file_set]}
             changed = sorted({entry[0] for entry in before ^ {tuple(entry) for entry in now}})
@@ -83,6 +84,14 @@ def check_sources(node: Node, hashes: FileHashes) -> None:
             )
 
 
-def _source(paths: tuple[Path, ...], hashes: FileHashes) -> list[list[str]]:
-    pairs: Mapping[str, str] = dict(zip(relative_names(paths), hashes.of(paths), strict=True))
+def _source(step: str, paths: tuple[Path, ...], hashes: FileHashes) -> list[list[str]]:
+    with working(f"{step}: its {len(paths):,} files are looked at, and hashed where they are new") as how_far:
+        pairs: Mapping[str, str] = dict(zip(relative_names(paths), hashes.of(_counted(paths, how_far)), strict=True))
     return [[name, sha256] for name, sha256 in sorted(pairs.items())]
+
+
+def _counted(paths: tuple[Path, ...], how_far: Callable[[str], None]) -> Iterator[Path]:
+    for number, path in enumerate(paths, start=1):
+        if number % 1000 == 0 or number == len(paths):
+            how_far(f"{number:,} looked at")
+        yield path
