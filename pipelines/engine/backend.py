@@ -30,6 +30,7 @@ from pipelines.engine.machines import (
     check_feasible,
     forget_launchers,
     interface_with,
+    lost_connection,
 )
 from pipelines.engine.outcome import WorkerDiedError, guarded_call, log_tail, opened, portable_call
 from pipelines.engine.ray_address import check_address, check_same
@@ -42,6 +43,7 @@ Say = Callable[[str], None]
 
 MAX_RETRIES = 3  # of a call whose worker died
 POLL_SECONDS = 0.2
+LOSS_SECONDS = 75.0  # Ray's five health checks of at most 10 s, 3 s apart, and something more
 OBJECT_STORE_BYTES = 128 * 2**20  # results only; Ray's default would claim 30 % of the memory
 PACKAGES = ("pipelines", "model", "data", "conf", "cluster")
 
@@ -195,6 +197,7 @@ class RayBackend(Backend):
         else:
             check_feasible(self.resources(), cpus=claim.cpus, gpus=claim.gpus, copies=claim.copies)
         answer: list[Any] = []
+        machines = self._alive()
         # In a thread of its own: Ray Train's fit() blocks, and in the main thread it would take over Ctrl-C.
         local = self._address is None
         thread = threading.Thread(target=lambda: answer.append(_fit(gang, local)), name="gang", daemon=True)
@@ -214,8 +217,28 @@ class RayBackend(Backend):
         if not answer:
             raise WorkerDiedError("the gang ended without an answer.")
         if isinstance(answer[0], BaseException):
+            if len(machines) > 1 and lost_connection(answer[0]):
+                self._expect_loss(machines, answer[0], poll, say)
             raise answer[0]
         return answer[0]
+
+    def _alive(self) -> set[str]:
+        return {str(node["NodeID"]) for node in self._ray().nodes() if node["Alive"]}
+
+    def _expect_loss(self, machines: set[str], error: BaseException, poll: Poll, say: Say) -> None:
+        """WorkerDiedError if one of the machines is found lost: its peers see their connections break at once, and Ray
+        itself notices after five unanswered questions."""
+        say(
+            f"a rank lost its connection to another; Ray has {LOSS_SECONDS:.0f} s to find out whether a machine is lost."
+        )
+        deadline = time.monotonic() + LOSS_SECONDS
+        while time.monotonic() < deadline:
+            poll()
+            self._check_ray()
+            if (self._head is None or self._head.connects()) and machines - self._alive():
+                first = str(error).partition("\n")[0]
+                raise WorkerDiedError(f"a machine went away under its ranks ({first}).") from error
+            time.sleep(1)
 
     def _patience(self, claim: Claim, say: Say) -> Patience:
         there = self.resources()

@@ -106,6 +106,17 @@ class Patience:
         return False
 
 
+_OF_CONNECTIONS = ("torch/distributed/", "gloo", "nccl", "connection", "broken pipe")
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether a rank's error may be what the death of another looks like to it, and no mistake of its own."""
+    if hasattr(error, "exit_code"):
+        return False
+    text = "\n".join([str(error), *getattr(error, "__notes__", ())]).lower()
+    return any(word in text for word in _OF_CONNECTIONS)
+
+
 LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "MV2_", "MPI_LOCAL", "TORCHELASTIC_", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_")
 """Beginnings of variables by which mpirun and torchrun tell a process its place."""
 
