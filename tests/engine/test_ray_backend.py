@@ -23,7 +23,7 @@ from pipelines.engine.backend import RayBackend
 from pipelines.engine.errors import EngineError
 from pipelines.engine.gang import Gang
 from pipelines.engine.local_backend import LocalBackend
-from pipelines.engine.outcome import WorkerDiedError
+from pipelines.engine.outcome import LostMachineError, WorkerDiedError
 from pipelines.engine.ray_address import check_same
 from pipelines.engine.runner import run
 from pipelines.engine.step import Context, Step
@@ -60,6 +60,10 @@ def test_calls_come_back_errors_are_themselves_and_killed_workers_are_replaced(
         list(backend.map(workers.double, {"x": (0,)}, gpus=1))
     with pytest.raises(EngineError, match="3 × 1 CPUs asked for where there are 2"):
         backend.gang(gang(tmp_path, workers.rank_environment, workers=3))
+    with pytest.raises(
+        LostMachineError, match="a machine was lost, and no other came within 0 s"
+    ):  # where it was there before
+        RayBackend(wait_seconds=0).gang(gang(tmp_path, workers.rank_environment, workers=3), again=True)
 
 
 @pytest.mark.slow
