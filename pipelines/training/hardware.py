@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import functools
+import datetime
+import fcntl
+import json
+import os
+import platform
+import statistics
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,13 +33,16 @@ GPU_PEAKS: dict[str, tuple[float, float]] = {
     "RTX 3090": (71e12, 35.6e12),
 }
 MATMUL_SIZE = 1024
-CALIBRATION_SECONDS = 0.3
+CALIBRATION_SECONDS = 0.5
+ANOTHER_MEASURES_SECONDS = 10.0
+"""How long to wait for another process that measures, before this one does so too."""
 
 
 def peak_flops(device: torch.device, precision: str, threads: int) -> tuple[float, str]:
     """FLOP/s this rank's device could reach in `precision`, and where the number comes from.
 
-    From the data sheet for a GPU with a known name, else the best rate of a square matrix product measured here.
+    From the data sheet for a GPU with a known name, else the best rate of a square matrix product, measured here once and
+    kept for this machine, so that runs of one machine are shares of one number.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -39,26 +51,82 @@ def peak_flops(device: torch.device, precision: str, threads: int) -> tuple[floa
             peak = GPU_PEAKS[known][0 if precision == "bf16" else 1]
             return peak, f"{name} data sheet, {precision}: {peak / 1e12:,.1f} TFLOP/s"
     size = MATMUL_SIZE if device.type == "cpu" else 8 * MATMUL_SIZE
-    peak = _measured(device, precision, threads, size)
-    where = f"{threads} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return peak, f"measured {precision} matmul {size}x{size} on {where}: {peak / 1e9:,.0f} GFLOP/s"
+    found, where = _kept(device, precision, threads, size)
+    unit = f"{threads} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return found["best"], (
+        f"measured {precision} matmul {size}x{size} on {unit}: {found['best'] / 1e9:,.0f} GFLOP/s (median "
+        f"{found['median'] / 1e9:,.0f}, load {found['load']:.1f}, {found['date']}, {where})"
+    )
 
 
-@functools.cache
-def _measured(device: torch.device, precision: str, threads: int, size: int) -> float:
-    """Best of repeated products in about a third of a second; ranks that share a machine measure side by side."""
+def peaks_file() -> Path:
+    """Where a machine's measured peaks are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "athanor" / "peak-flops.json"
+
+
+def _kept(device: torch.device, precision: str, threads: int, size: int) -> tuple[dict[str, Any], str]:
+    """The measurement of these conditions and where it is kept; made where there is none, by one process at a time."""
+    unit = platform.processor() or platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    parts = (platform.node(), unit, f"{os.cpu_count()} cores", f"{threads} threads", precision, size, torch.__version__)
+    conditions, path = ", ".join(map(str, parts)), peaks_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.with_suffix(".lock")):
+            kept = _read(path)
+            found = kept.get(conditions)
+            if not (isinstance(found, dict) and {"best", "median", "products", "load", "date"} <= found.keys()):
+                found = _measure(device, precision, size)
+                draft = path.with_name(f".{path.name}.{os.getpid()}")
+                draft.write_text(json.dumps(kept | {conditions: found}, indent=1) + "\n")
+                os.replace(draft, path)
+            return found, f"kept in {path}"
+    except OSError as error:
+        return _measure(device, precision, size), f"not kept, so another run's may differ: {error}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """While no other process is in here, or has been for too long."""
+    with open(lock, "w") as file:
+        deadline = time.monotonic() + ANOTHER_MEASURES_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+        yield
+
+
+def _measure(device: torch.device, precision: str, size: int) -> dict[str, Any]:
+    """FLOP/s of repeated products in half a second, and when and beside what they were measured."""
+    load = os.getloadavg()[0]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     generator = torch.Generator().manual_seed(0)  # the run's own random numbers are not touched
     a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
-    best = float("inf")
+    seconds: list[float] = []
     deadline = time.perf_counter() + CALIBRATION_SECONDS
     while time.perf_counter() < deadline:
         began = time.perf_counter()
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+        seconds.append(time.perf_counter() - began)
+    return {
+        "best": 2 * size**3 / min(seconds),
+        "median": 2 * size**3 / statistics.median(seconds),
+        "products": len(seconds),
+        "load": load,
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def keep_freed_memory() -> None:

@@ -170,7 +170,7 @@ class TrainSettings:
 
     micro_batch_rows: rows of one forward pass on one rank; null takes the largest that divides and fits.
     recompute: forget the activations inside blocks and compute them again. threads: cores of one rank; null shares out.
-    compile: torch.compile of the blocks and the loss; auto where a C++ compiler exists and the run is long enough to earn it back.
+    compile: torch.compile of blocks and loss; auto where a C++ compiler exists and the run is long enough to earn it back.
     """
 
     total_tokens: int

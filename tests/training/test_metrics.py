@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import json
 import math
+import platform
+import re
 import socket
 import struct
 import threading
@@ -17,7 +19,7 @@ import torch
 
 from pipelines.training import metrics as metrics_module
 from pipelines.training import wandb_mode as wandb_mode_module
-from pipelines.training.hardware import GPU_PEAKS, peak_flops
+from pipelines.training.hardware import GPU_PEAKS, peak_flops, peaks_file
 from pipelines.training.metrics import (
     MetricsLog,
     Progress,
@@ -92,11 +94,47 @@ def test_mfu_is_its_formula() -> None:
     assert Speed(flops_per_token=None, peak_flops=1.0).mfu(100.0) is None
 
 
-def test_the_peak_of_a_cpu_is_measured_and_says_so() -> None:
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for what is kept between runs; returns the file of peaks."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return peaks_file()
+
+
+def test_the_peak_of_a_cpu_is_measured_and_says_so(cache: Path) -> None:
     peak, source = peak_flops(torch.device("cpu"), "fp32", torch.get_num_threads())
     assert peak > 1e8  # any machine of this century
     assert "measured fp32 matmul" in source
     assert f"{peak / 1e9:,.0f} GFLOP/s" in source
+    assert re.search(rf"\(median [\d,]+, load [\d.]+, \d{{4}}-\d\d-\d\d, kept in {cache}\)", source)
+
+
+def test_every_run_of_a_machine_has_the_peak_that_was_measured_first(cache: Path) -> None:
+    cpu = torch.device("cpu")
+    first = peak_flops(cpu, "fp32", 1)
+    assert peak_flops(cpu, "fp32", 1) == first
+    kept = json.loads(cache.read_text())
+    [conditions] = kept
+    for condition in (platform.node(), "1 threads", "fp32", "1024", torch.__version__):
+        assert condition in conditions
+    assert kept[conditions]["best"] == first[0] >= kept[conditions]["median"]
+    peak_flops(cpu, "bf16", 1)  # another condition, another measurement, and both stay
+    assert len(json.loads(cache.read_text())) == 2
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"x": 1}'])
+def test_a_damaged_file_of_peaks_is_measured_anew(cache: Path, damage: str) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_text(damage)
+    peak, _ = peak_flops(torch.device("cpu"), "fp32", 1)
+    assert peak in [entry["best"] for entry in json.loads(cache.read_text()).values() if isinstance(entry, dict)]
+
+
+def test_a_peak_that_cannot_be_kept_says_that_another_may_differ(cache: Path) -> None:
+    cache.parent.parent.write_text("a file where the folder should be")
+    peak, source = peak_flops(torch.device("cpu"), "fp32", 1)
+    assert peak > 1e8
+    assert "not kept, so another run's may differ" in source
 
 
 def test_measuring_leaves_the_random_numbers_of_the_run_alone() -> None:
