@@ -57,6 +57,10 @@ def _json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seal", action="store_true", help="seal manifests and leases from before there were seals")
+
+
 def _why_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("step", help="a step's name, e.g. pretrain")
 
@@ -123,6 +127,11 @@ VERBS: dict[str, Verb] = {
     "status": Verb(
         help="show every step's state, seconds, key figures, path", function=verbs.status, options=_json_option
     ),
+    "verify": Verb(
+        help="compare everything in a store with what was published: verify store=DIR",
+        function=verbs.verify,
+        options=_verify_options,
+    ),
     "generate": Verb(help="continue a prompt with a trained model", function=verbs.generate, options=_generate_options),
     "trace": Verb(help="show the documents in one training batch", function=verbs.trace, options=_trace_options),
     "certify": Verb(
@@ -151,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check_verb(name)
     try:
         options = _parse(name, arguments[1:])
+        verbs.check_secrets([*options.overrides, *options.command])  # before anything is written anywhere
         if name == "submit" and options.command:
             _check_verb(options.command[0])
             options.sent = _parse(options.command[0], options.command[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pipelines.engine import runner
 from pipelines.engine.backend import Backend, RayBackend
 from pipelines.engine.events import StepReport
 from pipelines.engine.local_backend import LocalBackend
+from pipelines.engine.manifest import is_sealed
 from pipelines.engine.step import Step
 from pipelines.engine.store import open_store
 from pipelines.overrides import SettingsError
@@ -53,9 +55,9 @@ def named(steps: dict[str, Step], name: str) -> Step:
     return steps[name]
 
 
-def made(settings: Settings, step: Step, overrides: Sequence[str]) -> Path:
+def made(settings: Settings, step: Step, overrides: Sequence[str], anew: tuple[str, ...] = ()) -> Path:
     """The local folder of a step's artifact, or SettingsError that says by which command to make it."""
-    folder = found(settings, step)
+    folder = found(settings, step, anew)
     if folder is None:
         raise SettingsError(
             f"step {step.name!r} of experiment {settings.experiment!r} is not in the store {settings.store}; make it "
@@ -64,12 +66,20 @@ def made(settings: Settings, step: Step, overrides: Sequence[str]) -> Path:
     return folder
 
 
-def found(settings: Settings, step: Step) -> Path | None:
-    """The local folder of a step's artifact, if it has been made."""
+def found(settings: Settings, step: Step, anew: tuple[str, ...] = ()) -> Path | None:
+    """The local folder of a step's artifact, if it has been made. Raises EngineError for a damaged one.
+
+    `anew`: patterns of files that are hashed now, whatever is remembered of them.
+    """
     store = open_store(settings.store)
     digest = next(report.digest for report in runner.plan([step], store=store) if report.name == step.name)
     artifact = store.find(step.name, digest)
     if artifact is None:
         return None
-    store.verify(artifact, step.self_checking)
+    store.verify(artifact, step.self_checking, anew)
+    told = [f"{artifact.url}/{path}: no part of that artifact, left out" for path in store.strangers(artifact)]
+    if not is_sealed(artifact.manifest):
+        told.append(runner.unsealed_line([artifact.url], store.url))
+    for line in told:
+        sys.stderr.write(f"[{line}]\n")
     return artifact.path

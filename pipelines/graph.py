@@ -37,6 +37,9 @@ from pipelines.stages import (
 )
 from pipelines.stages.launch import VOLATILE
 
+LEAVES = ("tokenizer/*", "pretrain/model/*", "finetune/model/*")
+"""What goes out with an export, and is compared with its checksums byte by byte first."""
+
 
 def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step]:
     """Every step by name, each after what it needs.
@@ -105,7 +108,7 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
             volatile=tracked.VOLATILE,
             check=lambda: evaluate.check_tasks(s.evaluate, s.evaluation_windows()),
         )
-    add("export", export.run, s.export, {**corpora, "tokenizer": words, **models}, version=2)
+    add("export", export.run, s.export, {**corpora, "tokenizer": words, **models}, version=2, rechecked=LEAVES)
     # Volatile, as it shows seconds. A report is made whatever failed, and says what.
     add("report", report.run, s.report, dict(steps), version=2, volatile=("report.html",), despite=s.report.without)
     return steps

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -27,6 +28,7 @@ from data.shards import ShardSettings
 from data.tokenizer_training import TokenizerSettings
 from model.config import ModelConfig
 from pipelines.engine.errors import EngineError
+from pipelines.engine.secrets import refuse_secrets
 from pipelines.engine.typed import field_types, from_plain
 from pipelines.overrides import CONF_DIR, SettingsError, chosen_fields, hydra_overrides
 from pipelines.stages.evaluate import EvaluateSettings
@@ -282,6 +284,7 @@ def typed(config: Mapping[str, Any]) -> Settings:
             section = section.get(name) if isinstance(section, Mapping) else None
         if isinstance(section, Mapping) and key in section:
             raise SettingsError(f"{path}: set {instead} instead; it holds for every step.")
+    refuse_secrets(config, "the configuration")
     try:
         return from_plain(Settings, config, where="")
     except EngineError as error:
@@ -317,14 +320,23 @@ def multirun(words: Sequence[str], trial: Callable[[Any], T]) -> list[T]:
     from hydra._internal.utils import create_config_search_path
     from hydra.core.global_hydra import GlobalHydra
 
-    quiet = ("hydra/output=scratch", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+    quiet = (
+        "hydra.output_subdir=null",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
+        "hydra.sweep.subdir=trials",
+    )
     # Our conf/hydra/launcher/ray.yaml takes the name of the plugin's schema on purpose: it fills in that schema.
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/ray' is validated against ConfigStore schema")
     version.setbase("1.3")
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2("athanor", create_config_search_path(str(CONF_DIR)))
     try:
-        batches = hydra.multirun(config_name="config", task_function=trial, overrides=[*quiet, *words])
+        # Hydra's own notes, which hold all overrides, are of no use to anyone later: in a folder of this user alone, and
+        # gone afterwards. Every machine can make such a folder, so a sweep needs no shared one.
+        with tempfile.TemporaryDirectory(prefix="athanor-sweep-") as notes:
+            folders = [f"hydra.{mode}.dir='{notes}'" for mode in ("run", "sweep")]
+            batches = hydra.multirun(config_name="config", task_function=trial, overrides=[*quiet, *folders, *words])
     finally:
         GlobalHydra.instance().clear()
     return [job.return_value for batch in batches for job in batch]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines import console
 from pipelines.engine import explain, runner
 from pipelines.engine.events import StepReport
+from pipelines.engine.secrets import refuse_secrets
 from pipelines.engine.store import open_store
 from pipelines.execution import execute, found, made, named
 from pipelines.graph import build
@@ -44,6 +45,13 @@ def run(arguments: argparse.Namespace) -> int:
     until = ["--until", arguments.until] if arguments.until else []
     sys.stdout.write(_next_words(arguments.overrides, until, reports, prompt) + "\n")
     return 0
+
+
+def check_secrets(overrides: Sequence[str]) -> None:
+    """Refuse overrides with a secret in them: settings are written into manifests, notes and jobs. Raises EngineError."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        refuse_secrets(value or key, f"{key}=…" if value else "the command line")
 
 
 ENDINGS = {
@@ -83,6 +91,7 @@ def plan(arguments: argparse.Namespace) -> int:
     settings = compose(arguments.overrides)
     steps = build(settings, corpus_may_be_missing=True)
     reports = runner.plan(list(steps.values()), store=open_store(settings.store))
+    _tell_unsealed(reports, settings.store)
     for report in reports:
         check = steps[report.name].check
         if check is not None and report.state in ("to make", "unfinished"):
@@ -108,11 +117,26 @@ def status(arguments: argparse.Namespace) -> int:
     """`athanor status`: every step's state now."""
     settings = compose(arguments.overrides)
     reports = runner.status(list(build(settings).values()), store=open_store(settings.store))
+    _tell_unsealed(reports, settings.store)
     if arguments.json:
         console.print_json({"steps": steps_json(reports)})
     else:
         console.print_steps(reports)
     return 0
+
+
+def _tell_unsealed(reports: Sequence[StepReport], store: str) -> None:
+    """One line where artifacts are from before manifests were sealed."""
+    urls = [str(report.path) for report in reports if not report.sealed]
+    if urls:
+        sys.stderr.write(f"[{runner.unsealed_line(urls, store)}]\n")
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """`athanor verify`: every byte of a store against its checksum; 1 where one is damaged."""
+    from pipelines.verify import verify as compare
+
+    return compare(arguments.overrides, seal=arguments.seal)
 
 
 def steps_json(reports: Sequence[StepReport]) -> list[dict[str, Any]]:
@@ -158,14 +182,18 @@ def generate(arguments: argparse.Namespace) -> int:
 def _model_folders(arguments: argparse.Namespace) -> tuple[str | None, Path, Path | None]:
     """The step that made the weights, if one did, and where they and the tokenizer lie: a folder that is both, or a step's
     artifact and the tokenizer's."""
+    from pipelines.stages.checksums import check_checksums
+
     if arguments.source and Path(arguments.source).is_dir():
+        check_checksums(Path(arguments.source))
         return None, Path(arguments.source), None
     settings = compose(arguments.overrides)
     steps = build(settings)
     trained = [name for name in ("finetune", "pretrain") if name in steps]
     wanted = arguments.source or next((name for name in trained if found(settings, steps[name])), trained[-1])
     words = arguments.overrides
-    return wanted, made(settings, named(steps, wanted), words) / "model", made(settings, steps["tokenizer"], words)
+    model = made(settings, named(steps, wanted), words, anew=("model/*",)) / "model"
+    return wanted, model, made(settings, steps["tokenizer"], words, anew=("*",))
 
 
 def _valid(cls: type[Any], **values: Any) -> Any:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import stat
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from pipelines.__main__ import main
-from pipelines.settings import Settings
+from pipelines.settings import Settings, hydra_overrides, multirun
 from pipelines.sweep import Outcome, show
 from tests.cluster.head import ray_head
-from tests.conftest import LOCAL, athanor, tiny
+from tests.conftest import LOCAL, athanor, complaint, tiny
 
 
 def words(corpus_dir: Path, store: Path, *more: str) -> list[str]:
@@ -159,3 +161,34 @@ def test_the_ray_launcher_over_local_processes_is_refused(
         main(["run", *words(corpus_dir, tmp_path, "optim.lr=1e-2,1e-3", LOCAL, "hydra/launcher=ray")])
     assert left.value.code == 2
     assert "compute.backend=local" in capsys.readouterr().err
+
+
+def test_hydras_notes_of_a_sweep_are_in_a_folder_of_this_user_alone_and_gone_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(config: object) -> list[tuple[str, int]]:
+        return [(path.name, stat.S_IMODE(path.stat().st_mode)) for path in tmp_path.iterdir()]
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    [seen, _] = multirun(hydra_overrides(["experiment=demo", "optim.lr=1e-3,2e-3"]), look)
+    assert [mode for _, mode in seen] == [0o700]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "verb", [["run", "-m"], ["run"], ["plan"], ["submit", "cluster=ray", "address=http://x", "--"]]
+)
+def test_a_secret_on_the_command_line_is_refused_before_anything_is_written(
+    verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SERVICE_PAT", "s3cr3t-word")
+    command = verb if verb[-1] != "--" else [*verb, "run"]
+    for secret in ("s3cr3t-word", "hf_" + "aB" * 17):
+        said = complaint(capsys, *command, "experiment=demo", f"tracking.entity={secret}", "optim.lr=1e-3,2e-3")
+        assert "Secrets are never written" in said and secret not in said
+    said = complaint(capsys, "plan", "experiment=demo", "tracking.entity=${oc.env:SERVICE_PAT}")
+    assert "SERVICE_PAT" in said and "Secrets are never written" in said
+    assert list(tmp_path.iterdir()) == []

@@ -152,7 +152,7 @@ def acquire(
     ``finish(token)`` publishes work that its owner had committed and perhaps did not live to publish, and says whether
     it is there now. ``digest`` (64 hex) guards against two steps whose shortened names collide.
     """
-    seen = _read(records, name)
+    seen = read(records, name)
     if seen is None:
         previous: dict[str, Any] = {"token": 0, "floor": 1, "seconds": 0.0, "revision": 0, "digest": digest}
     else:
@@ -180,13 +180,13 @@ def acquire(
 
 def holder(records: Records, name: str, ttl_seconds: float = TTL_SECONDS) -> Owner | None:
     """Who is at work on it now, if anyone."""
-    seen = _read(records, name)
+    seen = read(records, name)
     if seen is None or seen.value["state"] != "held" or _may_be_taken(seen, ttl_seconds):
         return None
     return Owner(**seen.value["owner"])
 
 
-def _read(records: Records, name: str) -> Seen | None:
+def read(records: Records, name: str) -> Seen | None:
     """The record of a lease. Raises EngineError for one that no lease wrote."""
     seen = records.read(name)
     wrong = None if seen is None else _misshapen(seen.value)

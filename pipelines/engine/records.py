@@ -30,6 +30,7 @@ class Seen:
     value: dict[str, Any]
     version: str
     age_seconds: float
+    sealed: bool = True
 
 
 class Records(Protocol):
@@ -52,13 +53,14 @@ class Records(Protocol):
         ...
 
 
-def opened_record(records: Records, name: str, data: bytes) -> dict[str, Any]:
-    """The value of a record from its bytes, wherever they were. Raises EngineError for other bytes than were written.
+def opened_record(records: Records, name: str, data: bytes) -> tuple[dict[str, Any], bool]:
+    """The value of a record from its bytes, wherever they were, and whether it is sealed. Raises EngineError for other
+    bytes than were written.
 
     One that was written before records were sealed is taken as it is; the next write seals it.
     """
     try:
-        return opened(data)[0]
+        return opened(data)
     except ValueError as error:
         raise records.damaged(name, str(error)) from error
 
@@ -75,10 +77,10 @@ class FileRecords(Records):
         data = read_file(self._path(name))
         if data is None:
             return None
-        value, age_seconds = opened_record(self, name, data), 0.0
+        (value, was_sealed), age_seconds = opened_record(self, name, data), 0.0
         with contextlib.suppress(FileNotFoundError):
             age_seconds = self._now() - self._path(name).stat().st_mtime
-        return Seen(value=value, version=_version(data), age_seconds=age_seconds)
+        return Seen(value=value, version=_version(data), age_seconds=age_seconds, sealed=was_sealed)
 
     def damaged(self, name: str, why: str) -> EngineError:
         work = self._folder.parent / ".work" / name
@@ -131,7 +133,8 @@ class S3Records(Records):
         written: datetime = answer["LastModified"]
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         age_seconds = (now - written).total_seconds()
-        return Seen(value=opened_record(self, name, data), version=answer["ETag"], age_seconds=age_seconds)
+        value, was_sealed = opened_record(self, name, data)
+        return Seen(value=value, version=answer["ETag"], age_seconds=age_seconds, sealed=was_sealed)
 
     def damaged(self, name: str, why: str) -> EngineError:
         url = self._objects.url

@@ -1,8 +1,8 @@
 """Export: the model as a Hugging Face folder, and the proof that transformers computes the same with it.
 
-Writes model/ (safetensors, config.json, generation_config.json, the tokenizer's files with the chat template, README.md)
-and conformance.json (what was compared, and how large the differences were). A difference beyond rounding is an error,
-and nothing is published.
+Writes model/ (safetensors, config.json, generation_config.json, the tokenizer's files with the chat template, README.md,
+SHA256SUMS) and conformance.json (what was compared, and how large the differences were). A difference beyond rounding is
+an error, and nothing is published.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.engine.step import Artifact, Context, EngineError
+from pipelines.stages.checksums import write_checksums
 from pipelines.stages.inputs import named
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def run(settings: ExportSettings, inputs: Mapping[str, Artifact], out_dir: Path,
         ctx.say(
             "no Hugging Face class computes this model: exported in this program's own format, without transformers"
         )
+    write_checksums(out_dir / "model")
     (out_dir / "conformance.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return {"exported": source.step, **{name: value for name, value in report.items() if not isinstance(value, list)}}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 from damage import LEASES, MANIFESTS
 from test_runner import joined, letters
 
+from pipelines.__main__ import main
 from pipelines.engine import files, waiting
 from pipelines.engine.errors import EngineError
 from pipelines.engine.events import Event
@@ -26,6 +28,7 @@ from pipelines.engine.runner import plan, run, status
 from pipelines.engine.sealed import sealed
 from pipelines.engine.store import open_store
 from pipelines.engine.work import Work
+from pipelines.stages.checksums import check_checksums, write_checksums
 
 
 @pytest.fixture
@@ -353,3 +356,63 @@ def test_without_a_home_notes_go_into_a_folder_of_this_user_alone(
     folder.chmod(0o777)
     with pytest.raises(EngineError, match="is not a folder of this user alone"):
         cache_folder("store")
+
+
+def test_verify_reads_every_byte_names_the_damage_and_seals_what_is_whole(
+    store: LocalStore, backend: LocalBackend, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verified(*options: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as left:
+            main(["verify", f"store={store.url}", *options])
+        return int(str(left.value.code)), capsys.readouterr().out
+
+    reports = run([joined(letters(), letters("more", letter="b"))], store=store, backend=backend)
+    assert verified()[0] == 0
+    folders = {report.name: Path(str(report.path)) for report in reports}
+    for folder in folders.values():
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        del manifest["sha256"]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    [lease] = store.root.glob(".leases/more-*.json")
+    lease.write_text(json.dumps({k: v for k, v in json.loads(lease.read_bytes()).items() if k != "sha256"}))
+    (folders["letters"] / "stray.txt").write_text("x")
+    flip_keeping_times(folders["joined"])
+    code, said = verified("--seal")
+    assert code == 1 and said.count("is not what was published") == 1 and str(folders["joined"]) in said
+    assert f"{folders['letters']}/stray.txt: no part of the artifact, never read" in said
+    assert [report.sealed for report in plan([joined(letters(), letters("more", letter="b"))], store=store)] == [
+        *(True, True),  # and the damaged one is not sealed
+        False,
+    ]
+    assert "sha256" in json.loads(lease.read_bytes())
+    (folders["more"] / "letters.txt").unlink()
+    lease.write_text("{")
+    code, said = verified()
+    assert code == 1 and "letters.txt is missing" in said and f"{lease} is damaged" in said
+    assert said.endswith("3 damaged\n")
+
+
+def test_verify_takes_a_store_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["verify", "optim.lr=1"])
+    assert left.value.code == 2 and "athanor verify store=DIR" in capsys.readouterr().err
+
+
+def test_an_exported_folder_carries_checksums_that_are_compared(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("model.safetensors", "sub/über uns.txt"):
+        (tmp_path / name).write_text(name)
+    check_checksums(tmp_path)  # none there
+    write_checksums(tmp_path)
+    check_checksums(tmp_path)
+    assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=tmp_path).returncode == 0
+    flip = tmp_path / "model.safetensors"
+    flip.write_text("model.safetensorz")
+    with pytest.raises(EngineError, match=r"model\.safetensors is not what was exported"):
+        check_checksums(tmp_path)
+    flip.unlink()
+    with pytest.raises(EngineError, match=r"model\.safetensors is missing"):
+        check_checksums(tmp_path)
+    (tmp_path / "SHA256SUMS").write_text("garbage\n")
+    with pytest.raises(EngineError, match="is no checksum"):
+        check_checksums(tmp_path)

@@ -1,0 +1,83 @@
+"""Every artifact and lease of a store compared with what was written of it: all bytes read now, nothing remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pipelines.engine import lease as leases
+from pipelines.engine import manifest as manifests
+from pipelines.engine.base_store import Store
+from pipelines.engine.errors import EngineError
+from pipelines.engine.fingerprint import SHORT
+from pipelines.engine.records import Seen
+from pipelines.engine.step import Artifact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What was found of one artifact or lease."""
+
+    place: str
+    damage: list[str] = field(default_factory=list)
+    """Sentences with the remedy; none where all is as it was written."""
+    notes: list[str] = field(default_factory=list)
+    is_lease: bool = False
+    files: int = 0
+    bytes: int = 0
+
+
+def findings(store: Store, *, seal: bool = False) -> Iterator[Finding]:
+    """One finding an artifact, then one a lease. ``seal``: seals what is whole and has no seal."""
+    for step, names in store.published().items():
+        for name in names:
+            yield _artifact(store, step, name, seal)
+    for name in store.records.names():
+        yield _lease(store, name, seal)
+
+
+def _artifact(store: Store, step: str, name: str, seal: bool) -> Finding:
+    place = f"{store.url}/{step}/{name}"
+    try:
+        data = store.manifest_bytes(step, name)
+        manifest = manifests.read(data or b"", place)
+    except EngineError as error:
+        return Finding(place=place, damage=[str(error)])
+    if (manifest["step"], manifest["digest"][:SHORT]) != (step, name):
+        return Finding(
+            place=place, damage=[f"{place} is a copy of {manifest['step']}/{manifest['digest'][:SHORT]}: delete it."]
+        )
+    artifact = Artifact(step=step, digest=manifest["digest"], url=place, manifest=manifest)
+    damage = []
+    for path, sha256 in store.hashes_now(artifact).items():
+        if sha256 != (published := manifest["files"][path]["sha256"]):
+            state = (
+                "is missing"
+                if sha256 is None
+                else f"is not what was published (its sha256 is {sha256} and was {published})"
+            )
+            damage.append(f"{place}/{path} {state}. Delete {place} to have it made again.")
+    notes = [f"{place}/{path}: no part of the artifact, never read" for path in store.strangers(artifact)]
+    if not manifests.is_sealed(manifest):
+        if seal and not damage:
+            store.seal(artifact)
+        notes.append(f"{place}: " + ("sealed" if seal and not damage else "its manifest has no seal"))
+    total = sum(entry["bytes"] for entry in manifest["files"].values())
+    return Finding(place=place, damage=damage, notes=notes, files=len(manifest["files"]), bytes=total)
+
+
+def _lease(store: Store, name: str, seal: bool) -> Finding:
+    place = f"{store.url}/.leases/{name}"
+    try:
+        seen = leases.read(store.records, name)
+    except EngineError as error:
+        return Finding(place=place, is_lease=True, damage=[str(error)])
+    if seal and seen is not None and not seen.sealed and seen.value["state"] == "free":
+        return Finding(place=place, is_lease=True, notes=_seal_lease(store, name, seen))
+    return Finding(place=place, is_lease=True)
+
+
+def _seal_lease(store: Store, name: str, seen: Seen) -> list[str]:
+    """A lease that somebody takes meanwhile is sealed by them."""
+    written = store.records.write(name, seen.value, seen.version)
+    return [f"{store.url}/.leases/{name}: sealed"] if written is not None else []
