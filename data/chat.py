@@ -11,21 +11,16 @@ piece behind it. A template whose prompt is not the beginning of the conversatio
 
 from __future__ import annotations
 
-import datetime
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import jinja2
-import jinja2.nodes
-import jinja2.parser
 import numpy as np
 import numpy.typing as npt
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from data.chat_jinja import GENERATION_END, GENERATION_START
+from data.chat_render import render
 from data.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,15 +29,11 @@ if TYPE_CHECKING:
 # Private-use characters, which no template contains: stand-in number n, the ends of a generation block, the end of an
 # answer's last word.
 STAND_IN = "\ue000{}\ue001"
-GENERATION_START, GENERATION_END, ANSWER_END = "\ue002", "\ue003", "\ue004"
+ANSWER_END = "\ue004"
 OURS = "[\ue000-\ue004]"
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 ROLES = ("system", "user", "assistant")
-TODAY = datetime.datetime(2024, 7, 26)
-"""What `strftime_now` gives to a template that writes the date: equal conversations must give equal ids on any day. Llama's
-templates write this day, too, where they are told none."""
-
 Part = str | int
 """A text, or a control piece's id."""
 
@@ -57,7 +48,7 @@ def encode_chat(
     """
     originals: list[str] = []
     marked = _marked(tokenizer, check_messages(messages), originals)
-    rendered = _render(tokenizer, marked, generation_prompt)
+    rendered = render(tokenizer, marked, generation_prompt=generation_prompt)
     parts, marks = _parse(tokenizer, rendered, originals)
     if GENERATION_TAG.search(tokenizer.chat_template):
         answers = list(zip(marks[GENERATION_START], marks[GENERATION_END], strict=True))
@@ -67,11 +58,22 @@ def encode_chat(
     return ids, _targets(spans_N2, _flat(parts), answers).tolist()
 
 
+SHORTEST = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+
+
+def template_fault(tokenizer: Tokenizer) -> str | None:
+    """What is wrong with a template that cannot even write a question and its answer."""
+    try:
+        encode_chat(tokenizer, SHORTEST)
+    except DataError as error:
+        return str(error)
+    return None
+
+
 def answer_end(tokenizer: Tokenizer) -> int:
     """The control piece an answer ends with in this tokenizer's template; `eos_id` where it ends with text."""
-    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        ids, is_target = encode_chat(tokenizer, asked)
+        ids, is_target = encode_chat(tokenizer, SHORTEST)
     except DataError:  # said when a conversation comes; whoever only packs documents need not know
         return tokenizer.eos_id
     control = set(tokenizer.control_ids.values())
@@ -119,19 +121,6 @@ def _marked(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], origina
     return marked
 
 
-def _render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
-    try:
-        return _compiled(tokenizer.chat_template).render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=generation_prompt,
-            **tokenizer.template_names,
-        )
-    except jinja2.TemplateError as error:
-        raise DataError(f"The chat template refuses this conversation: {error}") from error
-
-
 def _parse(tokenizer: Tokenizer, rendered: str, originals: Sequence[str]) -> tuple[list[Part], dict[str, list[int]]]:
     """Texts and control ids by turns, and where each kind of mark stood; a control piece counts as one character."""
     parts: list[Part] = []
@@ -169,14 +158,14 @@ def _answers(
     flat = _flat(parts)
     answers = []
     for number, word_end in zip(speaks, word_ends, strict=True):
-        prompt = _render(tokenizer, messages[:number], True)
+        prompt = render(tokenizer, messages[:number], generation_prompt=True)
         if not rendered.startswith(prompt):
             raise DataError(
                 f"The chat template asks for message {number} with {_short(prompt[-60:])}, and the conversation with that "
                 f"message in it does not go on from there. {REMEDY}"
             )
         begin = sum(len(part) if isinstance(part, str) else 1 for part in _parse(tokenizer, prompt, originals)[0])
-        behind = _parse(tokenizer, _render(tokenizer, messages[: number + 1], False), originals)
+        behind = _parse(tokenizer, render(tokenizer, messages[: number + 1], generation_prompt=False), originals)
         closing = _flat(behind[0])[behind[1][ANSWER_END][-1] :]
         end_piece = next((at + 1 for at, piece in enumerate(closing) if isinstance(piece, int)), len(closing))
         if flat[word_end : word_end + end_piece] != closing[:end_piece]:
@@ -213,40 +202,3 @@ def _targets(spans_N2: npt.NDArray[np.int64], flat: Sequence[Part], answers: Seq
                 )
         is_target_N |= inside_N
     return is_target_N
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(template: str) -> jinja2.Template:
-    # The options are those of transformers, so that whitespace around tags falls away in the same places.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = TODAY.strftime
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise DataError(f"The chat template does not compile: {error}") from error
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, **options: Any) -> str:
-    return json.dumps(value, **{"ensure_ascii": False, **options})
-
-
-class _GenerationBlock(Extension):
-    """`{% generation %} … {% endgeneration %}`: what the assistant says, put between two marks."""
-
-    tags = {"generation"}  # noqa: RUF012  # jinja declares it as a plain class attribute
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
-
-    def _marked(self, caller: Any) -> str:
-        return GENERATION_START + str(caller()) + GENERATION_END

@@ -61,6 +61,8 @@ def left_out(card: Mapping[str, Any]) -> dict[str, int]:
 def conversations_left_out(counts: Mapping[str, Any]) -> dict[str, int]:
     """The same of conversations, from what `build_instructions` and `pack_conversations` counted."""
     lines = {words: counts[reason] for reason, words in _CONVERSATIONS.items() if counts.get(reason)}
+    if refused := counts.get("conversations_refused"):
+        lines[f"conversations that the chat template refuses, the first: {counts['refused'][0]}"] = refused
     return lines | _from_files(counts, counts["malformed"], counts["skipped_files"], ".jsonl (also .gz or .zst)")
 
 

@@ -68,9 +68,10 @@ TAB_RUNS = ("\t", "\t\t", "\t\t\t", "\t\t\t\t")
 class SentencePieceTokenizer(Tokenizer):
     """This program's own: SentencePiece BPE with byte fallback. Its control pieces have the first ids."""
 
-    def __init__(self, model: bytes, chat_template: str) -> None:
+    def __init__(self, model: bytes, chat_template: str, template_origin: str = TEMPLATE_FILE) -> None:
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.chat_template = chat_template
+        self.template_origin = None if chat_template == CHAT_TEMPLATE else template_origin
         self.vocab_size = self._pieces.vocab_size()
         ends = (number for number in range(len(CONTROL_PIECES), self.vocab_size) if not self._pieces.is_control(number))
         self.control_ids = {self.piece(number): number for number in range(next(ends, self.vocab_size))}
@@ -80,8 +81,8 @@ class SentencePieceTokenizer(Tokenizer):
         self._model = model
         self._space_mark_ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode("utf-8")]
 
-    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[bytes, str]]:
-        return type(self), (self._model, self.chat_template)
+    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[bytes, str, str]]:
+        return type(self), (self._model, self.chat_template, self.template_origin or TEMPLATE_FILE)
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if not any(SPACE_MARK in text for text in texts):
@@ -146,7 +147,8 @@ def _own(folder: Path) -> tuple[Tokenizer | None, str]:
     """The folder's tokenizer if this program made it; else why it is not that."""
     try:
         model, template = ((folder / name).read_bytes() for name in (MODEL_FILE, TEMPLATE_FILE))
-        tokenizer = SentencePieceTokenizer(model, template.decode("utf-8").removeprefix(BROKEN_MESSAGES))
+        text = template.decode("utf-8").removeprefix(BROKEN_MESSAGES)
+        tokenizer = SentencePieceTokenizer(model, text, str(folder / TEMPLATE_FILE))
     except (OSError, RuntimeError, UnicodeDecodeError) as error:
         return None, f"not this program's {MODEL_FILE} and {TEMPLATE_FILE}: {error}"
     first = tuple(tokenizer.piece(number) for number in range(min(len(CONTROL_PIECES), tokenizer.vocab_size)))

@@ -67,9 +67,15 @@ class HuggingFaceTokenizer(Tokenizer):
     none. Texts may come back changed (lower case, no line breaks): that is how the model reads.
     """
 
-    def __init__(self, definition: str, special: Mapping[str, str], chat_template: str | None) -> None:
+    def __init__(
+        self,
+        definition: str,
+        special: Mapping[str, str],
+        chat_template: str | None,
+        template_origin: str = TEMPLATE_FILE,
+    ) -> None:
         """definition: content of tokenizer.json. special: the piece of each of ROLES, and more special pieces."""
-        self._made_from = (definition, dict(special), chat_template)
+        self._made_from = (definition, dict(special), chat_template, template_origin)
         content = json.loads(definition)
         added = _added(content, special)
         self.control_ids = {piece["content"]: int(piece["id"]) for piece in added if piece["special"]}
@@ -93,6 +99,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.unk_id = ids.get("unk_token")
         self.mask_piece = special.get("mask_token")
         self.brings_template = chat_template is not None
+        self.template_origin = template_origin if self.brings_template else None
         first, last = (json.dumps(self._control_names[number]) for number in (self.bos_id, self.eos_id))
         self.chat_template = chat_template or PLAIN_TEMPLATE.replace("BOS", first).replace("EOS", last)
 
@@ -103,13 +110,13 @@ class HuggingFaceTokenizer(Tokenizer):
             definition = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
             config, named = _json(folder / CONFIG_FILE), _json(folder / MAP_FILE)
             special = dict(_special(json.loads(definition), config, named, config_ids(folder)))
-            return cls(definition, special, _template(folder, config))
+            return cls(definition, special, *_template(folder, config))
         except DataError as error:
             raise DataError(f"{folder}: {error}") from error
         except Exception as error:  # `tokenizers` raises bare Exceptions
             raise DataError(f"{folder} holds no tokenizer that can be read: {TOKENIZER_FILE}: {error}") from error
 
-    def __reduce__(self) -> tuple[type[HuggingFaceTokenizer], tuple[str, dict[str, str], str | None]]:
+    def __reduce__(self) -> tuple[type[HuggingFaceTokenizer], tuple[str, dict[str, str], str | None, str]]:
         return type(self), self._made_from
 
     def _check_ids(self) -> None:
@@ -247,14 +254,17 @@ def _rename(content: dict[str, Any], added: list[dict[str, Any]], names: Mapping
         model["dropout"] = None
 
 
-def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The folder's chat template: its own file, or in tokenizer_config.json, where it may be one of several."""
+def _template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The folder's chat template, and where it is: its own file, or in tokenizer_config.json, where it may be one of
+    several."""
     if (folder / TEMPLATE_FILE).is_file():
-        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8"), str(folder / TEMPLATE_FILE)
     said = config.get("chat_template")
     if isinstance(said, list):
         said = next((one["template"] for one in said if one.get("name") == "default"), None)
-    return said
+    if said is not None and not isinstance(said, str):
+        raise DataError(f"chat_template in {CONFIG_FILE} is {str(said)[:40]!r}: it has to be a text, in Jinja.")
+    return said, f"chat_template in {folder / CONFIG_FILE}"
 
 
 def _json(path: Path) -> dict[str, Any]:

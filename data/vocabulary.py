@@ -29,6 +29,7 @@ class Tokenizer(ABC):
     control_ids: every control piece, by rising id. bos_id, eos_id: what a document begins and ends with, which may be one
     piece. pad_id: fills rows; it may stand for something else too, because what is padding is told by the rows' document
     numbers. unk_id: None where every text can be spelled. chat_template: Jinja, as transformers renders it.
+    template_origin: which file it is from, None for this program's own.
     template_names: what such a template finds beside the messages.
     """
 
@@ -39,6 +40,7 @@ class Tokenizer(ABC):
     bos_id: int
     eos_id: int
     chat_template: str
+    template_origin: str | None
     template_names: Mapping[str, str]
     mask_piece: str | None
 

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from data.chat import TODAY, encode_chat
+from data.chat import encode_chat
+from data.chat_jinja import TODAY
 from data.document import read_documents
 from data.errors import DataError
 from data.tokenizer import SentencePieceTokenizer, Tokenizer

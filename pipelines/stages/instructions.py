@@ -6,13 +6,19 @@ the assistant's tokens are targets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from data.instructions import InstructionSettings
+from data.instructions import Conversation, InstructionSettings
+from data.readers import ReaderSettings
 from pipelines.engine.step import Artifact, Context
+
+if TYPE_CHECKING:
+    from data.packing import TokenDocument
+    from data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,36 +42,61 @@ def run(settings: ConversationRows, inputs: Mapping[str, Artifact], out_dir: Pat
 
 def make(settings: ConversationRows, corpora: list[Artifact], tokenizer: Artifact, out_dir: Path) -> dict[str, Any]:
     """Write everything, in one worker process."""
-    from data.chat import encode_chat
     from data.instructions import build_instructions, load_conversations
     from data.left_out import conversations_left_out
-    from data.packing import TokenDocument
+    from data.readers import ReadLog
     from data.shard_tasks import make_conversation_shard
     from data.shards import ShardSettings, write_manifest
     from data.tokenizer import Tokenizer
 
     counts = build_instructions(settings.data, [corpus.path for corpus in corpora], out_dir)
     words = Tokenizer.load(tokenizer.path)
-    documents = []
-    for conversation in load_conversations(out_dir / "train.jsonl"):
-        tokens, is_target = encode_chat(words, conversation.messages)
-        documents.append(
-            TokenDocument(
-                id=conversation.id,
-                source=conversation.source,
-                position=conversation.position,
-                tokens=tokens,
-                is_target=is_target,
-            )
-        )
+    documents, refused = encode(words, load_conversations(out_dir / "train.jsonl"), settings.data.reader)
     rows = ShardSettings(seq_len=settings.seq_len)
     shard = make_conversation_shard(
         documents, out_dir / "rows", name="conversations", tokenizer=words, settings=rows, too_long=settings.too_long
     )
     totals = write_manifest(out_dir / "rows", [shard], settings=rows, vocab_size=words.vocab_size, masked=True)
+    counts |= (
+        {"conversations_refused": len(refused), "refused": refused[: ReadLog.MAX_MALFORMED_SHOWN]} if refused else {}
+    )
     return {
-        "pairs": counts["train_conversations"],
+        "pairs": len(documents),
         **counts,
         **totals,
         "left_out": conversations_left_out({**counts, **totals["counts"]}),
     }
+
+
+def encode(
+    words: Tokenizer, conversations: Sequence[Conversation], reader: ReaderSettings
+) -> tuple[list[TokenDocument], list[str]]:
+    """The tokens of each conversation, and of those that the chat template refuses: file, line and why.
+
+    They are passed over as malformed lines are. Raises DataError past that limit, and where none is left.
+    """
+    from data.chat import encode_chat
+    from data.errors import DataError
+    from data.packing import TokenDocument
+
+    documents: list[TokenDocument] = []
+    refused: list[str] = []
+    in_file: Counter[str] = Counter()
+    most = reader.max_malformed_lines_per_file
+    for c in conversations:
+        try:
+            tokens, is_target = encode_chat(words, c.messages)
+        except DataError as error:
+            refused.append(f"{c.source} line {c.position}: {error}")
+            in_file[c.source] += 1
+            if in_file[c.source] > most:
+                raise DataError(
+                    f"{c.source}: {in_file[c.source]} conversations are refused by the chat template, and {most} a "
+                    f"file are passed over (finetune.data.reader.max_malformed_lines_per_file). The first: {refused[0]}"
+                ) from error
+            continue
+        document = TokenDocument(id=c.id, source=c.source, position=c.position, tokens=tokens, is_target=is_target)
+        documents.append(document)
+    if not documents:
+        raise DataError(f"No conversation is left to train on: the chat template refuses all. The first: {refused[0]}")
+    return documents, refused

@@ -33,6 +33,7 @@ def take(settings: TakenTokenizer, inputs: Mapping[str, Artifact], out_dir: Path
     """Copies the tokenizer that belongs to weights from outside; what their configuration says of ids becomes a file."""
     import shutil
 
+    from data.chat import template_fault
     from data.tokenizer import Tokenizer, tokenizer_files
     from data.tokenizer_hf import IDS_FILES
 
@@ -43,6 +44,8 @@ def take(settings: TakenTokenizer, inputs: Mapping[str, Artifact], out_dir: Path
         said = json.dumps(dict(sorted(settings.config_ids.items())), indent=2)
         (out_dir / IDS_FILES[0]).write_text(said + "\n", encoding="utf-8")
     tokenizer = Tokenizer.load(out_dir)
+    if (fault := template_fault(tokenizer)) is not None:
+        ctx.say(f"only conversations need it, and here it does not work: {fault}")
     begins, ends, closes = map(tokenizer.piece, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_id))
     ctx.say(
         f"{tokenizer.vocab_size:,} pieces; documents begin with {begins}, end with {ends}, and answers end with {closes}"

@@ -12,6 +12,7 @@ import pytest
 from data.document import Document, write_documents
 from data.errors import DataError
 from data.instructions import (
+    Conversation,
     InstructionSettings,
     build_instructions,
     function_conversations,
@@ -19,6 +20,9 @@ from data.instructions import (
     load_conversations,
 )
 from data.left_out import conversations_left_out
+from data.readers import ReaderSettings
+from data.tokenizer import CHAT_TEMPLATE, Tokenizer
+from pipelines.stages.instructions import encode
 
 MODULE = '''
 import os
@@ -262,3 +266,45 @@ def test_a_corpus_without_functions_is_refused_with_the_choices(tmp_path: Path) 
     with pytest.raises(DataError, match="kind=files"):
         build_instructions(InstructionSettings(), [folder], tmp_path / "out")
     assert instruction_files(InstructionSettings()) == []
+
+
+def refusing(tokenizer: Tokenizer) -> Tokenizer:
+    """A template that refuses a system message, as Gemma's does."""
+    rebuild, (model, *_) = tokenizer.__reduce__()
+    rule = "{%- if messages[0]['role'] == 'system' -%}{{- raise_exception('System role not supported') -}}{%- endif -%}"
+    return rebuild(model, rule + CHAT_TEMPLATE, "weights/chat_template.jinja")
+
+
+def conversations(refused: int, others: int) -> list[Conversation]:
+    asked = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    system = ({"role": "system", "content": "c"},)
+    return [
+        Conversation(
+            messages=(*(system if number < refused else ()), *asked), source="chats.jsonl", position=number + 1
+        )
+        for number in range(refused + others)
+    ]
+
+
+def test_a_conversation_that_the_template_refuses_is_skipped_counted_and_named(tokenizer: Tokenizer) -> None:
+    documents, refused = encode(refusing(tokenizer), conversations(1, 59), ReaderSettings())
+    assert (len(documents), len(refused)) == (59, 1)
+    assert refused[0].startswith(
+        "chats.jsonl line 1: The chat template refuses this conversation: System role not supp"
+    )
+    assert "It is weights/chat_template.jinja" in refused[0]
+    [(line, count)] = conversations_left_out(
+        {"conversations_refused": 1, "refused": refused, "malformed": [], "skipped_files": {}}
+    ).items()
+    assert line.startswith("conversations that the chat template refuses, the first: chats.jsonl line 1") and count == 1
+
+
+def test_conversations_that_the_template_refuses_have_a_limit(tokenizer: Tokenizer) -> None:
+    reader = ReaderSettings(max_malformed_lines_per_file=3)
+    assert len(encode(refusing(tokenizer), conversations(3, 3), reader)[1]) == 3
+    with pytest.raises(
+        DataError, match=r"chats.jsonl: 4 conversations are refused.*and 3 a file.*first: chats.jsonl line 1"
+    ):
+        encode(refusing(tokenizer), conversations(4, 30), reader)
+    with pytest.raises(DataError, match="the chat template refuses all"):
+        encode(refusing(tokenizer), conversations(3, 0), reader)

@@ -199,7 +199,7 @@ def test_a_message_cannot_forge_a_turn(folders: dict[str, Path], kind: str) -> N
 
 
 def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
-    rebuild, (definition, special, _) = tokenizer.__reduce__()  # type: ignore[misc]
+    rebuild, (definition, special, *_) = tokenizer.__reduce__()  # type: ignore[misc]
     return rebuild(definition, special, template)  # type: ignore[operator]
 
 
