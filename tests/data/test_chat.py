@@ -132,8 +132,8 @@ def test_whatever_a_template_does_is_one_refusal_that_names_its_file(tokenizer: 
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-        "{% macro m(n) %}{{ caller() }}{{ caller() }}{% if n %}{% call m(n - 1) %}{{ caller() }}{{ caller() }}{% endcall %}"
-        "{% endif %}{% endmacro %}{% call m(60) %}{% endcall %}",
+        "{% macro m(n) %}{% if n %}{{ caller(n) }}{{ caller(n) }}{% endif %}{% endmacro %}"
+        "{% macro d(n) %}{% call(k) m(n) %}{{ d(k - 1) }}{% endcall %}{% endmacro %}{{ d(60) }}",
         "{% for i in [1, 2] recursive %}{{ loop([1, 2]) if loop.depth < 60 }}{% endfor %}",
     ],
 )
