@@ -71,9 +71,14 @@ class Figure:
 
 
 def task_figures(
-    task: ConfigurableTask, found: Mapping[str, Any], answers: list[dict[str, Any]], settings: EvaluateSettings
+    task: ConfigurableTask,
+    found: Mapping[str, Any],
+    answers: list[dict[str, Any]],
+    settings: EvaluateSettings,
+    *,
+    is_made: bool,
 ) -> dict[str, Figure]:
-    """Each metric with its interval over the examples, or over the documents where those gave several each."""
+    """Each metric with its interval over the examples, or over the held-out documents that they were made from."""
     keys = [tuple(key.split(",", 1)) for key in found if "," in key and not key.split(",", 1)[0].endswith("_stderr")]
     filters = {name for _, name in keys}
     figures = {}
@@ -81,7 +86,9 @@ def task_figures(
         rows = [answer for answer in answers if answer["filter"] == name and metric in answer]
         by_document: dict[Any, list[Any]] = {}
         for answer in rows:
-            by_document.setdefault(answer["doc"].get("document", answer["doc_id"]), []).append(answer[metric])
+            by_document.setdefault(answer["doc"]["document"] if is_made else answer["doc_id"], []).append(
+                answer[metric]
+            )
         aggregate = task.aggregation().get(metric, Aggregation(mean))
         value, groups = float(found[f"{metric},{name}"]), list(by_document.values())
         figure = _figure(value, metric, aggregate, groups, settings)

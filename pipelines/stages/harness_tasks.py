@@ -89,7 +89,8 @@ def _results(
     made: dict[str, dict[str, Figure]] = {}
     for name, task in built.tasks.items():
         answers = found["samples"][name]
-        made[name] = task_figures(task, found["results"][name], answers, settings)
+        is_made = chosen.tasks[name].made_from is not None
+        made[name] = task_figures(task, found["results"][name], answers, settings, is_made=is_made)
         shown = {metric: figure.shown() for metric, figure in made[name].items()}
         results[name] = shown | {"examples": len({answer["doc_id"] for answer in answers})}
     for name in built.groups:

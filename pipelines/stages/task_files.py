@@ -79,7 +79,8 @@ class TaskSet:
 
     def is_own(self) -> bool:
         """Whether any of them is not among those which come with this program."""
-        return any(file.path.parent != TASKS for file in (*self.tasks.values(), *self.groups.values()))
+        paths = [task.path for task in self.tasks.values()] + [group.path for group in self.groups.values()]
+        return any(path.parent != TASKS for path in paths)
 
 
 def read_tasks(names: Sequence[str], folders: Sequence[str]) -> TaskSet:

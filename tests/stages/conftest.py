@@ -105,5 +105,9 @@ def save_model(folder: Path, *, seed: int, vocab_size: int) -> None:
 
 
 def artifact(step: str, folder: Path, metrics: Mapping[str, Any]) -> Artifact:
-    manifest = {"step": step, "metrics": dict(metrics), "content_digest": "0" * 64}
+    """What lies in a folder now, as an artifact."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size} for path in folder.rglob("*") if path.is_file()
+    }
+    manifest = {"step": step, "metrics": dict(metrics), "content_digest": "0" * 64, "files": files}
     return Artifact(step=step, digest=step.encode().hex().ljust(64, "0"), url=str(folder), manifest=manifest)

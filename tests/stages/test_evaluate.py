@@ -24,6 +24,7 @@ from pipelines.stages.generate import GenerateSettings
 from pipelines.stages.intervals import interval, resample_sums, share_interval, wilson
 from pipelines.stages.scoring import sliding_windows
 from pipelines.stages.weights import load_model
+from tests.stages.conftest import artifact
 
 
 @given(tokens=st.integers(1, 200), context=st.integers(1, 40), data=st.data())
@@ -279,8 +280,7 @@ def with_conversations(small_run, tmp_path_factory, in_process):
     out_dir = folder / "instructions"
     out_dir.mkdir()
     metrics = instructions.run(ConversationRows(data=data, seq_len=128), small_run, out_dir, in_process(out_dir))
-    made = replace(small_run["tokenizer"], step="instructions", url=str(out_dir), manifest={"metrics": metrics})
-    return {**small_run, "instructions": made}
+    return {**small_run, "instructions": artifact("instructions", out_dir, metrics)}
 
 
 def test_held_out_conversations_are_scored_by_the_loss_of_the_answers(with_conversations, tmp_path, in_process):
@@ -336,7 +336,7 @@ def test_a_conversation_that_the_template_refuses_is_counted_and_the_others_are_
     refusing = "{% if messages[0].content == '" + words + "' %}{{ raise_exception('not this') }}{% endif %}"
     template.write_text(refusing + template.read_text())
     made = {name: with_conversations[name] for name in ("pretrain", "finetune", "instructions")}
-    made["tokenizer"] = replace(with_conversations["tokenizer"], url=str(folder))
+    made["tokenizer"] = artifact("tokenizer", folder, {})
     out_dir = tmp_path / "evaluate"
     out_dir.mkdir()
     context = in_process(out_dir)

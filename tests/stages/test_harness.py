@@ -127,7 +127,7 @@ def test_a_users_own_task_runs_with_data_beside_its_file(small_run, models, tmp_
         "dataset_kwargs: {data_files: capitals.jsonl}\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{c}}'\n"
         "doc_to_target: '{{a}}'\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
-    lines = [{"q": "Paris is in", "c": ["France", "Peru"], "a": i % 2} for i in range(4)]
+    lines = [{"q": "Paris is in", "c": ["France", "Peru"], "a": i % 2, "document": {"a": 1}} for i in range(4)]
     (tmp_path / "capitals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = evaluate.EvaluateSettings(tasks=("capitals",), task_folders=(str(tmp_path),), bootstrap_resamples=20)
     assert {path.name for path in evaluate.task_files(settings)} == {"capitals.yaml", "capitals.jsonl"}

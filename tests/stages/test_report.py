@@ -12,6 +12,7 @@ import pytest
 
 from pipelines.stages import charts, evaluate, export, report
 from pipelines.stages.generate import GenerateSettings
+from tests.stages.conftest import artifact
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,7 @@ def finished(small_run, tmp_path_factory, in_process):
         out_dir = root / name
         out_dir.mkdir()
         metrics = stage.run(chosen, small_run, out_dir, in_process(out_dir))
-        made[name] = replace(small_run["corpus"], step=name, url=str(out_dir), manifest={"metrics": metrics})
+        made[name] = artifact(name, out_dir, metrics)
     for name in ("pretrain", "finetune"):
         rows = [
             {"step": n, "tokens": n * 1024, "loss": 8 * n**-0.2, "lr": 1e-3 * (1 - n / 800), "grad_norm": 1.0}
@@ -53,7 +54,7 @@ def finished(small_run, tmp_path_factory, in_process):
                 "loss": 2.1,
             },
             "inputs": {"shards": {"digest": "ab" * 32}},
-            "files": {"model/model.safetensors": {"sha256": "0" * 64, "bytes": 20_000_000}},
+            "files": {"model/model.safetensors": {"bytes": 20_000_000}, "metrics.jsonl": {"bytes": 80_000}},
             "identity": {"settings": {"lr": 1e-3}},
             "seconds": 93.4,
             "content_digest": "cd" * 32,
