@@ -60,8 +60,8 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
     if s.start is not None:
         begun["start"] = add("start", start.run, s.start.settings, {}, files={"weights": s.start.weights})
     if s.start is not None and s.start.tokenizer:
-        taken = tokenizer.TakenTokenizer(folder=str(s.start.folder), config_ids=s.start.config_ids)
-        check_pieces(s.objective, Tokenizer.load(s.start.folder), s.shards.seq_len)
+        taken = tokenizer.TakenTokenizer(folder=str(s.start.tokenizer_folder), config_ids=s.start.config_ids)
+        check_pieces(s.objective, Tokenizer.load(s.start.tokenizer_folder), s.shards.seq_len)
         words = add("tokenizer", tokenizer.take, taken, {}, files={"tokenizer": s.start.tokenizer})
     else:
         words = add("tokenizer", tokenizer.run, s.resolved_tokenizer(), corpora)

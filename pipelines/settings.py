@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -25,9 +26,11 @@ from data.mixture import MixtureSettings
 from data.objective_settings import NextTokenSettings, ObjectiveChoice, check_sentinels
 from data.order import OrderSettings
 from data.shards import ShardSettings
+from data.tokenizer import tokenizer_files
 from data.tokenizer_training import TokenizerSettings
 from model.config import ModelConfig
 from pipelines.engine.errors import EngineError
+from pipelines.engine.lineage import origin
 from pipelines.engine.secrets import refuse_secrets
 from pipelines.engine.typed import field_types, from_plain
 from pipelines.overrides import CONF_DIR, SettingsError, chosen_fields, hydra_overrides
@@ -127,7 +130,14 @@ class Settings:
                 f"finetune.init_from={self.starts_from} and pretrain.init_from={self.pretrain.init_from}: fine-tuning "
                 "begins with what pretraining made, or with a folder and then nothing is pretrained; set one of the two."
             )
-        return Start.open("pretrain.init_from" if self.pretrains else "finetune.init_from", self.starts_from)
+        setting = "pretrain.init_from" if self.pretrains else "finetune.init_from"
+        folder = Path(os.path.expanduser(self.starts_from)).absolute()
+        ours = origin(folder)
+        if ours is None:
+            return Start.open(setting, self.starts_from)
+        brings = bool(tokenizer_files(ours.model))
+        words = None if brings else ours.tokenizer(f"{setting}={self.starts_from}")
+        return Start.open(setting, str(ours.model), trained_with=words)
 
     def resolved_model(self) -> ModelConfig:
         """The model with what others decide filled in: a folder to start from, or the tokenizer's vocabulary and the

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pipelines import console
 from pipelines.engine.store import open_store, storage_errors
 from pipelines.engine.verify import findings
-from pipelines.settings import SettingsError, compose
+from pipelines.overrides import SettingsError
+from pipelines.settings import compose
 
 
 def verify(overrides: Sequence[str], *, seal: bool) -> int:

@@ -7,12 +7,21 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 
+from data.tokenizer import tokenizer_files
+from data.tokenizer_training import TokenizerSettings, train_tokenizer
+from pipelines.engine.errors import EngineError
 from pipelines.engine.files import FileHashes
+from pipelines.engine.lineage import origin
+from pipelines.engine.local_backend import LocalBackend
 from pipelines.engine.resolve import resolve
+from pipelines.engine.runner import run
+from pipelines.engine.step import Step
+from pipelines.engine.store import open_store
 from pipelines.graph import build
 from pipelines.settings import compose
 from tests.conftest import LOCAL, answer, athanor, complaint, tiny
@@ -243,3 +252,66 @@ def test_tensors_that_do_not_fit_are_listed_through_the_command_line(
     refused = athanor("run", *words, "--until", "pretrain", check=False)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert "1 missing: model.norm.weight" in refused.stderr
+
+
+def of_ours(corpus_dir: Path, weights: Path, store: Path) -> dict[str, Path]:
+    """Artifacts as a run leaves them: a tokenizer, and a model that was trained with it."""
+
+    def train(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        shutil.copytree(weights, out_dir / "model")
+        return {}
+
+    def words(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        texts = (path.read_text() for path in sorted(corpus_dir.iterdir()))
+        return train_tokenizer(texts, TokenizerSettings(vocab_size=512), out_dir)
+
+    tokenizer = Step(name="tokenizer", run=words, version=1, settings={})
+    pretrain = Step(name="pretrain", run=train, version=1, settings={}, inputs={"tokenizer": tokenizer})
+    reports = run([pretrain], store=open_store(store), backend=LocalBackend(cpus=1, gpus=0, in_process=True))
+    return {report.name: Path(str(report.path)) for report in reports}
+
+
+def test_an_artifact_of_ours_brings_its_tokenizer_by_lineage(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, weights: Path, tmp_path: Path
+) -> None:
+    made = of_ours(corpus_dir, weights, tmp_path / "store")
+    pretrained, tokenizer = made["pretrain"], made["tokenizer"]
+    by_hand = shutil.copytree(pretrained / "model", tmp_path / "by-hand")
+    for file in tokenizer_files(tokenizer):
+        shutil.copy(file, by_hand)
+    expected = digests(*with_weights(corpus_dir, by_hand))
+    assert expected != digests(*with_weights(corpus_dir, weights))  # where one would be trained
+    (tokenizer / "tokenizer.json").write_text("{}")  # no part of the artifact
+    assert digests(*with_weights(corpus_dir, pretrained)) == expected
+    found = origin(pretrained / "model")
+    assert found is not None and found.model == pretrained / "model"
+    tokenizer.rename(tokenizer.with_name("moved"))
+    said = complaint(capsys, "plan", *with_weights(corpus_dir, pretrained))
+    assert f"its tokenizer is {tokenizer}, which is not there" in said
+    moved = origin(shutil.copytree(pretrained, tmp_path / "cp" / "of" / "it"))  # without the store around it
+    assert moved is not None
+    with pytest.raises(EngineError, match="which is not there"):
+        moved.tokenizer("pretrain.init_from=it")
+    manifest = pretrained / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"token": 1', '"token": 2'))
+    with pytest.raises(EngineError, match="was changed after it was published"):
+        origin(pretrained)
+
+
+def test_weights_that_a_start_step_took_without_a_tokenizer_are_refused(weights: Path, tmp_path: Path) -> None:
+    def take(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        shutil.copytree(weights, out_dir / "model")
+        return {}
+
+    start = Step(name="start", run=take, version=1, settings={})
+    [report] = run([start], store=open_store(tmp_path / "store"), backend=LocalBackend(cpus=1, gpus=0, in_process=True))
+    found = origin(Path(str(report.path)))
+    assert found is not None
+    with pytest.raises(EngineError, match="what step start took from elsewhere, without a tokenizer"):
+        found.tokenizer("pretrain.init_from=it")
+
+
+def test_a_folder_with_some_other_programs_manifest_is_as_any_other(tmp_path: Path) -> None:
+    for manifest in ('{"name": "a web application"}', "[]", "not JSON"):
+        (tmp_path / "manifest.json").write_text(manifest)
+        assert origin(tmp_path) is None

@@ -23,6 +23,7 @@ from model.interop import checkpoint_files, config_from_hf, has_hf_class, hf_con
 from model.position import LearnedPositionConfig
 from pipelines.engine.step import Artifact, Context, EngineError
 from pipelines.engine.typed import to_plain
+from pipelines.stages.checksums import check_checksums
 
 TRAINING_ONLY = ("dropout", "z_loss")
 """Fields of a model that are no part of what its weights compute: what the settings say of them holds."""
@@ -48,12 +49,15 @@ class Start:
     config: ModelConfig
     weights: tuple[Path, ...]
     tokenizer: tuple[Path, ...]
+    tokenizer_folder: Path
+    """Where those files lie: `folder`, or for an artifact of ours the one of the tokenizer it was trained with."""
     config_ids: dict[str, int] = field(default_factory=dict)
     """See `data.tokenizer_hf.config_ids`; none for a tokenizer that this program made."""
 
     @classmethod
-    def open(cls, setting: str, folder: str) -> Start:
-        """Raises EngineError or ModelError for a folder that no training can begin with."""
+    def open(cls, setting: str, folder: str, *, trained_with: Path | None = None) -> Start:
+        """`trained_with`: the folder of the tokenizer, where it is known to lie elsewhere. Raises EngineError or ModelError
+        for a folder that no training can begin with."""
         path = Path(os.path.expanduser(folder)).absolute()
         if not path.is_dir():
             raise EngineError(
@@ -67,11 +71,14 @@ class Start:
                 f"head.kind={config.head.kind}, and rows of text train one that reads tokens and has head.kind=language; "
                 "give a checkpoint of a language model."
             )
-        files = tuple(tokenizer_files(path))
+        words = trained_with or path
+        files = tuple(tokenizer_files(words))
         if not files:
-            return cls(setting=setting, folder=path, config=config, weights=weights, tokenizer=())
+            return cls(
+                setting=setting, folder=path, config=config, weights=weights, tokenizer=(), tokenizer_folder=words
+            )
         try:
-            tokenizer = Tokenizer.load(path)
+            tokenizer = Tokenizer.load(words)
         except DataError as error:
             raise EngineError(f"{setting}={folder}: {error}") from error
         if tokenizer.vocab_size > config.require_vocab_size():
@@ -79,8 +86,16 @@ class Start:
                 f"{setting}={folder}: its tokenizer has {tokenizer.vocab_size:,} pieces and its model vocab_size "
                 f"{config.vocab_size:,}; a model has a row for each piece at least. Give the folder's own tokenizer."
             )
-        said = config_ids(path) if isinstance(tokenizer, HuggingFaceTokenizer) else {}
-        return cls(setting=setting, folder=path, config=config, weights=weights, tokenizer=files, config_ids=said)
+        said = config_ids(words) if isinstance(tokenizer, HuggingFaceTokenizer) else {}
+        return cls(
+            setting=setting,
+            folder=path,
+            config=config,
+            weights=weights,
+            tokenizer=files,
+            tokenizer_folder=words,
+            config_ids=said,
+        )
 
     @property
     def settings(self) -> StartSettings:
@@ -153,6 +168,7 @@ def take(folder: str, out_dir: Path) -> dict[str, Any]:
     from model.interop import load_pretrained
 
     source = Path(folder)
+    check_checksums(source)  # of a folder that we exported
     config, state = load_pretrained(source)
     out_dir.mkdir(parents=True)
     for file in checkpoint_files(source):

@@ -1,0 +1,68 @@
+"""A folder of weights that one of our steps made knows its tokenizer: the manifest beside it says which."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.engine import manifest as manifests
+from pipelines.engine.errors import EngineError
+from pipelines.engine.files import read_file
+from pipelines.engine.fingerprint import SHORT
+from pipelines.engine.listed import listed
+from pipelines.engine.sealed import opened
+
+OURS = {"identity", "content_digest", "files", "inputs"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where an artifact's weights lie, and the manifest that tells what they were made from."""
+
+    artifact: Path
+    manifest: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        """The folder with config.json."""
+        return listed(self.artifact, self.manifest) / "model"
+
+    def tokenizer(self, what: str) -> Path:
+        """The folder of the tokenizer that the weights were trained with. Raises EngineError, beginning with ``what``, where
+        it is not there any more or the manifest names none."""
+        source = self.manifest["inputs"].get("tokenizer")
+        if source is None:
+            raise EngineError(
+                f"{what}: it is what step {self.manifest['step']} took from elsewhere, without a tokenizer. Give the folder "
+                "that the weights came from, or the export of what was trained from them."
+            )
+        folder = self.artifact.parents[1] / str(source.get("step")) / str(source.get("digest"))[:SHORT]
+        data = read_file(folder / manifests.NAME)
+        made = manifests.read(data, str(folder)) if data is not None else {}
+        if any(made.get(name) != source.get(name) for name in ("digest", "content_digest")):
+            raise EngineError(
+                f"{what}: its tokenizer is {folder}, which is {'another one now' if made else 'not there'}; with another "
+                "one its embeddings would stand for other pieces. Make or copy it there again, or give the export "
+                "of this model, which has the tokenizer in it."
+            )
+        return listed(folder, made)
+
+
+def origin(folder: Path) -> Origin | None:
+    """The artifact that ``folder`` or the model/ in it belongs to; None where it is none of ours. Raises EngineError where
+    its manifest is damaged."""
+    for artifact in (folder, *([folder.parent] if folder.name == "model" else [])):
+        data = read_file(artifact / manifests.NAME)
+        if data is not None and (re.fullmatch(r"[0-9a-f]{16}", artifact.name) or _is_ours(data)):
+            return Origin(artifact=artifact, manifest=manifests.read(data, str(artifact)))
+    return None
+
+
+def _is_ours(data: bytes) -> bool:
+    """Whether a manifest.json is one of ours, or of the many other programs that have such a file."""
+    try:
+        return opened(data)[0].keys() >= OURS
+    except ValueError:
+        return False
