@@ -252,6 +252,13 @@ def _read_parquet(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> I
             row += 1
 
 
+def first_rows(file: SourceFile, settings: ReaderSettings) -> tuple[list[int], int]:
+    """Bytes of text of the first rows of a Parquet file, and how many rows it has in all."""
+    with pq.ParquetFile(file.path) as parquet:
+        rows = parquet.metadata.num_rows
+    return [0 if raw is None else raw.size for raw in next(_text_batches(file, settings), ())], rows
+
+
 def _text_batches(file: SourceFile, settings: ReaderSettings) -> Iterator[Iterator[pa.Buffer | None]]:
     """The text column of a Parquet file in batches of rows; each row the bytes of a text, or None.
 

@@ -49,7 +49,7 @@ class _Utf8(io.RawIOBase):
         while len(self._pending) < HEAD_BYTES and (more := self._read(HEAD_BYTES - len(self._pending))):
             self._pending += more
         self._decoder = None
-        if (encoding := _wide_encoding(self._pending)) is not None:
+        if (encoding := wide_encoding(self._pending)) is not None:
             self._decoder = codecs.getincrementaldecoder(encoding)(errors=WRONG_BYTES)
             self._pending = self._recoded(self._pending)
             counts[f"files_read_as_{encoding[:6].upper()}"] += 1
@@ -86,7 +86,7 @@ WRONG_BYTES = "athanor-wrong-bytes"
 codecs.register_error(WRONG_BYTES, lambda error: ("\udcff" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
 
 
-def _wide_encoding(head: bytes) -> str | None:
+def wide_encoding(head: bytes) -> str | None:
     """UTF-16 or UTF-32, by a byte order mark or by zeros at every second byte; None for UTF-8."""
     marks = {"utf-32-le": codecs.BOM_UTF32_LE, "utf-32-be": codecs.BOM_UTF32_BE}
     marks |= {"utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE}

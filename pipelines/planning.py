@@ -17,19 +17,18 @@ from typing import Any
 
 from data.corpus import CorpusSettings, corpus_files
 from data.errors import DataError
+from data.estimate import bytes_per_token
+from data.estimate import text_bytes as text_bytes_of
 from data.instructions import instruction_files
 from pipelines import console
 from pipelines.console import count, duration, size
 from pipelines.engine.events import StepReport
+from pipelines.engine.waiting import working
 from pipelines.settings import Settings, corpus_key
 from pipelines.stages.finetune import tuning_tokens
 from pipelines.training.health import few_steps
 from pipelines.training.objective import flops_per_token
 from pipelines.training.settings import BatchPlan, TrainSettings, largest_rows
-
-TEXT_BYTES_PER_TOKEN = 3.6
-"""A guess until the shards step has counted; English and code lie between 3 and 4.5 at 4k to 128k pieces."""
-
 
 REPEATS = 4
 """Epochs up to which repeated text is worth nearly what new text is: Muennighoff et al. 2023,
@@ -111,8 +110,8 @@ def tuning(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any] 
         there, basis = float(made["rows"] * settings.shards.seq_len), "counted"
     else:
         there, basis = (
-            conversation_bytes(settings) / TEXT_BYTES_PER_TOKEN,
-            f"guessed at {TEXT_BYTES_PER_TOKEN} bytes a token",
+            conversation_bytes(settings) / (per_token := guessed_bytes_per_token(settings)),
+            f"guessed at {per_token} bytes a token",
         )
     tokens = tuning_tokens(told, there)
     batch = told.train.global_batch_tokens
@@ -131,11 +130,18 @@ def conversation_bytes(settings: Settings) -> float:
     chosen = settings.finetune.data
     if chosen.kind == "files":
         try:
-            return sum(file.bytes for file in instruction_files(chosen)) * (1 - chosen.held_out_fraction)
+            there = text_bytes_of(instruction_files(chosen), chosen.reader, text_of=_messages_text)
+            return there * (1 - chosen.held_out_fraction)
         except DataError:
             return 0.0
     most = (chosen.max_conversations or 10**9) * chosen.max_characters / 2  # they are of every length up to it
     return min(most, FUNCTIONS_SHARE * sum(corpus_bytes(source) for source in settings.corpora().values()))
+
+
+def _messages_text(record: dict[str, Any]) -> str:
+    if "messages" in record:
+        return "".join(str(message["content"]) for message in record["messages"])
+    return f"{record['prompt']}{record['completion']}"
 
 
 FUNCTIONS_SHARE = 0.4
@@ -172,10 +178,10 @@ def data(settings: Settings, tokens: int, reports: Sequence[StepReport]) -> dict
         shards = sum(int(metrics["shards"]) for metrics in made)
         basis = "counted"
     else:
-        text_bytes = sum(corpus_bytes(source) for source in settings.corpora().values())
-        there = round(text_bytes / TEXT_BYTES_PER_TOKEN)
+        text_bytes = round(sum(corpus_bytes(source) for source in settings.corpora().values()))
+        there = round(text_bytes / (per_token := guessed_bytes_per_token(settings)))
         shards = -(-text_bytes // settings.shards.shard_text_bytes)
-        basis = f"guessed at {TEXT_BYTES_PER_TOKEN} bytes a token"
+        basis = f"guessed at {per_token} bytes a token from a sample of the files"
         if not text_bytes:
             named = [path for source in settings.corpora().values() for path in source.paths]
             basis = f"no text at {', '.join(named)}" if named else _unset(settings)
@@ -187,12 +193,19 @@ def _unset(settings: Settings) -> str:
     return " ".join(["set", *(f"{corpus_key(step)}.paths=[DIR or globs]" for step in settings.corpora() or ["corpus"])])
 
 
-def corpus_bytes(settings: CorpusSettings) -> int:
-    """Bytes of a corpus as it lies on disk; 0 while it is not there."""
+def corpus_bytes(settings: CorpusSettings) -> float:
+    """Bytes of text of a corpus without what is held out, as a sample of its files tells; 0 while it is not there."""
     try:
-        return sum(file.bytes for file in corpus_files(settings))
+        files = corpus_files(settings)
     except DataError:
-        return 0
+        return 0.0
+    with working(f"a sample of {len(files):,} files is read"):
+        return text_bytes_of(files, settings.reader) * (1 - settings.held_out.fraction)
+
+
+def guessed_bytes_per_token(settings: Settings) -> float:
+    """Bytes of text that a token stands for, by the size of the vocabulary."""
+    return bytes_per_token(settings.resolved_model().vocab_size or settings.tokenizer.vocab_size)
 
 
 def disk(parameters: int, train: TrainSettings, reports: Sequence[StepReport]) -> dict[str, int]:
