@@ -29,6 +29,7 @@ from model.mixers.attention import AttentionConfig
 from model.mixers.linear_attention import LinearAttentionConfig
 from model.mixers.mamba import MambaConfig
 from pipelines.engine import runner
+from pipelines.engine.search_path import ROOT
 from pipelines.engine.step import Step
 from pipelines.engine.store import open_store, storage_errors
 from pipelines.execution import execute, named
@@ -149,9 +150,12 @@ def _train(name: str, words: Sequence[str], store: Path, *, kill_at: int | None 
     """One `athanor run`; with `kill_at`, SIGKILL its driver when that step is on record. Whether it was killed."""
     say(f"certify: {name}" + (f", to be killed after step {kill_at}" if kill_at is not None else ""))
     log = store / f"{name}.log"
-    command = [sys.executable, "-m", "pipelines", "run", *words, f"store={store}", "--until", "pretrain"]
+    # Not from the working folder, where another pipelines.py may stand.
+    command = [sys.executable, "-P", "-m", "pipelines", "run", *words, f"store={store}", "--until", "pretrain"]
+    paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with log.open("ab") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
         while process.poll() is None:
             if kill_at is not None and len(_records(store)) >= kill_at:
                 os.kill(process.pid, signal.SIGKILL)

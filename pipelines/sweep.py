@@ -14,13 +14,14 @@ import json
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines import console
 from pipelines.engine import runner
+from pipelines.engine.search_path import portable
 from pipelines.engine.step import EngineError
 from pipelines.engine.store import open_store
 from pipelines.execution import execute, make_backend, named
@@ -95,7 +96,7 @@ def sweep(overrides: Sequence[str], until: str | None = None) -> int:
     trial = Trial(until=until, group=group_name(settings[0].experiment, overrides))
     if "hydra/launcher=ray" in words:
         with ray_joined(settings[0]), watching(points):
-            answers = launch(words, trial)
+            answers = launch(words, portable(trial))
     else:
         answers = launch(words, trial)
     outcomes = [_outcome(point, answers[index] if answers else LOST) for index, point in enumerate(points)]
@@ -142,7 +143,7 @@ def _combination(words: tuple[str, ...]) -> Combination:
         return Combination(words=words, settings=None, mistake=str(error))
 
 
-def launch(words: Sequence[str], trial: Trial) -> list[float | str | None] | None:
+def launch(words: Sequence[str], trial: Callable[[Any], Any]) -> list[float | str | None] | None:
     """Hand the sweep to Hydra; what the trials answered, in order, or None when the launcher was lost on the way."""
     try:
         return multirun(words, trial)

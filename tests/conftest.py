@@ -18,6 +18,7 @@ import pytest
 from hypothesis import settings
 
 from pipelines.__main__ import main
+from pipelines.engine.search_path import PACKAGES
 
 # The same examples every time: a run says what a change did. HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("athanor", derandomize=True, deadline=None)
@@ -108,19 +109,28 @@ def tiny(corpus_dir: Path, store: Path, *more: str) -> list[str]:
     return [*TINY, f"corpus.paths=[{corpus_dir}]", f"store={store}", *more]
 
 
-def athanor(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own, from the repository's root."""
+def athanor(
+    *arguments: str, check: bool = True, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, from the repository's root; in another folder, as `athanor` does."""
     result = subprocess.run(
-        [sys.executable, "-m", "pipelines", *arguments],
+        [sys.executable, *(["-m"] if cwd is None else ["-P", "-m"]), "pipelines", *arguments],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=cwd or ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         timeout=300,
     )
     if check:
         assert result.returncode == 0, result.stderr[-4000:]
     return result
+
+
+def crowded(folder: Path) -> Path:
+    """A working folder with a file of each of our packages' names, as nanoGPT's and Sphinx's have some."""
+    for name in PACKAGES:
+        (folder / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working folder')\n")
+    return folder
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> pytest.CaptureResult[str]:

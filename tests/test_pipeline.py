@@ -20,7 +20,7 @@ import pytest
 from pipelines.engine.events import StepReport
 from pipelines.planning import estimate
 from pipelines.settings import compose
-from tests.conftest import LOCAL, METRICS_KEYS, ROOT, TINY, answer, athanor, complaint, tiny
+from tests.conftest import LOCAL, METRICS_KEYS, ROOT, TINY, answer, athanor, complaint, crowded, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -29,9 +29,10 @@ STEPS = ["corpus", "tokenizer", "shards", "pretrain", "instructions", "finetune"
 
 @pytest.fixture(scope="module")
 def finished(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One undisturbed run through Ray: its store, what it printed, its manifests."""
+    """One undisturbed run through Ray, from a folder with a `model.py` and the like: its store, what it printed, its
+    manifests."""
     store = tmp_path_factory.mktemp("finished")
-    result = athanor("run", *tiny(corpus_dir, store))
+    result = athanor("run", *tiny(corpus_dir, store), cwd=crowded(tmp_path_factory.mktemp("crowded")))
     return {"store": store, "stdout": result.stdout, "manifests": manifests(store)}
 
 
@@ -192,13 +193,15 @@ def test_torchrun_without_ray_publishes_the_same_weights(
 
 
 def test_two_ranks_under_torchrun_see_the_same_batches_and_nearly_the_same_losses(
-    finished: dict[str, Any], corpus_dir: Path, tmp_path: Path
+    finished: dict[str, Any], corpus_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pipelines"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = ["train", *tiny(corpus_dir, tmp_path)]
     copy_shards(finished["store"], tmp_path)
-    subprocess.run([*command, *words], check=True, cwd=ROOT, env=environment, capture_output=True, timeout=300)
+    folder = crowded(tmp_path_factory.mktemp("crowded"))
+    (folder / "pipelines.py").unlink()  # which Python would run for -m pipelines
+    subprocess.run([*command, *words], check=True, cwd=folder, env=environment, capture_output=True, timeout=300)
     one, two = metrics(finished["store"]), metrics(tmp_path)
     assert [m["batch_digest"] for m in one] == [m["batch_digest"] for m in two]
     # Products are rounded to bf16 (2^-8); rows are grouped differently, and twenty updates feed the difference back.

@@ -35,6 +35,7 @@ from pipelines.engine.machines import (
 from pipelines.engine.outcome import WorkerDiedError, guarded_call, log_tail, opened, portable_call
 from pipelines.engine.ray_address import check_address, check_same
 from pipelines.engine.ray_health import RAY_ITSELF, SILENT_SECONDS, Head, RayGoneError, end_local_ray, leave_at_once
+from pipelines.engine.search_path import PACKAGES, portable
 
 Poll = Callable[[], None]
 """Called several times a second while a backend waits; raising from it ends what runs and what waits."""
@@ -45,7 +46,6 @@ MAX_RETRIES = 3  # of a call whose worker died
 POLL_SECONDS = 0.2
 LOSS_SECONDS = 75.0  # Ray's five health checks of at most 10 s, 3 s apart, and something more
 OBJECT_STORE_BYTES = 128 * 2**20  # results only; Ray's default would claim 30 % of the memory
-PACKAGES = ("pipelines", "model", "data", "conf", "cluster")
 
 # Ray Train: stay in the driver's working folder, and start none of the actors that feed a dashboard. Each process of
 # Ray's wakes 100 times a second whatever it does, which costs 0.8 % of a core; two ranks of a gang have ten of them
@@ -148,7 +148,7 @@ class RayBackend(Backend):
         self._check_ray()
         at_once = check_feasible(self.resources(), cpus=cpus, gpus=gpus)
         patience = self._patience(Claim(cpus=cpus, gpus=gpus), say)
-        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(guarded_call)
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(portable(guarded_call))
         waiting = [(name, _portable(fn, *args)) for name, args in calls.items()][::-1]
         running: dict[Any, str] = {}
         try:
@@ -373,22 +373,20 @@ def _portable(fn: Callable[..., Any], *args: Any) -> bytes:
     return portable_call(fn, args, dumps=ray.cloudpickle.dumps)
 
 
-class _RankError(Exception):
-    """Carries a rank's pickled outcome through Ray Train."""
-
-    def __init__(self, outcome: bytes) -> None:
-        super().__init__(outcome)
-        self.outcome = outcome
-
-
 def _ray_rank(config: dict[str, Any]) -> Any:
-    """What Ray Train runs in each rank. Raising is what makes it end the other ranks."""
+    """What Ray Train runs in each rank. Raising is what makes it end the other ranks.
+
+    The error carries the rank's outcome as an attribute: what prints it shows a sentence, and processes of Ray Train that
+    have nothing of ours can read it.
+    """
     outcome = guarded_call(config["call"], config["search_path"])
     try:
         outcome = opened(outcome)
         opened(outcome)
-    except Exception:
-        raise _RankError(outcome) from None
+    except Exception as error:
+        failure: Any = RuntimeError(f"a rank ended with {type(error).__name__}: {error}")
+        failure.athanor_outcome = outcome
+        raise failure from None
     return outcome
 
 
@@ -408,13 +406,15 @@ def _fit(gang: Gang, local: bool) -> Any:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    # What Ray Train's own processes unpickle must need nothing of ours: they look into the working folder first.
     joins: Any = TorchConfig().backend_cls
+    take_place = portable(_take_place)
 
     class Joining(joins):
         """PyTorch's process group, by the machines' addresses in Ray."""
 
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(_take_place)
+            worker_group.execute(take_place)
             super().on_start(worker_group, backend_config)
 
     class JoiningConfig(TorchConfig):
@@ -440,7 +440,7 @@ def _fit(gang: Gang, local: bool) -> Any:
     if gang.gpus_per_worker:
         resources["GPU"] = gang.gpus_per_worker
     trainer = Trainer(
-        _ray_rank,
+        portable(_ray_rank),
         train_loop_config={"call": _portable(run_rank, gang), "search_path": sys.path},
         torch_config=JoiningConfig(backend=gang.torch_backend),
         scaling_config=ScalingConfig(
@@ -462,11 +462,12 @@ def _cause(error: Exception, gang: Gang) -> Exception:
     user_errors = []
     for rank, failure in sorted(failures.items()):
         base = getattr(failure, "_base_exc", failure)  # one Ray wraps it, another hands it on as it was raised
-        if not isinstance(base, _RankError):
+        outcome = getattr(base, "athanor_outcome", None)
+        if outcome is None:
             log = log_tail(gang.logs / f"rank-{rank}.log")
             return WorkerDiedError(f"rank {rank} was killed or its machine went away ({failure}).{log}")
         try:
-            opened(base.outcome)
+            opened(outcome)
         except Exception as user_error:
             user_errors.append(user_error)
     user_errors.sort(key=lambda user_error: not hasattr(user_error, "exit_code"))

@@ -75,13 +75,21 @@ def _kept(device: torch.device, precision: str, threads: int, size: int) -> tupl
             kept = _read(path)
             found = kept.get(conditions)
             if not (isinstance(found, dict) and {"best", "median", "products", "load", "date"} <= found.keys()):
-                found = _measure(device, precision, size)
+                found = None
+            if found is None or _was_disturbed(found):
+                found = max(filter(None, (found, _measure(device, precision, size))), key=lambda each: each["best"])
                 draft = path.with_name(f".{path.name}.{os.getpid()}")
                 draft.write_text(json.dumps(kept | {conditions: found}, indent=1) + "\n")
                 os.replace(draft, path)
             return found, f"kept in {path}"
     except OSError as error:
         return _measure(device, precision, size), f"not kept, so another run's may differ: {error}"
+
+
+def _was_disturbed(found: dict[str, Any]) -> bool:
+    """Whether a measurement was made beside other work that has gone by now: at a load of 15, a core of 870 GFLOP/s was
+    seen to reach 151."""
+    return found["load"] > (os.cpu_count() or 1) / 2 and os.getloadavg()[0] < found["load"] / 2
 
 
 def _read(path: Path) -> dict[str, Any]:
