@@ -20,6 +20,8 @@ from data.shards import ShardSettings, write_shard
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
 
+CHANGED = "documents_changed_by_tokenizer"
+"""The count of documents that do not come back from their tokens as they were."""
 TEXTS_AT_ONCE = 512  # tokenized together; bounds the memory for token lists
 
 
@@ -63,7 +65,8 @@ def make_shard(
     task: ShardTask, out_dir: Path, *, corpus_dir: Path, tokenizer: Tokenizer, settings: ShardSettings
 ) -> dict[str, Any]:
     """Tokenize, pack and write one shard of a corpus; returns its record for `write_manifest`."""
-    documents = list(_tokenized(task, corpus_dir, tokenizer))
+    counts: Counter[str] = Counter()
+    documents = list(_tokenized(task, corpus_dir, tokenizer, counts))
     rows = pack_stream(
         documents,
         seq_len=settings.seq_len,
@@ -79,7 +82,7 @@ def make_shard(
         name=task.name,
         rows_per_block=settings.rows_per_block,
         vocab_size=tokenizer.vocab_size,
-        counts=Counter(),
+        counts=counts,
     )
 
 
@@ -113,13 +116,20 @@ def make_conversation_shard(
     )
 
 
-def _tokenized(task: ShardTask, corpus_dir: Path, tokenizer: Tokenizer) -> Iterator[TokenDocument]:
+def _tokenized(
+    task: ShardTask, corpus_dir: Path, tokenizer: Tokenizer, counts: Counter[str]
+) -> Iterator[TokenDocument]:
     dtype = token_dtype(tokenizer.vocab_size)
     for part in task.slices:
         records = _read(corpus_dir, part)
         for start in range(0, len(records), TEXTS_AT_ONCE):
             chunk = records[start : start + TEXTS_AT_ONCE]
             encoded = tokenizer.encode_batch([record["text"] for record in chunk])
+            if not tokenizer.keeps_text:
+                changed = sum(
+                    tokenizer.decode(ids) != record["text"] for record, ids in zip(chunk, encoded, strict=True)
+                )
+                counts.update({CHANGED: changed} if changed else {})
             for i, (record, ids) in enumerate(zip(chunk, encoded, strict=True), start=start):
                 yield TokenDocument(
                     id=record["id"],

@@ -64,8 +64,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     bos_id: `bos_token`, or a `cls_token`; a model without either was trained on texts that only follow one another's end, so
     its documents begin with `eos_id`, as GPT-2's do. eos_id: `eos_token`, or a `sep_token`. pad_id: `eos_id` where there is
-    none. Texts may come back changed (lower case, no line breaks): that is how the model reads.
+    none. Texts may come back changed (lower case, no line breaks): that is how the model reads. text_pieces: special pieces
+    that are the only spelling of a character (a `!` that pads): they are text, and their ids serve all the same.
     """
+
+    keeps_text = False
 
     def __init__(
         self,
@@ -78,6 +81,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._made_from = (definition, dict(special), chat_template, template_origin)
         content = json.loads(definition)
         added = _added(content, special)
+        all_ids = {piece["content"]: int(piece["id"]) for piece in added}
+        self.text_pieces = _only_spellings(content, added)
+        added = [piece for piece in added if piece["content"] not in self.text_pieces]
         self.control_ids = {piece["content"]: int(piece["id"]) for piece in added if piece["special"]}
         self._stand_in = {number: STAND_IN.format(number) for number in self.control_ids.values()}
         _rename(content, added, {piece: self._stand_in[number] for piece, number in self.control_ids.items()})
@@ -86,7 +92,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.template_names = {role: piece for role, piece in special.items() if role.endswith("_token")}
         self._check_ids()
 
-        ids = {role: self.control_ids[piece] for role, piece in self.template_names.items()}
+        ids = {role: all_ids[piece] for role, piece in self.template_names.items()}
         begin, end = (next((ids[role] for role in roles if role in ids), None) for roles in (BEGINS, ENDS))
         if end is None:
             raise DataError(
@@ -97,10 +103,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id = end if begin is None else begin
         self.pad_id = ids.get("pad_token", end)
         self.unk_id = ids.get("unk_token")
-        self.mask_piece = special.get("mask_token")
+        self.mask_piece = mask if (mask := special.get("mask_token")) in self.control_ids else None
         self.brings_template = chat_template is not None
         self.template_origin = template_origin if self.brings_template else None
-        first, last = (json.dumps(self._control_names[number]) for number in (self.bos_id, self.eos_id))
+        first, last = (json.dumps(self.piece(number)) for number in (self.bos_id, self.eos_id))
         self.chat_template = chat_template or PLAIN_TEMPLATE.replace("BOS", first).replace("EOS", last)
 
     @classmethod
@@ -234,6 +240,13 @@ def _added(content: Mapping[str, Any], special: Mapping[str, str]) -> list[dict[
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         added[piece] = {"id": ids[piece], "content": piece, **flags, "special": True}
     return sorted(added.values(), key=lambda token: int(token["id"]))
+
+
+def _only_spellings(content: Mapping[str, Any], added: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The special pieces of one character that the vocabulary holds: renamed, no text could be spelled with it."""
+    vocabulary = (content.get("model") or {}).get("vocab") or {}
+    known = vocabulary if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
+    return tuple(p["content"] for p in added if p["special"] and len(p["content"]) == 1 and p["content"] in known)
 
 
 def _rename(content: dict[str, Any], added: list[dict[str, Any]], names: Mapping[str, str]) -> None:

@@ -43,6 +43,8 @@ class Tokenizer(ABC):
     template_origin: str | None
     template_names: Mapping[str, str]
     mask_piece: str | None
+    keeps_text = True
+    """Whether decode(encode(text)) is every text; else what is lost is counted in rows and charged in scores."""
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:

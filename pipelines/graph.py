@@ -66,7 +66,7 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
     else:
         words = add("tokenizer", tokenizer.run, s.resolved_tokenizer(), corpora)
     rows = {
-        name: add(name, shards.run, s.shards, {"corpus": step, "tokenizer": words}, self_checking=("*.tar",))
+        name: add(name, shards.run, s.shards, {"corpus": step, "tokenizer": words}, version=2, self_checking=("*.tar",))
         for name, step in (("shards" + name.removeprefix("corpus"), step) for name, step in corpora.items())
     }
     training = {"volatile": VOLATILE, "resumes": True, "cpus": s.compute.cpus, "gpus": s.compute.gpus}

@@ -22,7 +22,7 @@ from data.chat import encode_chat
 from data.chat_jinja import TODAY
 from data.document import read_documents
 from data.errors import DataError
-from data.tokenizer import SentencePieceTokenizer, Tokenizer
+from data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from model.architectures import Transformer
 from model.build import build_model
 from model.config import ModelConfig
@@ -95,6 +95,7 @@ def check_tokens(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> dict[str
     """The same ids for the texts and for conversations made of them, and the same texts from the ids."""
     compared, fault = 0, "This is a fault of the export (data/tokenizer_json), not of the settings."
     options = {"add_special_tokens": False, "split_special_tokens": True}
+    changed = sum(ours.decode(ours.encode(text)) != text for text in texts)
     own = isinstance(ours, SentencePieceTokenizer)
     if not own:  # T5's vocabulary spells `</s>`, and transformers reads it there
         texts = [without_control_pieces(ours, text) for text in texts]
@@ -122,12 +123,13 @@ def check_tokens(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> dict[str
         )
         _same("chat template's tokens", ids, list(rendered), fault)
         compared, conversations = compared + len(ids), conversations + 1
-    return {"compared_tokens": compared, "compared_conversations": conversations}
+    return {"compared_tokens": compared, "compared_conversations": conversations, "changed_texts": changed}
 
 
 def without_control_pieces(tokenizer: Tokenizer, text: str) -> str:
     """A text in which transformers finds no control piece: taking one out may spell the next."""
-    spelled = re.compile("|".join(map(re.escape, tokenizer.control_pieces)))
+    more = tokenizer.text_pieces if isinstance(tokenizer, HuggingFaceTokenizer) else ()
+    spelled = re.compile("|".join(map(re.escape, (*tokenizer.control_pieces, *more))))
     while (rest := spelled.sub("", text)) != text:
         text = rest
     return rest

@@ -59,6 +59,9 @@ def run(settings: EvaluateSettings, inputs: Mapping[str, Artifact], out_dir: Pat
         "scores": {name: asdict(score) for name, score in scores.items()},
         "tasks": {name: done[f"tasks-{name}"]["tasks"] for name in models if settings.tasks},
     }
+    if documents and (lost := summary.lost_line(columns)) is not None:
+        ctx.say(lost)
+        results["lost_by_tokenizer"] = lost
     if chats:
         chat_columns = summary.collect_conversations(chats, ids_of_chats, models, done)
         results["conversations"] = summary.summarize_conversations(chat_columns, models, available, settings)

@@ -15,6 +15,7 @@ import numpy as np
 
 from data.document import Document
 from data.errors import DataError
+from data.lost_text import lost_bits
 from data.shard_set import ShardSet
 from data.tokenizer import Tokenizer
 from pipelines.engine.step import Artifact
@@ -169,7 +170,12 @@ def baselines(work: Work, out_dir: Path) -> dict[str, Any]:
         "compressed_bytes": {name: [COMPRESSORS[name](text) for text in encoded] for name in work.settings.compressors},
         "nats": {"self_unigram": unigram_nats(own, documents, added=0)},
         "training_tokens": 0,
+        "lost_bits": [0] * len(texts),
     }
+    if not tokenizer.keeps_text:
+        result["lost_bits"] = [
+            lost_bits(text, tokenizer.decode(ids)) for text, ids in zip(texts, documents, strict=True)
+        ]
     if work.shards:
         counts = np.sum([ShardSet.open(artifact.path).target_counts() for artifact in work.shards], axis=0)
         result["nats"]["unigram"] = unigram_nats(counts, documents, added=1)

@@ -13,7 +13,7 @@ from pipelines.engine.step import Artifact, Context
 
 def run(settings: ShardSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Writes shard tars, offset indexes, document tables and shards.json over them."""
-    from data.shard_tasks import plan_shards
+    from data.shard_tasks import CHANGED, plan_shards
     from data.shards import write_manifest
     from data.tokenizer import Tokenizer
 
@@ -25,6 +25,11 @@ def run(settings: ShardSettings, inputs: Mapping[str, Artifact], out_dir: Path, 
     done = ctx.map_shards(_make, tasks, label="pack")
     vocab_size = Tokenizer.load(tokenizer.path).vocab_size
     totals = write_manifest(out_dir, [done[name] for name in tasks], settings=settings, vocab_size=vocab_size)
+    if changed := totals["counts"].get(CHANGED):
+        ctx.say(
+            f"the tokenizer loses text: {changed:,} of {corpus.metrics['train_documents']:,} documents do not come back "
+            "from their tokens as they were"
+        )
     return {
         "shards": len(tasks),
         "seq_len": settings.seq_len,

@@ -20,6 +20,8 @@ from pipelines.stages.evaluate_settings import TASK_INTERVALS, EvaluateSettings
 from pipelines.stages.intervals import Interval, bounds, interval, resample_sums
 from pipelines.stages.measure import BASE, FINETUNED
 
+LOST = "lost_by_tokenizer"
+"""The column of bits that it takes to mend what a tokenizer lost (data/lost_text.py)."""
 BITS_PER_NAT = 1 / math.log(2)
 
 
@@ -42,6 +44,10 @@ def collect_columns(
     baselines = done.get("baselines", {"nats": {}, "compressed_bytes": {}})
     for name, nats in baselines["nats"].items():
         columns[f"{name}_bits"] = np.array(nats) * BITS_PER_NAT
+    # Scores over tokens say nothing of what the tokenizer lost; gzip and xz keep all.
+    columns[LOST] = np.array(baselines.get("lost_bits", np.zeros(len(documents))), np.float64)
+    for name in [name for name in columns if name.endswith("_bits")]:
+        columns[name] = columns[name] + columns[LOST]
     for name, compressed_bytes in baselines["compressed_bytes"].items():
         columns[f"{name}_bits"] = np.array(compressed_bytes, np.float64) * 8
     return columns
@@ -59,7 +65,9 @@ class Score:
 def summarize(columns: Mapping[str, np.ndarray], settings: EvaluateSettings) -> dict[str, Score]:
     """A score for each column of bits. Totals over documents: long documents count for what they are."""
     names = [name.removesuffix("_bits") for name in columns if name.endswith("_bits")]
-    table_NK = np.column_stack([columns["bytes"], columns["tokens"], *(columns[f"{name}_bits"] for name in names)])
+    table_NK = np.column_stack(
+        [columns["bytes"], columns["tokens"], *(columns[f"{name}_bits"] for name in names), columns[LOST]]
+    )
     totals_K = table_NK.sum(0)
     draws_RK = resample_sums(table_NK, resamples=settings.bootstrap_resamples, seed=settings.seed)
     bytes_R, tokens_R, base_R = draws_RK[:, 0], draws_RK[:, 1], draws_RK[:, 2]
@@ -69,7 +77,7 @@ def summarize(columns: Mapping[str, np.ndarray], settings: EvaluateSettings) -> 
         bits, bits_R = totals_K[number], draws_RK[:, number]
         per_token = None
         if name not in COMPRESSORS:
-            per_token = over(2 ** (bits / totals_K[1]), 2 ** (bits_R / tokens_R))
+            per_token = over(2 ** ((bits - totals_K[-1]) / totals_K[1]), 2 ** ((bits_R - draws_RK[:, -1]) / tokens_R))
         worse_by = None
         if name != BASE:
             worse_by = over((bits - totals_K[2]) / totals_K[0], (bits_R - base_R) / bytes_R)
@@ -126,6 +134,18 @@ def summarize_conversations(
         worse_by = None if name == BASE else over((totals_K[number] - totals_K[1]) / totals_K[0], difference_R)
         scores[name] = {"loss": asdict(loss), "worse_by": None if worse_by is None else asdict(worse_by)}
     return card | {"scores": scores}
+
+
+def lost_line(columns: Mapping[str, np.ndarray]) -> str | None:
+    """How much text the tokenizer lost, where it lost any."""
+    lost = columns[LOST]
+    if not lost.any():
+        return None
+    return (
+        f"the tokenizer loses text: {np.count_nonzero(lost):,} of {len(lost):,} documents do not come back from their tokens "
+        f"as they were; mending them takes {lost.sum() / columns['bytes'].sum():.4g} bits per byte, which every score over its "
+        "tokens is charged"
+    )
 
 
 def write_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:
@@ -196,6 +216,8 @@ def _document_lines(results: Mapping[str, Any]) -> list[str]:
         "| scorer | bits per byte | minus base | perplexity per token |",
         "|---|---|---|---|",
     ]
+    if lost := results.get("lost_by_tokenizer"):
+        lines.insert(1, f"\n{lost[0].upper()}{lost[1:]}.")
     for name, score in results["scores"].items():
         cells = [bracketed(score[key]) for key in ("bits_per_byte", "worse_by", "perplexity")]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -29,6 +29,21 @@ class TakenTokenizer:
     """See `data.tokenizer_hf.config_ids`; none for a tokenizer that this program made."""
 
 
+PROBES = {
+    "capital letters": "Stop the World",
+    "punctuation": 'no! now? (yes), "it\'s"; a.b',
+    "line breaks": "one\ntwo\n\nthree",
+    "runs of spaces": "a  b    c",
+    "tabs": "a\tb",
+    "spaces around a text": " a ",
+    "accents": "caf\u00e9",
+    "decomposed accents": "cafe\u0301",
+    "Chinese": "\u6f22\u5b57",
+    "emoji": "\U0001f600",
+}
+"""Kinds of text, each to be decoded from its tokens as it was."""
+
+
 def take(settings: TakenTokenizer, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Copies the tokenizer that belongs to weights from outside; what their configuration says of ids becomes a file."""
     import shutil
@@ -44,13 +59,18 @@ def take(settings: TakenTokenizer, inputs: Mapping[str, Artifact], out_dir: Path
         said = json.dumps(dict(sorted(settings.config_ids.items())), indent=2)
         (out_dir / IDS_FILES[0]).write_text(said + "\n", encoding="utf-8")
     tokenizer = Tokenizer.load(out_dir)
+    lost = [name for name, text in PROBES.items() if tokenizer.decode(tokenizer.encode(text)) != text]
+    if lost:
+        ctx.say(
+            f"it does not keep all text ({len(lost)} of {len(PROBES)} kinds tried come back changed): {', '.join(lost)}"
+        )
     if (fault := template_fault(tokenizer)) is not None:
         ctx.say(f"only conversations need it, and here it does not work: {fault}")
     begins, ends, closes = map(tokenizer.piece, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_id))
     ctx.say(
         f"{tokenizer.vocab_size:,} pieces; documents begin with {begins}, end with {ends}, and answers end with {closes}"
     )
-    return {"vocab_size": tokenizer.vocab_size}
+    return {"vocab_size": tokenizer.vocab_size, "kinds_of_text_lost": len(lost)}
 
 
 def train(settings: TokenizerSettings, corpora: list[Artifact], out_dir: Path) -> dict[str, Any]:
