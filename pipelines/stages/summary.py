@@ -141,10 +141,10 @@ def lost_line(columns: Mapping[str, np.ndarray]) -> str | None:
     lost = columns[LOST]
     if not lost.any():
         return None
+    rate = lost.sum() / columns["bytes"].sum()
     return (
-        f"the tokenizer loses text: {np.count_nonzero(lost):,} of {len(lost):,} documents do not come back from their tokens "
-        f"as they were; mending them takes {lost.sum() / columns['bytes'].sum():.4g} bits per byte, which every score over its "
-        "tokens is charged"
+        f"the tokenizer loses text: {np.count_nonzero(lost):,} of {len(lost):,} documents do not come back from their "
+        f"tokens as they were; mending them takes {rate:.4g} bits per byte, which every score over its tokens is charged"
     )
 
 
