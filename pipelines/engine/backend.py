@@ -64,6 +64,9 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+HANDED_ON = ("WANDB_MODE", "WANDB_DISABLED", "WANDB_BASE_URL")
+"""Of this shell's variables to workers of a cluster that others run: how to track, no keys."""
+
 
 class Backend(Protocol):
     """Where steps' work runs."""
@@ -184,21 +187,32 @@ class RayBackend(Backend):
         threading.Thread(target=importlib.import_module, args=("ray.train.torch",), name="imports Ray Train").start()
 
     def gang(self, gang: Gang, *, poll: Poll = lambda: None, say: Say = lambda line: None, again: bool = False) -> Any:
-        """The ranks of one `TorchTrainer`, from a thread beside this one, which polls."""
+        """The ranks of one `TorchTrainer`; where they find no place in time, for others or a lost machine, once more."""
         self._ray()
         self._check_ray()
         claim = Claim(cpus=gang.cpus_per_worker, gpus=gang.gpus_per_worker, copies=gang.workers)
-        if again:
-            patience = self._patience(claim, say)
+        if not again:
+            check_feasible(self.resources(), cpus=claim.cpus, gpus=claim.gpus, copies=claim.copies)
+        patience = self._patience(claim, say)
+        while True:
             while not patience.enough():
                 poll()
                 self._check_ray()
                 time.sleep(POLL_SECONDS)
-        else:
-            check_feasible(self.resources(), cpus=claim.cpus, gpus=claim.gpus, copies=claim.copies)
+            machines = self._alive()
+            answer = self._fitted(gang, poll)
+            if isinstance(answer, NoPlaceError):
+                continue
+            if isinstance(answer, BaseException):
+                if len(machines) > 1 and lost_connection(answer):
+                    self._expect_loss(machines, answer, poll, say)
+                raise answer
+            return answer
+
+    def _fitted(self, gang: Gang, poll: Poll) -> Any:
+        """What one attempt came to, from a thread beside this one, which polls: Ray Train's fit() blocks, and in the main
+        thread it would take over Ctrl-C."""
         answer: list[Any] = []
-        machines = self._alive()
-        # In a thread of its own: Ray Train's fit() blocks, and in the main thread it would take over Ctrl-C.
         local = self._address is None
         thread = threading.Thread(target=lambda: answer.append(_fit(gang, local)), name="gang", daemon=True)
         thread.start()
@@ -216,10 +230,6 @@ class RayBackend(Backend):
         self._check_ray()
         if not answer:
             raise WorkerDiedError("the gang ended without an answer.")
-        if isinstance(answer[0], BaseException):
-            if len(machines) > 1 and lost_connection(answer[0]):
-                self._expect_loss(machines, answer[0], poll, say)
-            raise answer[0]
         return answer[0]
 
     def _alive(self) -> set[str]:
@@ -329,7 +339,8 @@ class RayBackend(Backend):
             return {}
         specs = [importlib.util.find_spec(name) for name in self._packages]
         folders = [str(Path(spec.origin).parent) for spec in specs if spec is not None and spec.origin]
-        return {"py_modules": folders, "env_vars": RAY_ENVIRONMENT}
+        wishes = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
+        return {"py_modules": folders, "env_vars": {**RAY_ENVIRONMENT, **wishes}}
 
 
 def _in_lasting_thread(connect: Callable[[], None]) -> None:
@@ -373,6 +384,10 @@ def _portable(fn: Callable[..., Any], *args: Any) -> bytes:
     return portable_call(fn, args, dumps=ray.cloudpickle.dumps)
 
 
+class NoPlaceError(Exception):
+    """Ranks were not started in time: others have the machines, or one of them is lost."""
+
+
 def _ray_rank(config: dict[str, Any]) -> Any:
     """What Ray Train runs in each rank. Raising is what makes it end the other ranks.
 
@@ -403,7 +418,7 @@ def _take_place() -> None:
 
 def _fit(gang: Gang, local: bool) -> Any:
     """One attempt under Ray Train: rank 0's result, or the error to raise."""
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     # What Ray Train's own processes unpickle must need nothing of ours: they look into the working folder first.
@@ -447,7 +462,12 @@ def _fit(gang: Gang, local: bool) -> Any:
             num_workers=gang.workers, use_gpu=gang.gpus_per_worker > 0, resources_per_worker=resources
         ),
         # No retries in here: Ray Train would retry a user's mistake too. A new name each time: a used one "continues".
-        run_config=RunConfig(name=uuid.uuid4().hex, storage_path=str(gang.logs.parent / "ray")),
+        # Nor for ranks that find no place: Ray Train would try for ever, and hold what the next attempt needs.
+        run_config=RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=str(gang.logs.parent / "ray"),
+            failure_config=FailureConfig(controller_failure_limit=0),
+        ),
     )
     try:
         result: Any = trainer.fit()  # Ray's annotations still name the Result of Train v1
@@ -458,6 +478,8 @@ def _fit(gang: Gang, local: bool) -> Any:
 
 def _cause(error: Exception, gang: Gang) -> Exception:
     """The rank's own error behind what Ray Train raised; WorkerDiedError if a rank, or Ray, is gone."""
+    if type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError":
+        return NoPlaceError(str(error))
     failures = getattr(error, "worker_failures", {})
     user_errors = []
     for rank, failure in sorted(failures.items()):

@@ -11,6 +11,7 @@ Needs root, `ip`, `unshare` and `nsenter`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -131,7 +132,13 @@ class Network:
 
 @contextlib.contextmanager
 def network(folder: Path) -> Iterator[Network]:
-    """A bridge and no nodes yet; all of it goes at the end."""
+    """A bridge and no nodes yet; all of it goes at the end. One at a time on this machine."""
+    with Path("/tmp/athanor-machines.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield from _network(folder)
+
+
+def _network(folder: Path) -> Iterator[Network]:
     _ip("link", "add", BRIDGE, "type", "bridge")
     _ip("addr", "add", f"{PREFIX}1/24", "dev", BRIDGE)
     _ip("link", "set", BRIDGE, "up")

@@ -154,7 +154,7 @@ def test_a_run_waits_for_a_lost_machine_goes_on_with_another_and_has_a_code_for_
     wait_for(goes_on, 240, f"step 10\n{log()[-3000:]}")
     second.kill()
     reached = 10**9
-    wait_for(lambda: "a machine was lost. Waiting at most 60 s" in log() or goes_on(), 150, "the wait")
+    wait_for(lambda: "a machine was lost. Waiting at most 60 s" in log() or goes_on(), 240, "the wait")
     reached = steps(folder)
     third = net.node("n3", 3)
     ray_node(third, f"--address={first.address}:6379")

@@ -222,3 +222,11 @@ def test_an_address_that_does_not_answer_is_said_soon(tmp_path: Path, address: s
         run(graph(), store=open_store(tmp_path), backend=RayBackend(address))
     assert time.monotonic() - started < 15
     assert not list(tmp_path.iterdir())
+
+
+def test_workers_of_a_cluster_track_as_this_shell_says_and_get_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    environment = RayBackend("somewhere:6379")._runtime_env()["env_vars"]
+    assert environment["WANDB_MODE"] == "offline"
+    assert "WANDB_API_KEY" not in environment
