@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -119,9 +120,18 @@ def test_a_slurm_job_saves_when_warned_is_queued_again_and_ends_in_seconds_witho
 
 
 def ray_node(node: Node, *words: str) -> None:
+    """Ray gives a node 30 s to start, which a busy machine may need twice."""
     command = [str(BINARIES / "ray"), "start", "--block", "--disable-usage-stats", "--num-cpus=1", *words]
+    line = shlex.join([*command, f"--node-ip-address={node.address}"])
     environment = {"RAY_AUTH_MODE": "disabled", "PATH": f"{BINARIES}:{os.environ['PATH']}"}
-    node.start([*command, f"--node-ip-address={node.address}"], log="ray.log", environment=environment)
+    node.start(["sh", "-c", f"{line} || {line} || {line}"], log="ray.log", environment=environment)
+
+
+def await_ray(head: Node, count: int) -> None:
+    environment = {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"{head.address}:6379"}
+    command = [sys.executable, "-m", "cluster.ready", f"--nodes={count}", "--timeout=200"]
+    answer = head.run(command, environment=environment, cwd=ROOT)
+    assert answer.returncode == 0, answer.stderr + (head.folder / "ray.log").read_text()[-2000:]
 
 
 def driver(node: Node, words: list[str], folder: Path) -> subprocess.Popen[bytes]:
@@ -137,9 +147,9 @@ def test_a_run_waits_for_a_lost_machine_goes_on_with_another_and_has_a_code_for_
     """The machines' names resolve to 127.0.1.1, as on Debian, so that ranks find one another by Ray's addresses only."""
     first, second = net.node("n1", 1), net.node("n2", 2)
     ray_node(first, "--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={folder}/r")
-    time.sleep(15)
+    await_ray(first, 1)
     ray_node(second, f"--address={first.address}:6379")
-    time.sleep(15)
+    await_ray(first, 2)
     words = [*words, "pretrain.checkpoint.every_steps=5", "compute.wait_seconds=60"]
     run = driver(first, words, folder)
 
