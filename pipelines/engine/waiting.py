@@ -27,7 +27,7 @@ def _to_stderr(line: str) -> None:
 
 
 tell: Callable[[str], None] = _to_stderr
-"""Where lines about waits go; a live display takes it over while it is up."""
+"""Where lines about waits go; a live display of rich redirects stderr, so they stand above its bars."""
 
 
 @contextlib.contextmanager
