@@ -64,6 +64,8 @@ def run(settings: DenoiseSettings, inputs: Mapping[str, Artifact], out_dir: Path
     asked = settings.evaluate
     corpora = named(inputs, "corpus")
     chosen = {name: held_out.choose(artifact.path, asked) for name, artifact in corpora.items()}
+    if line := held_out.unscored(chosen.values()):
+        ctx.say(line)
     documents = list({document.id: document for part in chosen.values() for document in part.documents}.values())
     groups = held_out.group_by_bytes([len(d.text.encode("utf-8")) for d in documents], asked.bytes_per_shard)
     work = {

@@ -37,6 +37,8 @@ def run(settings: EvaluateSettings, inputs: Mapping[str, Artifact], out_dir: Pat
 
     models = {name: inputs[step] for name, step in MODELS.items() if step in inputs}
     chosen = {name: held_out.choose(artifact.path, settings) for name, artifact in named(inputs, "corpus").items()}
+    if line := held_out.unscored(chosen.values()):
+        ctx.say(line)
     documents = list({document.id: document for part in chosen.values() for document in part.documents}.values())
     groups = held_out.group_by_bytes([len(d.text.encode("utf-8")) for d in documents], settings.bytes_per_shard)
     groups = groups if documents else []

@@ -74,6 +74,14 @@ def text_bytes(conversation: Conversation) -> int:
     return sum(len(message["content"].encode("utf-8")) for message in conversation.messages)
 
 
+def unscored(chosen: Iterable[HeldOut]) -> str:
+    """A line on the held-out documents that a cap leaves out of the scores; empty where there are none."""
+    beyond = sum(part.available - len(part.documents) for part in chosen)
+    return (
+        f"left out {beyond:,}: held-out documents beyond evaluate.max_documents or evaluate.max_bytes" if beyond else ""
+    )
+
+
 def by_id(corpora: Iterable[Path], ids: Sequence[str]) -> list[Document]:
     """Held-out documents of several corpora, in the order of `ids`."""
     wanted = set(ids)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.document import write_documents
+from data.document import Document, write_documents
 from data.tokenizer import Tokenizer
 from pipelines.engine.step import EngineError
 from pipelines.stages import evaluate, held_out
@@ -354,3 +354,13 @@ def test_one_held_out_document_has_no_interval_and_that_is_said(small_run, tmp_p
     assert "no intervals: 1 document, and an interval takes at least 5" in context.said[-1]
     table = (tmp_path / "results.md").read_text()
     assert "No intervals: 1 document" in table and "[" not in table
+
+
+def test_held_out_documents_beyond_a_cap_are_told():
+    document = Document(text="x", source="a.txt", position=0)
+    parts = [
+        held_out.HeldOut(documents=[document], available=1),
+        held_out.HeldOut(documents=[document], available=1235),
+    ]
+    assert "left out 1,234: held-out documents beyond evaluate.max_documents" in held_out.unscored(parts)
+    assert held_out.unscored(parts[:1]) == ""
