@@ -9,7 +9,7 @@ from __future__ import annotations
 import lzma
 
 AGREE_CHARACTERS = 4  # where so many characters are equal again, an edit ends
-LONGEST_EDIT = 256
+SHORT_EDIT, LONGEST_EDIT = 24, 256
 
 
 def lost_bits(text: str, decoded: str) -> int:
@@ -43,6 +43,10 @@ def _next_agreement(text: str, decoded: str) -> tuple[int, int]:
     """How many characters of each to pass over until they agree again; all where they do not."""
     if text[1 : 1 + AGREE_CHARACTERS] == decoded[1 : 1 + AGREE_CHARACTERS]:  # another letter, as most edits are
         return min(1, len(text)), min(1, len(decoded))
+    if max(len(text), len(decoded)) > SHORT_EDIT:  # most edits are short
+        best = _next_agreement(text[:SHORT_EDIT], decoded[:SHORT_EDIT])
+        if best != (len(text[:SHORT_EDIT]), len(decoded[:SHORT_EDIT])):
+            return best
     places: dict[str, int] = {}
     for at in range(len(decoded) - AGREE_CHARACTERS + 1):
         places.setdefault(decoded[at : at + AGREE_CHARACTERS], at)
