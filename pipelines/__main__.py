@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import gc
+import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 gc.disable()  # what imports make stays: looking for garbage among it takes a tenth of their time
 
 from pipelines import verbs  # noqa: E402
+from pipelines.settings import COMMAND  # noqa: E402
 from pipelines.teach import cluster_help, settings_help  # noqa: E402
 
 gc.freeze()
@@ -158,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(0)
     name = arguments[0]
     _check_verb(name)
+    os.environ[COMMAND] = shlex.join(["athanor", *arguments])
     try:
         options = _parse(name, arguments[1:])
         verbs.check_secrets([*options.overrides, *options.command])  # before anything is written anywhere

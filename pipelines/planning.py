@@ -109,10 +109,11 @@ def tuning(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any] 
     if made is not None:
         there, basis = float(made["rows"] * settings.shards.seq_len), "counted"
     else:
-        there, basis = (
-            conversation_bytes(settings) / (per_token := guessed_bytes_per_token(settings)),
-            f"guessed at {per_token} bytes a token",
-        )
+        per_token = guessed_bytes_per_token(settings)
+        there = conversation_bytes(settings) / per_token
+        # How many functions have docstrings shows when they are read.
+        at_most = "at most, " if settings.finetune.data.kind == "functions" else ""
+        basis = f"{at_most}guessed at {per_token} bytes a token"
     tokens = tuning_tokens(told, there)
     batch = told.train.global_batch_tokens
     return {
@@ -134,7 +135,7 @@ def conversation_bytes(settings: Settings) -> float:
             return there * (1 - chosen.held_out_fraction)
         except DataError:
             return 0.0
-    most = (chosen.max_conversations or 10**9) * chosen.max_characters / 2  # they are of every length up to it
+    most = (chosen.max_conversations or 10**9) * chosen.max_characters / 4  # their mean, over this machine's library
     return min(most, FUNCTIONS_SHARE * sum(corpus_bytes(source) for source in settings.corpora().values()))
 
 
@@ -144,7 +145,7 @@ def _messages_text(record: dict[str, Any]) -> str:
     return f"{record['prompt']}{record['completion']}"
 
 
-FUNCTIONS_SHARE = 0.4
+FUNCTIONS_SHARE = 0.6
 """Bytes of conversations made from functions for a byte of Python, all three tasks, in this machine's library."""
 
 

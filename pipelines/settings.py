@@ -31,6 +31,7 @@ from data.tokenizer_training import TokenizerSettings
 from model.config import ModelConfig
 from pipelines.engine.errors import EngineError
 from pipelines.engine.lineage import origin
+from pipelines.engine.manifest import provenance
 from pipelines.engine.secrets import refuse_secrets
 from pipelines.engine.typed import field_types, from_plain
 from pipelines.overrides import CONF_DIR, SettingsError, chosen_fields, hydra_overrides
@@ -54,6 +55,8 @@ from pipelines.training.settings import (
     ZeroSettings,
 )
 
+COMMAND = "ATHANOR_COMMAND"
+"""Environment variable: what the user typed, which workers in other processes could not know."""
 SENTINELS = 100  # as many as T5 has
 T = TypeVar("T")
 _EXECUTION: Any = {"execution": True}
@@ -245,7 +248,12 @@ class Settings:
         }
 
     def _tracking(self) -> TrackingSettings:
-        return replace(self.tracking, group=self.tracking.group or self.experiment)
+        about = {"experiment": self.experiment, "store": self.store}
+        if self.tracking.mode != "off":
+            about |= {"commit": provenance()["commit"] or "", "command": os.environ.get(COMMAND, "")}
+        return replace(
+            self.tracking, group=self.tracking.group or self.experiment, about={**about, **self.tracking.about}
+        )
 
 
 def corpus_key(step: str) -> str:

@@ -66,15 +66,20 @@ def test_lora_on_ones_own_conversations_from_jsonl_to_an_answer_with_its_lineage
         digest = json.loads((made["tokenizer"] / "manifest.json").read_text())["digest"]
         assert metadata["made_from"]["tokenizer"] == {"digest": digest, "url": str(made["tokenizer"])}
 
-    # The scores are a run of their own beside these, with the settings of what they judge.
-    [file] = made["evaluate"].rglob("*.wandb")
-    records = wandb_records(file)
-    run = next(record.run for record in records if record.HasField("run"))
-    assert (run.job_type, run.run_group) == ("evaluate", "text")
-    config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert config["finetune"]["train"]["optim"]["lr"] > 0 and config["pretrain"]["model"]["d_model"] > 0
-    scores = {item.key or item.nested_key[0]: item.value_json for r in records for item in r.summary.update}
-    assert json.loads(scores["bits_per_byte"]) == figures["evaluate"]["bits_per_byte"]
-    used, written = references(records)
-    assert set(used) == {f"{name}-{made[name].name}" for name in ("pretrain", "finetune")}
-    assert set(written) == {f"evaluate-{made['evaluate'].name}"}
+    # The scores stand in the runs of these, under their ids, and the tables beside them.
+    for step in ("pretrain", "finetune"):
+        [file] = (made["evaluate"] / "logs" / step).rglob("*.wandb")
+        records, trained = wandb_records(file), wandb_records(next(made[step].rglob("*.wandb")))
+        one, other = (next(record.run for record in found if record.HasField("run")) for found in (records, trained))
+        assert (one.run_id, one.job_type, one.run_group) == (other.run_id, step, "text")
+        assert one.display_name == other.display_name == f"text {step} {made[step].name[:8]}"
+        scores = {"/".join(item.nested_key) or item.key: item.value_json for r in records for item in r.summary.update}
+        assert json.loads(scores["eval/bits_per_byte"]) == figures["evaluate"]["bits_per_byte"]
+        assert ("eval/finetuned_bits_per_byte" in scores) == (step == "finetune")
+        config = {item.key: json.loads(item.value_json) for item in other.config.update}
+        assert (config["experiment"], config["store"], config["ranks"]) == ("text", str(tmp_path / "store"), 1)
+        assert config["command"].startswith("athanor run experiment=text") and "commit" in config
+        environment = next(r.environment for r in trained if r.HasField("environment"))
+        assert [environment.program, *environment.args][:3] == ["athanor", "run", "experiment=text"]
+        _, written = references(records)
+        assert set(written) == {f"evaluate-{made['evaluate'].name}"}

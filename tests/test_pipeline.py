@@ -18,8 +18,11 @@ from typing import Any
 import pytest
 
 from pipelines.engine.events import StepReport
+from pipelines.engine.step import Artifact
 from pipelines.planning import estimate
 from pipelines.settings import compose
+from pipelines.stages.finetune import shortened
+from pipelines.stages.instructions import make
 from tests.conftest import LOCAL, METRICS_KEYS, ROOT, TINY, answer, athanor, complaint, crowded, tiny
 
 pytestmark = pytest.mark.slow
@@ -133,8 +136,33 @@ def test_what_plan_says_before_a_run_is_what_the_run_then_takes(finished: dict[s
     # Through the conversations so many times, not `total_tokens`.
     in_rows = rows["rows"] * 64 * counted["finetune"]["epochs"]
     assert counted["finetune"]["steps"] == in_rows // 512 and counted["finetune"]["basis"] == "counted"
-    assert guessed["finetune"]["steps"] == pytest.approx(counted["finetune"]["steps"], rel=0.6)
+    assert counted["finetune"]["steps"] <= guessed["finetune"]["steps"] and "at most" in guessed["finetune"]["basis"]
     assert [line.partition(":")[0] for line in counted["warnings"]] == ["finetune"] * (in_rows // 512 < 20)
+
+
+def test_the_steps_of_tuning_on_a_file_are_guessed_within_a_half(
+    finished: dict[str, Any], corpus_dir: Path, tmp_path: Path
+) -> None:
+    """200 conversations: a few thousand tokens, and not the billion of `finetune.train.total_tokens`."""
+    asked = "What is {} and one? Please answer in a whole sentence."
+    lines = [{"prompt": asked.format(n), "completion": f"It is {n + 1}, as everybody can count."} for n in range(200)]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = [w for w in tiny(corpus_dir, finished["store"]) if "finetune" not in w]
+    settings = compose(
+        [*words, "finetune=chat", f"finetune.data.paths=[{chats}]", "finetune.train.global_batch_tokens=512"]
+    )
+    guessed = estimate(settings, [])["finetune"]
+    [vocabulary] = finished["store"].glob("tokenizer/*")
+    tokenizer = Artifact(step="tokenizer", digest="t", url=str(vocabulary), manifest={"metrics": {}})
+    assert settings.finetune is not None
+    rows = make(settings.finetune.rows(64), [], tokenizer, tmp_path / "made")
+    truth = estimate(settings, [StepReport(name="instructions", digest="i", state="cached", metrics=rows)])["finetune"]
+    tuned = settings.finetuning()
+    assert tuned is not None
+    made = Artifact(step="instructions", digest="i", url=str(tmp_path / "made"), manifest={"metrics": rows})
+    assert truth["tokens"] == shortened(tuned, made).total_tokens
+    assert guessed["steps"] == pytest.approx(truth["steps"], rel=0.5), (guessed, truth)
 
 
 def test_one_changed_setting_remakes_only_what_follows(

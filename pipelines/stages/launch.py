@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.engine.step import Context
+from pipelines.training.metrics import RUN_ID
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,8 @@ class Watch:
                 with contextlib.suppress(FileNotFoundError):
                     self._ctx.keep(f"checkpoints/{path.name}")
                 self._ctx.keep("metrics.jsonl")
+                if (self._out_dir / "logs" / RUN_ID).exists():  # whoever goes on elsewhere is the same run there
+                    self._ctx.keep(f"logs/{RUN_ID}")
 
     def _notes(self) -> list[str]:
         path = self._out_dir / "logs" / "notes.txt"

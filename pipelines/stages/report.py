@@ -155,6 +155,7 @@ def training(name: str, artifact: Artifact) -> dict[str, Any]:
         "loss": charts.curves(loss, label=f"{name}: loss over tokens", height=230),
         "lr": charts.curves([lr], label=f"{name}: learning rate over tokens", y_text=lambda y: f"{y:.0e}"),
         "grad_norm": charts.curves([norm], label=f"{name}: gradient norm over tokens"),
+        "mfu_formula": figures.get("mfu_formula"),
         "figures": {
             words: shape.format(figures[key])
             for key, (words, shape) in TRAINING_FIGURES.items()

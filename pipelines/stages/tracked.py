@@ -1,8 +1,9 @@
-"""The scores of an evaluation at Weights & Biases: a run of its own, in the group of the trainings that it judges.
+"""The scores of an evaluation at Weights & Biases: in the runs of the trainings that they judge, as figures and tables.
 
     track_scores(settings.tracking, figures, inputs, out_dir, ctx)
 
-Its config is that of the trainings, so that a sweep's runs can be sorted by a score and set against any setting.
+A training's run is found by the id that its artifact keeps, and continued; so runs can be sorted by a score and set against
+any setting. Where no training was tracked (weights from outside, or tracking was off) the scores are a run of their own.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.engine.step import Artifact, Context
+from pipelines.training.errors import TrainingError
+from pipelines.training.metrics import RUN_ID, RunName, Table, wandb_run
 from pipelines.training.settings import TrackingSettings
 
-MODELS = ("pretrain", "finetune")
+MODELS = {"pretrain": "base", "finetune": "finetuned"}
+"""Steps that train, and what evaluation calls their models."""
 VOLATILE = ("logs/*",)
 """What tracking leaves in the artifact; it stays out of the content digest."""
 
@@ -27,23 +31,84 @@ def track_scores(
     out_dir: Path,
     ctx: Context,
 ) -> None:
-    """Send `figures` and what they were measured on. Raises TrainingError where Weights & Biases does not start."""
-    from pipelines.training.metrics import wandb_run
-
+    """Send `figures` and the tables below `out_dir`. What cannot be sent is said; the scores are in the artifact anyhow."""
+    if settings.mode == "off":
+        return
     models = {name: inputs[name] for name in MODELS if name in inputs}
-    digest = ctx.url.rstrip("/").rpartition("/")[2]
+    tracked = {name: artifact for name, artifact in models.items() if (artifact.path / "logs" / RUN_ID).exists()}
     config = {name: _training(artifact) for name, artifact in models.items()}
-    with wandb_run(
-        settings, run_id=f"evaluate-{digest[:16]}", folder=out_dir / "logs", label="evaluate", config=config
-    ) as run:
-        if run is not None:
-            run.summary(figures)
-            used = {name: artifact.url for name, artifact in models.items()}
-            run.lineage(ctx.url, inputs=used, digests={name: artifact.digest for name, artifact in inputs.items()})
+    digests = {name: artifact.digest for name, artifact in inputs.items()}
+    try:
+        for name, artifact in tracked.items():
+            run_name = RunName.kept(artifact.path / "logs", label=name, url=artifact.url)
+            mine = {"evaluate": ctx.url, **config[name]}
+            with wandb_run(settings, name=run_name, folder=out_dir / "logs" / name, config=mine) as run:
+                if run is not None:
+                    run.tables(tables(out_dir, MODELS[name]), step=int(artifact.metrics.get("steps", 0)) + 1)
+                    run.summary({f"eval/{key}": value for key, value in _of(name, figures).items()})
+                    run.lineage(ctx.url, inputs={}, digests=digests)
+        if not tracked:
+            own = RunName.kept(out_dir / "logs", label="evaluate", url=ctx.url)
+            with wandb_run(settings, name=own, folder=out_dir / "logs", config=config) as run:
+                if run is not None:
+                    run.tables(
+                        {key: t for model in MODELS.values() for key, t in tables(out_dir, model).items()}, step=1
+                    )
+                    run.summary({f"eval/{key}": value for key, value in figures.items() if value is not None})
+                    used = {name: artifact.url for name, artifact in models.items()}
+                    run.lineage(ctx.url, inputs=used, digests=digests)
+    except TrainingError as error:
+        ctx.say(f"WARNING the scores are not at Weights & Biases: {error}")
+
+
+def _of(step: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a step's model: the base's have no prefix, and the tuned one stands beside the base."""
+    other = "finetuned_" if step == "pretrain" else None
+    return {
+        name: value
+        for name, value in figures.items()
+        if isinstance(value, int | float) and not (other and name.startswith(other))
+    }
+
+
+def tables(out_dir: Path, model: str) -> dict[str, Table]:
+    """Scores of every scorer, and the model's tasks and samples, as results.json and samples.json have them."""
+    results, samples = (_read(out_dir / name) for name in ("results.json", "samples.json"))
+    found: dict[str, Table] = {}
+    shown = ("bits_per_byte", "perplexity")
+    scores = [
+        (name, figure, *_interval(score[figure]))
+        for name, score in results.get("scores", {}).items()
+        for figure in shown
+        if isinstance(score, Mapping) and isinstance(score.get(figure), Mapping)
+    ]
+    if scores:
+        found["eval/scores"] = Table(columns=("scorer", "figure", "value", "low", "high"), rows=tuple(scores))
+    tasks = [
+        (task, metric, *_interval(figure), figures.get("examples"))
+        for task, figures in (results.get("tasks", {}).get(model) or {}).items()
+        for metric, figure in figures.items()
+        if isinstance(figure, Mapping) and "value" in figure
+    ]
+    if tasks:
+        columns = ("task", "metric", "value", "low", "high", "examples")
+        found["eval/tasks"] = Table(columns=columns, rows=tuple(tasks))
+    said = [(one["prompt"], one["text"], one["finish"]) for one in samples.get(model, [])]
+    if said:
+        found["eval/samples"] = Table(columns=("prompt", "text", "ended by"), rows=tuple(said))
+    return found
+
+
+def _interval(figure: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    return figure["value"], figure.get("low"), figure.get("high")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
 
 
 def _training(artifact: Artifact) -> dict[str, Any]:
     """What a training was told, nothing where the weights came from outside."""
-    path = artifact.path / "run.json"
-    told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    told = _read(artifact.path / "run.json")
     return {name: told[name] for name in ("train", "model", "order", "mixture") if name in told}

@@ -87,8 +87,6 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
         seq_len=seq_len,
         save_model=save_model,
         digests=digests,
-        # The same when a run resumes, another for another run: it holds everything that enters the digests of both.
-        run_id=_digest([label, digests, job.get("order"), job.get("mixture")])[:16],
         label=label,
         url=job.get("url") or job["out_dir"],
         inputs=job.get("inputs") or {},

@@ -32,6 +32,7 @@ from pipelines.training.metrics import (
     MetricsLog,
     Progress,
     Row,
+    RunName,
     Speed,
     WandbRun,
     read_metrics,
@@ -125,18 +126,17 @@ class Run:
     """What a run is, beside its settings.
 
     digests: of what it is made from, by name; a checkpoint with others is refused. save_model: writes the finished
-    weights, by parameter name on the CPU in fp32, into a folder that does not exist yet. run_id: names the run at
-    Weights & Biases. url: where what is in out_dir will stay; inputs: where what it is made from is, by name.
-    flops_per_token: forward and backward, counted as `flop_formula` says. largest_rows: the most rows
-    a forward pass may take on one rank where the settings leave it open. uniform_loss: of a uniform guess, in nats a
-    target; None where targets are none of a vocabulary. config: for the record.
+    weights, by parameter name on the CPU in fp32, into a folder that does not exist yet. url: where what is in out_dir
+    will stay; inputs: where what it is made from is, by name. flops_per_token: forward and backward, counted as
+    `flop_formula` says. largest_rows: the most rows a forward pass may take on one rank where the settings leave it open.
+    uniform_loss: of a uniform guess, in nats a target; None where targets are none of a vocabulary. config: for the
+    record.
     """
 
     out_dir: Path
     seq_len: int
     save_model: Callable[[dict[str, torch.Tensor], Path], None]
     digests: Mapping[str, str] = field(default_factory=dict)
-    run_id: str = "local"
     label: str = "train"
     url: str = ""
     inputs: Mapping[str, str] = field(default_factory=dict)
@@ -183,6 +183,10 @@ def train(
         figures = summary(read_metrics(run.out_dir / METRICS), resumed_at_step=trainer.first_step)
         figures |= {"parameters": trainer.parameters, "seconds": time.monotonic() - began}
         figures["warnings"] = trainer.warnings(figures)
+        if run.flops_per_token:
+            figures["mfu_formula"] = (
+                f"tokens/s x {run.flops_per_token:,.0f} FLOPs a token / peak FLOP/s of all ranks; {run.flop_formula}"
+            )
         if wandb is not None:
             wandb.lineage(run.url or str(run.out_dir), inputs=run.inputs, digests=run.digests)
         checkpoints.end(figures, keep=settings.checkpoint.keep_finished)
@@ -233,10 +237,9 @@ class Trainer:
                 wandb = stack.enter_context(
                     wandb_run(
                         self.settings.tracking,
-                        run_id=self.run.run_id,
+                        name=RunName.kept(self.run.out_dir / "logs", label=self.run.label, url=self.run.url),
                         folder=self.run.out_dir / "logs",
-                        label=self.run.label,
-                        config=self.run.config,
+                        config={**self.run.config, "ranks": self.ranks.world_size, "parameters": self.parameters},
                         say=self.say,
                     )
                 )
@@ -373,10 +376,7 @@ class Trainer:
         )
         self.say(compiled)
         if self.run.flops_per_token:
-            self.say(
-                f"MFU = tokens/s x {self.run.flops_per_token:,.0f} FLOPs a token / ({plan.world_size} x {source}); "
-                f"{self.run.flop_formula}"
-            )
+            self.say(f"MFU is of {plan.world_size} x {source}")
         if (few := self._few_steps()) is not None:
             self.say(f"WARNING {few}")
         if self.ranks.is_first:

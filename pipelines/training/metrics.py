@@ -6,6 +6,9 @@ import json
 import math
 import os
 import re
+import secrets
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -136,6 +139,50 @@ class Progress:
         return " · ".join(parts)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Figures in rows."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunName:
+    """Which run it is at Weights & Biases. label: its job type. digest: of the step that it is."""
+
+    id: str
+    label: str
+    digest: str = ""
+
+    @classmethod
+    def kept(cls, folder: Path, *, label: str, url: str) -> RunName:
+        """The run of a training whose logs are in `folder`: drawn once and kept there, beside what it resumes from.
+
+        Not made from what the training is made from: two people who train the same would write into one run.
+        """
+        path = folder / RUN_ID
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
+        return cls(id=path.read_text(encoding="utf-8").strip(), label=label, digest=url.rstrip("/").rpartition("/")[2])
+
+
+RUN_ID = "wandb-run-id"
+"""The file in a training's logs that holds its id at Weights & Biases."""
+
+
+@contextmanager
+def _typed_by_the_user(command: str | None) -> Iterator[None]:
+    """Weights & Biases records this process's arguments as the run's; in a worker those are Ray's."""
+    before = sys.argv
+    sys.argv = shlex.split(command) if command else before
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
 class WandbRun:
     """Weights & Biases for one training run: one id, so a resumed run goes on under it with its own step numbers."""
 
@@ -144,34 +191,37 @@ class WandbRun:
         settings: TrackingSettings,
         mode: Literal["online", "offline"],
         *,
-        run_id: str,
+        run: RunName,
         folder: Path,
-        label: str,
         config: Mapping[str, Any],
     ) -> None:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            group=settings.group,
-            name=settings.name,
-            job_type=label,
-            id=run_id,
-            resume="allow",
-            mode=mode,
-            dir=str(folder),
-            config=dict(config),
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                disable_git=True,
-                disable_code=True,
-                init_timeout=INIT_SECONDS if settings.mode == "auto" else 90.0,
-            ),
-        )
+        experiment, command = settings.about.get("experiment"), settings.about.get("command")
+        with _typed_by_the_user(command):
+            self._run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                group=settings.group,
+                name=settings.name or " ".join(filter(None, (experiment, run.label, run.digest[:8]))),
+                tags=list(dict.fromkeys([*filter(None, (experiment, run.label)), *settings.tags])),
+                job_type=run.label,
+                id=run.id,
+                resume="allow",
+                mode=mode,
+                dir=str(folder),
+                config={**settings.about, **config},
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    disable_git=True,
+                    disable_code=True,
+                    program=shlex.split(command)[0] if command else None,
+                    init_timeout=INIT_SECONDS if settings.mode == "auto" else 90.0,
+                ),
+            )
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
@@ -185,6 +235,16 @@ class WandbRun:
     def summary(self, figures: Mapping[str, float]) -> None:
         """Figures of the run as a whole."""
         self._run.summary.update(dict(figures))
+
+    def tables(self, tables: Mapping[str, Table], *, step: int) -> None:
+        """Tables by name, at a step after the last that was logged."""
+        import wandb
+
+        made = {
+            name: wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
+            for name, table in tables.items()
+        }
+        self._run.log(made, step=step)
 
     def lineage(self, url: str, *, inputs: Mapping[str, str], digests: Mapping[str, str]) -> None:
         """Say what this run used and what it made: references to where that is or will be; the bytes stay there.
@@ -228,9 +288,8 @@ def _reference(url: str, metadata: dict[str, Any]) -> Any:
 def wandb_run(
     settings: TrackingSettings,
     *,
-    run_id: str,
+    name: RunName,
     folder: Path,
-    label: str,
     config: Mapping[str, Any],
     say: Callable[[str], None] = print,
 ) -> Iterator[WandbRun | None]:
@@ -241,7 +300,7 @@ def wandb_run(
         return
     try:
         try:
-            run = WandbRun(settings, mode, run_id=run_id, folder=folder, label=label, config=config)
+            run = WandbRun(settings, mode, run=name, folder=folder, config=config)
         except Exception as error:
             if settings.mode != "auto" or mode == "offline" or not _server_is_away(error):
                 raise
@@ -250,7 +309,7 @@ def wandb_run(
             wandb.teardown()  # else the run's id is in use
             why = str(error).partition("\n")[0]
             say(f"tracking: Weights & Biases offline after all, its server took no run ({why})")
-            run = WandbRun(settings, "offline", run_id=run_id, folder=folder, label=label, config=config)
+            run = WandbRun(settings, "offline", run=name, folder=folder, config=config)
     except Exception as error:
         raise TrainingError(
             f"tracking.mode = {settings.mode}: Weights & Biases did not start ({error}). Use tracking.mode=offline, or "

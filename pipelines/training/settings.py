@@ -147,6 +147,8 @@ class TrackingSettings:
     """Weights & Biases beside `metrics.jsonl`, which is always written.
 
     mode: auto is online where a key is set (WANDB_API_KEY or `wandb login`), else offline, and says which.
+    name: null makes one of the experiment, the step and its digest. tags: besides those two. about: what else stands in the
+    run's config, beside the experiment, the store, the commit and the command, which are added.
     """
 
     mode: Literal["auto", "online", "offline", "off"] = "off"
@@ -154,6 +156,8 @@ class TrackingSettings:
     entity: str | None = None
     group: str | None = None
     name: str | None = None
+    tags: tuple[str, ...] = ()
+    about: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import re
+import shlex
 import socket
 import struct
 import threading
@@ -23,6 +24,7 @@ from pipelines.training.hardware import GPU_PEAKS, peak_flops, peaks_file
 from pipelines.training.metrics import (
     MetricsLog,
     Progress,
+    RunName,
     Speed,
     WandbRun,
     duration,
@@ -267,11 +269,13 @@ def test_an_offline_run_resumes_under_its_id_with_its_own_step_numbers(
 ) -> None:
     secret = "5ecre7" * 6 + "abcd"
     monkeypatch.setenv("WANDB_API_KEY", secret)
-    settings = TrackingSettings(mode="offline", group="sweep-1", project="proj")
+    command = "athanor run experiment=demo 'corpus.paths=[a b]'"
+    about = {"experiment": "demo", "store": "/a store", "commit": "c0ffee", "command": command}
+    settings = TrackingSettings(mode="offline", group="sweep-1", project="proj", tags=("mine",), about=about)
 
     def attempt(steps: range) -> None:
-        described = {"run_id": "abc123", "folder": tmp_path, "label": "pretrain", "config": {"train": {"seed": 7}}}
-        with wandb_run(settings, **described) as run:  # type: ignore[arg-type]
+        name = RunName.kept(tmp_path, label="pretrain", url="/a store/pretrain/p1p2p3p4p5")
+        with wandb_run(settings, name=name, folder=tmp_path, config={"train": {"seed": 7}, "ranks": 2}) as run:
             assert isinstance(run, WandbRun)
             for step in steps:
                 run(row(step))
@@ -282,10 +286,18 @@ def test_an_offline_run_resumes_under_its_id_with_its_own_step_numbers(
     attempt(range(3, 6))
     files = sorted(tmp_path.rglob("*.wandb"))
     assert len(files) == 2
+    run_id = RunName.kept(tmp_path, label="pretrain", url="").id
+    assert run_id != RunName.kept(tmp_path / "another store", label="pretrain", url="").id
     attempts = [wandb_records(file) for file in files]
     for records in attempts:
         started = next(r.run for r in records if r.HasField("run"))
-        assert (started.run_id, started.run_group, started.project) == ("abc123", "sweep-1", "proj")
+        assert (started.run_id, started.run_group, started.project) == (run_id, "sweep-1", "proj")
+        assert (started.display_name, list(started.tags)) == ("demo pretrain p1p2p3p4", ["demo", "pretrain", "mine"])
+        config = {item.key: json.loads(item.value_json) for item in started.config.update}
+        assert {name: config[name] for name in (*about, "ranks")} == {**about, "ranks": 2}
+        # What the user typed, and not the process that happens to train.
+        environment = next(r.environment for r in records if r.HasField("environment"))
+        assert [environment.program, *environment.args] == shlex.split(command)
         used, made = references(records)
         assert used == {"shards-s1": ("dataset", "s3://b/shards/s1", {"digest": "d1g3s7" * 10})}
         made_from = {

@@ -1,7 +1,9 @@
-"""Which run a training is at Weights & Biases: the same one however often it resumes, another for other settings."""
+"""Which run a training is at Weights & Biases: the same one however often it resumes, another in another store; and the
+scores of an evaluation stand in the runs of the trainings that they judge."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,81 +11,93 @@ from typing import Any
 
 import pytest
 
-from data.order import OrderSettings
-from model.config import ModelConfig
-from model.peft import LoraConfig
-from pipelines.engine.step import Artifact
-from pipelines.engine.typed import from_plain
-from pipelines.stages import finetune, pretrain
-from pipelines.stages.finetune import FinetuneRun
-from pipelines.stages.launch import ComputeSettings
-from pipelines.stages.pretrain import PretrainSettings
-from pipelines.training.loop import Run
-from pipelines.training.settings import TrackingSettings, TrainSettings, ZeroSettings
-from tests.stages.conftest import InProcess, artifact, save_model
-from tests.training.conftest import MODEL, SEQ_LEN, VOCAB_SIZE, make_job
+from pipelines.stages.tracked import track_scores
+from pipelines.training.job import run_rank
+from pipelines.training.metrics import RUN_ID
+from pipelines.training.settings import TrackingSettings
+from tests.stages.conftest import InProcess, artifact
+from tests.training.test_metrics import wandb_records
+
+Make = Callable[..., dict[str, Any]]
+OFFLINE = TrackingSettings(mode="offline", about={"experiment": "text", "command": "athanor run experiment=text"})
 
 
-class Gang(InProcess):
-    """A context whose one rank is this process."""
-
-    def gang(self, fn: Callable[[dict[str, Any]], Any], config: dict[str, Any], **_: Any) -> Any:
-        return fn(config)
+def run_of(records: list[Any]) -> Any:
+    """What a .wandb file says of its run."""
+    return next(record.run for record in records if record.HasField("run"))
 
 
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """What the training loop is told; it trains nothing."""
-    told: list[Run] = []
+@pytest.mark.slow
+def test_a_run_resumes_under_its_id_and_the_same_training_elsewhere_is_another_run(job: Make, tmp_path: Path) -> None:
+    tracking = {"mode": "offline", "about": OFFLINE.about}
 
-    def train(*, run: Run, **_: Any) -> dict[str, Any]:
-        told.append(run)
-        return {}
+    def trained(out: str) -> list[Any]:
+        described = {**job(out=out, tracking=tracking), "label": "pretrain", "url": f"/store/pretrain/{out}d1g3s7"}
+        run_rank(described)
+        return [run_of(wandb_records(file)) for file in sorted((tmp_path / out).rglob("*.wandb"))]
 
-    monkeypatch.setattr("pipelines.training.job.train", train)
-    return told
+    [first] = trained("mine")
+    for path in (tmp_path / "mine" / "checkpoints").glob("*"):  # as if it had been killed after step 3
+        if path.name > "step-00000003":
+            path.rename(tmp_path / path.name)
+    (tmp_path / "mine" / "ended.json").unlink(missing_ok=True)
+    [other] = trained("hers")
+    assert first.run_id != other.run_id and first.display_name == "text pretrain mined1g3"
+    config = {item.key: json.loads(item.value_json) for item in first.config.update}
+    assert (config["experiment"], config["ranks"]) == ("text", 1) and config["parameters"] > 0
 
 
-def train_settings(shards: Path, out_dir: Path) -> TrainSettings:
-    return from_plain(TrainSettings, make_job(shards, out_dir)["train"], "train")
-
-
-def test_a_fine_tuning_is_one_run_however_often_it_resumes_and_another_with_other_settings(
-    shards: Path, tmp_path: Path, runs: list[Run]
-) -> None:
-    save_model(tmp_path / "pretrain" / "model", seed=0, vocab_size=VOCAB_SIZE)
-    (tmp_path / "instructions").mkdir()
-    (tmp_path / "instructions" / "rows").symlink_to(shards)
-    counts = {"rows": 64, "tokens": 64 * SEQ_LEN, "padding": 0}
-    inputs: dict[str, Artifact] = {
-        "pretrain": artifact("pretrain", tmp_path / "pretrain", {}),
-        "instructions": artifact("instructions", tmp_path / "instructions", counts),
+@pytest.mark.slow
+def test_scores_go_into_the_runs_they_judge_with_tables(tmp_path: Path) -> None:
+    results = {
+        "scores": {"base": {"bits_per_byte": {"value": 1.5, "low": 1.4, "high": 1.6}, "perplexity": None}},
+        "tasks": {
+            "base": {"next_line": {"acc": {"value": 0.5, "low": None, "high": None}, "examples": 4}},
+            "finetuned": {},
+        },
     }
-    train = train_settings(shards, tmp_path)
-    base = FinetuneRun(
-        train=train, epochs=1.0, lora=None, freeze=(), order=OrderSettings(), compute=ComputeSettings(device="cpu")
-    )
-    same = [base, base, replace(base, train=replace(train, zero=ZeroSettings(stage=1), tracking=TrackingSettings()))]
-    others = [
-        replace(base, train=replace(train, optim=replace(train.optim, lr=0.5))),
-        replace(base, train=replace(train, seed=9)),
-        replace(base, epochs=0.5),
-        replace(base, lora=LoraConfig()),
-        replace(base, order=OrderSettings(seed=7)),
+    samples = {"base": [{"prompt": "def ", "text": "f():", "finish": "length"}], "finetuned": []}
+    models = {}
+    for name in ("pretrain", "finetune"):
+        folder = tmp_path / name
+        (folder / "logs").mkdir(parents=True)
+        (folder / "logs" / RUN_ID).write_text(f"id-of-{name}\n")
+        models[name] = artifact(name, folder, {"steps": 7})
+    out_dir = tmp_path / "evaluate"
+    out_dir.mkdir()
+    (out_dir / "results.json").write_text(json.dumps(results))
+    (out_dir / "samples.json").write_text(json.dumps(samples))
+    figures = {"bits_per_byte": 1.5, "finetuned_bits_per_byte": 1.4, "bits_per_byte_low": None}
+    track_scores(OFFLINE, figures, models, out_dir, InProcess(out_dir))  # type: ignore[arg-type]
+    found = {}
+    for name in models:
+        [file] = (out_dir / "logs" / name).rglob("*.wandb")
+        records = wandb_records(file)
+        assert (run_of(records).run_id, run_of(records).job_type) == (f"id-of-{name}", name)
+        found[name] = {
+            "/".join(i.nested_key) or i.key: json.loads(i.value_json) for r in records for i in r.summary.update
+        }
+    assert found["pretrain"]["eval/bits_per_byte"] == found["finetune"]["eval/bits_per_byte"] == 1.5
+    assert "eval/finetuned_bits_per_byte" not in found["pretrain"]
+    assert found["finetune"]["eval/finetuned_bits_per_byte"] == 1.4
+    logged = [json.loads(p.read_text()) for p in (out_dir / "logs" / "pretrain").rglob("*.table.json")]
+    rows = sorted((table["columns"][0], table["data"]) for table in logged)
+    assert rows == [
+        ("prompt", [["def ", "f():", "length"]]),
+        ("scorer", [["base", "bits_per_byte", 1.5, 1.4, 1.6]]),
+        ("task", [["next_line", "acc", 0.5, None, None, 4]]),
     ]
-    for number, settings in enumerate([*same, *others]):
-        out_dir = tmp_path / str(number)
-        out_dir.mkdir()
-        finetune.run(settings, inputs, out_dir, Gang(out_dir))
-    ids = [run.run_id for run in runs]
-    assert len(set(ids[: len(same)])) == 1
-    assert len(set(ids)) == 1 + len(others)
 
 
-def test_a_pretraining_in_another_order_is_another_run(shards: Path, tmp_path: Path, runs: list[Run]) -> None:
-    settings = PretrainSettings(model=from_plain(ModelConfig, MODEL, "model"), train=train_settings(shards, tmp_path))
-    for seed in (0, 0, 1):
-        changed = replace(settings, order=OrderSettings(seed=seed))
-        pretrain.run(changed, {"shards": artifact("shards", shards, {})}, tmp_path, Gang(tmp_path))
-    ids = [run.run_id for run in runs]
-    assert ids[0] == ids[1] != ids[2]
+@pytest.mark.slow
+def test_scores_of_a_training_that_was_not_tracked_are_a_run_of_their_own(tmp_path: Path) -> None:
+    pretrained = artifact("pretrain", tmp_path / "pretrain", {"steps": 7})
+    out_dir = tmp_path / "evaluate"
+    out_dir.mkdir()
+    track_scores(
+        replace(OFFLINE, mode="off"), {"bits_per_byte": 1.5}, {"pretrain": pretrained}, out_dir, InProcess(out_dir)
+    )
+    assert not list(out_dir.rglob("*"))
+    track_scores(OFFLINE, {"bits_per_byte": 1.5}, {"pretrain": pretrained}, out_dir, InProcess(out_dir))
+    [file] = out_dir.rglob("*.wandb")
+    assert run_of(wandb_records(file)).job_type == "evaluate"
