@@ -4,6 +4,7 @@ scores of an evaluation stand in the runs of the trainings that they judge."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,20 +30,20 @@ def run_of(records: list[Any]) -> Any:
 
 @pytest.mark.slow
 def test_a_run_resumes_under_its_id_and_the_same_training_elsewhere_is_another_run(job: Make, tmp_path: Path) -> None:
-    tracking = {"mode": "offline", "about": OFFLINE.about}
+    clock = {"every_steps": 3, "every_seconds": None, "keep": 9, "keep_finished": True}
+    train = {"tracking": {"mode": "offline", "about": OFFLINE.about}, "checkpoint": clock}
 
     def trained(out: str) -> list[Any]:
-        described = {**job(out=out, tracking=tracking), "label": "pretrain", "url": f"/store/pretrain/{out}d1g3s7"}
-        run_rank(described)
+        run_rank({**job(out=out, **train), "label": "pretrain", "url": f"/store/pretrain/{out}d1g3s7"})
         return [run_of(wandb_records(file)) for file in sorted((tmp_path / out).rglob("*.wandb"))]
 
     [first] = trained("mine")
-    for path in (tmp_path / "mine" / "checkpoints").glob("*"):  # as if it had been killed after step 3
-        if path.name > "step-00000003":
-            path.rename(tmp_path / path.name)
-    (tmp_path / "mine" / "ended.json").unlink(missing_ok=True)
+    shutil.rmtree(tmp_path / "mine/checkpoints/step-00000006")  # as if it had been killed after step 3
+    (tmp_path / "mine/logs/finished.json").unlink()
+    again, more = trained("mine")
     [other] = trained("hers")
-    assert first.run_id != other.run_id and first.display_name == "text pretrain mined1g3"
+    assert first.run_id == again.run_id == more.run_id != other.run_id
+    assert first.display_name == "text pretrain mined1g3"
     config = {item.key: json.loads(item.value_json) for item in first.config.update}
     assert (config["experiment"], config["ranks"]) == ("text", 1) and config["parameters"] > 0
 
