@@ -42,14 +42,14 @@ def track_scores(
         for name, artifact in tracked.items():
             run_name = RunName.kept(artifact.path / "logs", label=name, url=artifact.url)
             mine = {"evaluate": ctx.url, **config[name]}
-            with wandb_run(settings, name=run_name, folder=out_dir / "logs" / name, config=mine) as run:
+            with wandb_run(settings, name=run_name, folder=out_dir / "logs" / name, config=mine, say=ctx.say) as run:
                 if run is not None:
                     run.tables(tables(out_dir, MODELS[name]), step=int(artifact.metrics.get("steps", 0)) + 1)
                     run.summary({f"eval/{key}": value for key, value in _of(name, figures).items()})
                     run.lineage(ctx.url, inputs={}, digests=digests)
         if not tracked:
             own = RunName.kept(out_dir / "logs", label="evaluate", url=ctx.url)
-            with wandb_run(settings, name=own, folder=out_dir / "logs", config=config) as run:
+            with wandb_run(settings, name=own, folder=out_dir / "logs", config=config, say=ctx.say) as run:
                 if run is not None:
                     run.tables(
                         {key: t for model in MODELS.values() for key, t in tables(out_dir, model).items()}, step=1

@@ -41,6 +41,7 @@ class Health:
     def __init__(self, *, uniform: float | None, warmup_steps: int, total_steps: int) -> None:
         self._uniform, self._warmup_steps, self._total_steps = uniform, warmup_steps, total_steps
         self._losses: deque[float] = deque(maxlen=max(1, min(WINDOW, total_steps // 20)))
+        self._first: float | None = None
         self._start: float | None = None
         self._told: set[bool] = set()
         self.warnings: list[Warning] = []
@@ -56,8 +57,10 @@ class Health:
         self._losses.append(loss)
         full = len(self._losses) == self._losses.maxlen
         middle = statistics.median(self._losses) if math.isfinite(loss) else loss
+        self._first = loss if self._first is None else self._first
         if full and self._start is None:
-            self._start = middle
+            # Of a fresh model not what its first updates may have made of it.
+            self._start = min(middle, max(self._first, self._uniform or 0.0)) if self._uniform else middle
         found = []
         if (problem := self._problem(step, middle, full)) and self.diverged is None:
             found.append(Warning(step=step, text=f"diverged in step {step:,}: {problem}", diverged=True))

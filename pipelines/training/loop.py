@@ -281,6 +281,8 @@ class Trainer:
         told = [warning.text for warning in self.health.warnings]
         if self.health.diverged is not None:
             told.append(f"it went on, and its loss ended at {figures['loss']:.2f}")
+        if figures["skipped_steps"]:
+            told.append(f"{figures['skipped_steps']:,} of {figures['steps']:,} updates were not finite and left out")
         few = self._few_steps()
         return told if few is None else [few, *told]
 

@@ -37,6 +37,14 @@ def test_a_loss_far_above_its_start_has_diverged_though_warmup_is_not_over() -> 
     assert warning.text == "diverged in step 2: the loss is 27.00, and it began at 8.30"
 
 
+def test_where_a_fresh_model_began_is_not_what_its_first_updates_made_of_it() -> None:
+    """As mixtral-tiny went with the demo's rates: the first ten losses rise already."""
+    found = looked([8.33, 9.6, 11.0, 13.0, 15.0, 17.0, 19.0, 18.0, 17.0, 16.0, 16.0], warmup=100).diverged
+    assert found is not None and found.step == 10 and found.text.endswith("and it began at 8.33")
+    # Weights that know something began where their first steps are, not at one easy batch.
+    assert looked([1.0, *[2.4] * 60], warmup=100).diverged is None
+
+
 def test_a_loss_above_that_of_a_uniform_guess_after_warmup_has_diverged() -> None:
     losses = [*[8.3] * 10, *[8.9] * 60]
     found = looked(losses).diverged

@@ -175,6 +175,7 @@ def test_an_update_that_is_not_finite_is_never_applied(job: Make, stage: int) ->
     skipping = job(out="skipping", on_non_finite="skip", **exploding)
     figures = run_rank(skipping)
     assert figures["skipped_steps"] == 5
+    assert "5 of 6 updates were not finite and left out" in figures["warnings"]
     weights = load_file(Path(skipping["out_dir"]) / "model/model.safetensors")
     assert all(x.isfinite().all() for x in weights.values())
 

@@ -255,7 +255,7 @@ def test_a_server_that_answers_and_takes_no_run_leaves_auto_offline_and_says_so(
     keyed.setenv("WANDB_BASE_URL", server)
     keyed.setattr(metrics_module, "INIT_SECONDS", 2.0)
     said: list[str] = []
-    described: dict[str, Any] = {"run_id": "abc124", "folder": tmp_path, "label": "pretrain", "config": {}}
+    described: dict[str, Any] = {"name": RunName(id="abc124", label="pretrain"), "folder": tmp_path, "config": {}}
     with wandb_run(TrackingSettings(mode="auto"), **described, say=said.append) as run:
         assert isinstance(run, WandbRun)
         run(row(1))
