@@ -82,7 +82,7 @@ class Health:
         # A model may begin above a uniform guess, its weights being large; then it has until the middle of the run.
         began_above = self._start > self._uniform + ABOVE_UNIFORM
         patience = self._total_steps // 2 if began_above else self._warmup_steps + len(self._losses)
-        if step <= patience:
+        if step <= max(patience, WINDOW):  # a run of a few steps says little of what it would learn
             return None
         return f"the loss{over} is {middle:.2f} after warmup, above the {self._uniform:.2f} of a uniform guess"
 

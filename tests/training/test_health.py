@@ -62,6 +62,12 @@ def test_a_model_that_begins_above_a_uniform_guess_has_until_the_middle_to_come_
     assert found is not None and found.step == 101
 
 
+def test_a_run_of_a_few_steps_is_not_judged_by_a_uniform_guess() -> None:
+    """Its first batch is all it has, and weights from outside may know another text."""
+    assert looked([8.9], warmup=0, total=1).diverged is None
+    assert looked([8.9] * 9, warmup=0, total=9).diverged is None
+
+
 def test_one_hard_batch_is_no_divergence() -> None:
     losses = [8.3 - step / 50 for step in range(200)]
     losses[50] = 20.0
