@@ -10,9 +10,16 @@ class ModelError(Exception):
     exit_code = 2
 
 
+LARGEST = {"n_layers": 10_000, "d_model": 2**20, "vocab_size": 2**28, "n_heads": 2**16, "n_experts": 2**16}
+"""Of some counts: beyond these it takes minutes only to say what a model would cost. The deepest published have 1,000
+layers, the widest 20,000 channels."""
+
+
 def check_counts(part: str, config: object, *names: str) -> None:
     """Raise ModelError where one of these fields of `config` is below 1; null passes. part: where it stands: `mixer`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ModelError(f"{part}.{name} is {value}: it counts something and must be at least 1.")
+        if value is not None and value > (most := LARGEST.get(name, 2**31)):
+            raise ModelError(f"{part}.{name} is {value}: no model is that large; at most {most:,} can be built.")

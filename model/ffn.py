@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from model.errors import check_counts
 from model.init import Linear
 from model.joined import Joins
 from model.mixers.base import MixerInput
@@ -35,8 +35,7 @@ class FfnConfig:
     bias: bool = False
 
     def __post_init__(self) -> None:
-        if self.d_ff < 1:
-            raise ModelError(f"ffn.d_ff is {self.d_ff}: the hidden layer needs at least one unit.")
+        check_counts("ffn", self, "d_ff")
 
     def costs(self, d_model: int) -> SlotCosts:
         """Two matrices, or three with a gate."""

@@ -9,6 +9,7 @@ Each step is a plain function in `stages/`; what it is made from (settings, inpu
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,15 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
             volatile=tracked.VOLATILE,
             check=lambda: evaluate.check_tasks(s.evaluate, s.evaluation_windows()),
         )
-    add("export", export.run, s.export, {**corpora, "tokenizer": words, **models}, version=2, rechecked=LEAVES)
+    export.check_source(s.export, models)
+    brought = s.start is not None and bool(s.start.tokenizer)
+    rehearsal = (
+        partial(export.rehearse, s.resolved_model(), s.start.tokenizer_folder)
+        if s.start is not None and brought
+        else None
+    )
+    proof = {**corpora, "tokenizer": words, **models}
+    add("export", export.run, s.export, proof, version=2, rechecked=LEAVES, check=rehearsal)
     # Volatile, as it shows seconds. A report is made whatever failed, and says what.
     add("report", report.run, s.report, dict(steps), version=2, volatile=("report.html",), despite=s.report.without)
     return steps

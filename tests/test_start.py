@@ -95,7 +95,7 @@ def test_mistakes_are_told_with_the_value_and_the_remedy(
     shutil.copytree(weights, pictures)
     vit = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "num_labels": 3}
     (pictures / "config.json").write_text(json.dumps(vit))
-    assert "reads tokens" in said(pictures)
+    assert "reads no text" in said(pictures)
     assert not (tmp_path / "store").exists()
 
 

@@ -2,7 +2,14 @@
 
 from model.interop.adapters import adapted_weights, save_adapter, save_virtual_tokens
 from model.interop.convert import config_from_hf, family_of, from_hf, hf_config, to_hf
-from model.interop.files import checkpoint_files, has_hf_class, load_pretrained, read_config, save_pretrained
+from model.interop.files import (
+    checkpoint_files,
+    has_hf_class,
+    load_imported,
+    load_pretrained,
+    read_config,
+    save_pretrained,
+)
 
 __all__ = [
     "adapted_weights",
@@ -12,6 +19,7 @@ __all__ = [
     "from_hf",
     "has_hf_class",
     "hf_config",
+    "load_imported",
     "load_pretrained",
     "read_config",
     "save_adapter",

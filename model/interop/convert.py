@@ -14,7 +14,7 @@ from model.errors import ModelError
 from model.interop.families import FAMILIES
 from model.interop.families.common import GRANTED
 from model.interop.native import revived
-from model.interop.tables import Family, Weight, dotted, has_field
+from model.interop.tables import Family, Setting, Weight, dotted, has_field
 from model.interop.weight_norm import folded, unfolded
 from model.moe.config import MoeConfig
 
@@ -56,6 +56,16 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig of a config.json. Raises ModelError for a class or a setting that we cannot compute."""
+    try:
+        return _config_from_hf(theirs)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ModelError(
+            f"config.json has values that no model of type {theirs.get('model_type')!r} can have "
+            f"({type(error).__name__}: {error}); copy or download it again."
+        ) from error
+
+
+def _config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
     family = _family_for(theirs)
     theirs = family.modernised(theirs)
     for key, value in family.constants.items():
@@ -68,6 +78,7 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
     fields = {path: value for path, value in family.fixed.items() if not (tangled and path.startswith("position."))}
     for setting in family.settings:
         value = theirs.get(setting.theirs, theirs.get(setting.also or setting.theirs, setting.default))
+        _check_type(setting, value)
         if setting.names is not None and (isinstance(value, str) or value in setting.names.values()):
             value = _our_word(setting.theirs, value, setting.names)
         value = value - setting.added if setting.added else value
@@ -116,19 +127,48 @@ def _renamed(
     return theirs
 
 
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """A checkpoint as ours: `state` is what `load_state_dict(strict=True)` takes, in the checkpoint's precision.
+
+    new_head: names of the head's tensors that the checkpoint lacks and that begin anew. left: those not used here.
+    """
+
+    config: ModelConfig
+    state: State
+    new_head: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+
+
 def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]) -> tuple[ModelConfig, State]:
-    """(ModelConfig, state dict that `load_state_dict(strict=True)` takes), in the precision of the checkpoint.
+    """(ModelConfig, state dict) of a checkpoint. Raises ModelError as `imported` does, for a missing head too."""
+    found = imported(theirs_config, theirs)
+    return found.config, found.state
+
+
+def imported(
+    theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor], *, head_seed: int | None = None
+) -> Imported:
+    """A checkpoint as ours; with `head_seed`, a head that it has nothing of (BertModel, LlamaModel) begins from there.
 
     Raises ModelError listing every tensor that is missing, not expected, or of another shape.
     """
     config = config_from_hf(theirs_config)
     family = _family_for(theirs_config)
     own = build_model(config, device="meta").state_dict()
-    theirs = folded(theirs)
+    theirs = stored_names = folded(theirs)
     in_memory = _is_in_memory(family, config, theirs)
     expected = _renamed(own, family, config, in_memory=in_memory)
     theirs = _without_computed(family, config, _cleaned(family, config, theirs, expected))
     theirs = _without_tied(family, config, theirs)
+    lacking = sorted(expected.keys() - theirs.keys())
+    of_head = {weight.theirs for weight in family.weights if weight.ours[0].startswith("head.")} & expected.keys()
+    if lacking and head_seed is not None and of_head == {*lacking}:
+        dtype = next(iter(theirs.values())).dtype if theirs else torch.float32
+        started = _renamed(build_model(config, seed=head_seed).state_dict(), family, config, in_memory=in_memory)
+        theirs = {**theirs, **{name: started[name].to(dtype) for name in lacking}}
+    else:
+        lacking = []
     check_tensors({name: tensor.shape for name, tensor in theirs.items()}, {n: t.shape for n, t in expected.items()})
     state: State = {}
     for weight in spelled_weights(family, config, in_memory=in_memory):
@@ -142,7 +182,9 @@ def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]
                 continue
             parts = _parted(stored, [own[name].shape for name in weight.ours], weight, config)
             state |= {name: part.contiguous() for name, part in zip(weight.ours, parts, strict=True)}
-    return config, state | {name: state[source] for name, source in config.tied_weights.items()}
+    state |= {name: state[source] for name, source in config.tied_weights.items()}
+    left = tuple(name for name in stored_names if _is_ignored(name, family, config))
+    return Imported(config, state, tuple(lacking), left)
 
 
 def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
@@ -247,9 +289,11 @@ def _differences(config: ModelConfig, family: Family) -> list[str]:
 def _family_for(theirs: Mapping[str, Any]) -> Family:
     """The table of a config.json's class; of several for one class, the one whose constants it has. A class that has
     none, but whose model type has, is read as the first of that type."""
-    model_type = theirs.get("model_type")
+    model_type, architectures = theirs.get("model_type"), theirs.get("architectures")
+    if not isinstance(architectures, list | None):
+        raise ModelError(f"config.json has architectures={architectures!r}: it is a list of names; copy it again.")
     tables = [family for family in FAMILIES if family.model_type == model_type]
-    tables = [family for family in tables if family.architecture in (theirs.get("architectures") or ())] or tables
+    tables = [family for family in tables if family.architecture in (architectures or ())] or tables
     for family in tables:
         modern = family.modernised(theirs)
         if all(modern.get(key, value) == value for key, value in family.constants.items()):
@@ -265,6 +309,28 @@ def _our_word(key: str, theirs: Any, names: Mapping[Any, Any]) -> Any:
     if theirs not in aliases:
         raise ModelError(f"config.json has {key}={theirs!r}: known here are {', '.join(sorted(aliases))}.")
     return aliases[theirs]
+
+
+def _check_type(setting: Setting, value: Any) -> None:
+    """Whether a value of config.json is of its default's type. Raises ModelError."""
+    like = setting.default
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None or setting.names is not None:
+        fits, wanted = isinstance(value, str | bool | int | None), "a name"
+    elif isinstance(like, bool):
+        fits, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(like, int):
+        fits, wanted = number and value == int(value), "a whole number"
+    elif isinstance(like, str):
+        fits, wanted = isinstance(value, str), "a name"
+    elif isinstance(like, float):
+        fits, wanted = number and abs(value) < float("inf"), "a number"
+    else:
+        fits, wanted = isinstance(value, bool | int | float), "a number"
+    if not fits:
+        raise ModelError(
+            f"config.json has {setting.theirs}={value!r}, and it has to be {wanted}: copy or download it again."
+        )
 
 
 def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,8 +350,7 @@ def _cleaned(
 ) -> Mapping[str, torch.Tensor]:
     """Under the names of today, without what is ignored, and with the prefix that checkpoints of the headless class
     lack."""
-    ignored = [rule.replace("{n_layers}", str(config.n_layers)) for rule in family.ignored]
-    kept = {name: tensor for name, tensor in theirs.items() if not any(re.search(rule, name) for rule in ignored)}
+    kept = {name: tensor for name, tensor in theirs.items() if not _is_ignored(name, family, config)}
     for rule, replacement in family.renamed:
         kept = {re.sub(rule, replacement, name): tensor for name, tensor in kept.items()}
     if not any(name.startswith(family.base_prefix) for name in kept):
@@ -295,6 +360,13 @@ def _cleaned(
             dtype = next(iter(kept.values())).dtype
             kept[weight.theirs] = torch.zeros(expected[weight.theirs].shape, dtype=dtype)
     return kept
+
+
+def _is_ignored(name: str, family: Family, config: ModelConfig) -> bool:
+    """Whether a class does not use a stored tensor, with its prefix or as the headless class saves it."""
+    rules = [rule.replace("{n_layers}", str(config.n_layers)) for rule in family.ignored]
+    names = (name, name if name.startswith(family.base_prefix) else family.base_prefix + name)
+    return any(re.search(rule, spelled) for rule in rules for spelled in names)
 
 
 def _without_computed(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from model.build import build_model
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.interop.convert import State, check_tensors, config_from_hf, family_of, from_hf, hf_config, to_hf
+from model.interop.convert import Imported, State, check_tensors, config_from_hf, family_of, hf_config, imported, to_hf
 from model.interop.native import MODEL_TYPE, config_from_native, native_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -68,15 +68,21 @@ def load_pretrained(directory: Path) -> tuple[ModelConfig, State]:
     Raises ModelError for a folder without safetensors (pickles are never opened), a damaged file, or tensors that do
     not fit the configuration.
     """
+    found = load_imported(directory)
+    return found.config, found.state
+
+
+def load_imported(directory: Path, *, head_seed: int | None = None) -> Imported:
+    """What `load_pretrained` gives, and what of it is new or left: see `imported`."""
     described = _read_json(directory / "config.json")
     tensors = _read_tensors(directory)
     if described.get("model_type") != MODEL_TYPE:
-        return from_hf(described, tensors)
+        return imported(described, tensors, head_seed=head_seed)
     config = config_from_native(described)
     expected = build_model(config, device="meta").state_dict()
     tensors |= {name: tensors[source] for name, source in config.tied_weights.items() if source in tensors}
     check_tensors({n: t.shape for n, t in tensors.items()}, {n: t.shape for n, t in expected.items()})
-    return config, tensors
+    return Imported(config, tensors)
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -174,7 +180,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path} does not exist: a checkpoint is a folder with config.json and {WEIGHTS}; point at that folder."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON ({error}): copy or download it again.") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}: it should be a JSON object; copy it again.")

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from model.errors import ModelError, check_counts
 from model.init import Linear, Parameter, declare
 from model.joined import Joins
 from model.kernels.attention import AttentionKernel
@@ -40,8 +40,7 @@ class AttentionConfig:
     scaled: bool = True
 
     def __post_init__(self) -> None:
-        if self.n_heads < 1:
-            raise ModelError(f"mixer.n_heads is {self.n_heads}: attention needs at least one head.")
+        check_counts("mixer", self, "n_heads")
         if self.kv_heads < 1 or self.n_heads % self.kv_heads:
             raise ModelError(
                 f"mixer.n_kv_heads is {self.n_kv_heads} with n_heads {self.n_heads}: query heads share key/value heads "

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from model.errors import ModelError
+from model.errors import ModelError, check_counts
 from model.ffn import Activation, FfnConfig
 from model.slots import SlotCosts
 
@@ -129,7 +129,8 @@ class MoeConfig:
     capacity: CapacityConfig | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("n_experts", 1), ("d_ff", 1), ("shared_d_ff", 0)):
+        check_counts("ffn", self, "n_experts", "d_ff")
+        for name, least in (("shared_d_ff", 0),):
             if getattr(self, name) < least:
                 raise ModelError(f"ffn.{name} is {getattr(self, name)}: it must be at least {least}.")
         router = self.router

@@ -67,7 +67,7 @@ def check_export(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     tokenizer = Tokenizer.load(tokenizer_dir)
-    theirs_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    theirs_tokenizer = read_tokenizer(folder)
     documents = sorted((d for place in held_out for d in read_documents(place)), key=lambda document: document.id)
     texts = [document.text for document in documents[:sample_documents]] or [SAMPLE]
     report = check_tokens(tokenizer, theirs_tokenizer, texts)
@@ -91,6 +91,18 @@ def check_export(
     return report | logits | continued
 
 
+def read_tokenizer(folder: Path) -> Any:
+    """What transformers makes of the tokenizer's files. Raises EngineError where it makes nothing of them."""
+    transformers_logging.set_verbosity_error()
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise EngineError(
+            f"transformers cannot read the tokenizer beside the weights ({type(error).__name__}: {error}), which the export "
+            "takes along. Give the files that transformers saves with save_pretrained."
+        ) from error
+
+
 def check_tokens(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> dict[str, Any]:
     """The same ids for the texts and for conversations made of them, and the same texts from the ids."""
     compared, fault = 0, "This is a fault of the export (data/tokenizer_json), not of the settings."
@@ -100,8 +112,10 @@ def check_tokens(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> dict[str
     if not own:  # T5's vocabulary spells `</s>`, and transformers reads it there
         texts = [without_control_pieces(ours, text) for text in texts]
         fault = (
-            f"The folder's tokenizer.json went out as it came in, and transformers' {type(theirs).__name__} reads it "
-            'otherwise: put "tokenizer_class": "PreTrainedTokenizerFast" into the tokenizer_config.json beside the weights.'
+            f"The folder's tokenizer.json goes out as it came in, and transformers' {type(theirs).__name__} reads it "
+            "otherwise. Let transformers write what it reads, in the folder of the weights: python -c "
+            '"from transformers import '
+            "AutoTokenizer; AutoTokenizer.from_pretrained('.').save_pretrained('.')\""
         )
     for number, text in enumerate(texts):
         ids = ours.encode(text)

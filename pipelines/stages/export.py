@@ -8,7 +8,7 @@ an error, and nothing is published.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,7 @@ from pipelines.stages.inputs import named
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
+    from model.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,28 @@ def run(settings: ExportSettings, inputs: Mapping[str, Artifact], out_dir: Path,
     write_checksums(out_dir / "model")
     (out_dir / "conformance.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return {"exported": source.step, **{name: value for name, value in report.items() if not isinstance(value, list)}}
+
+
+def rehearse(config: ModelConfig, tokenizer_dir: Path) -> None:
+    """Whether transformers will read the tokenizer of this folder, beside such a model, as it is read here.
+
+    Raises EngineError as the step would after all training. Imports transformers: for folders from outside only.
+    """
+    import tempfile
+
+    from data.tokenizer import Tokenizer
+    from data.tokenizer_json import export_tokenizer
+    from model.interop import has_hf_class, hf_config
+    from pipelines.stages.conformance import SAMPLE, check_tokens, read_tokenizer
+
+    with tempfile.TemporaryDirectory() as made:
+        export_tokenizer(tokenizer_dir, Path(made), max_tokens=config.max_seq_len)
+        if has_hf_class(config):
+            _write_json(Path(made) / "config.json", hf_config(config))
+        tokenizer = Tokenizer.load(tokenizer_dir)
+        ids = range(*tokenizer.text_ids)
+        spoken = "".join(tokenizer.decode([number]) for number in ids[:: max(1, len(ids) // 4000)])
+        check_tokens(tokenizer, read_tokenizer(Path(made)), [SAMPLE, spoken])
 
 
 def write_model(settings: ExportSettings, source: Artifact, tokenizer: Artifact, folder: Path) -> None:
@@ -126,12 +149,17 @@ def _begins(tokenizer: Tokenizer) -> str:
 def _source(settings: ExportSettings, inputs: Mapping[str, Artifact]) -> Artifact:
     if settings.weights == "last":
         return inputs.get("finetune", inputs["pretrain"])
-    if settings.weights not in inputs:
-        raise EngineError(
-            f"export.weights = {settings.weights!r}: this experiment has no such step. Choose last or pretrain, or add "
-            "fine-tuning with finetune=…."
-        )
+    check_source(settings, inputs)
     return inputs[settings.weights]
+
+
+def check_source(settings: ExportSettings, steps: Iterable[str]) -> None:
+    """Whether there are such weights to export. Raises EngineError."""
+    if settings.weights not in ("last", *steps):
+        raise EngineError(
+            f"export.weights = {settings.weights!r}: this experiment has no such step. Set export.weights=last, or add "
+            "fine-tuning with finetune=library."
+        )
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -10,7 +10,7 @@ and config.json in model/, where a pretrained model's lie too: fine-tuning and e
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from model.position import LearnedPositionConfig
 from pipelines.engine.step import Artifact, Context, EngineError
 from pipelines.engine.typed import to_plain
 from pipelines.stages.checksums import check_checksums
+from pipelines.training.objective import reads_other_than_text
 
 TRAINING_ONLY = ("dropout", "z_loss")
 """Fields of a model that are no part of what its weights compute: what the settings say of them holds."""
@@ -65,11 +66,10 @@ class Start:
                 "safetensors."
             )
         config, weights = read_config(path), tuple(checkpoint_files(path))
-        if not config.frontend.uses_vocabulary or config.head.kind != "language":
+        if other := reads_other_than_text(config):
             raise EngineError(
-                f"{setting}={folder}: its model has frontend.kind={config.frontend.kind} and "
-                f"head.kind={config.head.kind}, and rows of text train one that reads tokens and has head.kind=language; "
-                "give a checkpoint of a language model."
+                f"{setting}={folder}: {other}, and the rows that are trained on here are text; give a checkpoint of a "
+                "language model."
             )
         words = trained_with or path
         files = tuple(tokenizer_files(words))
@@ -82,9 +82,12 @@ class Start:
         except DataError as error:
             raise EngineError(f"{setting}={folder}: {error}") from error
         if tokenizer.vocab_size > config.require_vocab_size():
+            surplus = _surplus(tokenizer, config)
             raise EngineError(
                 f"{setting}={folder}: its tokenizer has {tokenizer.vocab_size:,} pieces and its model vocab_size "
-                f"{config.vocab_size:,}; a model has a row for each piece at least. Give the folder's own tokenizer."
+                f"{config.vocab_size:,}: a model has a row for each piece at least. Where {surplus} never used, take that "
+                f"out of added_tokens in {words / 'tokenizer.json'}; else make the model larger with transformers "
+                "(model.resize_token_embeddings), or give the tokenizer that belongs to the weights."
             )
         said = config_ids(words) if isinstance(tokenizer, HuggingFaceTokenizer) else {}
         return cls(
@@ -158,23 +161,51 @@ def run(settings: StartSettings, inputs: Mapping[str, Artifact], out_dir: Path, 
         else f"{settings.folder} has no tokenizer: one is trained here, and its pieces begin with embeddings that stood for "
         "others"
     )
-    return dict(ctx.call(take, settings.folder, out_dir / "model"))
+    taken = dict(ctx.call(take, settings.folder, out_dir / "model"))
+    if new := taken.pop("new_head"):
+        ctx.say(f"{settings.folder} has no head for this training: {_listed(new)} begin anew, from seed 0")
+    if left := taken.pop("left"):
+        ctx.say(f"not needed for this training and left: {_listed(left)}")
+    return taken
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def take(folder: str, out_dir: Path) -> dict[str, Any]:
-    """Check every tensor, then copy the files. Runs in a worker: it reads all weights."""
+    """Check every tensor, then copy the files; a model whose head began anew is written. Runs in a worker: it reads all."""
+    import json
     import shutil
 
-    from model.interop import load_pretrained
+    from model.interop import load_imported, save_pretrained
 
     source = Path(folder)
     check_checksums(source)  # of a folder that we exported
-    config, state = load_pretrained(source)
+    found = load_imported(source, head_seed=0)
     out_dir.mkdir(parents=True)
-    for file in checkpoint_files(source):
-        shutil.copyfile(file, out_dir / file.name)
-    held = {name: tensor for name, tensor in state.items() if name not in config.tied_weights}
-    return {"parameters": sum(tensor.numel() for tensor in held.values()), "tensors": len(held)}
+    if found.new_head:
+        described = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        ids = {key: value for key, value in described.items() if key.endswith("_token_id")}
+        save_pretrained(found.state, found.config, out_dir, extra=ids)
+    else:
+        for file in checkpoint_files(source):
+            shutil.copyfile(file, out_dir / file.name)
+    held = {name: tensor for name, tensor in found.state.items() if name not in found.config.tied_weights}
+    return {
+        "parameters": sum(tensor.numel() for tensor in held.values()),
+        "tensors": len(held),
+        "new_head": list(found.new_head),
+        "left": list(found.left),
+    }
+
+
+def _surplus(tokenizer: Tokenizer, config: ModelConfig) -> str:
+    """The pieces that the model has no row for, by name, and a verb."""
+    rows = config.require_vocab_size()
+    names = [repr(tokenizer.piece(number)) for number in range(rows, tokenizer.vocab_size)]
+    shown = f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 4 else ", ".join(names)
+    return f"{shown} {'was' if len(names) == 1 else 'were'}"
 
 
 def _at(plain: Any, path: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from model.config import ModelConfig
 from model.costs import forward_flops, train_flops_per_token
+from model.grid import GridPositionConfig
 from pipelines.training.errors import TrainingError
 
 NEEDS = {
@@ -27,8 +28,13 @@ PRESETS = {
 def check_suits(kind: str, config: ModelConfig) -> None:
     """Whether an objective trains such a model: an encoder is not asked for the next token, which it sees.
 
-    Raises TrainingError.
+    Raises TrainingError, of a model that reads no text too.
     """
+    if other := reads_other_than_text(config):
+        raise TrainingError(
+            f"{other}, and the rows that are trained on here are text. Choose a model of text: model=gpt2-124m, or "
+            "model=bert-base objective=masked_token, or model=t5-small objective=span_denoising."
+        )
     needs = NEEDS[kind]
     is_one = "an encoder (model.causal=false)" if not config.causal else "a causal model"
     if config.encoder is not None:
@@ -38,6 +44,21 @@ def check_suits(kind: str, config: ModelConfig) -> None:
             f"objective.kind={kind} trains {needs}, and this model is {is_one}: set {REMEDIES[is_one]}, or choose a "
             f"model that is {needs}, such as {PRESETS[needs]}."
         )
+
+
+def reads_other_than_text(config: ModelConfig) -> str:
+    """What keeps a model from being trained on rows of text: images, sound, two towers, a head that says no tokens.
+    Empty for a language model."""
+    for where, part in (("model", config), ("model.encoder", config.encoder)):
+        if part is not None and not part.frontend.uses_vocabulary:
+            return f"{where}.frontend.kind={part.frontend.kind} reads no text"
+    if config.grids or isinstance(config.position, GridPositionConfig):
+        return "model.position.kind=grid is of texts with the codes of an image behind them"
+    if config.tower is not None:
+        return "model.tower compares two models, one of which reads no text"
+    if config.head.kind != "language":
+        return f"model.head.kind={config.head.kind} tells no tokens"
+    return ""
 
 
 def flops_per_token(
