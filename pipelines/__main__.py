@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import gc
+import io
 import os
 import shlex
 import sys
@@ -30,7 +31,7 @@ Athanor: raw text to a trained, fine-tuned, evaluated and exported transformer.
 
 start here
   athanor run experiment=demo                       the whole pipeline on this Python's own library, minutes on 2 cores
-  athanor run experiment=text corpus.paths=[DIR]    the same on your own .txt .md .py .jsonl .parquet (also .gz, .zst)
+  athanor run experiment=text corpus.paths=DIR      the same on your own .txt .md .py .jsonl .parquet (also .gz, .zst)
   athanor plan experiment=gpt2-124m zero=2          steps, what is cached, tokens, FLOPs, memory per rank; runs nothing
   athanor run --help                                every experiment, group and setting
 
@@ -154,6 +155,9 @@ VERBS: dict[str, Verb] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `athanor` command; leaves with the verb's exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="backslashreplace")  # what a terminal has no sign for is spelled, and no crash
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, VERBS)) + 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from data.corpus import corpus_files
 from data.errors import DataError
+from pipelines.__main__ import VERBS, Verb, main
 from pipelines.engine.store import open_store
 from pipelines.overrides import SettingsError, hydra_overrides, points_of
 from pipelines.settings import Settings, compose
@@ -147,3 +150,12 @@ def test_a_point_that_cannot_be_is_one_mistake_and_the_others_run(tmp_path: Path
     points = combinations(["experiment=text", f"corpus.paths=[{tmp_path}]", "optim.lr=choice(1e-3,x)"])
     assert [point.settings is None for point in points] == [False, True]
     assert "optim.lr = 'x': expected a finite number" in points[1].mistake
+
+
+def test_a_terminal_without_utf8_is_spelled_to_and_no_command_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
+    monkeypatch.setitem(VERBS, "plan", Verb(help="", function=lambda options: sys.stdout.write("文 é") and 0))
+    with pytest.raises(SystemExit) as left:
+        main(["plan", "experiment=text"])
+    assert left.value.code == 0 and written.getvalue() == b"\\u6587 \xe9"
