@@ -135,6 +135,7 @@ WHOLE = (
 
 KNOWN = {
     "corpus.paths": (str(text_file()),),
+    "tracking.about": {"team": "another"},
     "corpus.reader.max_document_characters": 5000,
     "tokenizer.character_coverage": 0.9995,
     "mixture.phases": (MixturePhase(weights={"corpus": 2.0}),),
