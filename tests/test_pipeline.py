@@ -154,7 +154,8 @@ def test_the_steps_of_tuning_on_a_file_are_guessed_within_a_half(
     )
     guessed = estimate(settings, [])["finetune"]
     [vocabulary] = finished["store"].glob("tokenizer/*")
-    tokenizer = Artifact(step="tokenizer", digest="t", url=str(vocabulary), manifest={"metrics": {}})
+    words_of = finished["manifests"]["tokenizer"]
+    tokenizer = Artifact(step="tokenizer", digest=words_of["digest"], url=str(vocabulary), manifest=words_of)
     assert settings.finetune is not None
     rows = make(settings.finetune.rows(64), [], tokenizer, tmp_path / "made")
     truth = estimate(settings, [StepReport(name="instructions", digest="i", state="cached", metrics=rows)])["finetune"]
