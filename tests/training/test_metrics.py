@@ -316,6 +316,8 @@ def references(records: list[Any]) -> list[dict[str, tuple[str, str, Any]]]:
     """What the run used and what it made: {name: (type, where it is, metadata)} of both."""
     found: list[dict[str, tuple[str, str, Any]]] = [{}, {}]
     for artifact in (record.artifact for record in records if record.HasField("artifact")):
+        if artifact.type == "run_table":  # what a logged table is kept as
+            continue
         [entry] = artifact.manifest.contents
         one = (artifact.type, entry.ref, json.loads(artifact.metadata))
         found[0 if artifact.use_after_commit else 1][artifact.name] = one
