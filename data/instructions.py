@@ -6,6 +6,7 @@ import ast
 import hashlib
 import inspect
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,17 +14,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+
 from data.chat import check_messages
 from data.decontaminate import is_held_out
 from data.document import Document, read_documents
 from data.errors import DataError
 from data.left_out import conversations_left_out
 from data.readers import SURROGATES, ReaderSettings, ReadLog, read_json_lines, without_surrogates
-from data.sources import SourceFile, list_files
+from data.sources import CONVERSATIONS, SourceFile, list_files
 
 Task = Literal["write", "document", "explain"]
 PATHS = "finetune.data.paths"
 """What a person calls `InstructionSettings.paths`."""
+LOOKED_AT = 100_000
+"""Conversations that are read at most to count them before anything runs: seconds."""
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -84,13 +89,37 @@ def instruction_files(settings: InstructionSettings, skipped: Counter[str] | Non
         return []
     if not settings.paths:
         raise DataError(f"{PATHS} is empty: no conversations. Set it to .jsonl files, as in {PATHS}=[chats.jsonl].")
-    files = list_files(settings.paths, skipped, key=PATHS)
+    files = list_files(settings.paths, skipped, key=PATHS, readable=CONVERSATIONS)
     for file in files:
         if file.format != "jsonl":
             raise DataError(
-                f"{file.path}: conversations are read from .jsonl (also .gz or .zst) files only. Name those in {PATHS}."
+                f"{file.path}: conversations are read from {CONVERSATIONS}, and from no other file. Name those in {PATHS}."
             )
     return files
+
+
+def count_train_conversations(settings: InstructionSettings, enough: int) -> int:
+    """How many of the user's conversations will be trained on; no more are counted than `enough`, and none is written.
+
+    Reads through the reader of the step itself, and of long files only the beginning. Raises DataError for files that
+    `build_instructions` would refuse, as far as they were read.
+    """
+    log, skipped = ReadLog.new(), Counter[str]()
+    files = instruction_files(settings, skipped)
+    looked_at: list[Conversation] = []
+    ids: set[str] = set()
+    for conversation in (c for file in files for c in read_conversations(file, settings.reader, log)):
+        looked_at.append(conversation)
+        if not is_held_out(conversation.id, settings.held_out_fraction):
+            ids.add(conversation.id)
+        if len(ids) > enough or len(looked_at) >= LOOKED_AT:
+            return min(enough, settings.max_conversations or enough)
+    counts: Counter[str] = Counter({key: count for key, count in log.counts.items() if count})
+    train, held_out = _parted(looked_at, settings, counts)
+    if not train or not held_out:
+        reasons = conversations_left_out({**counts, "malformed": log.malformed, "skipped_files": skipped})
+        raise DataError(_too_few(settings, len(train), len(held_out), reasons))
+    return min(len(train), enough, settings.max_conversations or enough)
 
 
 def build_instructions(settings: InstructionSettings, corpus_dirs: Sequence[Path], out_dir: Path) -> dict[str, Any]:
@@ -113,21 +142,17 @@ def build_instructions(settings: InstructionSettings, corpus_dirs: Sequence[Path
             for folder in corpus_dirs
             for c in function_conversations(read_documents(folder / "heldout"), settings, counts)
         ]
+        held_out = _distinct(held_out, frozenset(), frozenset(), counts)
+        # A docstring or a body may be shared by several functions.
+        held_answers = frozenset(a for c in held_out for a in c.answers)
+        train = _distinct(train, frozenset(c.id for c in held_out), held_answers, counts)
     else:
         log = ReadLog.new()
         files = instruction_files(settings, skipped)
         everything = [c for file in files for c in read_conversations(file, settings.reader, log)]
-        train = [c for c in everything if not is_held_out(c.id, settings.held_out_fraction)]
-        held_out = [c for c in everything if is_held_out(c.id, settings.held_out_fraction)]
-        if not held_out and len({c.id for c in train}) > 1:
-            lowest = min(c.id for c in train)
-            held_out, train = [c for c in train if c.id == lowest], [c for c in train if c.id != lowest]
         counts.update({key: count for key, count in log.counts.items() if count})
         malformed = log.malformed
-    held_out = _distinct(held_out, frozenset(), frozenset(), counts)
-    # A docstring or a body may be shared by several functions. The user's answers may be shared by design: yes, no.
-    held_answers = frozenset(a for c in held_out for a in c.answers) if settings.kind == "functions" else frozenset()
-    train = _distinct(train, frozenset(c.id for c in held_out), held_answers, counts)
+        train, held_out = _parted(everything, settings, counts)
     if not train or not held_out:
         reasons = conversations_left_out({**counts, "malformed": malformed, "skipped_files": skipped})
         raise DataError(_too_few(settings, len(train), len(held_out), reasons))
@@ -163,7 +188,7 @@ def load_conversations(path: Path) -> list[Conversation]:
 def read_conversations(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> Iterator[Conversation]:
     """Yield the conversations of one .jsonl; other lines count as malformed, and past the limit raise DataError."""
     log.counts["files"] += 1
-    for number, record in read_json_lines(file, settings, log):
+    for number, record in _records(file, settings, log):
         messages = record.get("messages")
         if messages is None and "prompt" in record and "completion" in record:
             messages = [
@@ -185,6 +210,16 @@ def read_conversations(file: SourceFile, settings: ReaderSettings, log: ReadLog)
             log.note_malformed(file, number, str(error), settings.max_malformed_lines_per_file)
             continue
         yield Conversation(messages=tuple(checked), source=file.name, position=number)
+
+
+def _records(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a file. Raises DataError for one that cannot be opened or decompressed."""
+    try:
+        yield from read_json_lines(file, settings, log)
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        raise DataError(
+            f"{file.path} cannot be read: {type(error).__name__}: {error}. Repair it, or leave it out of {PATHS}."
+        ) from error
 
 
 def function_conversations(
@@ -278,6 +313,19 @@ def _code_without_docstring(lines: list[str], function: FunctionNode) -> str | N
     same = ast.dump(parsed) == ast.dump(function)
     function.body.insert(0, doc)
     return code if same else None
+
+
+def _parted(
+    everything: list[Conversation], settings: InstructionSettings, counts: Counter[str]
+) -> tuple[list[Conversation], list[Conversation]]:
+    """The user's conversations to train on and held out, each once. Their answers may be shared by design: yes, no."""
+    train = [c for c in everything if not is_held_out(c.id, settings.held_out_fraction)]
+    held_out = [c for c in everything if is_held_out(c.id, settings.held_out_fraction)]
+    if not held_out and len({c.id for c in train}) > 1:
+        lowest = min(c.id for c in train)
+        held_out, train = [c for c in train if c.id == lowest], [c for c in train if c.id != lowest]
+    held_out = _distinct(held_out, frozenset(), frozenset(), counts)
+    return _distinct(train, frozenset(c.id for c in held_out), frozenset(), counts), held_out
 
 
 def _distinct(

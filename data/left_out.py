@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.sources import READABLE, REASONS
+from data.sources import CONVERSATIONS, READABLE, REASONS
 from data.text_stream import OF_A_CORPUS
 
 EXCLUDED = "files that `exclude` names"
@@ -63,7 +63,7 @@ def conversations_left_out(counts: Mapping[str, Any]) -> dict[str, int]:
     lines = {words: counts[reason] for reason, words in _CONVERSATIONS.items() if counts.get(reason)}
     if refused := counts.get("conversations_refused"):
         lines[f"conversations that the chat template refuses, the first: {counts['refused'][0]}"] = refused
-    return lines | _from_files(counts, counts["malformed"], counts["skipped_files"], ".jsonl (also .gz or .zst)")
+    return lines | _from_files(counts, counts["malformed"], counts["skipped_files"], CONVERSATIONS)
 
 
 def _from_files(

@@ -24,6 +24,7 @@ Format = Literal["text", "topics", "jsonl", "parquet"]
 FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 READABLE = ".txt, .md, .py, .jsonl (each also .gz or .zst) and .parquet"
+CONVERSATIONS = ".jsonl (also .gz or .zst), a conversation a line"
 
 # Why an entry of a folder is no file of the corpus; a file of another kind is counted by its suffix.
 HIDDEN_FILES = "hidden files"
@@ -74,14 +75,16 @@ def list_files(
     skipped: Counter[str] | None = None,
     *,
     key: str = "corpus.paths",
+    readable: str = READABLE,
     tell: Callable[[int], None] = lambda files: None,
 ) -> list[SourceFile]:
     """Return the readable files of folders (walked), files and globs (`**` crosses folders), sorted by name.
 
     Names start with the root's own name, and with as many of its parents as it takes to keep two roots apart. What lies
     below a folder or glob and is not read is counted in `skipped`: under its suffix, or one of REASONS. `tell` hears
-    how many files were found so far. Raises DataError, which calls the setting `key`, when a path does not exist or is
-    no plain file, a file named outright is of no readable kind, or nothing readable is found.
+    how many files were found so far. Raises DataError, which calls the setting `key` and what can be read `readable`,
+    when a path does not exist or is no plain file, a file named outright is of no readable kind, or nothing readable is
+    found.
     """
     if not paths:
         raise DataError(
@@ -90,7 +93,7 @@ def list_files(
     skipped = Counter() if skipped is None else skipped
     found: dict[str, _Entry] = {}
     for path in paths:
-        for entry in _expand(os.path.expanduser(path), path, key, skipped, paths):
+        for entry in _expand(os.path.expanduser(path), path, key, skipped, paths, readable):
             found.setdefault(entry.real, entry)
             if len(found) % TELL_EVERY == 0:
                 tell(len(found))
@@ -107,11 +110,13 @@ def list_files(
         files.append(SourceFile(path=entry.path, name=name, bytes=entry.bytes, format=kind[0], compression=kind[1]))
     if not files:
         seen = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common(5)) or "no files at all"
-        raise DataError(f"{key} = {list(paths)} holds no readable text: {seen}. Readable are {READABLE}.")
+        raise DataError(f"{key} = {list(paths)} holds no readable text: {seen}. Readable are {readable}.")
     return sorted(files, key=lambda file: (file.name, file.path))
 
 
-def _expand(path: str, given: str, key: str, skipped: Counter[str], paths: Sequence[str]) -> Iterator[_Entry]:
+def _expand(
+    path: str, given: str, key: str, skipped: Counter[str], paths: Sequence[str], readable: str
+) -> Iterator[_Entry]:
     """The files of one entry of the setting `key`, which spells it `given` among `paths`."""
     try:
         status = os.stat(path)
@@ -134,7 +139,7 @@ def _expand(path: str, given: str, key: str, skipped: Counter[str], paths: Seque
             "may read them again. Write its text to a file and name that."
         )
     elif _kind(os.path.basename(path)) is None:
-        raise DataError(f"{key} names {given}, whose suffix is not readable. Readable are {READABLE}.")
+        raise DataError(f"{key} names {given}, whose suffix is not readable. Readable are {readable}.")
     else:
         root, real = os.path.dirname(path), os.path.realpath(path)
         yield _Entry(root=root, path=path, real=real, bytes=status.st_size)

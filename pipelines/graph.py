@@ -30,6 +30,7 @@ from pipelines.stages import (
     finetune,
     instructions,
     pretrain,
+    rehearsal,
     report,
     shards,
     start,
@@ -60,9 +61,11 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
     begun = {}
     if s.start is not None:
         begun["start"] = add("start", start.run, s.start.settings, {}, files={"weights": s.start.weights})
+    brought = None
     if s.start is not None and s.start.tokenizer:
+        brought = Tokenizer.load(s.start.tokenizer_folder)
         taken = tokenizer.TakenTokenizer(folder=str(s.start.tokenizer_folder), config_ids=s.start.config_ids)
-        check_pieces(s.objective, Tokenizer.load(s.start.tokenizer_folder), s.shards.seq_len)
+        check_pieces(s.objective, brought, s.shards.seq_len)
         words = add("tokenizer", tokenizer.take, taken, {}, files={"tokenizer": s.start.tokenizer})
     else:
         words = add("tokenizer", tokenizer.run, s.resolved_tokenizer(), corpora)
@@ -89,7 +92,8 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
             self_checking=("*.tar",),
         )
         pair = {"pretrain": models["pretrain"], "instructions": chats, "tokenizer": words}
-        models["finetune"] = add("finetune", finetune.run, s.finetuning(), pair, **training)
+        enough = partial(finetune.check_conversations, s.finetune, s.shards.seq_len)
+        models["finetune"] = add("finetune", finetune.run, s.finetuning(), pair, check=enough, **training)
 
     held_out = {**corpora, **rows, "tokenizer": words, **models}
     held_out |= {"instructions": chats} if s.finetune is not None else {}
@@ -99,6 +103,12 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
         add("evaluate", denoise.run, asked, given, version=2, volatile=tracked.VOLATILE)
     elif corpora or s.finetune is not None:
         tasks = {"tasks": evaluate.task_files(s.evaluate)}
+
+        def check_evaluation() -> None:
+            longest = s.tokenizer.max_piece_characters
+            evaluate.check_prompts(s.evaluate.samples, s.resolved_model().max_seq_len, brought, longest)
+            evaluate.check_tasks(s.evaluate, s.evaluation_windows())
+
         add(
             "evaluate",
             evaluate.run,
@@ -107,17 +117,16 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
             version=2,
             files=tasks,
             volatile=tracked.VOLATILE,
-            check=lambda: evaluate.check_tasks(s.evaluate, s.evaluation_windows()),
+            check=check_evaluation,
         )
     export.check_source(s.export, models)
-    brought = s.start is not None and bool(s.start.tokenizer)
-    rehearsal = (
-        partial(export.rehearse, s.resolved_model(), s.start.tokenizer_folder)
-        if s.start is not None and brought
-        else None
-    )
+    foreign = None
+    if s.start is not None:
+        foreign = partial(
+            rehearsal.rehearse, s.resolved_model(), s.start.tokenizer_folder if s.start.tokenizer else None
+        )
     proof = {**corpora, "tokenizer": words, **models}
-    add("export", export.run, s.export, proof, version=2, rechecked=LEAVES, check=rehearsal)
+    add("export", export.run, s.export, proof, version=2, rechecked=LEAVES, check=foreign)
     # Volatile, as it shows seconds. A report is made whatever failed, and says what.
     add("report", report.run, s.report, dict(steps), version=2, volatile=("report.html",), despite=s.report.without)
     return steps

@@ -46,7 +46,8 @@ def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any
     if tuned is not None and name == "finetune":
         train = replace(train, total_tokens=tuned["tokens"])
     model, seq_len, ranks = settings.resolved_model(), settings.shards.seq_len, settings.compute.ranks
-    built = build_model(model, device="meta")  # proves that it can be built at this size, without its memory
+    with working(f"a model of {model.n_layers:,} layers is built, without its memory"):
+        built = build_model(model, device="meta")  # proves that it can be built at this size
     dtype_bytes, on_gpu = 2 if train.precision == "bf16" else 4, settings.compute.gpus_per_rank > 0
     memory_of_rows = row_and_once_bytes(model, seq_len, dtype_bytes, train.recompute)
     rows = largest_rows(seq_len, *memory_of_rows, gpu_bytes=_GPU_BYTES if on_gpu else None)
@@ -131,7 +132,8 @@ def conversation_bytes(settings: Settings) -> float:
     chosen = settings.finetune.data
     if chosen.kind == "files":
         try:
-            there = text_bytes_of(instruction_files(chosen), chosen.reader, text_of=_messages_text)
+            with working("a sample of the conversations is read"):
+                there = text_bytes_of(instruction_files(chosen), chosen.reader, text_of=_messages_text)
             return there * (1 - chosen.held_out_fraction)
         except DataError:
             return 0.0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines import console
 from pipelines.engine import explain, runner
 from pipelines.engine.events import StepReport
+from pipelines.engine.resolve import check
 from pipelines.engine.secrets import refuse_secrets
 from pipelines.engine.store import open_store
 from pipelines.execution import execute, found, made, named
@@ -93,9 +94,8 @@ def plan(arguments: argparse.Namespace) -> int:
     reports = runner.plan(list(steps.values()), store=open_store(settings.store))
     _tell_unsealed(reports, settings.store)
     for report in reports:
-        check = steps[report.name].check
-        if check is not None and report.state in ("to make", "unfinished"):
-            check()
+        if report.state in ("to make", "unfinished"):
+            check(steps[report.name])
     costs = planning.estimate(settings, reports)
     if arguments.json:
         console.print_json({"steps": steps_json(reports), "costs": costs})

@@ -171,18 +171,25 @@ def _lock(descriptor: int, path: Path, why: str, seconds: float) -> None:
             pause = min(2 * pause, 0.25)
 
 
+def machine_cache() -> Path:
+    """What this machine remembers for this user, of any store: ``ATHANOR_CACHE`` or ``~/.cache/athanor``.
+
+    Where there is no home, among the temporary files, in a folder of this user's own. Raises EngineError where somebody
+    else's is in its place.
+    """
+    try:
+        return Path(os.environ.get("ATHANOR_CACHE") or Path.home() / ".cache" / "athanor")
+    except RuntimeError:  # a user without a home
+        return private_folder(Path(tempfile.gettempdir()) / f"athanor-{os.getuid()}")
+
+
 def cache_folder(store_url: str) -> Path:
     """This machine's folder for a store: hashes of files; of one in S3 also work in progress and copies of artifacts.
 
-    In ``ATHANOR_CACHE`` or ``~/.cache/athanor``; where there is no home, among the temporary files, in a folder of this
-    user's own. Raises EngineError where somebody else's is in its place.
+    Raises EngineError as `machine_cache` does.
     """
-    try:
-        base = Path(os.environ.get("ATHANOR_CACHE") or Path.home() / ".cache" / "athanor")
-    except RuntimeError:  # a user without a home
-        base = private_folder(Path(tempfile.gettempdir()) / f"athanor-{os.getuid()}")
     where = f"{os.environ.get('AWS_ENDPOINT_URL', '')} {store_url}"
-    return base / hashlib.sha256(where.encode()).hexdigest()[:SHORT]
+    return machine_cache() / hashlib.sha256(where.encode()).hexdigest()[:SHORT]
 
 
 def private_folder(path: Path) -> Path:

@@ -71,6 +71,13 @@ def node_of(step: Step, inputs: dict[str, Node], hashes: FileHashes) -> Node:
     return Node(step=step, digest=digest(payload), identity=payload, sources=sources, inputs=inputs)
 
 
+def check(step: Step) -> None:
+    """Let a step that is to be made say what it would refuse later."""
+    if step.check is not None:
+        with working(f"{step.name}: what it would refuse later is tried now"):
+            step.check()
+
+
 def check_sources(node: Node, hashes: FileHashes) -> None:
     """Raise EngineError if a file from outside is no longer what the node's digest says it was made from."""
     for file_set, paths in node.step.files.items():

@@ -24,7 +24,7 @@ from pipelines.engine.events import Event, OnEvent, State, StepReport
 from pipelines.engine.files import FileHashes
 from pipelines.engine.lease import Held, Lease, LeaseLostError
 from pipelines.engine.machines import Resources
-from pipelines.engine.resolve import Graph, Node, check_sources, node_of, resolve
+from pipelines.engine.resolve import Graph, Node, check, check_sources, node_of, resolve
 from pipelines.engine.secrets import refuse_secrets, without_secrets
 from pipelines.engine.step import Artifact, Step
 from pipelines.engine.store import Store, storage_errors
@@ -151,8 +151,7 @@ class _Run:
             told = [node.identity, to_plain(node.step.settings)]
             refuse_secrets(told, f"{node.name}: its settings")
         for node in waiting:
-            if node.step.check is not None:
-                node.step.check()
+            check(node.step)
         if any(node.step.resumes for node in waiting):  # as trainings do
             self._backend.expect_gang()
         try:

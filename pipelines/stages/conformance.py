@@ -34,7 +34,7 @@ from pipelines.stages.weights import DTYPES
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 SAMPLE = "The sum of 17 and 25 is 42.\nLes œufs coûtent 3,50 €; 値段は変わらない。\n\tdef f(x): return x\n"
@@ -100,6 +100,23 @@ def read_tokenizer(folder: Path) -> Any:
         raise EngineError(
             f"transformers cannot read the tokenizer beside the weights ({type(error).__name__}: {error}), which the export "
             "takes along. Give the files that transformers saves with save_pretrained."
+        ) from error
+
+
+def build_empty(config: ModelConfig, folder: Path) -> None:
+    """Build the class that the weights will be loaded into, without memory, from the config.json in `folder`.
+
+    Raises EngineError where transformers cannot.
+    """
+    transformers_logging.set_verbosity_error()
+    try:
+        theirs, described = _class_of(config), AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            theirs.from_config(described) if hasattr(theirs, "from_config") else theirs(described)
+    except Exception as error:
+        raise EngineError(
+            f"transformers {transformers.__version__} cannot build the model that would be exported "
+            f"({type(error).__name__}: {error}). Repair config.json beside the weights, so that transformers loads them."
         ) from error
 
 

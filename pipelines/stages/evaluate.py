@@ -17,13 +17,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.engine.step import Artifact, Context
 from pipelines.stages.evaluate_settings import EvaluateSettings, SampleSettings, task_files
 from pipelines.stages.inputs import named
 from pipelines.stages.task_files import read_tasks
 from pipelines.stages.tracked import track_scores
+
+if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
 
 __all__ = ["EvaluateSettings", "SampleSettings", "check_tasks", "run", "task_files"]
 
@@ -83,6 +86,21 @@ def run(settings: EvaluateSettings, inputs: Mapping[str, Artifact], out_dir: Pat
     figures = summary.metrics(results)
     track_scores(settings.tracking, figures, inputs, out_dir, ctx)
     return figures
+
+
+def check_prompts(samples: SampleSettings, max_seq_len: int, tokenizer: Tokenizer | None, longest_piece: int) -> None:
+    """Whether the fixed prompts leave room for an answer; the sample would be refused when all is trained. Before there is
+    a tokenizer only what is too long for any, whose pieces have at most `longest_piece` characters. Raises EngineError."""
+    from data.tokenizer import TAB_RUNS
+    from pipelines.stages.generate import check_room, prompt_ids
+
+    for name, texts in (("prompts", samples.prompts), ("questions", samples.questions)):
+        for number, text in enumerate(texts):
+            if tokenizer is not None:
+                tokens = len(prompt_ids(tokenizer, text, chat=name == "questions"))
+            else:
+                tokens = 1 + -(-len(text) // max(longest_piece, *map(len, TAB_RUNS)))
+            check_room(tokens, max_seq_len, f"evaluate.samples.{name}[{number}]")
 
 
 def check_tasks(settings: EvaluateSettings, windows: tuple[int, int]) -> None:

@@ -19,7 +19,6 @@ from pipelines.stages.inputs import named
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
-    from model.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,28 +55,6 @@ def run(settings: ExportSettings, inputs: Mapping[str, Artifact], out_dir: Path,
     write_checksums(out_dir / "model")
     (out_dir / "conformance.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return {"exported": source.step, **{name: value for name, value in report.items() if not isinstance(value, list)}}
-
-
-def rehearse(config: ModelConfig, tokenizer_dir: Path) -> None:
-    """Whether transformers will read the tokenizer of this folder, beside such a model, as it is read here.
-
-    Raises EngineError as the step would after all training. Imports transformers: for folders from outside only.
-    """
-    import tempfile
-
-    from data.tokenizer import Tokenizer
-    from data.tokenizer_json import export_tokenizer
-    from model.interop import has_hf_class, hf_config
-    from pipelines.stages.conformance import SAMPLE, check_tokens, read_tokenizer
-
-    with tempfile.TemporaryDirectory() as made:
-        export_tokenizer(tokenizer_dir, Path(made), max_tokens=config.max_seq_len)
-        if has_hf_class(config):
-            _write_json(Path(made) / "config.json", hf_config(config))
-        tokenizer = Tokenizer.load(tokenizer_dir)
-        ids = range(*tokenizer.text_ids)
-        spoken = "".join(tokenizer.decode([number]) for number in ids[:: max(1, len(ids) // 4000)])
-        check_tokens(tokenizer, read_tokenizer(Path(made)), [SAMPLE, spoken])
 
 
 def write_model(settings: ExportSettings, source: Artifact, tokenizer: Artifact, folder: Path) -> None:

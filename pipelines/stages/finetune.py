@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from data.instructions import InstructionSettings
+from data.instructions import InstructionSettings, count_train_conversations
 from data.order import OrderSettings
 from model.peft import LoraConfig
 from pipelines.engine.step import Artifact, Context, EngineError
@@ -82,6 +82,22 @@ def run(settings: FinetuneRun, inputs: Mapping[str, Artifact], out_dir: Path, ct
     if tokens < settings.train.total_tokens:
         ctx.say(f"{tokens:,} tokens, which is finetune.epochs = {settings.epochs:g}")
     return train(job, settings.compute, out_dir, ctx)
+
+
+def check_conversations(settings: FinetuneSettings, seq_len: int) -> None:
+    """Whether the conversations can fill a batch, as far as that shows before there is a tokenizer: a row holds one or
+    more. Raises EngineError, or DataError for files without conversations."""
+    data, batch = settings.data, settings.train.global_batch_tokens
+    rows = batch // seq_len
+    most = data.max_conversations or rows
+    there = count_train_conversations(data, rows) if data.kind == "files" else min(rows, most)
+    if there < rows:
+        more = "raise finetune.data.max_conversations" if there == most else "give more conversations"
+        raise EngineError(
+            f"finetune.train.global_batch_tokens = {batch:,}: the {there:,} conversations to train on fill at most as many "
+            f"rows of {seq_len} tokens, and a batch may not be larger than all of them. Use "
+            f"finetune.train.global_batch_tokens={there * seq_len} or less, or {more}."
+        )
 
 
 def shortened(settings: FinetuneRun, rows: Artifact) -> TrainSettings:

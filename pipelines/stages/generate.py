@@ -154,28 +154,37 @@ class TextGenerator:
         return self._room(self.prompt_ids(prompt, chat=chat))
 
     def _room(self, ids: Sequence[int]) -> int:
-        room = self.model.config.max_seq_len - len(ids)
-        if room < 1:
-            raise EngineError(
-                f"The prompt has {len(ids)} tokens and the model was made for {self.model.config.max_seq_len}, its "
-                "answer included: shorten the prompt."
-            )
-        return room
+        return check_room(len(ids), self.model.config.max_seq_len)
 
     def prompt_ids(self, prompt: str, *, chat: bool = False, system: str | None = None) -> list[int]:
         """`<s>` and the prompt's tokens; with `chat` the rendered messages up to where the assistant begins."""
-        if not chat:
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
-        from data.chat import encode_chat
-
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": prompt})
-        return encode_chat(self.tokenizer, messages, generation_prompt=True)[0]
+        return prompt_ids(self.tokenizer, prompt, chat=chat, system=system)
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end a completion: of a document, and of a message."""
         return frozenset((self.tokenizer.eos_id, self.tokenizer.end_id))
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str, *, chat: bool = False, system: str | None = None) -> list[int]:
+    """`<s>` and the prompt's tokens; with `chat` the rendered messages up to where the assistant begins."""
+    if not chat:
+        return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    from data.chat import encode_chat
+
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    return encode_chat(tokenizer, messages, generation_prompt=True)[0]
+
+
+def check_room(tokens: int, max_seq_len: int, what: str = "The prompt") -> int:
+    """How many tokens may follow a prompt of so many. Raises EngineError where it leaves no room."""
+    if tokens >= max_seq_len:
+        raise EngineError(
+            f"{what} has {tokens:,} tokens and the model was made for {max_seq_len:,}, its answer included: shorten the "
+            "prompt."
+        )
+    return max_seq_len - tokens
 
 
 class TextStream:

@@ -86,8 +86,9 @@ class Start:
             raise EngineError(
                 f"{setting}={folder}: its tokenizer has {tokenizer.vocab_size:,} pieces and its model vocab_size "
                 f"{config.vocab_size:,}: a model has a row for each piece at least. Where {surplus} never used, take that "
-                f"out of added_tokens in {words / 'tokenizer.json'}; else make the model larger with transformers "
-                "(model.resize_token_embeddings), or give the tokenizer that belongs to the weights."
+                f"out of added_tokens in {words / 'tokenizer.json'}, and out of tokenizer_config.json and "
+                "special_tokens_map.json where they name it; else make the model larger with transformers, "
+                f"model.resize_token_embeddings({tokenizer.vocab_size}), or give the tokenizer that belongs to the weights."
             )
         said = config_ids(words) if isinstance(tokenizer, HuggingFaceTokenizer) else {}
         return cls(

@@ -1,0 +1,70 @@
+"""What an export of weights from outside would be refused for, tried before anything is trained.
+
+    rehearse(config, Path("weights/qwen"))      # seconds; at once where it has passed before on this machine
+
+transformers is slow to import, so what passed is remembered in the machine's cache, by everything it depends on: the
+tokenizer's files, the configuration, transformers' version and our own code. The export compares all of it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from data.tokenizer import Tokenizer, tokenizer_files
+from model.config import ModelConfig
+from model.interop import has_hf_class, hf_config
+from pipelines.engine.files import machine_cache, sha256_of
+
+ROOT = Path(__file__).parents[2]
+PIECES = 4000
+"""Of the vocabulary, spelled in one text and compared."""
+
+
+def rehearse(config: ModelConfig, tokenizer_dir: Path | None) -> None:
+    """Whether transformers builds such a model, and reads the tokenizer of this folder beside it as it is read here.
+
+    tokenizer_dir: None where the tokenizer is of our own making. Raises EngineError as the step would after all training.
+    """
+    described = hf_config(config) if has_hf_class(config) else None
+    passed = machine_cache() / "rehearsed" / _key(described, tokenizer_dir)
+    if passed.is_file():
+        return
+    _rehearse(config, described, tokenizer_dir)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next command some seconds
+        passed.parent.mkdir(parents=True, exist_ok=True)
+        passed.touch()
+
+
+def _rehearse(config: ModelConfig, described: dict[str, object] | None, tokenizer_dir: Path | None) -> None:
+    from data.tokenizer_json import export_tokenizer
+    from pipelines.stages.conformance import SAMPLE, build_empty, check_tokens, read_tokenizer
+
+    with tempfile.TemporaryDirectory() as made:
+        if described is not None:
+            (Path(made) / "config.json").write_text(json.dumps(described), encoding="utf-8")
+            build_empty(config, Path(made))
+        if tokenizer_dir is None:
+            return
+        export_tokenizer(tokenizer_dir, Path(made), max_tokens=config.max_seq_len)
+        tokenizer = Tokenizer.load(tokenizer_dir)
+        ids = range(*tokenizer.text_ids)
+        spoken = "".join(tokenizer.decode([number]) for number in ids[:: max(1, len(ids) // PIECES)])
+        check_tokens(tokenizer, read_tokenizer(Path(made)), [SAMPLE, spoken])
+
+
+def _key(described: dict[str, object] | None, tokenizer_dir: Path | None) -> str:
+    """Of everything that the verdict depends on."""
+    code = sorted(path for room in ("data", "model", "pipelines/stages") for path in (ROOT / room).rglob("*.py"))
+    files = tokenizer_files(tokenizer_dir) if tokenizer_dir is not None else []
+    depends = {
+        "model": described,
+        "tokenizer": {file.name: sha256_of(file) for file in files},
+        "packages": {name: version(name) for name in ("transformers", "tokenizers", "torch")},
+        "code": {str(file.relative_to(ROOT)): sha256_of(file) for file in code},
+    }
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
