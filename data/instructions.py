@@ -89,11 +89,11 @@ def instruction_files(settings: InstructionSettings, skipped: Counter[str] | Non
         return []
     if not settings.paths:
         raise DataError(f"{PATHS} is empty: no conversations. Set it to .jsonl files, as in {PATHS}=[chats.jsonl].")
-    files = list_files(settings.paths, skipped, key=PATHS, readable=CONVERSATIONS)
+    files = list_files(settings.paths, skipped, key=PATHS, readable=f"{CONVERSATIONS}, a conversation a line")
     for file in files:
         if file.format != "jsonl":
             raise DataError(
-                f"{file.path}: conversations are read from {CONVERSATIONS}, and from no other file. Name those in {PATHS}."
+                f"{file.path}: conversations are read from {CONVERSATIONS} files only. Name those in {PATHS}."
             )
     return files
 

@@ -24,7 +24,7 @@ Format = Literal["text", "topics", "jsonl", "parquet"]
 FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 READABLE = ".txt, .md, .py, .jsonl (each also .gz or .zst) and .parquet"
-CONVERSATIONS = ".jsonl (also .gz or .zst), a conversation a line"
+CONVERSATIONS = ".jsonl (also .gz or .zst)"
 
 # Why an entry of a folder is no file of the corpus; a file of another kind is counted by its suffix.
 HIDDEN_FILES = "hidden files"

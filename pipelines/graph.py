@@ -19,6 +19,7 @@ from data.instructions import InstructionSettings, instruction_files
 from data.objective_settings import check_pieces
 from data.sources import SourceFile
 from data.tokenizer import Tokenizer
+from pipelines.engine.files import machine_cache
 from pipelines.engine.step import StageFn, Step
 from pipelines.engine.waiting import working
 from pipelines.settings import Settings, corpus_key
@@ -123,7 +124,10 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
     foreign = None
     if s.start is not None:
         foreign = partial(
-            rehearsal.rehearse, s.resolved_model(), s.start.tokenizer_folder if s.start.tokenizer else None
+            rehearsal.rehearse,
+            s.resolved_model(),
+            s.start.tokenizer_folder if s.start.tokenizer else None,
+            machine_cache(),
         )
     proof = {**corpora, "tokenizer": words, **models}
     add("export", export.run, s.export, proof, version=2, rechecked=LEAVES, check=foreign)

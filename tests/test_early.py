@@ -194,23 +194,22 @@ def test_a_rehearsal_that_passed_is_remembered_until_a_byte_of_what_it_read_chan
 ) -> None:
     from model.interop import read_config
 
-    monkeypatch.setenv("ATHANOR_CACHE", str(tmp_path / "cache"))
+    cache = tmp_path / "cache"
     texts = [path.read_text() for path in sorted(corpus_dir.glob("*.py"))[:4]]
     folder = folder_of("gpt2", tmp_path / "weights", texts)
     config, tried = read_config(folder), []
     whole = rehearsal._rehearse
     monkeypatch.setattr(rehearsal, "_rehearse", lambda *given: (tried.append(given), whole(*given)))
     for _ in range(2):
-        rehearsal.rehearse(config, folder)
+        rehearsal.rehearse(config, folder, cache)
     assert len(tried) == 1
     moved = shutil.copytree(folder, tmp_path / "moved")
-    rehearsal.rehearse(config, moved)
+    rehearsal.rehearse(config, moved, cache)
     assert len(tried) == 1
     (moved / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + "\n")
-    rehearsal.rehearse(config, moved)
+    rehearsal.rehearse(config, moved, cache)
     assert len(tried) == 2
-    monkeypatch.setenv("ATHANOR_CACHE", "/proc/nowhere")  # a cache that cannot be written
-    rehearsal.rehearse(config, folder)
+    rehearsal.rehearse(config, folder, Path("/proc/nowhere"))  # a cache that cannot be written
     assert len(tried) == 3
 
 
@@ -222,13 +221,13 @@ def test_a_class_that_transformers_cannot_build_is_refused_and_not_remembered(
 
     config = compose(["experiment=text", "model=tiny"]).resolved_model()
     described = hf_config(config)
-    monkeypatch.setenv("ATHANOR_CACHE", str(tmp_path / "cache"))
+    cache = tmp_path / "cache"
     monkeypatch.setattr(rehearsal, "hf_config", lambda _: {**described, "hidden_act": "no such activation"})
     for _ in range(2):
         with pytest.raises(EngineError, match=r"transformers .* cannot build the model .*no such activation"):
-            rehearsal.rehearse(config, None)
+            rehearsal.rehearse(config, None, cache)
     monkeypatch.setattr(rehearsal, "hf_config", lambda _: described)
-    rehearsal.rehearse(config, None)
+    rehearsal.rehearse(config, None, cache)
 
 
 def test_prompts_are_counted_by_the_tokenizer_that_weights_bring(

@@ -1,6 +1,6 @@
 """What an export of weights from outside would be refused for, tried before anything is trained.
 
-    rehearse(config, Path("weights/qwen"))      # seconds; at once where it has passed before on this machine
+    rehearse(config, Path("weights/qwen"), cache)      # seconds; at once where it has passed before on this machine
 
 transformers is slow to import, so what passed is remembered in the machine's cache, by everything it depends on: the
 tokenizer's files, the configuration, transformers' version and our own code. The export compares all of it again.
@@ -18,20 +18,20 @@ from pathlib import Path
 from data.tokenizer import Tokenizer, tokenizer_files
 from model.config import ModelConfig
 from model.interop import has_hf_class, hf_config
-from pipelines.engine.files import machine_cache, sha256_of
 
 ROOT = Path(__file__).parents[2]
 PIECES = 4000
 """Of the vocabulary, spelled in one text and compared."""
 
 
-def rehearse(config: ModelConfig, tokenizer_dir: Path | None) -> None:
+def rehearse(config: ModelConfig, tokenizer_dir: Path | None, cache: Path) -> None:
     """Whether transformers builds such a model, and reads the tokenizer of this folder beside it as it is read here.
 
-    tokenizer_dir: None where the tokenizer is of our own making. Raises EngineError as the step would after all training.
+    tokenizer_dir: None where the tokenizer is of our own making. cache: this machine's folder.
+    Raises EngineError as the step would after all training.
     """
     described = hf_config(config) if has_hf_class(config) else None
-    passed = machine_cache() / "rehearsed" / _key(described, tokenizer_dir)
+    passed = cache / "rehearsed" / _key(described, tokenizer_dir)
     if passed.is_file():
         return
     _rehearse(config, described, tokenizer_dir)
@@ -63,8 +63,12 @@ def _key(described: dict[str, object] | None, tokenizer_dir: Path | None) -> str
     files = tokenizer_files(tokenizer_dir) if tokenizer_dir is not None else []
     depends = {
         "model": described,
-        "tokenizer": {file.name: sha256_of(file) for file in files},
+        "tokenizer": {file.name: _sha256(file) for file in files},
         "packages": {name: version(name) for name in ("transformers", "tokenizers", "torch")},
-        "code": {str(file.relative_to(ROOT)): sha256_of(file) for file in code},
+        "code": {str(file.relative_to(ROOT)): _sha256(file) for file in code},
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
