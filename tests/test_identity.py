@@ -17,7 +17,7 @@ import pytest
 from data.mixture import MixturePhase
 from model.config import LayerChange
 from model.ffn import FfnConfig
-from model.heads import LanguageHeadConfig, TargetWeight
+from model.heads import TargetWeight
 from model.moe.config import CapacityConfig, RouterConfig
 from model.norm import NormConfig
 from model.peft import LoraConfig
@@ -68,7 +68,6 @@ BASES = {
     "linear": ("model=linear-transformer", "finetune=none"),
     "favor": ("model=performer", "finetune=none"),
     "latent": ("model=deepseek-v3", "finetune=none"),
-    "dalle": ("model=dalle-tiny", "shards.seq_len=96", "finetune=none"),
     "masked": ("model=bert-base", "objective=masked_token", "finetune=none"),
     "spans": ("model=t5-small", "objective=span_denoising", "finetune=none"),
     "infilling": ("model=bart-base", "objective=text_infilling", "finetune=none"),
@@ -129,7 +128,6 @@ WHOLE = (
     ("arms", ("model", "ffn", "capacity"), CapacityConfig(tokens=64)),
     ("arms", ("model", "ffn", "router"), RouterConfig(groups=4, top_groups=2)),
     ("arms", ("model", "position", "scaling"), YarnScaling(factor=4.0)),
-    ("dalle", ("model", "head"), LanguageHeadConfig()),
 )
 """(base, path, value): classes of which several fields change at once."""
 
@@ -142,7 +140,6 @@ KNOWN = {
     **{".".join(path): value for _, path, value in WHOLE},
     "model.pattern": (LayerChange(every=2, ffn=FfnConfig(d_ff=64)),),
     "model.encoder.pattern": (LayerChange(every=2, ffn=FfnConfig(d_ff=64)),),
-    "model.mixer.kernel": 13,
     "model.head.weights": (TargetWeight(weight=0.5),),
     "finetune.data.tasks": ("write",),
     "finetune.lora": LoraConfig(),
@@ -160,8 +157,6 @@ ONE_VALUE = {
     "finetune",  # null in some of BASES, and a group: whole in another
     *("model.encoder.encoder", "model.encoder.tower", "model.encoder.norm.bias"),
     *("model.encoder.d_model", "model.encoder.vocab_size"),  # those of the decoder, whose table it reads
-    *("model.position.text", "model.position.height", "model.position.width"),  # one image for positions and mixers
-    *("model.mixer.text", "model.mixer.width"),
     *("model.ffn.capacity.tokens", "model.ffn.router.top_groups"),  # with another of their class: WHOLE
 }
 """Fields that cannot change alone: another kind needs other fields too. `…kind` of a union has one value for each class."""

@@ -171,7 +171,7 @@ def test_hydras_notes_of_a_sweep_are_in_a_folder_of_this_user_alone_and_gone_aft
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    [seen, _] = multirun(hydra_overrides(["experiment=demo", "optim.lr=1e-3,2e-3"]), look)
+    [seen, _] = multirun(hydra_overrides(["experiment=demo", "optim.lr=1e-3,2e-3"], Settings, sweep=True), look)
     assert [mode for _, mode in seen] == [0o700]
     assert list(tmp_path.iterdir()) == []
 

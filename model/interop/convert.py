@@ -316,7 +316,7 @@ def _check_type(setting: Setting, value: Any) -> None:
     like = setting.default
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is None or setting.names is not None:
-        fits, wanted = isinstance(value, str | bool | int | None), "a name"
+        fits, wanted = isinstance(value, str | bool | int | float | None), "a name"
     elif isinstance(like, bool):
         fits, wanted = isinstance(value, bool), "true or false"
     elif isinstance(like, int):
@@ -325,6 +325,9 @@ def _check_type(setting: Setting, value: Any) -> None:
         fits, wanted = isinstance(value, str), "a name"
     elif isinstance(like, float):
         fits, wanted = number and abs(value) < float("inf"), "a number"
+    elif isinstance(like, tuple):
+        fits = isinstance(value, list | tuple) and all(isinstance(size, int) for size in value)
+        wanted = "a list of whole numbers"
     else:
         fits, wanted = isinstance(value, bool | int | float), "a number"
     if not fits:

@@ -61,8 +61,11 @@ def test_peft_computes_what_our_adapters_do(cls: Any, config: Any, tmp_path: Pat
         found = answer(peft.PeftModel.from_pretrained(theirs, str(tmp_path)).eval()(**given))
         expected = answer(ours(**own))
     assert (expected - plain).abs().max() > 1e-2 * plain.abs().max()
-    assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
+    assert (expected - found).abs().max() <= ROUNDED * expected.abs().max()
 
+
+ROUNDED = 2e-5
+"""Relative to the largest: fp32 through two layers, added up in another order; 1.3e-5 seen on a CPU with AVX-512."""
 
 NO_PREFIX = {"DeepseekV3ForCausalLM": "have LatentAttention", "MambaForCausalLM": "have Mamba"}
 
@@ -103,4 +106,4 @@ def test_peft_computes_what_virtual_tokens_do_or_they_are_refused(
     save_virtual_tokens(ours.state_dict(), ours.config, tmp_path)
     with torch.no_grad():
         found = answer(peft.PeftModel.from_pretrained(theirs, str(tmp_path)).eval()(**given))
-    assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
+    assert (expected - found).abs().max() <= ROUNDED * expected.abs().max()

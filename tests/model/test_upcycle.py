@@ -77,7 +77,7 @@ def test_a_token_whose_experts_have_four_tokens_each_gets_the_dense_networks_bit
     experts: int, scores: Any, request: pytest.FixtureRequest
 ) -> None:
     """Products of fewer rows are summed in another order, which is all that can differ; on one thread, as several share
-    the sums out by the number of rows."""
+    the sums out by the number of rows. Which number that is depends on the CPU: some sum four rows in another order, too."""
     threads = torch.get_num_threads()
     request.addfinalizer(lambda: torch.set_num_threads(threads))
     torch.set_num_threads(1)
@@ -92,8 +92,9 @@ def test_a_token_whose_experts_have_four_tokens_each_gets_the_dense_networks_bit
     choices = choose(after.router(x_BTD), after.config)
     crowded_BT = (choices.load_BE.sum(0) >= 4)[choices.experts_BTJ].all(-1)
     assert crowded_BT.sum() >= 20
-    assert torch.equal(expected_BTD[crowded_BT], found_BTD[crowded_BT])
     assert (expected_BTD - found_BTD).abs().max() <= 1e-6 * expected_BTD.abs().max()
+    if torch.equal(before(x_BTD[:1, :4], MixerInput(Mask()))[0], expected_BTD[:1, :4]):
+        assert torch.equal(expected_BTD[crowded_BT], found_BTD[crowded_BT])
 
 
 @pytest.mark.parametrize("name", ["t5-small", "t5-v1.1-small", "transformer-base"])
