@@ -61,7 +61,7 @@ class RaySettings:
             if not name.isidentifier():
                 raise ClusterError(
                     f"pass_env={name.split('=', 1)[0]}: names of environment variables only, never values. "
-                    "Set the variable in this shell and write pass_env=[NAME]."
+                    "Set the variable in this shell and write 'pass_env=[NAME]'."
                 )
 
 

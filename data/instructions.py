@@ -88,7 +88,7 @@ def instruction_files(settings: InstructionSettings, skipped: Counter[str] | Non
     if settings.kind == "functions":
         return []
     if not settings.paths:
-        raise DataError(f"{PATHS} is empty: no conversations. Set it to .jsonl files, as in {PATHS}=[chats.jsonl].")
+        raise DataError(f"{PATHS} is empty: no conversations. Set it to .jsonl files, as in '{PATHS}=[chats.jsonl]'.")
     files = list_files(settings.paths, skipped, key=PATHS, readable=f"{CONVERSATIONS}, a conversation a line")
     for file in files:
         if file.format != "jsonl":
@@ -359,7 +359,7 @@ def _too_few(settings: InstructionSettings, train: int, held_out: int, left_out:
         return f"The files in {PATHS} give {counted}. Give more conversations."
     return (
         f"The corpus's functions with docstrings give {counted}. Use a corpus with more Python, your own conversations "
-        "(kind=files paths=[...]), or no fine-tuning."
+        f"(finetune.data.kind=files '{PATHS}=[chats.jsonl]'), or none (finetune=none)."
     )
 
 

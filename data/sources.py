@@ -88,7 +88,7 @@ def list_files(
     """
     if not paths:
         raise DataError(
-            f"{key} is empty: nothing to read. Set it to folders, files or globs, as in {key}=[books/,notes/*.md]."
+            f"{key} is empty: nothing to read. Set it to folders, files or globs, as in '{key}=[books/,notes/*.md]'."
         )
     skipped = Counter() if skipped is None else skipped
     found: dict[str, _Entry] = {}
@@ -319,6 +319,6 @@ def python_library_files() -> list[SourceFile]:
     if not files:
         raise DataError(
             f"This Python has no library sources under {root} (some distributions ship only compiled files). "
-            "Use a full Python, or another corpus: experiment=text corpus.paths=[...]."
+            "Use a full Python, or another corpus: experiment=text 'corpus.paths=[DIR]'."
         )
     return sorted(files, key=lambda file: file.name)

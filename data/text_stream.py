@@ -6,6 +6,7 @@ import codecs
 import glob
 import gzip
 import io
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from typing import IO, Any
@@ -123,4 +124,5 @@ def lines_of(stream: IO[bytes], most: int) -> Iterator[tuple[int, bytes | None]]
 
 def leave_out(file: SourceFile) -> str:
     """The remedy for a file as a whole."""
-    return f"leave it out, with corpus.exclude=['{glob.escape(file.name)}'] (or exclude of sources.NAME) in a corpus"
+    override = shlex.quote(f"corpus.exclude=['{glob.escape(file.name)}']")
+    return f"leave it out, with {override} (or exclude of sources.NAME) in a corpus"

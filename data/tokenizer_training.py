@@ -68,7 +68,7 @@ class TokenizerSettings:
             near = max(384, round(self.vocab_size / 128) * 128)
             raise DataError(
                 f"tokenizer.vocab_size = {self.vocab_size}: must be a multiple of 128 and at least 384 "
-                f"(8 control pieces and 256 bytes come first). Try {near}."
+                f"(8 control pieces and 256 bytes come first). Try tokenizer.vocab_size={near}."
             )
         if self.sentinel_pieces < 0 or self.vocab_size < 384 + self.sentinel_pieces:
             raise DataError(
@@ -161,18 +161,24 @@ def _training_error(message: str, settings: TokenizerSettings) -> DataError:
     too_large = re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", message)
     if too_large:
         most = int(too_large[1]) // 128 * 128
-        remedy = f"Set tokenizer.vocab_size={most}, or give more text." if most >= 384 else "Give more text."
+        least = -(-(384 + settings.sentinel_pieces) // 128) * 128
+        remedy = (
+            f"Set tokenizer.vocab_size={most}, or give more text."
+            if most >= least
+            else f"The smallest vocabulary is tokenizer.vocab_size={least}, and this text does not fill it: give more text."
+        )
         return DataError(
             f"The corpus is too small for tokenizer.vocab_size = {settings.vocab_size}: it holds only {too_large[1]} "
             f"distinct pieces. {remedy}"
         )
     too_small = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if too_small:
-        least = -(-int(too_small[1]) // 128) * 128
+        # Below this SentencePiece learns nothing: as many pieces as are needed, and one at least besides.
+        least = (int(too_small[1]) // 128 + 1) * 128
         return DataError(
             f"tokenizer.vocab_size = {settings.vocab_size} cannot hold the corpus's characters: {too_small[1]} pieces "
-            "are needed before any "
-            f"is learned. Set tokenizer.vocab_size to more than {least}, or lower tokenizer.character_coverage."
+            f"are needed before any is learned. Set tokenizer.vocab_size={least} or more, or lower "
+            "tokenizer.character_coverage."
         )
     return DataError(f"SentencePiece could not learn a vocabulary from this corpus: {message}")
 

@@ -126,7 +126,7 @@ class ModelConfig:
         for layer in self.layers:
             if self.causal and isinstance(layer.mixer, LongformerConfig | BigBirdConfig):
                 raise ModelError(
-                    f"model.causal is true with mixer.kind={layer.mixer.kind}, whose global tokens see what is ahead: "
+                    f"model.causal is true with a mixer of kind {layer.mixer.kind}, whose global tokens see what is ahead: "
                     "set causal=false, or take mixer.kind=attention with a window."
                 )
             if not self.causal and isinstance(layer.mixer, MambaConfig | GridAttentionConfig):
@@ -156,8 +156,8 @@ class ModelConfig:
             self._check_distances()
         if self.causal and getattr(self.head, "pool", None) == "first":
             raise ModelError(
-                f"model.causal is true with head.kind={self.head.kind} and pool=first: the first token sees itself alone, "
-                "so its vector says nothing of the rest; set causal=false, or another pool."
+                f"model.causal is true with head.kind={self.head.kind} and head.pool first: the first token sees itself "
+                "alone, so its vector says nothing of the rest; set causal=false, or another pool."
             )
         if not 0 <= self.dropout < 1:
             raise ModelError(f"model.dropout is {self.dropout}: it is a probability below 1; use 0 for none.")
@@ -169,8 +169,8 @@ class ModelConfig:
     def _check_encoder(self, encoder: ModelConfig) -> None:
         if encoder.encoder is not None or not isinstance(encoder.head, NoHeadConfig):
             raise ModelError(
-                f"model.encoder has head.kind={encoder.head.kind} and {'an' if encoder.encoder else 'no'} encoder of its "
-                "own: its output goes to the decoder as it is, so set encoder.head.kind=none and no further encoder."
+                f"model.encoder.head.kind is {encoder.head.kind} and there is {'an' if encoder.encoder else 'no'} encoder "
+                "of its own: its output goes to the decoder as it is, so set model.encoder.head.kind=none and no encoder in it."
             )
         if not self.causal:
             raise ModelError(
@@ -186,9 +186,9 @@ class ModelConfig:
             encoder.d_model != self.d_model or encoder.vocab_size not in (None, self.vocab_size)
         ):
             raise ModelError(
-                f"model.encoder has tie_embeddings=true, d_model {encoder.d_model} and vocab_size {encoder.vocab_size}: "
+                f"model.encoder.tie_embeddings is true with d_model {encoder.d_model} and vocab_size {encoder.vocab_size}: "
                 f"its table is the decoder's, which has {self.d_model} and {self.vocab_size}; make them equal or set "
-                "encoder.tie_embeddings=false."
+                "model.encoder.tie_embeddings=false."
             )
 
     def _check_tower(self, tower: ModelConfig | None) -> None:
@@ -196,20 +196,20 @@ class ModelConfig:
         if (tower is not None) != (own is not None and own.contrast):
             raise ModelError(
                 f"model.tower is {'null' if tower is None else 'set'} with head {self.head}: a tower is there to be "
-                "compared with; give this model head.kind=embedding with contrast=true and a tower, or neither."
+                "compared with; set model.head.kind=embedding with model.head.contrast=true and a tower, or neither."
             )
         if tower is None or own is None:
             return
         if any(isinstance(layer.ffn, MoeConfig) for layer in tower.layers):
             raise ModelError(
-                "model.tower has ffn.kind=moe: its rows are not this model's, so what its routers lose has no row to be "
+                "model.tower.ffn.kind is moe: its rows are not this model's, so what its routers lose has no row to be "
                 "weighed with; give experts to this model, or none."
             )
         other = tower.head if isinstance(tower.head, EmbeddingHeadConfig) else None
         if other is None or other.contrast or other.width != own.width:
             raise ModelError(
                 f"model.tower has head {tower.head}: its vectors are compared with this model's, so it needs "
-                f"head.kind=embedding, width={own.width} and contrast=false."
+                f"model.tower.head.kind=embedding, model.tower.head.width={own.width} and model.tower.head.contrast=false."
             )
 
     def _check_distances(self) -> None:
@@ -261,7 +261,7 @@ class ModelConfig:
             for grid in self.grids:
                 if (grid.text, grid.width) != (position.text, position.width):
                     raise ModelError(
-                        f"mixer has text={grid.text}, width={grid.width}, model.position text={position.text}, "
+                        f"model.mixer has text={grid.text} width={grid.width}, model.position has text={position.text} "
                         f"width={position.width}: both are of the same image; make them equal."
                     )
             if self.max_seq_len > position.tokens:

@@ -22,7 +22,9 @@ class NormConfig:
         if self.eps <= 0:
             raise ModelError(f"norm.eps is {self.eps}: it keeps a division finite and must be above 0, such as 1e-5.")
         if self.kind == "rms" and self.bias:
-            raise ModelError("norm.bias is true with norm.kind=rms: RMSNorm has no offset; drop it or use kind=layer.")
+            raise ModelError(
+                "norm.bias is true with norm.kind=rms: RMSNorm has no offset; drop it or use norm.kind=layer."
+            )
 
     def parameters(self, width: int) -> int:
         """How many parameters one such norm has."""

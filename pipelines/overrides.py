@@ -199,10 +199,7 @@ def _is_balanced(text: str) -> bool:
 
 def _kind(root: type, path: Sequence[str]) -> tuple[Literal["text", "texts"] | None, bool]:
     """Whether the field at a dotted path is text or a list of texts, and whether it may be null."""
-    hints: list[Any] = [root]
-    for name in path:
-        hints = [inner for hint in hints for inner in _inside(hint, name)]
-    arms = [arm for hint in hints for arm in _arms(hint)]
+    arms = types_at(root, path)
     optional = type(None) in arms
     kinds = {
         arm if arm is str else "texts" if arm == tuple[str, ...] else None for arm in arms if arm is not type(None)
@@ -210,6 +207,22 @@ def _kind(root: type, path: Sequence[str]) -> tuple[Literal["text", "texts"] | N
     if kinds == {str}:
         return "text", optional
     return ("texts", False) if kinds == {"texts"} and not optional else (None, optional)
+
+
+def types_at(root: type, path: Sequence[str]) -> list[Any]:
+    """The types that a value at a dotted path may have; none where no settings class knows the path."""
+    hints: list[Any] = [root]
+    for name in path:
+        hints = [inner for hint in hints for inner in _inside(hint, name)]
+    return [arm for hint in hints for arm in _arms(hint)]
+
+
+def fields_by_kind(root: type, path: Sequence[str], kind: str) -> tuple[set[str], set[str]]:
+    """Of the kinds there are at a dotted path: the fields of one, and the fields of all others; of one, no others."""
+    classes = [arm for arm in types_at(root, path) if dataclasses.is_dataclass(arm) and isinstance(arm, type)]
+    kinds = {cls: typing.get_args(field_types(cls).get("kind")) for cls in classes}
+    own = {name for cls in classes if kind in kinds[cls] for name in field_types(cls)}
+    return own, {name for cls in classes if own and kind not in kinds[cls] for name in field_types(cls)}
 
 
 def _inside(hint: Any, name: str) -> Iterator[Any]:

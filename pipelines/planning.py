@@ -193,7 +193,7 @@ def data(settings: Settings, tokens: int, reports: Sequence[StepReport]) -> dict
 
 def _unset(settings: Settings) -> str:
     """What to set where no corpus names any text."""
-    return " ".join(["set", *(f"{corpus_key(step)}.paths=[DIR or globs]" for step in settings.corpora() or ["corpus"])])
+    return " ".join(["set", *(f"'{corpus_key(step)}.paths=[DIR]'" for step in settings.corpora() or ["corpus"])])
 
 
 def corpus_bytes(settings: CorpusSettings) -> float:

@@ -34,7 +34,7 @@ from pipelines.engine.lineage import origin
 from pipelines.engine.manifest import provenance
 from pipelines.engine.secrets import refuse_secrets
 from pipelines.engine.typed import field_types, from_plain
-from pipelines.overrides import CONF_DIR, SettingsError, chosen_fields, hydra_overrides
+from pipelines.overrides import CONF_DIR, SettingsError, chosen_fields, fields_by_kind, hydra_overrides
 from pipelines.stages.evaluate import EvaluateSettings
 from pipelines.stages.export import ExportSettings
 from pipelines.stages.finetune import FinetuneRun, FinetuneSettings
@@ -230,7 +230,8 @@ class Settings:
             try:
                 BatchPlan.derive(train, seq_len=self.shards.seq_len, world_size=self.compute.ranks, largest_rows=1)
             except TrainingError as error:
-                raise TrainingError(f"{where}.{error}") from error
+                placed = re.sub(r"\b(global_batch_tokens|micro_batch_rows)(?=( = |=))", rf"{where}.\1", str(error))
+                raise TrainingError(placed) from error
         if "evaluate" in steps and self.writes_from_left_to_right():
             self.evaluation_windows()
 
@@ -281,25 +282,42 @@ def plain(overrides: Sequence[str]) -> dict[str, Any]:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
             config = hydra_compose(config_name="config", overrides=words)
-        return resolved(config)
+        return resolved(config, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise SettingsError(_one_line(error)) from error
 
 
-def resolved(config: Any) -> dict[str, Any]:
-    """What Hydra composed as a plain dict. Raises OmegaConf's errors for a value that is missing or refers to nothing."""
+def resolved(config: Any, overrides: Sequence[str]) -> dict[str, Any]:
+    """What Hydra composed as a plain dict. Raises OmegaConf's errors for a value that is missing or refers to nothing.
+
+    Where an override chooses another kind (`model.position.kind=none`), what a file says of the kind before goes with it.
+    """
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    keys = {word.lstrip("+").partition("=")[0] for word in overrides}
+    for key in sorted(keys):
+        place, _, last = key.rpartition(".")
+        if last == "kind" and isinstance(section := value_at(plain, place), dict):
+            own, others = fields_by_kind(Settings, place.split("."), str(section.get("kind")))
+            for name in others - own:
+                if f"{place}.{name}" not in keys and not any(k.startswith(f"{place}.{name}.") for k in keys):
+                    section.pop(name, None)
+    return plain
+
+
+def value_at(plain: Any, path: str) -> Any:
+    """What stands at a dotted path of nested mappings, or None."""
+    for name in path.split("."):
+        plain = plain.get(name) if isinstance(plain, Mapping) else None
+    return plain
 
 
 def typed(config: Mapping[str, Any]) -> Settings:
     """A plain configuration as Settings: unknown keys, wrong types and settings in two places are errors."""
     for path, instead in SET_ELSEWHERE.items():
         *above, key = path.split(".")
-        section: Any = config
-        for name in above:
-            section = section.get(name) if isinstance(section, Mapping) else None
+        section = value_at(config, ".".join(above))
         if isinstance(section, Mapping) and key in section:
             raise SettingsError(f"{path}: set {instead} instead; it holds for every step.")
     refuse_secrets(config, "the configuration")

@@ -28,12 +28,12 @@ def settings_help(overrides: Sequence[str] = ()) -> str:
         "          with the values of this command"
         if chosen
         else "          with defaults; name an experiment before --help and its values are shown",
-        "          init_from=DIR: a Hugging Face folder to begin with; what lies in it counts, not where it lies",
+        "          pretrain.init_from=DIR: a Hugging Face folder to begin with; what lies in it counts, not where it lies",
     ]
     lines += [f"  {line}" for line in keys(Settings, "", values, execution=False)]
     lines += [
         "",
-        "lists: corpus.paths=['a/*.txt',b]   nothing: null   sweep: run -m optim.lr=1e-3,3e-3 model=tiny,demo",
+        "lists: \"corpus.paths=['a/*.txt',b]\"   nothing: null   sweep: run -m optim.lr=1e-3,3e-3 model=tiny,demo",
     ]
     return "\n".join(lines)
 

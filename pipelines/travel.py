@@ -54,7 +54,9 @@ def _check_corpora(verb: str, settings: Settings) -> None:
         for step, source in settings.corpora().items():
             if source.kind == "files" and not source.paths:
                 key = f"{corpus_key(step)}.paths"
-                raise SettingsError(f"{key} is empty: nothing to read; set {key}=[DIR or globs].")
+                raise SettingsError(
+                    f"{key} is empty: nothing to read; set '{key}=[DIR]', whose entries are folders, files or globs."
+                )
 
 
 def moved_paths(settings: Settings, *, shared_disk: bool) -> list[str]:

@@ -35,7 +35,7 @@ class EmbeddingHeadConfig:
             raise ModelError(f"head.width is {self.width}: the vector needs at least one channel.")
         if (self.pool == "end") != (self.end_token is not None):
             raise ModelError(
-                f"head.pool is {self.pool} with end_token {self.end_token}: pool=end looks for that token, and no other "
+                f"head.pool is {self.pool} with end_token {self.end_token}: the pool end looks for that token, and no other "
                 "does; set both or neither."
             )
 

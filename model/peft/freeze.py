@@ -27,7 +27,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     for name in frozen:
         named[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ModelError(f"freeze={list(patterns)} leaves nothing to train: freeze less.")
+        raise ModelError(f"freeze = {list(patterns)} leaves nothing to train: freeze less.")
     return list(dict.fromkeys(frozen))
 
 

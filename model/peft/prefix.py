@@ -69,8 +69,8 @@ def attach_prefix(model: Transformer, config: PrefixConfig, *, seed: int = 0) ->
         )
     if model.config.grids:
         raise ModelError(
-            "a prefix moves every token's slot, and mixer.kind=grid counts a text and its image from the first: use prompt "
-            "tuning, lora or bottlenecks."
+            "a prefix moves every token's slot, and a mixer of kind grid counts a text and its image from the first: use "
+            "prompt tuning, lora or bottlenecks."
         )
     model.requires_grad_(False)
     [(kv_heads, channels)] = shapes

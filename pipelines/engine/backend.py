@@ -362,12 +362,17 @@ def _in_lasting_thread(connect: Callable[[], None]) -> None:
 
     threading.Thread(target=run, name="keeps Ray", daemon=True).start()
     if not done.wait(90):
-        raise EngineError("Ray did not start within 90 s. Look in /tmp/ray/session_latest/logs, or use backend=local.")
+        raise EngineError(
+            "Ray did not start within 90 s. Look in /tmp/ray/session_latest/logs, or use compute.backend=local."
+        )
     if errors:
         error = errors[0]
         if isinstance(error, EngineError):
             raise error
-        raise EngineError(f"Ray could not be started or joined: {error}") from error
+        raise EngineError(
+            f"Ray could not be started or joined: {error} Free cores or memory of this machine and try again, or do without "
+            "Ray on this machine alone: compute.backend=local."
+        ) from error
 
 
 def _take_back_sigterm() -> None:

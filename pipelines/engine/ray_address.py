@@ -18,7 +18,7 @@ def check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
         raise EngineError(
-            f"address={address}: expected host:port of a Ray head (usually port 6379). To reach a cluster from "
+            f"compute.address={address}: expected host:port of a Ray head (usually port 6379). To reach a cluster from "
             f"outside, send the whole command there: athanor submit cluster=ray address=http://HOST:8265 -- run ..."
         )
     try:
@@ -28,8 +28,8 @@ def check_address(address: str) -> None:
                 _expect_admission(address)
     except OSError as error:
         raise EngineError(
-            f"address={address}: no Ray cluster answers there ({error.strerror or error}). Check that it runs (ray "
-            f"status) and that this machine may reach it, or leave the address out to start Ray on this machine."
+            f"compute.address={address}: no Ray cluster answers there ({error.strerror or error}). Check that it runs (ray "
+            f"status) and that this machine may reach it, or leave compute.address out to start Ray on this machine."
         ) from error
 
 
@@ -43,8 +43,8 @@ def _running_here() -> str:
         found = None
     if not found:
         raise EngineError(
-            "address=auto: no Ray runs on this machine. Start one (ray start --head), give the head's host:port, or leave "
-            "the address out."
+            "compute.address=auto: no Ray runs on this machine. Start one (ray start --head), give the head's host:port, or "
+            "leave compute.address out."
         )
     return str(found)
 
@@ -67,7 +67,7 @@ def _expect_admission(address: str) -> None:
                 return  # whatever else it is, Ray itself says more of it
             has = "it is not the token that this process has" if ours else "this process has none"
             raise EngineError(
-                f"address={address}: this Ray cluster asks for a token, and {has}. Set RAY_AUTH_MODE=token and "
+                f"compute.address={address}: this Ray cluster asks for a token, and {has}. Set RAY_AUTH_MODE=token and "
                 "RAY_AUTH_TOKEN_PATH=FILE, the file that holds the cluster's token (on its head: ~/.ray/auth_token, or what "
                 "RAY_AUTH_TOKEN_PATH says there)."
             ) from error
@@ -77,8 +77,8 @@ def check_same(address: str, joined: str) -> None:
     """EngineError if this process already belongs to another cluster than the one it is asked to use."""
     if address != "auto" and address.rpartition(":")[2] != joined.rpartition(":")[2]:
         raise EngineError(
-            f"address={address}: this process already belongs to the Ray cluster at {joined}, and Ray allows one. Leave "
-            f"the address out to use that one, or start the command by itself."
+            f"compute.address={address}: this process already belongs to the Ray cluster at {joined}, and Ray allows one. "
+            "Leave compute.address out to use that one, or start the command by itself."
         )
 
 

@@ -11,6 +11,7 @@ import difflib
 import functools
 import math
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -77,20 +78,29 @@ def _dataclass(cls: type, mapping: Any, where: str) -> Any:
         return cls(**values)
     except Exception as error:
         if isinstance(error, ValueError):
-            raise EngineError(_placed(where, error)) from error
+            raise EngineError(_placed(where, cls, error)) from error
         if hasattr(error, "exit_code"):
-            raise type(error)(_placed(where, error)) from error
+            raise type(error)(_placed(where, cls, error)) from error
         raise
 
 
-def _placed(where: str, error: Exception) -> str:
-    """What a class said of its own fields, with their place in the settings: `a.lr = 0: …`, `a: the sum of …`."""
+def _placed(where: str, cls: type, error: Exception) -> str:
+    """What a class said of its own fields, with their place in the settings, so that what it advises can be typed:
+    `lr = 0: …` is `optim.lr = 0: …`, `set causal=false` of a model's encoder is `set model.encoder.causal=false`."""
     where, words = where.lstrip("."), str(error)
     if not where:
         return words
-    above, _, last = where.rpartition(".")
-    if words.startswith(f"{last}."):
-        return f"{above}.{words}" if above else words
+    own = "|".join(field_types(cls))
+    words = re.sub(rf"(?<![\w.])({own})(?=(\.\w+)*=[^=\s])|(?<![\w.])({own})(?=\.[a-z])", rf"{where}.\g<0>", words)
+    parts = where.split(".")
+    root = words.partition(".")[0]
+    if root in parts:  # spoken of by a part of its path: `norm.eps`, `ffn.router`, or `model.causal` of an encoder
+        at = len(parts) - 1 - parts[::-1].index(root)
+        is_above = words.startswith(".".join(parts[at:]) + ".") or words.startswith(".".join(parts[at:]) + " ")
+        place = ".".join(parts[: at + 1]) if is_above else where
+        words = re.sub(rf"(?<![\w.]){root}(?=\.\w)", place, words)
+    if words.startswith((f"{where}.", f"{where} ")):
+        return words
     return f"{where}.{words}" if re.match(r"\w+(\.\w+)* = ", words) else f"{where}: {words}"
 
 
@@ -203,7 +213,8 @@ def _literal(choices: tuple[Any, ...], value: Any, where: str) -> Any:
 
 def _tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if isinstance(value, str) or not isinstance(value, list | tuple):
-        raise EngineError(f"{where} = {value!r}: expected a list; write {where}=[{value}].")
+        listed = shlex.quote(f"{where.lstrip('.')}=[{value}]")
+        raise EngineError(f"{where} = {value!r}: expected a list; write {listed}.")
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         return tuple(_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if len(value) != len(arguments):

@@ -139,7 +139,7 @@ class _Reader:
             f"evaluate.tasks: no task named {name!r}{remedy} A task is a harness YAML file in conf/evaluate/tasks or in one "
             f"of evaluate.task_folders, named by its file or by what it says under task, group or tag; there are "
             f"{', '.join(known)}. A task that comes with the harness needs a network: put its YAML and its data into a "
-            f"folder and add evaluate.task_folders=[DIR].{unread}"
+            f"folder and add 'evaluate.task_folders=[DIR]'.{unread}"
         )
 
     def _task(self, name: str, path: Path, config: dict[str, Any]) -> str:

@@ -31,7 +31,10 @@ def compile_blocks(model: nn.Module, settings: TrainSettings, device: torch.devi
     """
     whole, blocks = _no_compiler(device), _blocks_impossible(model, settings)
     if settings.compile == "on" and (whole or blocks) is not None:
-        raise TrainingError(f"compile = on: not possible here, {whole or blocks}. Use compile=auto or compile=off.")
+        raise TrainingError(
+            f"compile = on: not possible here, {whole or blocks}. Use "
+            "pretrain.compile=auto (of fine-tuning: finetune.train.compile=auto), or off."
+        )
     if settings.compile == "off":
         whole = "as set"
     elif settings.compile == "auto":

@@ -382,7 +382,7 @@ class Trainer:
         if (few := self._few_steps()) is not None:
             self.say(f"WARNING {few}")
         if self.ranks.is_first:
-            self.say(tracking_line(self.settings.tracking))
+            self.say(tracking_line(self.settings.tracking, self.run.url or str(self.run.out_dir)))
             (self.run.out_dir / "ds_config.json").write_text(json.dumps(self.engine.config, indent=2) + "\n")
 
     def _stop_if_diverged(self) -> None:

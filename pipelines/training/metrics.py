@@ -330,14 +330,16 @@ def _server_is_away(error: Exception) -> bool:
     return isinstance(error, CommError) and not isinstance(error, AuthenticationError)
 
 
-def tracking_line(settings: TrackingSettings) -> str:
-    """What is tracked where, in one line."""
+def tracking_line(settings: TrackingSettings, url: str) -> str:
+    """What is tracked where, in one line; url: where the run's folder will lie when its step is done."""
     mode, why = wandb_mode(settings)
     if mode == "off":
         return f"tracking: metrics.jsonl only ({why})"
     if mode == "online":
         return f"tracking: Weights & Biases online, project {settings.project}"
-    return f"tracking: Weights & Biases offline ({why}); upload later with `wandb sync`"
+    first = "copy its logs folder to a disk, then " if "://" in url else ""
+    runs = f"{url if first else shlex.quote(url)}/logs/wandb/offline-run-*"
+    return f"tracking: Weights & Biases offline ({why}); when the step is done: {first}wandb sync {runs}"
 
 
 def duration(seconds: float) -> str:

@@ -111,8 +111,8 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise TrainingError(
-            "device = cuda: this process sees no GPU (torch.cuda.is_available() is false). Run where there is one, "
-            "install a CUDA build of torch, or use device=cpu."
+            "compute.device = cuda: this process sees no GPU (torch.cuda.is_available() is false). Run where there is one, "
+            "install a CUDA build of torch, or use compute.device=cpu."
         )
     if wanted == "cpu" or not available:
         return torch.device("cpu")

@@ -119,7 +119,7 @@ class ZeroSettings:
         if self.expert_parallel > 1 and self.stage == 3:
             raise TrainingError(
                 f"expert_parallel = {self.expert_parallel} with stage = 3: in stage 3 DeepSpeed clips by the norm of what "
-                "it holds itself, and shared-out experts are not among that. Set stage=2, or expert_parallel=1."
+                "it holds itself, and shared-out experts are not among that. Set zero.stage=2, or zero.expert_parallel=1."
             )
 
 
@@ -249,14 +249,14 @@ class BatchPlan:
             below = max(rows, 1) * seq_len
             raise TrainingError(
                 f"global_batch_tokens = {tokens:,} with seq_len = {seq_len:,}: a global batch is a whole number of "
-                f"rows, so seq_len must divide it. Use for example {below:,} or {below + seq_len:,}."
+                f"rows, so seq_len must divide it. Use for example global_batch_tokens={below} or {below + seq_len}."
             )
         local_rows, rest = divmod(rows, world_size)
         if rest or local_rows < 1:
             fitting = max(local_rows, 1) * world_size * seq_len
             raise TrainingError(
                 f"global_batch_tokens = {tokens:,} is {rows:,} rows of {seq_len:,}, shared by {world_size} ranks: each "
-                f"takes equally many whole rows. Use global_batch_tokens={fitting:,}, or a number of ranks that "
+                f"takes equally many whole rows. Use global_batch_tokens={fitting}, or a number of ranks that "
                 f"divides {rows:,}."
             )
         micro = settings.micro_batch_rows or _largest_divisor(local_rows, at_most=largest_rows)
@@ -264,7 +264,7 @@ class BatchPlan:
             raise TrainingError(
                 f"micro_batch_rows = {micro} with {local_rows} rows a rank and step (global_batch_tokens / seq_len / "
                 f"ranks): micro-batches are equal, so it must divide. Use "
-                f"{_largest_divisor(local_rows, at_most=micro)}, or null."
+                f"micro_batch_rows={_largest_divisor(local_rows, at_most=micro)}, or null."
             )
         return cls(
             seq_len=seq_len,

@@ -223,15 +223,15 @@ def test_tracking_is_where_the_settings_the_environment_the_key_and_the_server_s
         assert wandb_mode(auto)[0] == mode, value
         assert wandb_mode(TrackingSettings(mode="online"))[0] == "online"  # what the settings say outright counts
     keyed.setenv("WANDB_MODE", "disabled")
-    assert tracking_line(auto) == "tracking: metrics.jsonl only (WANDB_MODE=disabled)"
+    assert tracking_line(auto, "runs") == "tracking: metrics.jsonl only (WANDB_MODE=disabled)"
     keyed.delenv("WANDB_MODE")
     keyed.delenv("WANDB_API_KEY")
-    assert "offline (no key is set)" in tracking_line(auto)
+    assert "offline (no key is set)" in tracking_line(auto, "runs")
     (tmp_path / "none").write_text(
         "machine 127.0.0.1 login user password k\n"
     )  # `wandb login` at a server of one's own
     assert wandb_mode(auto)[0] == "online"
-    assert "offline (tracking.mode=offline)" in tracking_line(TrackingSettings(mode="offline"))
+    assert "offline (tracking.mode=offline)" in tracking_line(TrackingSettings(mode="offline"), "runs")
 
 
 def test_auto_is_offline_within_seconds_where_the_server_does_not_answer(keyed: pytest.MonkeyPatch) -> None:
@@ -285,7 +285,9 @@ def test_an_offline_run_resumes_under_its_id_with_its_own_step_numbers(
     attempt(range(1, 4))
     attempt(range(3, 6))
     files = sorted(tmp_path.rglob("*.wandb"))
-    assert len(files) == 2
+    said = tracking_line(settings, "/a store/pretrain/p1p2p3p4p5")
+    assert said.endswith("wandb sync '/a store/pretrain/p1p2p3p4p5'/logs/wandb/offline-run-*")  # a shell's pattern
+    assert [file.parent for file in files] == sorted(tmp_path.glob(said.rpartition("/logs/")[2]))
     run_id = RunName.kept(tmp_path, label="pretrain", url="").id
     assert run_id != RunName.kept(tmp_path / "another store", label="pretrain", url="").id
     attempts = [wandb_records(file) for file in files]
