@@ -126,7 +126,7 @@ class ModelConfig:
         for layer in self.layers:
             if self.causal and isinstance(layer.mixer, LongformerConfig | BigBirdConfig):
                 raise ModelError(
-                    f"model.causal is true with a mixer of kind {layer.mixer.kind}, whose global tokens see what is ahead: "
+                    f"model.causal is true with mixer.kind={layer.mixer.kind}, whose global tokens see what is ahead: "
                     "set causal=false, or take mixer.kind=attention with a window."
                 )
             if not self.causal and isinstance(layer.mixer, MambaConfig | GridAttentionConfig):
@@ -170,7 +170,7 @@ class ModelConfig:
         if encoder.encoder is not None or not isinstance(encoder.head, NoHeadConfig):
             raise ModelError(
                 f"model.encoder.head.kind is {encoder.head.kind} and there is {'an' if encoder.encoder else 'no'} encoder "
-                "of its own: its output goes to the decoder as it is, so set model.encoder.head.kind=none and no encoder in it."
+                "of its own: its output goes to the decoder as it is; set model.encoder.head.kind=none and no encoder."
             )
         if not self.causal:
             raise ModelError(

@@ -287,15 +287,20 @@ def plain(overrides: Sequence[str]) -> dict[str, Any]:
         raise SettingsError(_one_line(error)) from error
 
 
-def resolved(config: Any, overrides: Sequence[str]) -> dict[str, Any]:
+def resolved(config: Any, overrides: Sequence[str] | None = None) -> dict[str, Any]:
     """What Hydra composed as a plain dict. Raises OmegaConf's errors for a value that is missing or refers to nothing.
 
-    Where an override chooses another kind (`model.position.kind=none`), what a file says of the kind before goes with it.
+    Where an override chooses another kind (`model.position.kind=none`), what a file says of the kind before goes with it;
+    `overrides`: of the trial that Hydra runs, unless they are given.
     """
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    keys = {word.lstrip("+").partition("=")[0] for word in overrides}
+    keys = {
+        word.lstrip("+").partition("=")[0]
+        for word in (HydraConfig.get().overrides.task if overrides is None else overrides)
+    }
     for key in sorted(keys):
         place, _, last = key.rpartition(".")
         if last == "kind" and isinstance(section := value_at(plain, place), dict):

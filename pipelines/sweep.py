@@ -71,10 +71,8 @@ class Trial:
     """All trials of the sweep at Weights & Biases, unless the settings name one."""
 
     def __call__(self, config: Any) -> float | str | None:
-        from hydra.core.hydra_config import HydraConfig
-
         try:
-            settings = typed(resolved(config, HydraConfig.get().overrides.task))
+            settings = typed(resolved(config))
             tracking = settings.tracking
             settings = replace(settings, tracking=replace(tracking, group=tracking.group or self.group))
             steps = build(settings)

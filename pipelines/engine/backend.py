@@ -363,7 +363,7 @@ def _in_lasting_thread(connect: Callable[[], None]) -> None:
     threading.Thread(target=run, name="keeps Ray", daemon=True).start()
     if not done.wait(90):
         raise EngineError(
-            "Ray did not start within 90 s. Look in /tmp/ray/session_latest/logs, or use compute.backend=local."
+            "Ray did not start in 90 s. Look in /tmp/ray/session_latest/logs, or use compute.backend=local."
         )
     if errors:
         error = errors[0]

@@ -117,7 +117,7 @@ def test_long_lines_and_reserved_characters_are_learned_from_not_skipped(
 
 @pytest.mark.parametrize("size", [0, 100, 1000, 4095])
 def test_a_vocabulary_that_is_no_multiple_of_128_is_refused_with_the_nearest(size: int) -> None:
-    with pytest.raises(DataError, match=f"Try {max(384, round(size / 128) * 128)}"):
+    with pytest.raises(DataError, match=f"Try tokenizer.vocab_size={max(384, round(size / 128) * 128)}"):
         TokenizerSettings(vocab_size=size)
 
 
@@ -132,7 +132,7 @@ def test_a_corpus_too_small_for_the_vocabulary_names_one_that_fits(library_texts
 
 
 def test_a_hopelessly_small_or_empty_corpus_asks_for_text(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="Give more text"):
+    with pytest.raises(DataError, match="give more text"):
         train_tokenizer(["hello"], TokenizerSettings(vocab_size=512), tmp_path)
     for texts in ([], ["", "\0"]):
         with pytest.raises(DataError, match="no text to train"):
@@ -141,7 +141,7 @@ def test_a_hopelessly_small_or_empty_corpus_asks_for_text(tmp_path: Path) -> Non
 
 def test_more_characters_than_vocabulary_is_refused_with_both_remedies(tmp_path: Path) -> None:
     text = "".join(chr(0x4E00 + n) for n in range(400)) * 5
-    with pytest.raises(DataError, match=r"vocab_size to more than 768, or lower tokenizer.character_coverage"):
+    with pytest.raises(DataError, match=r"vocab_size=768 or more, or lower tokenizer.character_coverage"):
         train_tokenizer([text], TokenizerSettings(vocab_size=384), tmp_path)
 
 

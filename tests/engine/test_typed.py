@@ -81,7 +81,7 @@ def test_a_full_mapping_becomes_typed_settings() -> None:
         ({"steps": "many"}, "train.steps = 'many': expected a whole number"),
         ({"steps": 0}, "train.steps = 0 must be at least 1"),
         ({"steps": 1, "compile": 1}, "train.compile = 1: expected true or false"),
-        ({"steps": 1, "names": "a"}, "train.names = 'a': expected a list; write train.names=[a]"),
+        ({"steps": 1, "names": "a"}, "train.names = 'a': expected a list; write 'train.names=[a]'"),
         ({"steps": 1, "names": [3]}, "train.names[0] = 3: expected text"),
         ({"steps": 1, "precision": "bf61"}, "must be one of fp32, bf16. Did you mean bf16?"),
         ({"steps": 1, "optim": {"lr": 1}}, "needs a kind, one of adam, adamw, muon"),

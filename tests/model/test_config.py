@@ -133,8 +133,8 @@ PUBLISHED = {
             for config in (MAMBA, LINEAR, replace(BERT, mixer=BigBirdConfig(n_heads=4)))
             for position in (AlibiConfig(), RelativePositionConfig())
         ),
-        (lambda: replace(BERT, causal=True, head=ClassifierHeadConfig()), "pool=first"),
-        (lambda: preset("vit-base", causal=True), "causal is true with head.kind=classifier"),
+        (lambda: replace(BERT, causal=True, head=ClassifierHeadConfig()), "head.pool first"),
+        (lambda: preset("vit-base", causal=True), "causal is true with model.head.kind=classifier"),
         (lambda: PatchFrontendConfig(image_size=30), "patch_size is 16, image_size 30"),
         (lambda: replace(LLAMA, pattern=(LayerChange(first=99),)), "first=99 with n_layers=2"),
         (lambda: TargetWeight(weight=-1.0), "weight=-1.0"),

@@ -103,7 +103,7 @@ def test_a_checkpoint_is_read_at_any_size_of_expert_parallelism(runs: Path, shar
     ("zero", "said"),
     [
         ({"expert_parallel": 0}, "a number of ranks, at least 1"),
-        ({"expert_parallel": 2, "stage": 3}, r"Set stage=2"),
+        ({"expert_parallel": 2, "stage": 3}, r"Set zero.stage=2"),
         ({"expert_parallel": 2}, "1 ranks do not divide into groups of 2"),
     ],
 )
