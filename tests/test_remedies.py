@@ -171,7 +171,7 @@ def _full(key: str, line: Line) -> list[str]:
 
 
 def _in_cluster(key: str) -> list[str]:
-    return [kind for kind, cls in KINDS.items() if key.split(".")[0] in field_types(cls)]
+    return [kind for kind, cls in KINDS.items() if key.split(".")[0] in field_types(typing.cast(Any, cls))]
 
 
 @functools.cache

@@ -369,10 +369,8 @@ def _in_lasting_thread(connect: Callable[[], None]) -> None:
         error = errors[0]
         if isinstance(error, EngineError):
             raise error
-        raise EngineError(
-            f"Ray could not be started or joined: {error} Free cores or memory of this machine and try again, or do without "
-            "Ray on this machine alone: compute.backend=local."
-        ) from error
+        rest = "Try again, or do without Ray on this machine alone: compute.backend=local."
+        raise EngineError(f"Ray could not be started or joined: {error} {rest}") from error
 
 
 def _take_back_sigterm() -> None:
