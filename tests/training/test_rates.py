@@ -47,8 +47,8 @@ def small(name: str) -> ModelConfig:
 
 
 def batches(config: ModelConfig) -> Any:
-    """Windows of this repository's README as each kind of model is asked about them: next or hidden tokens."""
-    raw, size = (ROOT / "README.md").read_bytes(), config.require_vocab_size()
+    """Windows of the licence, which nobody edits, as each kind of model is asked about them: next or hidden tokens."""
+    raw, size = (ROOT / "LICENSE").read_bytes(), config.require_vocab_size()
     letters = 1 if size == VOCAB_SIZE else 2  # as pieces of text, so that a larger vocabulary is used
     text = torch.tensor([5 + zlib.crc32(raw[at : at + letters]) % (size - 5) for at in range(0, len(raw) - 1, letters)])
     draw = torch.Generator().manual_seed(0)
