@@ -161,7 +161,7 @@ def test_a_decoder_with_an_encoder_learns_to_copy_and_starts_the_same_everywhere
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: replace(GPT2, encoder=LLAMA), "head.kind=language"),
+        (lambda: replace(GPT2, encoder=LLAMA), "head.kind is language"),
         (lambda: ClassifierHeadConfig(classes=0), "head.classes is 0"),
         (lambda: LanguageHeadConfig(label_smoothing=1.0), "label_smoothing is 1.0"),
         (lambda: TokenFrontendConfig(token_types=-1), "token_types is -1"),

@@ -123,7 +123,7 @@ def test_experts_are_refused_where_their_losses_or_noise_have_no_meaning() -> No
     tower = replace(
         LLAMA, ffn=replace(EXPERTS, router=RouterConfig()), head=EmbeddingHeadConfig(width=8, pool="largest")
     )
-    with pytest.raises(ModelError, match=r"model\.tower has ffn\.kind=moe"):
+    with pytest.raises(ModelError, match=r"model\.tower\.ffn\.kind is moe"):
         replace(LLAMA, head=EmbeddingHeadConfig(width=8, pool="largest", contrast=True), tower=tower)
 
 

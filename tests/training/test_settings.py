@@ -54,11 +54,11 @@ def test_a_last_partial_batch_is_not_trained_on() -> None:
 @pytest.mark.parametrize(
     ("changes", "seq_len", "world_size", "said"),
     [
-        ({}, 100, 1, ["1,024", "seq_len = 100", "1,000 or 1,100"]),
-        ({}, 2048, 1, ["1,024", "2,048 or 4,096"]),
+        ({}, 100, 1, ["1,024", "seq_len = 100", "global_batch_tokens=1000 or 1100"]),
+        ({}, 2048, 1, ["1,024", "global_batch_tokens=2048 or 4096"]),
         ({}, 128, 3, ["8 rows", "3 ranks", "768"]),
-        ({}, 128, 16, ["8 rows", "16 ranks", "2,048"]),
-        ({"micro_batch_rows": 3}, 128, 2, ["micro_batch_rows = 3", "4 rows a rank", "Use 2"]),
+        ({}, 128, 16, ["8 rows", "16 ranks", "global_batch_tokens=2048"]),
+        ({"micro_batch_rows": 3}, 128, 2, ["micro_batch_rows = 3", "4 rows a rank", "Use micro_batch_rows=2"]),
     ],
 )
 def test_what_does_not_divide_is_refused_with_numbers_that_do(
