@@ -59,6 +59,7 @@ class _Utf8(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with UTF-8 as far as it goes; how many bytes, 0 at the end of the file."""
         while not self._pending:
             raw = self._read(len(buffer))
             self._pending = raw if self._decoder is None else self._recoded(raw)

@@ -36,6 +36,7 @@ def rooted(root: str = ROOT) -> Callable[[], None]:
 
     # All that it uses is its own: cloudpickle writes a function inside a function by its code, not by its name.
     def own_root_first() -> None:
+        """Put our root before the first folder of the search path that has one of our packages' names."""
         import os
         import sys
 

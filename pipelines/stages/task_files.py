@@ -218,6 +218,7 @@ class _Index:
 
     @classmethod
     def of(cls, folders: Sequence[Path]) -> _Index:
+        """The index of every task file below the folders; what cannot be read is kept with its reason."""
         index = cls()
         for path in (path for folder in folders for path in _yaml_files(folder)):
             try:

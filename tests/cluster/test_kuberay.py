@@ -170,7 +170,10 @@ def test_the_manifest_is_what_kuberays_own_schema_says(changes: dict[str, Any]) 
     definition = yaml.load(gzip.decompress(CRD.read_bytes()), yaml.CSafeLoader)
     schema = next(v for v in definition["spec"]["versions"] if v["name"] == "v1")["schema"]["openAPIV3Schema"]
     job = manifest(secrets={"WANDB_API_KEY": "tracking/wandb"}, node_selector={"zone": "1"}, **changes)
-    jsonschema.validate(job["spec"], _closed(schema["properties"]["spec"]))
+    spec = _closed(schema["properties"]["spec"])
+    assert list(jsonschema.Draft202012Validator(spec).iter_errors(job["spec"])) == []
+    misspelled = {**job["spec"], "entryPoint": job["spec"]["entrypoint"]}
+    assert list(jsonschema.Draft202012Validator(spec).iter_errors(misspelled)) != []
 
 
 def _closed(schema: Any) -> Any:
