@@ -211,7 +211,9 @@ def _chunk_loss_(
         grad_N1 -= terms.smoothing / logits_NV.shape[1]
     if terms.soft_cap is not None:
         grad_N1 *= 1 - (at_target_N1 / terms.soft_cap).square()
-    logits_NV.scatter_(1, target_N1, grad_N1.to(logits_NV.dtype))
+    # Not scatter_, which copies all logits, twice, on a CPU.
+    row_N = torch.arange(len(targets_N), device=targets_N.device)
+    logits_NV.index_put_((row_N, targets_N), grad_N1[:, 0].to(logits_NV.dtype))
     return (lse_N1 - at_target_N1)[:, 0], terms.z_loss * lse_N1[:, 0].square()
 
 
