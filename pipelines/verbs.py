@@ -187,6 +187,11 @@ def _model_folders(arguments: argparse.Namespace) -> tuple[str | None, Path, Pat
     if arguments.source and Path(arguments.source).is_dir():
         check_checksums(Path(arguments.source))
         return None, Path(arguments.source), None
+    if arguments.source and ("/" in arguments.source or not arguments.overrides):
+        raise SettingsError(
+            f"--from {arguments.source}: no such folder. Name an exported folder that is there, or a step and the "
+            "experiment that made it: athanor generate experiment=demo --from pretrain --prompt 'def '"
+        )
     settings = compose(arguments.overrides)
     steps = build(settings)
     trained = [name for name in ("finetune", "pretrain") if name in steps]

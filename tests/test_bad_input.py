@@ -211,6 +211,15 @@ def test_every_verb_that_trains_looks_at_the_batch_first(
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize(
+    "words", [("--from", "/nowhere/model"), ("experiment=demo", "--from", "run/model"), ("--from", "pretrian")]
+)
+def test_a_model_that_is_not_there_is_named_and_no_experiment_is_asked_for(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    assert f"--from {words[-1]}: no such folder" in complaint(capsys, "generate", *words, "--prompt", "x")
+
+
 def test_a_secret_in_a_setting_that_enters_no_digest_is_refused_too(
     capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
