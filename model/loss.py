@@ -182,7 +182,8 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients made in the forward pass, times that of the loss."""
         made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = [None if grad is None else (grad * grads[0]).to(dtype) for grad, dtype in made]
+        # One axis makes the scale's precision count: fp32 in one pass, without rounding to that of the products between.
+        scaled = [None if grad is None else (grad * grads[0].reshape(1)).to(dtype) for grad, dtype in made]
         return *scaled, None, None, None, None, None, None, None
 
 
