@@ -140,7 +140,7 @@ class Settings:
             return Start.open(setting, self.starts_from)
         brings = bool(tokenizer_files(ours.model))
         words = None if brings else ours.tokenizer(f"{setting}={self.starts_from}")
-        return Start.open(setting, str(ours.model), trained_with=words)
+        return Start.open(setting, str(ours.model), trained_with=words, checksums=ours.checksums)
 
     def resolved_model(self) -> ModelConfig:
         """The model with what others decide filled in: a folder to start from, or the tokenizer's vocabulary and the

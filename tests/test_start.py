@@ -24,6 +24,7 @@ from pipelines.engine.step import Step
 from pipelines.engine.store import open_store
 from pipelines.graph import build
 from pipelines.settings import compose
+from pipelines.stages.start import take
 from tests.conftest import LOCAL, answer, athanor, complaint, tiny
 from tests.data.foreign import save
 from tests.stages.conftest import save_model
@@ -298,12 +299,28 @@ def test_an_artifact_of_ours_brings_its_tokenizer_by_lineage(
         origin(pretrained)
 
 
+def test_weights_of_our_artifact_that_are_not_as_published_are_refused(
+    corpus_dir: Path, weights: Path, tmp_path: Path
+) -> None:
+    pretrained = of_ours(corpus_dir, weights, tmp_path / "store")["pretrain"]
+    start = compose(with_weights(corpus_dir, pretrained)).start
+    assert start is not None
+    assert set(start.checksums) == {"config.json", "model.safetensors"}
+    take(str(start.folder), tmp_path / "taken", start.checksums)
+    file = pretrained / "model" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(EngineError, match=r"model\.safetensors is not what was published"):
+        take(str(start.folder), tmp_path / "again", start.checksums)
+
+
 def test_weights_that_a_start_step_took_without_a_tokenizer_are_refused(weights: Path, tmp_path: Path) -> None:
-    def take(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+    def copied(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
         shutil.copytree(weights, out_dir / "model")
         return {}
 
-    start = Step(name="start", run=take, version=1, settings={})
+    start = Step(name="start", run=copied, version=1, settings={})
     [report] = run([start], store=open_store(tmp_path / "store"), backend=LocalBackend(cpus=1, gpus=0, in_process=True))
     found = origin(Path(str(report.path)))
     assert found is not None

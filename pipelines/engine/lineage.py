@@ -29,6 +29,12 @@ class Origin:
         """The folder with config.json."""
         return listed(self.artifact, self.manifest) / "model"
 
+    @property
+    def checksums(self) -> dict[str, str]:
+        """{name below `model`: sha256} as published."""
+        files = self.manifest["files"].items()
+        return {name.removeprefix("model/"): entry["sha256"] for name, entry in files if name.startswith("model/")}
+
     def tokenizer(self, what: str) -> Path:
         """The folder of the tokenizer that the weights were trained with. Raises EngineError, beginning with ``what``, where
         it is not there any more or the manifest names none."""

@@ -35,6 +35,14 @@ def check_checksums(folder: Path) -> None:
                 raise EngineError(f"{path} {state}: {_REMEDY}")
 
 
+def check_published(path: Path, sha256: str | None) -> None:
+    """Compare a file of an artifact with its checksum, if there is one. Raises EngineError where it differs."""
+    if sha256 is not None and _sha256(path) != sha256:
+        raise EngineError(
+            f"{path} is not what was published (checksum): copy the artifact again, or run the command that made it."
+        )
+
+
 _REMEDY = f"copy the folder again, or delete {NAME} from it if the change is yours."
 
 

@@ -23,7 +23,7 @@ from model.interop import checkpoint_files, config_from_hf, has_hf_class, hf_con
 from model.position import LearnedPositionConfig
 from pipelines.engine.step import Artifact, Context, EngineError
 from pipelines.engine.typed import to_plain
-from pipelines.stages.checksums import check_checksums
+from pipelines.stages.checksums import check_checksums, check_published
 from pipelines.training.objective import reads_other_than_text
 
 TRAINING_ONLY = ("dropout", "z_loss")
@@ -36,6 +36,8 @@ class StartSettings:
 
     folder: str = field(metadata={"execution": True})
     brings_tokenizer: bool = field(default=False, metadata={"execution": True})
+    checksums: dict[str, str] = field(default_factory=dict, metadata={"execution": True})
+    """{file: sha256} of an artifact of ours, as its manifest has them: what differs is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +54,17 @@ class Start:
     tokenizer: tuple[Path, ...]
     tokenizer_folder: Path
     """Where those files lie: `folder`, or for an artifact of ours the one of the tokenizer it was trained with."""
+    checksums: dict[str, str] = field(default_factory=dict)
+    """Of `weights`, where the manifest of an artifact of ours has them."""
     config_ids: dict[str, int] = field(default_factory=dict)
     """See `data.tokenizer_hf.config_ids`; none for a tokenizer that this program made."""
 
     @classmethod
-    def open(cls, setting: str, folder: str, *, trained_with: Path | None = None) -> Start:
-        """`trained_with`: the folder of the tokenizer, where it is known to lie elsewhere. Raises EngineError or ModelError
-        for a folder that no training can begin with."""
+    def open(
+        cls, setting: str, folder: str, *, trained_with: Path | None = None, checksums: Mapping[str, str] | None = None
+    ) -> Start:
+        """trained_with: the folder of the tokenizer, where it is known to lie elsewhere. checksums: of the folder's files,
+        where a manifest has them. Raises EngineError or ModelError for a folder that no training can begin with."""
         path = Path(os.path.expanduser(folder)).absolute()
         if not path.is_dir():
             raise EngineError(
@@ -75,7 +81,13 @@ class Start:
         files = tuple(tokenizer_files(words))
         if not files:
             return cls(
-                setting=setting, folder=path, config=config, weights=weights, tokenizer=(), tokenizer_folder=words
+                setting=setting,
+                folder=path,
+                config=config,
+                weights=weights,
+                tokenizer=(),
+                tokenizer_folder=words,
+                checksums=dict(checksums or {}),
             )
         try:
             tokenizer = Tokenizer.load(words)
@@ -98,13 +110,14 @@ class Start:
             weights=weights,
             tokenizer=files,
             tokenizer_folder=words,
+            checksums=dict(checksums or {}),
             config_ids=said,
         )
 
     @property
     def settings(self) -> StartSettings:
         """What the step is told."""
-        return StartSettings(folder=str(self.folder), brings_tokenizer=bool(self.tokenizer))
+        return StartSettings(folder=str(self.folder), brings_tokenizer=bool(self.tokenizer), checksums=self.checksums)
 
     def model(self, asked: ModelConfig, seq_len: int) -> ModelConfig:
         """The folder's model with what only training looks at as `asked` has it, for rows of `seq_len`."""
@@ -162,7 +175,7 @@ def run(settings: StartSettings, inputs: Mapping[str, Artifact], out_dir: Path, 
         else f"{settings.folder} has no tokenizer: one is trained here, and its pieces begin with embeddings that stood for "
         "others"
     )
-    taken = dict(ctx.call(take, settings.folder, out_dir / "model"))
+    taken = dict(ctx.call(take, settings.folder, out_dir / "model", settings.checksums))
     if new := taken.pop("new_head"):
         ctx.say(f"{settings.folder} has no head for this training: {_listed(new)} begin anew, from seed 0")
     if left := taken.pop("left"):
@@ -174,8 +187,9 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def take(folder: str, out_dir: Path) -> dict[str, Any]:
-    """Check every tensor, then copy the files; a model whose head began anew is written. Runs in a worker: it reads all."""
+def take(folder: str, out_dir: Path, checksums: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Check every byte that has a checksum and every tensor, then copy the files; a model whose head began anew is written.
+    Runs in a worker: it reads all."""
     import json
     import shutil
 
@@ -183,6 +197,8 @@ def take(folder: str, out_dir: Path) -> dict[str, Any]:
 
     source = Path(folder)
     check_checksums(source)  # of a folder that we exported
+    for file in checkpoint_files(source):
+        check_published(file, (checksums or {}).get(file.relative_to(source).as_posix()))
     found = load_imported(source, head_seed=0)
     out_dir.mkdir(parents=True)
     if found.new_head:
