@@ -28,9 +28,9 @@ from rich.text import Text
 
 from pipelines.engine.events import Event, StepReport
 
-PACE_SECONDS = 60.0  # what a rate and the time left are measured over
+PACE_SECONDS = 60.0  # window of the rate and of the time left
 QUIET_SECONDS = 10.0  # between progress lines of one step where there is no terminal
-LONGEST_SILENCE_SECONDS = 60.0  # about a step that makes no progress
+LONGEST_SILENCE_SECONDS = 60.0  # between two lines about a step without progress
 
 
 def duration(seconds: float | None) -> str:
@@ -49,7 +49,7 @@ def duration(seconds: float | None) -> str:
 def count(value: float) -> str:
     """1234567 → '1.23 M' (powers of 1000; B is a thousand million, as tokens and parameters are told)."""
     for unit in ("", "k", "M", "B", "T", "P", "E", "Z"):
-        # 999.95 k is told as 1 M: three digits of it would be 1e+03.
+        # 999.95 k is shown as 1 M: three digits of it would be 1e+03.
         if abs(value) < (999.5 if unit else 1000) or unit == "Z":
             return (f"{value:.0f}" if unit == "" else f"{value:.3g}") + (f" {unit}" if unit else "")
         value /= 1000
@@ -105,19 +105,19 @@ _FIGURES: tuple[tuple[str, str], ...] = (
 def key_figure(metrics: Mapping[str, Any]) -> str:
     """The one figure of a step that a table has room for, '-' where it has none; (!) where there are warnings."""
     mark = " (!)" if metrics.get("warnings") else ""
-    for name, words in _FIGURES:
+    for name, template in _FIGURES:
         if metrics.get(name) is not None:
-            return words.format(metrics[name]) + mark
+            return template.format(metrics[name]) + mark
     return "-" + mark
 
 
 def warnings(reports: Sequence[StepReport]) -> list[str]:
-    """What steps say of themselves that a person should know before using them."""
+    """Warnings in the steps' metrics, one line each."""
     return [f"{r.name}: WARNING {text}" for r in reports for text in (r.metrics or {}).get("warnings", ())]
 
 
 def print_steps(reports: Sequence[StepReport]) -> None:
-    """The summary, and below it the warnings."""
+    """Print the summary, then the warnings."""
     out = console()
     out.print(summary(reports))
     for line in warnings(reports):
@@ -150,12 +150,12 @@ def shown_path(path: str | None) -> str:
 
 
 @dataclass
-class _At:
-    """What a step was at when last heard of, and when the person was last told."""
+class _Activity:
+    """What a step was doing at its last event, and when a line about it was last printed."""
 
-    words: str = ""
+    description: str = ""
     began: float = field(default_factory=time.monotonic)
-    told: float = field(default_factory=time.monotonic)
+    printed: float = field(default_factory=time.monotonic)
     pause: float = field(default_factory=lambda: QUIET_SECONDS)
 
 
@@ -181,7 +181,7 @@ class Display:
         self._last_line: dict[str, float] = {}
         self._paces: dict[tuple[str, str], Pace] = {}
         self._failures = 0
-        self._at: dict[str, _At] = {}
+        self._activities: dict[str, _Activity] = {}
         self._lock, self._over = threading.Lock(), threading.Event()
         self._reminder = threading.Thread(target=self._remind, name="display", daemon=True)
 
@@ -204,7 +204,7 @@ class Display:
                 self._progress(event)
                 return
             if event.kind in ("started", "waiting"):
-                self._at[event.step] = _At(words=event.line)
+                self._activities[event.step] = _Activity(description=event.line)
             if event.kind in ("finished", "failed", "cached"):
                 self._forget(event.step)
             self._failures += event.kind == "failed"
@@ -215,45 +215,49 @@ class Display:
         key = (event.step, event.label)
         rate = self._paces.setdefault(key, Pace()).after(event.done, time.monotonic())
         left = f"{duration((event.total - event.done) / rate)} left" if event.total and rate > 0 else ""
-        words = f"{event.label} {_amount(event.done, event.unit)}"
+        description = f"{event.label} {_amount(event.done, event.unit)}"
         if event.total:
-            words = f"{event.label} {count(event.done)} of {_amount(event.total, event.unit)}"
-        words += f", {_rate(rate, event.unit)}" if rate > 0 else ""
-        words += f", {event.line}" if event.line else ""
-        self._at.setdefault(event.step, _At()).words = words
+            description = f"{event.label} {count(event.done)} of {_amount(event.total, event.unit)}"
+        description += f", {_rate(rate, event.unit)}" if rate > 0 else ""
+        description += f", {event.line}" if event.line else ""
+        self._activities.setdefault(event.step, _Activity()).description = description
         if self._live:
             if key not in self._tasks:
-                self._tasks[key] = self._bars.add_task(words, total=event.total, step=event.step, left=left)
-            self._bars.update(self._tasks[key], completed=event.done, total=event.total, description=words, left=left)
+                self._tasks[key] = self._bars.add_task(description, total=event.total, step=event.step, left=left)
+            self._bars.update(
+                self._tasks[key], completed=event.done, total=event.total, description=description, left=left
+            )
             return
         now = time.monotonic()
         if now - self._last_line.setdefault(event.step, now - max(0.0, QUIET_SECONDS - 3)) >= QUIET_SECONDS:
             self._last_line[event.step] = now
-            self._at[event.step] = _At(words=words)
-            self._console.print(Text(f"{event.step:<12} {words}{', ' if left else ''}{left}"))
+            self._activities[event.step] = _Activity(description=description)
+            self._console.print(Text(f"{event.step:<12} {description}{', ' if left else ''}{left}"))
 
     def _remind(self) -> None:
-        """Tell of steps of which nothing was heard for a while what they are at: never longer silent than a minute."""
+        """Print what steps without recent events are doing, at least every LONGEST_SILENCE_SECONDS."""
         while not self._over.wait(QUIET_SECONDS / 10):
             with self._lock:
                 shown = {step for step, _ in self._tasks}
-                for step, at in self._at.items():
-                    if step not in shown and time.monotonic() - at.told >= at.pause:
-                        at.told, at.pause = time.monotonic(), min(2 * at.pause, LONGEST_SILENCE_SECONDS)
-                        since = duration(at.told - at.began)
-                        self._console.print(Text(f"{step:<12} still at it, {since}{at.words and ': '}{at.words}"))
+                for step, activity in self._activities.items():
+                    if step not in shown and time.monotonic() - activity.printed >= activity.pause:
+                        activity.printed = time.monotonic()
+                        activity.pause = min(2 * activity.pause, LONGEST_SILENCE_SECONDS)
+                        since = duration(activity.printed - activity.began)
+                        about = f": {activity.description}" if activity.description else ""
+                        self._console.print(Text(f"{step:<12} still at it, {since}{about}"))
 
     def _forget(self, step: str) -> None:
-        self._at.pop(step, None)
+        self._activities.pop(step, None)
         for key in [key for key in self._tasks if key[0] == step]:
             self._bars.remove_task(self._tasks.pop(key))
 
 
 class Pace:
-    """How fast a count goes up now, from what was told of it lately.
+    """Recent rate of a growing count.
 
-    What was there at the first look was made by an earlier attempt, or before anybody looked, and the time until the first
-    change went into starting: the clock runs from that change on. A count that goes back begins anew.
+    The count at the first event may be an earlier attempt's, and the time until the first change is startup: the clock
+    starts at that change. A count that decreases resets the rate.
     """
 
     def __init__(self) -> None:
@@ -261,7 +265,7 @@ class Pace:
         self._seen: deque[tuple[float, float]] = deque()
 
     def after(self, done: float, now: float) -> float:
-        """The rate a second, 0 while it is not known; `now` in seconds of any clock."""
+        """Rate per second, 0 while unknown; `now` in seconds of any clock."""
         if self._first is None or done < max(self._first, self._seen[-1][1] if self._seen else done):
             self._first = done
             self._seen.clear()
@@ -284,7 +288,7 @@ def _amount(value: float, unit: str) -> str:
 
 
 _DETAIL = re.compile(r" \(|; |, the first")
-"""Where the details of a reason begin, which are told once."""
+"""Where the details of a reason begin; they are printed only once."""
 
 
 def _event_lines(event: Event, *, is_raised: bool) -> list[str]:

@@ -1,11 +1,10 @@
-"""What a person types as KEY=VALUE, made into what Hydra's grammar can read.
+"""Translate KEY=VALUE as typed on the command line into Hydra's override grammar.
 
     hydra_overrides(["experiment=text", "corpus.paths=[Bücher/a (1).txt]"], Settings)
     # ["experiment='text'", "++corpus.paths=['Bücher/a (1).txt']"]
 
-Hydra's grammar knows no `=`, `(`, `#`, `~`, `!` and no letter beyond ASCII outside quotes, and a shell takes one pair of
-quotes away. So where a setting is text, all that stands there is text and is quoted here: `store=2024`,
-`tracking.name=a(b)`.
+Outside quotes Hydra's grammar accepts no `=`, `(`, `#`, `~`, `!` and no letter beyond ASCII, and a shell strips one pair of
+quotes. So the whole value of a setting of type text is quoted here: `store=2024`, `tracking.name=a(b)`.
 """
 
 from __future__ import annotations
@@ -36,35 +35,35 @@ ENDLESS = (
 
 
 class SettingsError(Exception):
-    """A setting that cannot be: offending value, rule, remedy."""
+    """An invalid setting: offending value, rule, remedy."""
 
     exit_code = 2
 
 
 def hydra_overrides(overrides: Sequence[str], root: type, *, sweep: bool = False) -> list[str]:
-    """Overrides as Hydra shall see them; `root`: the dataclass whose fields the keys are. Raises SettingsError.
+    """Overrides in Hydra's grammar; `root`: the dataclass whose fields the keys name. Raises SettingsError.
 
-    A group choice is checked here, where the options are known. A value is forced (`++`): whether the key exists is for
-    the dataclasses to say, which know defaults that no YAML file spells out. Commas are points of a sweep, or text.
+    A group choice is checked here, where the options are known. A value is forced (`++`): whether the key exists is checked
+    by the dataclasses, whose defaults are in no YAML file. Commas separate points of a sweep, or are text.
     """
-    words = []
-    for word in overrides:
-        match = _OVERRIDE.match(word)
+    result = []
+    for override in overrides:
+        match = _OVERRIDE.match(override)
         if match is None or (match["value"] is None and match["prefix"] != "~"):
             raise SettingsError(
-                f"{word!r} is no override; write KEY=VALUE, for example experiment=demo or optim.lr=3e-4."
+                f"{override!r} is no override; write KEY=VALUE, for example experiment=demo or optim.lr=3e-4."
             )
         key, value = match["key"], match["value"] or ""
         if not key.isascii():
             raise SettingsError(
-                f"{word!r}: names of settings and of sources are ASCII letters, digits and _; rename {key}."
+                f"{override!r}: names of settings and of sources are ASCII letters, digits and _; rename {key}."
             )
         if key.startswith("hydra") or match["prefix"] == "~":
-            words.append(word)
+            result.append(override)
         elif (CONF_DIR / key).is_dir() and _SWEEP.fullmatch(value):
             if not sweep:
                 raise _several(key, value)
-            words.append(f"{key}={value}")
+            result.append(f"{key}={value}")
         elif (CONF_DIR / key).is_dir():
             chosen = [_bare(option) for option in value.split(",")]
             for option in chosen:
@@ -72,13 +71,13 @@ def hydra_overrides(overrides: Sequence[str], root: type, *, sweep: bool = False
             if len(chosen) > 1 and not sweep:
                 raise _several(key, value)
             # Quoted, since Hydra would take zero=2 for the number and refuse it as the name of an option.
-            words.append(f"{key}=" + ",".join(f"'{option}'" for option in chosen))
+            result.append(f"{key}=" + ",".join(f"'{option}'" for option in chosen))
         else:
-            words.append(f"++{key}={_value(key, value, root, sweep=sweep)}")
-    if not any(word.startswith("experiment=") for word in words):
+            result.append(f"++{key}={_value(key, value, root, sweep=sweep)}")
+    if not any(override.startswith("experiment=") for override in result):
         known = ", ".join(options("experiment"))
         raise SettingsError(f"no experiment chosen; add experiment=NAME, one of {known}.")
-    return words
+    return result
 
 
 def _value(key: str, value: str, root: type, *, sweep: bool) -> str:
@@ -97,7 +96,7 @@ def _value(key: str, value: str, root: type, *, sweep: bool) -> str:
 
 
 def _texts(key: str, value: str) -> str:
-    """A list of texts; one alone may stand without brackets."""
+    """A list of texts; a single one needs no brackets."""
     inner = value.strip()
     if not inner.startswith("["):
         if len(_split(inner)) > 1:
@@ -110,13 +109,13 @@ def _texts(key: str, value: str) -> str:
         raise SettingsError(f"{key}={value}: the bracket is not closed; write {shlex.quote(f'{key}={inner}]')}.")
     items = _split(inner[1:-1]) if inner[1:-1].strip() else []
     if not all(item.strip() for item in items):
-        told = ",".join(item.strip() for item in items if item.strip())
-        raise SettingsError(f"{key}={value}: an entry of the list is empty; write {shlex.quote(f'{key}=[{told}]')}.")
+        filled = ",".join(item.strip() for item in items if item.strip())
+        raise SettingsError(f"{key}={value}: an entry of the list is empty; write {shlex.quote(f'{key}=[{filled}]')}.")
     return "[" + ",".join(map(_text, items)) + "]"
 
 
 def _text(item: str, *, optional: bool = False) -> str:
-    """One text: as it stands where it is quoted or null, else quoted. A backslash takes a comma or bracket as it is."""
+    """One text: unchanged where it is quoted or null, else quoted. A backslash escapes a comma or bracket."""
     item = item.strip()
     if _QUOTED.fullmatch(item) or (optional and item.lower() == "null"):
         return item
@@ -130,7 +129,7 @@ def _quoted(text: str) -> str:
 
 
 def _literal(key: str, value: str, *, sweep: bool) -> str:
-    """A value that is no text: as it stands where Hydra reads it, else quoted, for the dataclass to say what it wants."""
+    """A value of another type: unchanged where Hydra can parse it, else quoted for the dataclass to refuse."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -158,16 +157,16 @@ def _several(key: str, value: str) -> SettingsError:
 
 
 def reason(error: Exception) -> str:
-    """What Hydra's parser met, without its pointers."""
-    said = str(error).split("\n")[0].strip()
-    return f"{said}." if said.startswith(("no viable", "mismatched", "extraneous")) else "that cannot be read."
+    """The message of Hydra's parser, without its pointers."""
+    message = str(error).split("\n")[0].strip()
+    return f"{message}." if message.startswith(("no viable", "mismatched", "extraneous")) else "that cannot be read."
 
 
 def _split(text: str) -> list[str]:
-    """Parts between commas that stand in no quotes and, where these are balanced, in no brackets."""
+    """Split at commas outside quotes and, where these are balanced, outside brackets."""
     parts, start, at = [], 0, 0
     closing: list[str] = []
-    balanced = _is_balanced(text)
+    is_balanced = _is_balanced(text)
     while at < len(text):
         if at == start and (quoted := re.compile(_QUOTED.pattern + r"(?=,|$)", re.DOTALL).match(text, at)):
             at = quoted.end()
@@ -179,9 +178,9 @@ def _split(text: str) -> list[str]:
         if sign == "," and not closing:
             parts.append(text[start:at])
             start = at + 1
-        elif balanced and sign in _PAIRS:
+        elif is_balanced and sign in _PAIRS:
             closing.append(_PAIRS[sign])
-        elif balanced and closing and sign == closing[-1]:
+        elif is_balanced and closing and sign == closing[-1]:
             closing.pop()
         at += 1
     return [*parts, text[start:]]
@@ -210,7 +209,7 @@ def _kind(root: type, path: Sequence[str]) -> tuple[Literal["text", "texts"] | N
 
 
 def types_at(root: type, path: Sequence[str]) -> list[Any]:
-    """The types that a value at a dotted path may have; none where no settings class knows the path."""
+    """The types that a value at a dotted path may have; empty where no settings class has the path."""
     hints: list[Any] = [root]
     for name in path:
         hints = [inner for hint in hints for inner in _inside(hint, name)]
@@ -218,7 +217,7 @@ def types_at(root: type, path: Sequence[str]) -> list[Any]:
 
 
 def fields_by_kind(root: type, path: Sequence[str], kind: str) -> tuple[set[str], set[str]]:
-    """Of the kinds there are at a dotted path: the fields of one, and the fields of all others; of one, no others."""
+    """Fields of the class of `kind` at a dotted path, and fields of the other kinds (none where `kind` is unknown)."""
     classes = [arm for arm in types_at(root, path) if dataclasses.is_dataclass(arm) and isinstance(arm, type)]
     kinds = {cls: typing.get_args(field_types(cls).get("kind")) for cls in classes}
     own = {name for cls in classes if kind in kinds[cls] for name in field_types(cls)}
@@ -226,7 +225,7 @@ def fields_by_kind(root: type, path: Sequence[str], kind: str) -> tuple[set[str]
 
 
 def _inside(hint: Any, name: str) -> Iterator[Any]:
-    """Types of what stands under `name` in values of a type."""
+    """Types of the item `name` in values of a type."""
     for arm in _arms(hint):
         if typing.get_origin(arm) is dict:
             yield typing.get_args(arm)[1]
@@ -246,15 +245,17 @@ def points_of(overrides: Sequence[str], root: type) -> list[tuple[str, ...]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    words = [word for word in hydra_overrides(overrides, root, sweep=True) if not word.startswith("hydra")]
-    for word in words:
+    written = [
+        override for override in hydra_overrides(overrides, root, sweep=True) if not override.startswith("hydra")
+    ]
+    for override in written:
         try:
-            BasicSweeper.split_arguments(OverridesParser.create().parse_overrides([word]), max_batch_size=None)
+            BasicSweeper.split_arguments(OverridesParser.create().parse_overrides([override]), max_batch_size=None)
         except HydraException as error:
-            key, _, value = word.removeprefix("++").partition("=")
+            key, _, value = override.removeprefix("++").partition("=")
             raise SettingsError(f"{key}={value}: {ENDLESS}") from error
-    [points] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), max_batch_size=None)
-    return [tuple(word.removeprefix("++") for word in point) for point in points]
+    [points] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(written), max_batch_size=None)
+    return [tuple(override.removeprefix("++") for override in point) for point in points]
 
 
 def chosen_fields(overrides: Sequence[str]) -> list[str]:
@@ -262,7 +263,7 @@ def chosen_fields(overrides: Sequence[str]) -> list[str]:
     import yaml
 
     chosen: list[str] = []
-    for key, _, value in (word.lstrip("+").partition("=") for word in overrides):
+    for key, _, value in (override.lstrip("+").partition("=") for override in overrides):
         if key == "model":
             preset = yaml.safe_load((CONF_DIR / "model" / f"{_bare(value)}.yaml").read_text(encoding="utf-8"))
             chosen += _leaves(preset, "")

@@ -99,35 +99,35 @@ def estimate(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any
 
 
 def tuning(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any] | None:
-    """Tokens and steps of fine-tuning: counted where the conversations are in rows, else guessed from what they are made of.
+    """Tokens and steps of fine-tuning: counted once the conversations are in rows, else estimated from their sources.
 
-    None where nothing is fine-tuned.
+    None without fine-tuning.
     """
-    told = settings.finetuning()
-    if told is None or settings.finetune is None:
+    finetuning = settings.finetuning()
+    if finetuning is None or settings.finetune is None:
         return None
-    made = next((r.metrics for r in reports if r.name == "instructions" and "rows" in (r.metrics or {})), None)
-    if made is not None:
-        there, basis = float(made["rows"] * settings.shards.seq_len), "counted"
+    counted = next((r.metrics for r in reports if r.name == "instructions" and "rows" in (r.metrics or {})), None)
+    if counted is not None:
+        there, basis = float(counted["rows"] * settings.shards.seq_len), "counted"
     else:
         per_token = guessed_bytes_per_token(settings)
         there = conversation_bytes(settings) / per_token
-        # How many functions have docstrings shows when they are read.
+        # The share of functions with docstrings is known only after reading them.
         at_most = "at most, " if settings.finetune.data.kind == "functions" else ""
         basis = f"{at_most}guessed at {per_token} bytes a token"
-    tokens = tuning_tokens(told, there)
-    batch = told.train.global_batch_tokens
+    tokens = tuning_tokens(finetuning, there)
+    batch = finetuning.train.global_batch_tokens
     return {
         "tokens": tokens,
         "tokens_per_step": batch,
         "steps": tokens // batch,
-        "epochs": told.epochs,
+        "epochs": finetuning.epochs,
         "basis": basis if there else "no conversations yet",
     }
 
 
 def conversation_bytes(settings: Settings) -> float:
-    """Bytes of the conversations to train on, as well as they are known before they are read."""
+    """Estimated bytes of the conversations to train on, before they are read."""
     assert settings.finetune is not None
     chosen = settings.finetune.data
     if chosen.kind == "files":
@@ -154,15 +154,15 @@ FUNCTIONS_SHARE = 0.6
 def warnings(
     settings: Settings, reports: Sequence[StepReport], steps: int | None, tuned: dict[str, Any] | None
 ) -> list[str]:
-    """What a person should know before starting."""
-    found = []
+    """Warnings to print before starting."""
+    candidates = []
     if steps is not None and "pretrain" not in {r.name for r in reports if r.state == "cached"}:
         remedy = "Set pretrain.global_batch_tokens lower or pretrain.total_tokens higher"
-        found.append(("pretrain", few_steps(steps, settings.pretrain.global_batch_tokens, remedy)))
+        candidates.append(("pretrain", few_steps(steps, settings.pretrain.global_batch_tokens, remedy)))
     if tuned is not None and tuned["basis"] != "no conversations yet":
         remedy = "Set finetune.train.global_batch_tokens lower or finetune.epochs higher"
-        found.append(("finetune", few_steps(tuned["steps"], tuned["tokens_per_step"], remedy)))
-    return [f"{step}: WARNING {text}" for step, text in found if text is not None]
+        candidates.append(("finetune", few_steps(tuned["steps"], tuned["tokens_per_step"], remedy)))
+    return [f"{step}: WARNING {text}" for step, text in candidates if text is not None]
 
 
 _PEAKS = {"A100": 312e12, "H100": 989e12}
@@ -197,7 +197,7 @@ def _unset(settings: Settings) -> str:
 
 
 def corpus_bytes(settings: CorpusSettings) -> float:
-    """Bytes of text of a corpus without what is held out, as a sample of its files tells; 0 while it is not there."""
+    """Bytes of training text of a corpus, estimated from a sample of its files; 0 while it does not exist."""
     try:
         files = corpus_files(settings)
     except DataError:
@@ -207,7 +207,7 @@ def corpus_bytes(settings: CorpusSettings) -> float:
 
 
 def guessed_bytes_per_token(settings: Settings) -> float:
-    """Bytes of text that a token stands for, by the size of the vocabulary."""
+    """Estimated bytes of text per token, by vocabulary size."""
     return bytes_per_token(settings.resolved_model().vocab_size or settings.tokenizer.vocab_size)
 
 
@@ -221,7 +221,7 @@ def disk(parameters: int, train: TrainSettings, reports: Sequence[StepReport]) -
 
 
 def rows_bytes(there: dict[str, Any], vocab_size: int, reports: Sequence[StepReport]) -> int:
-    """Of all shards: counted where they are made, else what their tokens take and a fifth for where those came from."""
+    """Bytes of all shards: counted where they exist, else their tokens' and a fifth more for provenance."""
     if there["basis"] == "counted":
         return sum(report.bytes or 0 for report in reports if report.name.startswith("shards"))
     return round(int(there["tokens"] or 0) * (2 if vocab_size < 2**16 else 4) * 1.2)

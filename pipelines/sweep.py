@@ -55,7 +55,7 @@ class Combination:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A line of the table: the figures there are, with `_low` and `_high` of those that have an interval; or why none."""
+    """A row of the table: figures, with `_low` and `_high` for those with an interval; or the failure."""
 
     words: tuple[str, ...]
     figures: dict[str, float]
@@ -118,13 +118,13 @@ def group_name(experiment: str, overrides: Sequence[str]) -> str:
 
 
 def _outcome(point: Combination, answer: float | str | None) -> Outcome:
-    """What became of a point: its figures from the store, whatever the launcher brought back."""
-    found = figures(point.settings) if point.settings is not None else {}
+    """Outcome of a point: its figures from the store, whatever the launcher returned."""
+    stored = figures(point.settings) if point.settings is not None else {}
     if point.mistake or isinstance(answer, str):
-        failure = point.mistake or ("" if answer == LOST and found else str(answer))
+        failure = point.mistake or ("" if answer == LOST and stored else str(answer))
     else:
         failure = ""
-    return Outcome(words=point.words, figures=found, failure=failure)
+    return Outcome(words=point.words, figures=stored, failure=failure)
 
 
 def combinations(overrides: Sequence[str]) -> list[Combination]:
@@ -208,33 +208,35 @@ def watching(points: Sequence[Combination]) -> Iterator[None]:
 
 
 def figures(settings: Settings) -> dict[str, float]:
-    """The metrics of a configuration that its artifacts have, in the order of METRICS, each with its interval's ends."""
+    """METRICS that a configuration's artifacts have, in that order, each with the ends of its interval."""
     reports = {r.name: r for r in runner.plan(list(build(settings).values()), store=open_store(settings.store))}
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     for step, name in METRICS:
         metrics = reports[step].metrics if step in reports else {}
         label = name if step == "evaluate" else f"{step} {name}"
         if metrics.get(name) is not None:
             ends = {f"{label}{end}": metrics.get(f"{name}{end}") for end in ("_low", "_high")}
-            found |= {label: float(metrics[name])} | {end: float(at) for end, at in ends.items() if at is not None}
-    return found
+            result |= {label: float(metrics[name])} | {end: float(at) for end, at in ends.items() if at is not None}
+    return result
 
 
 def sorted_by(outcomes: Sequence[Outcome]) -> str:
-    """The first metric in which the trials differ, as fine-tuning's do not in bits per byte; else the first there is."""
+    """The first metric in which the trials differ (trials of fine-tuning share bits per byte); else the first available."""
     names = [name for step, metric in METRICS for name in [metric if step == "evaluate" else f"{step} {metric}"]]
-    there = [name for name in names if any(name in outcome.figures for outcome in outcomes)]
-    differ = [name for name in there if len({outcome.figures.get(name) for outcome in outcomes if outcome.figures}) > 1]
-    return next(iter([*differ, *there]), "metric")
+    available = [name for name in names if any(name in outcome.figures for outcome in outcomes)]
+    differ = [
+        name for name in available if len({outcome.figures.get(name) for outcome in outcomes if outcome.figures}) > 1
+    ]
+    return next(iter([*differ, *available]), "metric")
 
 
 def show(outcomes: Sequence[Outcome]) -> None:
     """The trials, best first, with only the overrides in which they differ.
 
-    An order is no verdict: where intervals are known, the trials that cannot be told from the best by them are counted, and
-    where none is known that is said.
+    An order is no verdict: trials whose interval overlaps the best one's are counted; a line is printed where there are no
+    intervals.
     """
-    words, name = _differing(outcomes), sorted_by(outcomes)
+    differing, name = _differing(outcomes), sorted_by(outcomes)
     values = [outcome.figures.get(name) for outcome in outcomes]
     order = sorted(range(len(outcomes)), key=lambda i: (values[i] is None, values[i] or 0.0))
     ends = [(outcome.figures.get(f"{name}_low"), outcome.figures.get(f"{name}_high")) for outcome in outcomes]
@@ -244,7 +246,7 @@ def show(outcomes: Sequence[Outcome]) -> None:
         value, (low, high) = values[index], ends[index]
         shown = "failed" if outcomes[index].failure else "-" if value is None else f"{value:.4f}"
         between = ["-" if low is None or high is None else f"{low:.4f} to {high:.4f}"] if has_ends else []
-        cells.append((str(place), shown, *between, words[index]))
+        cells.append((str(place), shown, *between, differing[index]))
     out = console.console()
     out.print()
     columns = ("", name, *(["95 % interval"] if has_ends else []), "overrides")
@@ -254,14 +256,16 @@ def show(outcomes: Sequence[Outcome]) -> None:
 
 
 def _verdict(ends: Sequence[tuple[float | None, float | None]], name: str) -> str:
-    """What the intervals, best trial first, say of the order; nothing of a single trial."""
+    """A line on whether the intervals (best trial first) support the order; empty for a single trial."""
     if len(ends) < 2:
         return ""
     if any(low is None for low, _ in ends):
         return f"No intervals around {name}, so the order is no verdict."
     best_high = ends[0][1]
-    alike = sum(1 for low, _ in ends[1:] if low is not None and best_high is not None and low <= best_high)
-    return f"The first is not clearly better than {alike} of the others: their intervals overlap." if alike else ""
+    overlapping = sum(1 for low, _ in ends[1:] if low is not None and best_high is not None and low <= best_high)
+    if not overlapping:
+        return ""
+    return f"The first is not clearly better than {overlapping} of the others: their intervals overlap."
 
 
 def _differing(points: Sequence[Combination] | Sequence[Outcome]) -> list[str]:

@@ -1,8 +1,8 @@
-"""What a command has to say before it is sent to a cluster: paths that mean the same there, and ranks for its machines.
+"""Prepare a command for a cluster: absolute paths, and ranks that fit its machines.
 
-    command, lines = sent(cluster_settings, ["run", "experiment=text", "corpus.paths=[books]"], parsed)
+    command, lines = prepare_command(cluster_settings, ["run", "experiment=text", "corpus.paths=[books]"], parsed)
 
-A misspelled setting is refused here instead of there; what is only there (files, GPUs) is not looked at.
+A misspelled setting is refused here instead of there; what exists only there (files, GPUs) is not checked.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
 TRAINS = ("run", "train", "certify")
 COMPOSES = (*TRAINS, "plan", "why", "status", "trace", "generate")
-"""Verbs whose words are an experiment's settings."""
+"""Verbs whose arguments are overrides of an experiment's settings."""
 
 
-def sent(cluster: ClusterSettings, command: Sequence[str], parsed: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The command as it is to run there, and lines for the person. Raises SettingsError for what would fail there."""
+def prepare_command(
+    cluster: ClusterSettings, command: Sequence[str], parsed: argparse.Namespace
+) -> tuple[list[str], list[str]]:
+    """The command with added overrides, and lines to print. Raises SettingsError for what would fail there."""
     verb, sweeps = command[0], getattr(parsed, "multirun", False)
     if verb == "generate" and parsed.source and "/" in parsed.source and not parsed.source.startswith(("/", "~")):
         raise SettingsError(f"--from {parsed.source}: a relative path; give an absolute one that the cluster sees.")
@@ -44,8 +46,8 @@ def sent(cluster: ClusterSettings, command: Sequence[str], parsed: argparse.Name
             continue
         added += moved
         if verb in TRAINS and machines is not None:
-            words, lines = fitted(settings, machines, parsed.overrides, driver_has_gpus=cluster.kind == "slurm")
-            added += words
+            fitting, lines = fit_ranks(settings, machines, parsed.overrides, driver_has_gpus=cluster.kind == "slurm")
+            added += fitting
     return [*command, *added], lines
 
 
@@ -61,7 +63,7 @@ def _check_corpora(verb: str, settings: Settings) -> None:
 
 def moved_paths(settings: Settings, *, shared_disk: bool) -> list[str]:
     """Overrides that make relative paths absolute where the machines share this one's disk; SettingsError elsewhere."""
-    words = []
+    added = []
     for key, value in paths_of(settings):
         if key == "store":  # the cluster's own rule
             continue
@@ -75,8 +77,8 @@ def moved_paths(settings: Settings, *, shared_disk: bool) -> list[str]:
                 "too), or a URL such as s3://bucket/prefix."
             )
         absolute = [_quoted(os.path.abspath(path) if path in relative else path) for path in value]
-        words.append(f"{key}={absolute[0] if isinstance(value, _One) else '[' + ','.join(absolute) + ']'}")
-    return words
+        added.append(f"{key}={absolute[0] if isinstance(value, _One) else '[' + ','.join(absolute) + ']'}")
+    return added
 
 
 class _One(tuple[str, ...]):
@@ -84,7 +86,7 @@ class _One(tuple[str, ...]):
 
 
 def paths_of(value: Any, above: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(dotted key, paths) of every field that is declared `metadata={"path": True}`, at any depth."""
+    """(dotted key, paths) of every field declared with `metadata={"path": True}`, at any depth."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from paths_of(item, f"{above}{name}.")
@@ -99,20 +101,20 @@ def paths_of(value: Any, above: str = "") -> Iterator[tuple[str, tuple[str, ...]
 
 
 def _quoted(path: str) -> str:
-    """In Hydra's quotes, inside which only a quote and backslashes before one mean something."""
+    """In Hydra's quotes, inside which only a quote and backslashes before one are special."""
     return "'" + path.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
 
 
-def fitted(
+def fit_ranks(
     settings: Settings, machines: Machines, overrides: Sequence[str], *, driver_has_gpus: bool
 ) -> tuple[list[str], list[str]]:
     """Overrides that fit the ranks to the machines, and a line where some will be idle.
 
-    SettingsError where GPUs would be idle that nobody said may be, or where ranks find no place.
+    Raises SettingsError where GPUs would be idle without compute.ranks set, or where the ranks do not fit.
     """
     set_here = {word.lstrip("+").partition("=")[0] for word in overrides}
     ranks, gpus, device = settings.compute.ranks, machines.count * machines.gpus, settings.compute.device
-    words, lines = [], []
+    added, lines = [], []
     if gpus and device != "cpu":
         if ranks > gpus:
             raise SettingsError(
@@ -124,8 +126,8 @@ def fitted(
                 f"{machines.words}: {gpus} GPUs for a run of compute.ranks={ranks}, which takes one each: {gpus - ranks} "
                 f"would be idle. Add compute.ranks={gpus} to the command, or ask for fewer GPUs."
             )
-        if device == "auto" and not driver_has_gpus:  # the head, which asks whether there are GPUs, has none
-            words.append("compute.device=cuda")
+        if device == "auto" and not driver_has_gpus:  # `auto` is resolved on the head, which has none
+            added.append("compute.device=cuda")
     idle = gpus if device == "cpu" else gpus - ranks
     if gpus and idle:
         why = "compute.device=cpu uses none" if device == "cpu" else f"compute.ranks={ranks} takes one each"
@@ -142,5 +144,5 @@ def fitted(
                 f"compute.ranks={ranks}: {on_one} ranks on a machine of {machines.cpus} CPUs ({machines.words}); give "
                 "every rank one at least."
             )
-        words.append(f"compute.cpus_per_rank={machines.cpus // on_one}")
-    return words, lines
+        added.append(f"compute.cpus_per_rank={machines.cpus // on_one}")
+    return added, lines

@@ -283,14 +283,14 @@ def train(arguments: argparse.Namespace) -> int:
 def submit(arguments: argparse.Namespace) -> int:
     """`athanor submit`: hand a command to a cluster; the job's exit code if its log is followed."""
     from cluster.submit import submit as send
-    from pipelines.travel import sent
+    from pipelines.travel import prepare_command
 
     if not arguments.command:
         raise SettingsError(
             "nothing to submit; put the command after two dashes: submit cluster=ray address=URL -- run experiment=demo"
         )
     settings = cluster_settings(arguments.overrides)
-    command, lines = sent(settings, arguments.command, arguments.sent)
+    command, lines = prepare_command(settings, arguments.command, arguments.sent)
     for line in lines:
         sys.stderr.write(line + "\n")
     return send(settings, command, dry_run=arguments.dry_run, follow=not arguments.no_follow)

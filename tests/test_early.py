@@ -124,7 +124,7 @@ def test_a_model_of_2000_layers_is_planned_and_a_deeper_one_refused_in_seconds(
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr(waiting, "tell", told.append)
-    monkeypatch.setattr(waiting, "SAY_AFTER_SECONDS", 0.05)
+    monkeypatch.setattr(waiting, "LOG_AFTER_SECONDS", 0.05)
     words = [word for word in tiny(corpus_dir, tmp_path, LOCAL) if not word.startswith("model")]
     began = time.monotonic()
     said = complaint(capsys, "plan", *words, "model=tiny", "model.n_layers=10000")
@@ -139,7 +139,7 @@ def test_what_a_step_tries_before_it_runs_is_told_where_it_lasts(monkeypatch: py
 
     told: list[str] = []
     monkeypatch.setattr(waiting, "tell", told.append)
-    monkeypatch.setattr(waiting, "SAY_AFTER_SECONDS", 0.02)
+    monkeypatch.setattr(waiting, "LOG_AFTER_SECONDS", 0.02)
     check(Step(name="export", run=lambda *_: {}, version=1, settings=None, check=lambda: time.sleep(0.1)))
     assert told and told[0].startswith("export: what it would refuse later is tried now")
 

@@ -1,4 +1,4 @@
-"""What a backend knows of the machines it runs on: how much fits, what is missing, and which network reaches the others."""
+"""Machines of a backend: how many processes fit, which resources are missing, which network interface to use."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipelines.engine.errors import EngineError
 from pipelines.engine.outcome import LostMachineError
 
 LOOK_SECONDS = 2.0
-"""Between two questions about what machines there are."""
+"""Between two looks at the cluster's resources."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What there is to run on, altogether; `machines` says (CPUs, GPUs) of each where they are several."""
+    """CPUs and GPUs in total; `machines`: (CPUs, GPUs) of each, if several."""
 
     cpus: float
     gpus: float
@@ -29,47 +29,47 @@ class Resources:
     def fits(self, *, cpus: float, gpus: float) -> int:
         """How many processes of this size fit at once, each on one machine."""
         return sum(
-            int(min(there / each if each else math.inf for there, each in ((c, cpus), (g, gpus), (1024.0, 1.0))))
+            int(min(free / each if each else math.inf for free, each in ((c, cpus), (g, gpus), (1024.0, 1.0))))
             for c, g in self.machines or ((self.cpus, self.gpus),)
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """So many processes at once, each of this size."""
+    """Resources for `copies` processes at once, each of this size."""
 
     cpus: float
     gpus: float
     copies: int = 1
 
-    def missing(self, there: Resources) -> str:
-        """What is asked for and what there is; empty where it fits."""
-        if there.fits(cpus=self.cpus, gpus=self.gpus) >= self.copies:
+    def missing(self, available: Resources) -> str:
+        """Message with requested and available resources; empty if the claim fits."""
+        if available.fits(cpus=self.cpus, gpus=self.gpus) >= self.copies:
             return ""
-        for name, each, total in (("GPU", self.gpus, there.gpus), ("CPU", self.cpus, there.cpus)):
+        for name, each, total in (("GPU", self.gpus, available.gpus), ("CPU", self.cpus, available.cpus)):
             if each * self.copies > total:
                 return f"{self._times(each)} {name}s asked for where there are {total:g}"
-        sizes = " and ".join(f"{c:g} CPUs {g:g} GPUs" for c, g in there.machines)
+        sizes = " and ".join(f"{c:g} CPUs {g:g} GPUs" for c, g in available.machines)
         return f"{self._times(self.cpus)} CPUs and {self._times(self.gpus)} GPUs asked for on machines of {sizes}"
 
     def _times(self, each: float) -> str:
         return f"{self.copies} × {each:g}" if self.copies > 1 else f"{each:g}"
 
 
-def check_feasible(there: Resources, *, cpus: float, gpus: float, copies: int = 1) -> int:
+def check_feasible(available: Resources, *, cpus: float, gpus: float, copies: int = 1) -> int:
     """How many such processes fit at once, at most 1024. Raises EngineError if ``copies`` of them never will."""
-    missing = Claim(cpus=cpus, gpus=gpus, copies=copies).missing(there)
+    missing = Claim(cpus=cpus, gpus=gpus, copies=copies).missing(available)
     if missing:
         what = "GPUs" if "GPU" in missing else "CPUs"
         raise EngineError(
             f"{missing}: it would wait for ever. Ask for fewer workers, or for fewer {what} each, or run on a larger "
             "cluster."
         )
-    return min(there.fits(cpus=cpus, gpus=gpus), 1024)
+    return min(available.fits(cpus=cpus, gpus=gpus), 1024)
 
 
 class Patience:
-    """Waits for machines that were there and are not: says so once, and gives up after ``wait_seconds``."""
+    """Waits for lost machines: logs once, and gives up after ``wait_seconds``."""
 
     def __init__(
         self, claim: Claim, resources: Callable[[], Resources], *, wait_seconds: float, say: Callable[[str], None]
@@ -79,7 +79,7 @@ class Patience:
         self._looked = -math.inf
 
     def enough(self) -> bool:
-        """Whether what is claimed fits now; asks the cluster every LOOK_SECONDS. LostMachineError when time is up."""
+        """Whether the claim fits now; queries the cluster every LOOK_SECONDS. Raises LostMachineError when time is up."""
         now = time.monotonic()
         if now - self._looked < LOOK_SECONDS:
             return self._short_since is None
@@ -106,30 +106,30 @@ class Patience:
         return False
 
 
-_OF_CONNECTIONS = ("torch/distributed/", "gloo", "nccl", "connection", "broken pipe")
+_CONNECTION_ERRORS = ("torch/distributed/", "gloo", "nccl", "connection", "broken pipe")
 
 
 def lost_connection(error: BaseException) -> bool:
-    """Whether a rank's error may be what the death of another looks like to it, and no mistake of its own."""
+    """Whether a rank's error may be caused by the death of another rank."""
     if hasattr(error, "exit_code"):
         return False
     text = "\n".join([str(error), *getattr(error, "__notes__", ())]).lower()
-    return any(word in text for word in _OF_CONNECTIONS)
+    return any(part in text for part in _CONNECTION_ERRORS)
 
 
 LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "MV2_", "MPI_LOCAL", "TORCHELASTIC_", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_")
-"""Beginnings of variables by which mpirun and torchrun tell a process its place."""
+"""Prefixes of variables by which mpirun and torchrun set a process's rank."""
 
 
 def forget_launchers() -> None:
-    """Drop what another launcher, in whose shell the run was started, says of this process's place: a rank's place is the
-    one its backend gives it, and DeepSpeed and PyTorch would believe, or dispute over, the other."""
+    """Unset rank variables of another launcher in whose shell the run was started: the backend assigns ranks, and
+    DeepSpeed and PyTorch would read the launcher's or fail on the contradiction."""
     for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
         del os.environ[name]
 
 
 def interface_with(address: str) -> str | None:
-    """The network interface of this machine that has this IPv4 or IPv6 address; None where none has."""
+    """Name of this machine's network interface with an IPv4 or IPv6 address; None if there is none."""
     if ":" in address:
         return _ipv6_interfaces().get(socket.inet_pton(socket.AF_INET6, address).hex())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

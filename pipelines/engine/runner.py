@@ -40,8 +40,8 @@ def run(
 ) -> list[StepReport]:
     """Make the targets and whatever they lack, and report on every step they depend on, inputs first.
 
-    A step that fails takes only those with it that need what it makes; a step that goes on `despite` that is made of the
-    rest. Then the first error is raised. On Ctrl-C leases are released, work is kept, and KeyboardInterrupt goes on.
+    A failed step cancels only the steps that need its output; a step with `despite` is made from its remaining inputs. Then
+    the first error is raised. On Ctrl-C leases are released, work is kept, and KeyboardInterrupt is re-raised.
     """
     with storage_errors(store):
         return _Run(targets, store, backend, on_event).all()
@@ -86,11 +86,11 @@ def _report(node: Node, store: Store, *, needed: bool) -> StepReport:
         )
     kept = store.unfinished(node.name, node.digest)
     state: State = "not needed" if not needed else "unfinished" if kept else "to make"
-    return StepReport(name=node.name, digest=node.digest, state=state, path=kept, metrics=_last_words(kept))
+    return StepReport(name=node.name, digest=node.digest, state=state, path=kept, metrics=_last_failure(kept))
 
 
-def _last_words(kept: str | None) -> dict[str, Any]:
-    """Why the last attempt at a step ended, where its folder says so, as the `warnings` of a step's figures."""
+def _last_failure(kept: str | None) -> dict[str, Any]:
+    """Error of a step's last attempt, read from its work folder, as the `warnings` of its metrics."""
     failure = None if kept is None or "://" in kept else Work(root=Path(kept)).failure
     if failure is None or not failure.is_file():
         return {}
@@ -109,8 +109,8 @@ def _looked_at(report: StepReport, store: Store) -> StepReport:
 
 
 def _ends_the_run(failure: BaseException | None) -> bool:
-    """Whether nothing more is started after an error: an interruption, or one that leaves with a code of its own, as a
-    machine does that is taken away."""
+    """Whether nothing more is started after an error: an interruption, or an error with an exit code of its own (a lost
+    machine)."""
     return failure is not None and (
         not isinstance(failure, Exception)
         or getattr(failure, "exit_code", None) not in (None, 1, EngineError.exit_code)
@@ -127,9 +127,9 @@ class _Run:
         self._on_event, self._telling = on_event, threading.Lock()
         self._artifacts: dict[str, Artifact] = {}
         self._lost: dict[str, str] = {}
-        """Why a node will not be made in this run, by its digest: its own error, or that of what it needs."""
+        """Node digest to why it is not made in this run: its own error, or that of an input."""
         self._partial: dict[str, list[str]] = {}
-        """Inputs that a node goes without, by its digest."""
+        """Node digest to the inputs it is made without."""
         self._made: set[str] = set()
         self._unsealed: list[Artifact] = []
         self._needed = _needed(graph, store)
@@ -139,7 +139,7 @@ class _Run:
         self._cancelled = threading.Event()
 
     def all(self) -> list[StepReport]:
-        """Make what is missing, side by side where resources allow; an error is raised when all that can be made is made."""
+        """Make what is missing, in parallel where resources allow; the first error is raised at the end."""
         waiting = [node for node in self._nodes if node.digest in self._needed and not self._is_cached(node)]
         if self._unsealed:
             self._tell(self._nodes[-1], "said", line=unsealed_line([a.url for a in self._unsealed], self._store.url))
@@ -148,8 +148,8 @@ class _Run:
         for node in waiting:
             self._check_claim(node, there)
             # Execution settings too: they enter no manifest, but a stage writes and logs what it is told.
-            told = [node.identity, to_plain(node.step.settings)]
-            refuse_secrets(told, f"{node.name}: its settings")
+            written = [node.identity, to_plain(node.step.settings)]
+            refuse_secrets(written, f"{node.name}: its settings")
         for node in waiting:
             check(node.step)
         if any(node.step.resumes for node in waiting):  # as trainings do
@@ -200,9 +200,9 @@ class _Run:
         return chosen
 
     def _makeable(self, waiting: list[Node]) -> list[Node]:
-        """The nodes that can still be made: without those that need what failed, or as their step is made despite that."""
+        """Nodes that can still be made: without failed inputs, or, where the step has `despite`, from the others."""
         kept: list[Node] = []
-        for node in waiting:  # inputs before what needs them
+        for node in waiting:  # in topological order
             lost = {
                 name: self._lost[source.digest] for name, source in node.inputs.items() if source.digest in self._lost
             }
@@ -310,7 +310,7 @@ class _Run:
         try:
             metrics = run_stage(context, node.step.run, node.step.settings, inputs)
         except Exception as error:
-            with contextlib.suppress(OSError):  # the folder may have gone to another process, or the disk be full
+            with contextlib.suppress(OSError):  # another process may own the folder now, or the disk is full
                 work.failure.write_text(f"{error}\n", encoding="utf-8")
             raise
         context.still_holds()
@@ -333,7 +333,7 @@ class _Run:
         return artifact
 
     def _verify(self, node: Node, name: str, source: Node, artifact: Artifact) -> None:
-        """Raise EngineError for a damaged input; what was made a moment ago is only looked at again where all is."""
+        """Raise EngineError for a damaged input; artifacts made in this run are verified only if `rechecked`."""
         rechecked = tuple(p.partition("/")[2] for p in node.step.rechecked if p.partition("/")[0] == name)
         if rechecked or source.digest not in self._made:
             self._store.verify(artifact, source.step.self_checking, rechecked)
@@ -369,7 +369,7 @@ class _Run:
 
 
 def unsealed_line(urls: Sequence[str], store: str) -> str:
-    """What is said of artifacts whose manifests have no seal."""
+    """Line to log about artifacts whose manifests have no seal."""
     more = f" and {len(urls) - 1} more" if len(urls) > 1 else ""
     return (
         f"{urls[0]}{more}: published before manifests were sealed, so a change to the manifest would not be noticed; "

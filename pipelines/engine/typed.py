@@ -85,23 +85,23 @@ def _dataclass(cls: type, mapping: Any, where: str) -> Any:
 
 
 def _placed(where: str, cls: type, error: Exception) -> str:
-    """What a class said of its own fields, with their place in the settings, so that what it advises can be typed:
+    """An error's message with full paths for the class's own fields, so that its remedy can be typed:
     `lr = 0: …` is `optim.lr = 0: …`, `set causal=false` of a model's encoder is `set model.encoder.causal=false`."""
-    where, words = where.lstrip("."), str(error)
+    where, message = where.lstrip("."), str(error)
     if not where:
-        return words
+        return message
     own = "|".join(field_types(cls))
-    words = re.sub(rf"(?<![\w.])({own})(?=(\.\w+)*=[^=\s])|(?<![\w.])({own})(?=\.[a-z])", rf"{where}.\g<0>", words)
+    message = re.sub(rf"(?<![\w.])({own})(?=(\.\w+)*=[^=\s])|(?<![\w.])({own})(?=\.[a-z])", rf"{where}.\g<0>", message)
     parts = where.split(".")
-    root = words.partition(".")[0]
-    if root in parts:  # spoken of by a part of its path: `norm.eps`, `ffn.router`, or `model.causal` of an encoder
+    root = message.partition(".")[0]
+    if root in parts:  # named by a part of its path: `norm.eps`, `ffn.router`, or `model.causal` of an encoder
         at = len(parts) - 1 - parts[::-1].index(root)
-        is_above = words.startswith(".".join(parts[at:]) + ".") or words.startswith(".".join(parts[at:]) + " ")
+        is_above = message.startswith(".".join(parts[at:]) + ".") or message.startswith(".".join(parts[at:]) + " ")
         place = ".".join(parts[: at + 1]) if is_above else where
-        words = re.sub(rf"(?<![\w.]){root}(?=\.\w)", place, words)
-    if words.startswith((f"{where}.", f"{where} ")):
-        return words
-    return f"{where}.{words}" if re.match(r"\w+(\.\w+)* = ", words) else f"{where}: {words}"
+        message = re.sub(rf"(?<![\w.]){root}(?=\.\w)", place, message)
+    if message.startswith((f"{where}.", f"{where} ")):
+        return message
+    return f"{where}.{message}" if re.match(r"\w+(\.\w+)* = ", message) else f"{where}: {message}"
 
 
 def _unknown_key(cls: type, key: str, where: str) -> str:

@@ -1,4 +1,4 @@
-"""Nothing waits in silence: a wait that lasts says what it is for and when it ends, work that lasts how far it is.
+"""Progress lines for long waits (what for, until when) and long work (how far).
 
     with waiting("http://127.0.0.1:9000 to answer", 60):      # after 10 s: one line on stderr
         ...
@@ -7,7 +7,7 @@
         for number, file in enumerate(files):
             how_far(f"{number:,} so far")
 
-Ending a wait is the waiter's own work; this only tells.
+The caller ends a wait; this only logs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-SAY_AFTER_SECONDS = 10.0
+LOG_AFTER_SECONDS = 10.0
 
 
 def _to_stderr(line: str) -> None:
@@ -27,28 +27,28 @@ def _to_stderr(line: str) -> None:
 
 
 tell: Callable[[str], None] = _to_stderr
-"""Where lines about waits go; a live display of rich redirects stderr, so they stand above its bars."""
+"""Destination of the lines; a live display of rich redirects stderr, so they appear above its bars."""
 
 
 @contextlib.contextmanager
 def waiting(what: str, seconds: float) -> Iterator[None]:
-    """Say after ten seconds that this waits for ``what``, and that it gives up after ``seconds`` in all."""
-    told = threading.Timer(
-        SAY_AFTER_SECONDS, lambda: tell(f"waiting for {what}; this gives up after {seconds:.0f} s in all")
+    """Log after ten seconds that this waits for ``what``, and gives up after ``seconds`` in all."""
+    timer = threading.Timer(
+        LOG_AFTER_SECONDS, lambda: tell(f"waiting for {what}; this gives up after {seconds:.0f} s in all")
     )
-    told.daemon = True
-    told.start()
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        told.cancel()
+        timer.cancel()
 
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[Callable[[str], None]]:
-    """Say every ten seconds that this goes on, and how far it is: yields a function that takes that.
+    """Log every ten seconds that ``what`` is in progress, and how far: yields a function that takes the latter.
 
-    Told by a thread of its own, so that a block which hangs in one call (on a disk that does not answer) is told of too.
+    A thread of its own logs, so that a block which hangs in one call (on a disk that does not answer) is logged too.
     """
     over, newest, began = threading.Event(), [""], time.monotonic()
 
@@ -56,7 +56,7 @@ def working(what: str) -> Iterator[Callable[[str], None]]:
         newest[0] = f", {text}"
 
     def remind() -> None:
-        while not over.wait(SAY_AFTER_SECONDS):
+        while not over.wait(LOG_AFTER_SECONDS):
             tell(f"{what}{newest[0]} ({time.monotonic() - began:.0f} s)")
 
     thread = threading.Thread(target=remind, name="working", daemon=True)

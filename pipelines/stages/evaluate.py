@@ -106,7 +106,7 @@ def check_prompts(samples: SampleSettings, max_seq_len: int, tokenizer: Tokenize
 def check_tasks(settings: EvaluateSettings, windows: tuple[int, int]) -> None:
     """Build every task that does not come with this program and run it without a model: what fails there would fail after
     everything is trained. Raises EngineError."""
-    if read_tasks(settings.tasks, settings.task_folders).is_own():
+    if read_tasks(settings.tasks, settings.task_folders).has_foreign():
         from pipelines.stages.harness_tasks import try_tasks
 
         try_tasks(settings, windows[0])

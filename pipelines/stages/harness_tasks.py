@@ -1,11 +1,10 @@
-"""Tasks of lm-evaluation-harness: built, tried without a model, and run, all without a network.
+"""Tasks of lm-evaluation-harness: built, dry-run without a model, and run, all without a network.
 
-    try_tasks(settings, context_tokens=256)              # before anything trains: every task of the user's is built and run
+    try_tasks(settings, context_tokens=256)              # before training: builds and dry-runs every task of the user
     run_tasks(harness, documents, settings, out_dir)     # {"next_line": {"acc": {"value", "low", "high", "chance", …}, …}}
 
-Every value is the harness's own: each metric's per-example values go through the aggregation that the harness has for it,
-and so do the draws of its bootstrap. Importing this module imports lm-evaluation-harness (about two seconds), so only what
-needs it does.
+Every value is the harness's: each metric's per-example values, and the draws of its bootstrap, go through the harness's own
+aggregation. Importing this module imports lm-evaluation-harness (about two seconds), so import it only where needed.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from pipelines.stages.harness_figures import Aggregation, Figure, Figures, group
 MOST_NEW_TOKENS = 256
 FEWEST_EXAMPLES = 4
 TRIED_EXAMPLES = 2000
-"""Of a task's own data, tried before anything trains."""
+"""Examples per task in the dry run."""
 
 
 def generation_options(options: Mapping[str, Any], context_tokens: int) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def generation_options(options: Mapping[str, Any], context_tokens: int) -> dict[
         raise EngineError(f"generation_kwargs: until {filled['until']!r}: texts to end before, in a list.")
     if (new_tokens := int(filled["max_gen_toks"])) >= context_tokens:
         raise EngineError(
-            f"A task asks for {new_tokens} new tokens where a window holds {context_tokens}: no room is left for its prompt."
+            f"A task requests {new_tokens} new tokens where a window holds {context_tokens}: no room is left for its prompt."
             f" Set generation_kwargs: {{max_gen_toks: …}} in the task's file to less than {context_tokens}."
         )
     return filled
@@ -65,7 +64,7 @@ def run_tasks(
     harness: LM, documents: Sequence[Document], settings: EvaluateSettings, out_dir: Path
 ) -> dict[str, Figures]:
     """Run `settings.tasks`; {task: {metric: {"value", "low", "high", "missing", "chance"}, "examples": n}}, or
-    {"skipped": why} for a task that these documents give too few examples for. Groups stand before their tasks.
+    {"skipped": why} for a task that these documents give too few examples for. Groups come before their tasks.
 
     Each example and its answers go to `out_dir`/TASK.jsonl.
     """
@@ -73,39 +72,39 @@ def run_tasks(
     chosen = read_tasks(settings.tasks, settings.task_folders)
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
         built = build_tasks(chosen, documents, settings, Path(scratch))
-        found = built.evaluate(harness)
-        results = _results(chosen, built, found, settings)
+        output = built.evaluate(harness)
+        results = _results(chosen, built, output, settings)
     for name in built.tasks:
-        lines = (json.dumps(_answered(answer), default=str) + "\n" for answer in found["samples"][name])
+        lines = (json.dumps(_answered(answer), default=str) + "\n" for answer in output["samples"][name])
         (out_dir / f"{re.sub(r'[^a-zA-Z0-9_.:-]', '_', name)}.jsonl").write_text("".join(lines), encoding="utf-8")
     return results
 
 
 def _results(
-    chosen: TaskSet, built: BuiltTasks, found: Mapping[str, Any], settings: EvaluateSettings
+    chosen: TaskSet, built: BuiltTasks, output: Mapping[str, Any], settings: EvaluateSettings
 ) -> dict[str, Figures]:
     """The figures of every task, and of every group before its tasks."""
     results: dict[str, Figures] = {}
-    made: dict[str, dict[str, Figure]] = {}
+    figures_of: dict[str, dict[str, Figure]] = {}
     for name, task in built.tasks.items():
-        answers = found["samples"][name]
-        is_made = chosen.tasks[name].made_from is not None
-        made[name] = task_figures(task, found["results"][name], answers, settings, is_made=is_made)
-        shown = {metric: figure.shown() for metric, figure in made[name].items()}
+        answers = output["samples"][name]
+        is_derived = chosen.tasks[name].made_from is not None
+        figures_of[name] = task_figures(task, output["results"][name], answers, settings, is_made=is_derived)
+        shown = {metric: figure.shown() for metric, figure in figures_of[name].items()}
         results[name] = shown | {"examples": len({answer["doc_id"] for answer in answers})}
     for name in built.groups:
-        results[name] = group_figures(chosen, name, made, found["results"])
+        results[name] = group_figures(chosen, name, figures_of, output["results"])
     results |= {name: {"skipped": why, "examples": 0} for name, why in built.skipped.items()}
-    return {name: results[name] for asked in chosen.asked for name in _and_below(chosen, asked)}
+    return {name: results[name] for requested in chosen.names for name in _and_below(chosen, requested)}
 
 
 def try_tasks(settings: EvaluateSettings, context_tokens: int) -> None:
-    """Build every task that does not come with this program, and run it on a model that says nothing.
+    """Build every task that does not come with this program, and run it on a stub model.
 
     Raises EngineError for a task that could not be scored: its data, templates, filters, metrics or room for prompts.
     """
     chosen = read_tasks(settings.tasks, settings.task_folders)
-    if not chosen.is_own():
+    if not chosen.has_foreign():
         return
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
         built = build_tasks(chosen, [SAMPLE] * FEWEST_EXAMPLES, settings, Path(scratch))
@@ -113,17 +112,17 @@ def try_tasks(settings: EvaluateSettings, context_tokens: int) -> None:
             path = chosen.tasks[name].path
             if path.parent == TASKS:
                 continue
-            with _named(path):
+            with _naming(path):
                 _check_answers(task)
-                found = evaluate(
-                    _Silent(context_tokens), {"tasks": {name: task}}, bootstrap_iters=0, limit=TRIED_EXAMPLES
+                output = evaluate(
+                    _StubModel(context_tokens), {"tasks": {name: task}}, bootstrap_iters=0, limit=TRIED_EXAMPLES
                 )
-            _check_metrics(path, task, found["results"][name])
+            _check_metrics(path, task, output["results"][name])
         if built.groups:
-            silent = _Silent(context_tokens)
-            found = build_tasks(chosen, [SAMPLE] * FEWEST_EXAMPLES, settings, Path(scratch)).evaluate(silent, limit=1)
+            stub = _StubModel(context_tokens)
+            output = build_tasks(chosen, [SAMPLE] * FEWEST_EXAMPLES, settings, Path(scratch)).evaluate(stub, limit=1)
             for group in chosen.groups.values():
-                _check_averages(group, found["results"][group.name])
+                _check_averages(group, output["results"][group.name])
 
 
 SAMPLE = Document(
@@ -133,19 +132,19 @@ SAMPLE = Document(
     source="sample.py",
     position=0,
 )
-"""What examples are made of where there are no held-out documents yet."""
+"""Stands in for held-out documents, of which there are none yet."""
 
 
 @dataclass(kw_only=True)
 class BuiltTasks:
-    """Tasks and groups as the harness has them, and why others were left out."""
+    """The harness's task and group objects, and why others were skipped."""
 
     tasks: dict[str, ConfigurableTask] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def evaluate(self, model: LM, limit: int | None = None) -> dict[str, Any]:
-        """What the harness finds: per-example values in `samples`, aggregates of tasks and groups in `results`."""
+        """The harness's output: per-example values in `samples`, aggregates of tasks and groups in `results`."""
         if not self.tasks:
             return {"results": {}, "samples": {}}
         loaded = {"tasks": self.tasks, "groups": self.groups}
@@ -155,10 +154,10 @@ class BuiltTasks:
 def build_tasks(
     chosen: TaskSet, documents: Sequence[Document], settings: EvaluateSettings, scratch: Path
 ) -> BuiltTasks:
-    """Every task of a set as the harness builds it, its data read. Raises EngineError for what it cannot build."""
+    """Build every task of a set, with its data. Raises EngineError for what the harness cannot build."""
     built = BuiltTasks()
     for name, task in chosen.tasks.items():
-        config = json.loads(json.dumps(task.config, default=str))  # the harness changes what it is given
+        config = json.loads(json.dumps(task.config, default=str))  # a copy: the harness modifies its configuration
         if task.made_from is not None:
             examples = make_examples(task.made_from, documents, limit=settings.task_examples, seed=settings.seed)
             if len(examples) < FEWEST_EXAMPLES:
@@ -168,49 +167,49 @@ def build_tasks(
             path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
             config["dataset_kwargs"] = {"data_files": {task.split: str(path)}}
         config["dataset_kwargs"] = {**config["dataset_kwargs"], "cache_dir": str(scratch)}
-        _check_known(task)
-        with _named(task.path):
-            made = ConfigurableTask(config=config)
-        made._aggregation_list = {metric: Aggregation(of) for metric, of in made.aggregation().items()}
-        made.set_fewshot_seed(settings.seed)
-        built.tasks[name] = made
-    for name in chosen.groups:  # the innermost first: whatever a group contains was read before it
+        _check_registered(task)
+        with _naming(task.path):
+            built_task = ConfigurableTask(config=config)
+        built_task._aggregation_list = {metric: Aggregation(of) for metric, of in built_task.aggregation().items()}
+        built_task.set_fewshot_seed(settings.seed)
+        built.tasks[name] = built_task
+    for name in chosen.groups:  # innermost first: members are read before their group
         members = chosen.groups[name].members
         if missing := [m for m in members if m not in built.tasks and m not in built.groups]:
             built.skipped[name] = f"{', '.join(missing)} {'was' if len(missing) == 1 else 'were'} skipped"
             continue
-        with _named(chosen.groups[name].path):
+        with _naming(chosen.groups[name].path):
             built.groups[name] = Group.from_config(dict(chosen.groups[name].config))
         for member in members:
             built.groups[name].add(built.groups[member] if member in built.groups else built.tasks[member])
     return built
 
 
-def _check_known(task: TaskFile) -> None:
-    """Whether the harness knows each metric and aggregation; it looks for others on a network, and goes on without."""
+def _check_registered(task: TaskFile) -> None:
+    """Raise EngineError for a metric or aggregation unknown to the harness, which would look for it on a network."""
     for metric in task.config.get("metric_list", ()):
-        named = {"metric": (metric["metric"], metric_registry)}
+        registered = {"metric": (metric["metric"], metric_registry)}
         if "aggregation" in metric:
-            named["aggregation"] = (metric["aggregation"], aggregation_registry)
-        for kind, (name, registry) in named.items():
+            registered["aggregation"] = (metric["aggregation"], aggregation_registry)
+        for kind, (name, registry) in registered.items():
             if name not in registry:
                 known = ", ".join(sorted(registry.keys()))
                 raise EngineError(f"{task.path}: metric_list: the harness has no {kind} {name!r}; it has {known}.")
 
 
-def _check_metrics(path: Path, task: ConfigurableTask, found: Mapping[str, Any]) -> None:
-    """Whether every metric that was asked for came out; the harness leaves out what an output type does not give."""
-    given = {key.partition(",")[0] for key in found if "," in key}
-    missing, more = set(task._metric_fn_list) - given, given - set(task._metric_fn_list)
+def _check_metrics(path: Path, task: ConfigurableTask, output: Mapping[str, Any]) -> None:
+    """Raise EngineError for a requested metric without a result: the harness drops those of other output types."""
+    computed = {key.partition(",")[0] for key in output if "," in key}
+    missing, more = set(task._metric_fn_list) - computed, computed - set(task._metric_fn_list)
     if missing and not {key for key in more if not key.endswith("_stderr")}:
         raise EngineError(
             f"{path}: metric_list: {', '.join(sorted(missing))}: the harness does not compute it for output_type "
-            f"{task.OUTPUT_TYPE}; leave it out, or ask in another way."
+            f"{task.OUTPUT_TYPE}; leave it out, or use another output_type."
         )
 
 
 def _check_answers(task: ConfigurableTask) -> None:
-    """Whether each question's answer is among its choices; the harness counts one that is not as wrong, whatever is said."""
+    """Raise EngineError for a target that is none of the choices: the harness would count every answer as wrong."""
     if task.OUTPUT_TYPE == "multiple_choice":
         for _, doc in task.doc_iterator(limit=TRIED_EXAMPLES):
             if not right_choices(task, doc):
@@ -220,20 +219,20 @@ def _check_answers(task: ConfigurableTask) -> None:
                 )
 
 
-def _check_averages(group: GroupFile, found: Mapping[str, Any]) -> None:
-    """Whether everything that a group averages is a metric of its tasks; the harness goes on without."""
+def _check_averages(group: GroupFile, output: Mapping[str, Any]) -> None:
+    """Raise EngineError for an averaged metric that no task of the group has; the harness silently drops it."""
     for entry in group.config["aggregate_metric_list"]:
-        given = {key.partition(",")[2] for key in found if key.partition(",")[0] == entry["metric"]}
-        filters = entry.get("filter_list") or sorted(given)
-        if not given or not set([filters] if isinstance(filters, str) else filters) <= given:
+        computed = {key.partition(",")[2] for key in output if key.partition(",")[0] == entry["metric"]}
+        filters = entry.get("filter_list") or sorted(computed)
+        if not computed or not set([filters] if isinstance(filters, str) else filters) <= computed:
             raise EngineError(
                 f"{group.path}: aggregate_metric_list: {entry['metric']}: no task of the group {group.name!r} has this "
-                f"metric{f' under every filter of {filters}' if given else ''}; name one of theirs."
+                f"metric{f' under every filter of {filters}' if computed else ''}; name one of theirs."
             )
 
 
-class _Silent(LM):
-    """A model that says nothing: longer texts are less likely, and nothing is written."""
+class _StubModel(LM):
+    """A stub model: longer texts are less likely, and nothing is generated."""
 
     def __init__(self, context_tokens: int) -> None:
         super().__init__()
@@ -252,14 +251,14 @@ class _Silent(LM):
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Whatever the harness, jinja or `datasets` raise about a task becomes one refusal that names its file."""
+def _naming(path: Path) -> Iterator[None]:
+    """Turn any error of the harness, jinja or `datasets` into one EngineError with the file's path."""
     try:
         yield
     except EngineError as error:
         raise EngineError(f"{path}: {error}") from error
     except Exception as error:
-        cause = error.__cause__ or error  # `datasets` says what went wrong in the error below its own
+        cause = error.__cause__ or error  # `datasets` hides the reason in its error's cause
         shown = " ".join(f"{type(cause).__name__}: {cause}".split())
         shown = shown if len(shown) <= 600 else shown[:600] + " …"
         raise EngineError(
@@ -270,7 +269,7 @@ def _named(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's bars and remarks: what matters of them is checked here."""
+    """Suppress the harness's progress bars and warnings: the relevant conditions are checked here."""
     levels = {logging.getLogger(name): logging.getLogger(name).level for name in ("lm_eval", "datasets")}
     for logger in levels:
         logger.setLevel(logging.CRITICAL)
@@ -295,7 +294,7 @@ def _and_below(chosen: TaskSet, name: str) -> Iterator[str]:
 
 
 def _answered(answer: dict[str, Any]) -> dict[str, Any]:
-    """One line of the answers' file: the example, what the model said, and what that scored."""
+    """One line of the answers' file: the example, the model's answers, and their scores."""
     scored = {
         "example": answer["doc"],
         "answers": answer["filtered_resps"],

@@ -50,13 +50,13 @@ def make(settings: ConversationRows, corpora: list[Artifact], tokenizer: Artifac
     from data.tokenizer import Tokenizer
 
     counts = build_instructions(settings.data, [corpus.path for corpus in corpora], out_dir)
-    words = Tokenizer.load(tokenizer.path)
-    documents, refused = encode(words, load_conversations(out_dir / "train.jsonl"), settings.data.reader)
+    loaded = Tokenizer.load(tokenizer.path)
+    documents, refused = encode(loaded, load_conversations(out_dir / "train.jsonl"), settings.data.reader)
     rows = ShardSettings(seq_len=settings.seq_len)
     shard = make_conversation_shard(
-        documents, out_dir / "rows", name="conversations", tokenizer=words, settings=rows, too_long=settings.too_long
+        documents, out_dir / "rows", name="conversations", tokenizer=loaded, settings=rows, too_long=settings.too_long
     )
-    totals = write_manifest(out_dir / "rows", [shard], settings=rows, vocab_size=words.vocab_size, masked=True)
+    totals = write_manifest(out_dir / "rows", [shard], settings=rows, vocab_size=loaded.vocab_size, masked=True)
     counts |= (
         {"conversations_refused": len(refused), "refused": refused[: ReadLog.MAX_MALFORMED_SHOWN]} if refused else {}
     )
@@ -69,11 +69,11 @@ def make(settings: ConversationRows, corpora: list[Artifact], tokenizer: Artifac
 
 
 def encode(
-    words: Tokenizer, conversations: Sequence[Conversation], reader: ReaderSettings
+    tokenizer: Tokenizer, conversations: Sequence[Conversation], reader: ReaderSettings
 ) -> tuple[list[TokenDocument], list[str]]:
-    """The tokens of each conversation, and of those that the chat template refuses: file, line and why.
+    """Tokens of each conversation, and file, line and reason of each one the chat template refuses.
 
-    They are passed over as malformed lines are. Raises DataError past that limit, and where none is left.
+    Those are skipped like malformed lines. Raises DataError past that limit, and if no conversation is left.
     """
     from data.chat import encode_chat
     from data.errors import DataError
@@ -82,16 +82,16 @@ def encode(
     documents: list[TokenDocument] = []
     refused: list[str] = []
     in_file: Counter[str] = Counter()
-    most = reader.max_malformed_lines_per_file
+    limit = reader.max_malformed_lines_per_file
     for c in conversations:
         try:
-            tokens, is_target = encode_chat(words, c.messages)
+            tokens, is_target = encode_chat(tokenizer, c.messages)
         except DataError as error:
             refused.append(f"{c.source} line {c.position}: {error}")
             in_file[c.source] += 1
-            if in_file[c.source] > most:
+            if in_file[c.source] > limit:
                 raise DataError(
-                    f"{c.source}: {in_file[c.source]} conversations are refused by the chat template, and {most} a "
+                    f"{c.source}: {in_file[c.source]} conversations are refused by the chat template, and {limit} a "
                     f"file are passed over (finetune.data.reader.max_malformed_lines_per_file). The first: {refused[0]}"
                 ) from error
             continue

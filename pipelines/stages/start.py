@@ -53,9 +53,9 @@ class Start:
     weights: tuple[Path, ...]
     tokenizer: tuple[Path, ...]
     tokenizer_folder: Path
-    """Where those files lie: `folder`, or for an artifact of ours the one of the tokenizer it was trained with."""
+    """Folder of those files: `folder`, or, for one of our artifacts, its tokenizer step's."""
     checksums: dict[str, str] = field(default_factory=dict)
-    """Of `weights`, where the manifest of an artifact of ours has them."""
+    """sha256 of `weights`, from the manifest of one of our artifacts; else empty."""
     config_ids: dict[str, int] = field(default_factory=dict)
     """See `data.tokenizer_hf.config_ids`; none for a tokenizer that this program made."""
 
@@ -63,8 +63,8 @@ class Start:
     def open(
         cls, setting: str, folder: str, *, trained_with: Path | None = None, checksums: Mapping[str, str] | None = None
     ) -> Start:
-        """trained_with: the folder of the tokenizer, where it is known to lie elsewhere. checksums: of the folder's files,
-        where a manifest has them. Raises EngineError or ModelError for a folder that no training can begin with."""
+        """trained_with: the tokenizer's folder, if not `folder`. checksums: sha256 of the folder's files, from a manifest.
+        Raises EngineError or ModelError for a folder that cannot start a training."""
         path = Path(os.path.expanduser(folder)).absolute()
         if not path.is_dir():
             raise EngineError(
@@ -77,8 +77,8 @@ class Start:
                 f"{setting}={folder}: {other}, and the rows that are trained on here are text; give a checkpoint of a "
                 "language model."
             )
-        words = trained_with or path
-        files = tuple(tokenizer_files(words))
+        tokenizer_folder = trained_with or path
+        files = tuple(tokenizer_files(tokenizer_folder))
         if not files:
             return cls(
                 setting=setting,
@@ -86,11 +86,11 @@ class Start:
                 config=config,
                 weights=weights,
                 tokenizer=(),
-                tokenizer_folder=words,
+                tokenizer_folder=tokenizer_folder,
                 checksums=dict(checksums or {}),
             )
         try:
-            tokenizer = Tokenizer.load(words)
+            tokenizer = Tokenizer.load(tokenizer_folder)
         except DataError as error:
             raise EngineError(f"{setting}={folder}: {error}") from error
         if tokenizer.vocab_size > config.require_vocab_size():
@@ -98,20 +98,20 @@ class Start:
             raise EngineError(
                 f"{setting}={folder}: its tokenizer has {tokenizer.vocab_size:,} pieces and its model vocab_size "
                 f"{config.vocab_size:,}: a model has a row for each piece at least. Where {surplus} never used, take that "
-                f"out of added_tokens in {words / 'tokenizer.json'}, and out of tokenizer_config.json and "
+                f"out of added_tokens in {tokenizer_folder / 'tokenizer.json'}, and out of tokenizer_config.json and "
                 "special_tokens_map.json where they name it; else make the model larger with transformers, "
                 f"model.resize_token_embeddings({tokenizer.vocab_size}), or give the tokenizer that belongs to the weights."
             )
-        said = config_ids(words) if isinstance(tokenizer, HuggingFaceTokenizer) else {}
+        piece_ids = config_ids(tokenizer_folder) if isinstance(tokenizer, HuggingFaceTokenizer) else {}
         return cls(
             setting=setting,
             folder=path,
             config=config,
             weights=weights,
             tokenizer=files,
-            tokenizer_folder=words,
+            tokenizer_folder=tokenizer_folder,
             checksums=dict(checksums or {}),
-            config_ids=said,
+            config_ids=piece_ids,
         )
 
     @property
@@ -188,37 +188,37 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def take(folder: str, out_dir: Path, checksums: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Check every byte that has a checksum and every tensor, then copy the files; a model whose head began anew is written.
-    Runs in a worker: it reads all."""
+    """Verify checksums, where there are any, and every tensor, then copy the files, or write the model if its head is new.
+    Runs in a worker."""
     import json
     import shutil
 
     from model.interop import load_imported, save_pretrained
 
     source = Path(folder)
-    check_checksums(source)  # of a folder that we exported
+    check_checksums(source)  # present in our own exports
     for file in checkpoint_files(source):
         check_published(file, (checksums or {}).get(file.relative_to(source).as_posix()))
-    found = load_imported(source, head_seed=0)
+    loaded = load_imported(source, head_seed=0)
     out_dir.mkdir(parents=True)
-    if found.new_head:
-        described = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        ids = {key: value for key, value in described.items() if key.endswith("_token_id")}
-        save_pretrained(found.state, found.config, out_dir, extra=ids)
+    if loaded.new_head:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
+        save_pretrained(loaded.state, loaded.config, out_dir, extra=ids)
     else:
         for file in checkpoint_files(source):
             shutil.copyfile(file, out_dir / file.name)
-    held = {name: tensor for name, tensor in found.state.items() if name not in found.config.tied_weights}
+    stored = {name: tensor for name, tensor in loaded.state.items() if name not in loaded.config.tied_weights}
     return {
-        "parameters": sum(tensor.numel() for tensor in held.values()),
-        "tensors": len(held),
-        "new_head": list(found.new_head),
-        "left": list(found.left),
+        "parameters": sum(tensor.numel() for tensor in stored.values()),
+        "tensors": len(stored),
+        "new_head": list(loaded.new_head),
+        "left": list(loaded.left),
     }
 
 
 def _surplus(tokenizer: Tokenizer, config: ModelConfig) -> str:
-    """The pieces that the model has no row for, by name, and a verb."""
+    """Names of the tokenizer's pieces without an embedding row, followed by was or were."""
     rows = config.require_vocab_size()
     names = [repr(tokenizer.piece(number)) for number in range(rows, tokenizer.vocab_size)]
     shown = f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 4 else ", ".join(names)

@@ -1,13 +1,13 @@
 """Task files: the YAML of lm-evaluation-harness, read and checked without importing it.
 
     tasks = read_tasks(("capitals", "grammar"), ("my-tasks",))
-    tasks.tasks["capitals"].config       # what the harness is given: includes merged, paths of data absolute
+    tasks.tasks["capitals"].config       # as passed to the harness: includes merged, data paths absolute
     tasks.groups["grammar"].members      # a group's tasks and groups, in order
-    tasks.files                          # everything the tasks are made from, to enter a digest
+    tasks.files                          # every file that the tasks read, for the digest
 
-A name is that of a file (`NAME.yaml`), or what a file of the folders says under `task`, `group` or `tag`, as in the
-harness. Every form its guide describes is read: `include`, groups (nested, inline, with overrides), tags, one data file or
-one a split, globs. What needs a network or runs code is refused with what to do instead.
+A name is a file's (`NAME.yaml`), or the value of `task`, `group` or `tag` in any file of the folders, as in the harness.
+Every form of its guide is supported: `include`, groups (nested, inline, with overrides), tags, one data file or one per
+split, globs. What needs a network or runs code is refused with a remedy.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ TASKS = Path(__file__).parents[2] / "conf" / "evaluate" / "tasks"
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFile:
-    """One task: its configuration as the harness takes it, and the file that a person would change."""
+    """One task: its configuration in the harness's schema, and the file to edit."""
 
     name: str
     path: Path
     config: dict[str, Any]
     made_from: str | None
-    """How its examples are made from held-out documents; none for a task with data of its own."""
+    """How its examples are made from held-out documents; None for a task with its own data."""
 
     @property
     def split(self) -> str:
@@ -52,7 +52,7 @@ class TaskFile:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupFile:
-    """One group: `config` has its alias and what is averaged over its tasks, `members` tasks and groups by name."""
+    """One group: `config` with its alias and averaged metrics, `members` the names of its tasks and groups."""
 
     name: str
     path: Path
@@ -62,10 +62,10 @@ class GroupFile:
 
 @dataclass(kw_only=True)
 class TaskSet:
-    """The tasks that were asked for, those of groups among them."""
+    """The requested tasks, including those of groups."""
 
-    asked: tuple[str, ...]
-    """In the order asked for; a tag stands for its tasks."""
+    names: tuple[str, ...]
+    """Requested names in order; a tag is replaced by its tasks."""
     tasks: dict[str, TaskFile] = field(default_factory=dict)
     groups: dict[str, GroupFile] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
@@ -77,8 +77,8 @@ class TaskSet:
             found += self.leaves(member) if member in self.groups else [member]
         return found
 
-    def is_own(self) -> bool:
-        """Whether any of them is not among those which come with this program."""
+    def has_foreign(self) -> bool:
+        """Whether any of them does not come with this program."""
         paths = [task.path for task in self.tasks.values()] + [group.path for group in self.groups.values()]
         return any(path.parent != TASKS for path in paths)
 
@@ -89,22 +89,22 @@ def read_tasks(names: Sequence[str], folders: Sequence[str]) -> TaskSet:
 
 
 class _Reader:
-    """One reading: which folders, and what was found in them so far."""
+    """Reads names from folders, accumulating a TaskSet."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = folders
-        self._set = TaskSet(asked=())
+        self._set = TaskSet(names=())
 
     def read(self, names: Sequence[str]) -> TaskSet:
-        asked: list[str] = []
+        requested: list[str] = []
         for name in names:
-            asked += [added for added in self._named(name, {}, ()) if added not in asked]
-        self._set.asked = tuple(asked)
+            requested += [added for added in self._add(name, {}, ()) if added not in requested]
+        self._set.names = tuple(requested)
         self._set.files = list(dict.fromkeys(self._set.files))
         return self._set
 
-    def _named(self, name: str, overrides: Mapping[str, Any], above: tuple[str, ...]) -> list[str]:
-        """Add what `name` stands for, a task, a group or the tasks of a tag, with a group's overrides on top."""
+    def _add(self, name: str, overrides: Mapping[str, Any], above: tuple[str, ...]) -> list[str]:
+        """Add the task, the group or the tag's tasks called `name`, with a group's overrides on top; the added names."""
         if name in above:
             raise EngineError(f"evaluate.tasks: the group {name!r} contains itself, by way of {' → '.join(above)}.")
         path = self._file(name)
@@ -116,8 +116,8 @@ class _Reader:
             return [self._task(name, path, {**config, **overrides})]
         tagged = self._index.tags.get(name)
         if tagged is None:
-            self._unknown(name)
-        return [added for member in tagged for added in self._named(member, overrides, above)]
+            self._refuse_unknown(name)
+        return [added for member in tagged for added in self._add(member, overrides, above)]
 
     def _file(self, name: str) -> Path | None:
         for folder in self._folders:
@@ -129,7 +129,7 @@ class _Reader:
     def _index(self) -> _Index:
         return _Index.of(self._folders)
 
-    def _unknown(self, name: str) -> NoReturn:
+    def _refuse_unknown(self, name: str) -> NoReturn:
         known = sorted(self._index.names.keys() | self._index.tags.keys() | {p.stem for p in TASKS.glob("*.yaml")})
         near = difflib.get_close_matches(name, known, n=1)
         unread = "".join(f" {path} could not be read: {why}" for path, why in self._index.unread.items())
@@ -137,7 +137,7 @@ class _Reader:
         remedy = f", did you mean {near[0]!r}?" if near else "."
         raise EngineError(
             f"evaluate.tasks: no task named {name!r}{remedy} A task is a harness YAML file in conf/evaluate/tasks or in one "
-            f"of evaluate.task_folders, named by its file or by what it says under task, group or tag; there are "
+            f"of evaluate.task_folders, named by its file or by its task, group or tag field; there are "
             f"{', '.join(known)}. A task that comes with the harness needs a network: put its YAML and its data into a "
             f"folder and add 'evaluate.task_folders=[DIR]'.{unread}"
         )
@@ -154,7 +154,7 @@ class _Reader:
         task = TaskFile(name=name, path=path, config=config, made_from=maker)
         if self._set.tasks.setdefault(name, task) != task:
             raise EngineError(
-                f"evaluate.tasks: {name!r} is asked for twice with different settings, last by {path}; give one of them "
+                f"evaluate.tasks: {name!r} is requested twice with different settings, last by {path}; give one of them "
                 "another name (include: its file, and another task:)."
             )
         return name
@@ -188,20 +188,20 @@ class _Reader:
     def _member(
         self, group: str, path: Path, member: Any, overrides: Mapping[str, Any], above: tuple[str, ...]
     ) -> list[str]:
-        """What one line of a group's `task` list adds: a name, a name with overrides, or a task or group of its own."""
+        """Add one entry of a group's `task` list: a name, a name with overrides, or an inline task or group."""
         if isinstance(member, str):
-            return self._named(member, overrides, above)
+            return self._add(member, overrides, above)
         if not isinstance(member, dict) or not isinstance(member.get("group") or member.get("task"), str):
             refuse(path, f"task: {member!r} is no member of a group; write a name, or a mapping with task: or group:")
         if "group" in member:
             name = member["group"]
             if self._exists(name):
-                return self._named(name, {**overrides, **{k: v for k, v in member.items() if k != "group"}}, above)
+                return self._add(name, {**overrides, **{k: v for k, v in member.items() if k != "group"}}, above)
             return [self._group(f"{group}::{name}", path, member, overrides, above)]
         name = member["task"]
         changed = {**overrides, **{key: value for key, value in member.items() if key != "task"}}
         if self._exists(name):
-            return self._named(name, changed, above)
+            return self._add(name, changed, above)
         return [self._task(f"{group}::{name}", path, changed)]
 
     def _exists(self, name: str) -> bool:
@@ -210,7 +210,7 @@ class _Reader:
 
 @dataclass(kw_only=True)
 class _Index:
-    """What the files of some folders call themselves: tasks and groups, tags, and files that could not be read."""
+    """Task and group names and tags in some folders' files, and the files that could not be read."""
 
     names: dict[str, Path] = field(default_factory=dict)
     tags: dict[str, list[str]] = field(default_factory=dict)
@@ -226,13 +226,13 @@ class _Index:
             except EngineError as error:
                 index.unread[path] = str(error)
                 continue
-            said = config.get("group") if "group" in config else config.get("task")
-            if not isinstance(said, str):
+            name = config.get("group") if "group" in config else config.get("task")
+            if not isinstance(name, str):
                 continue  # a file that others include
-            index.names.setdefault(said, path)
+            index.names.setdefault(name, path)
             tags = config.get("tag") or [] if "group" not in config else []
             for tag in [tags] if isinstance(tags, str) else tags:
-                index.tags.setdefault(str(tag), []).append(said)
+                index.tags.setdefault(str(tag), []).append(name)
         return index
 
 
@@ -243,7 +243,7 @@ def _yaml_files(folder: Path) -> Iterator[Path]:
 
 
 def _load(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[Path]]:
-    """A file's configuration with what it includes under it, and all the files that were read."""
+    """A file's configuration merged over its includes, and every file read."""
     import yaml
 
     if path.resolve() in above:
@@ -278,7 +278,7 @@ def _load(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], lis
 
 @functools.cache
 def _loader() -> Any:
-    """Safe YAML in which `!function` is refused by name."""
+    """A safe YAML loader that refuses `!function` with its line."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -292,7 +292,7 @@ def _loader() -> Any:
 
 
 def _beside(path: Path, names: Any) -> Any:
-    """Names of data as the file that says them means them: relative to itself, whoever includes it."""
+    """Paths of data, relative ones resolved against the file that contains them, whoever includes it."""
     if isinstance(names, dict):
         return {split: _beside(path, of) for split, of in names.items()}
     if isinstance(names, list):

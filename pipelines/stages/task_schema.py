@@ -1,7 +1,6 @@
-"""What a harness task file may say: its fields and their types, what is refused, and where its data lie.
+"""Schema of a harness task file: its fields and their types, refused fields, and paths of its data.
 
-Checked without importing lm-evaluation-harness, by what can be told from the file alone; whether a task can be built of its
-data, `harness_tasks.py` tries.
+Checked from the file alone, without importing lm-evaluation-harness; `harness_tasks.py` builds the tasks from their data.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import Any, NoReturn
 from pipelines.engine.step import EngineError
 
 MAKERS = ("next_line", "close_bracket", "rolling_text")
-"""Of what `made_from` may name; `task_data.py` makes them."""
+"""Values of `made_from`; `task_data.py` makes these examples."""
 FORMATS = ("json", "csv", "parquet", "text", "arrow")
-"""Of `dataset_path`: files on this disk."""
+"""Values of `dataset_path`: formats of local files."""
 OUTPUTS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until")
 
 FIELDS: Mapping[str, tuple[type, ...]] = {
@@ -50,7 +49,7 @@ FIELDS: Mapping[str, tuple[type, ...]] = {
     "metadata": (object,),
     "unsafe_code": (bool,),
 }
-"""What a task file may say, and of which type; a null says nothing."""
+"""Fields of a task file and their types; null counts as unset."""
 GROUP_FIELDS: Mapping[str, tuple[type, ...]] = {
     "group": (str,),
     "group_alias": (str,),
@@ -71,11 +70,11 @@ REFUSED: Mapping[str, str] = {
     "doc_to_audio": "asks with sound, and these models read text",
     "task_list": "is no part of the harness's guide; write a group with its tasks",
 }
-"""Fields of the harness that are refused, and what to do instead."""
+"""Refused fields of the harness, each with its reason and remedy."""
 
 
 def check_fields(path: Path, config: Mapping[Any, Any], known: Mapping[str, tuple[type, ...]]) -> None:
-    """Whether every field is known and of its type. Raises EngineError."""
+    """Raise EngineError for an unknown field or a value of the wrong type."""
     for key, value in config.items():
         if key in REFUSED:
             refuse(path, f"{key}: {REFUSED[key]}")
@@ -84,13 +83,13 @@ def check_fields(path: Path, config: Mapping[Any, Any], known: Mapping[str, tupl
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             refuse(path, f"{key}: the harness has no such field; {hint}")
         types = known[key]
-        is_flag = isinstance(value, bool) and bool not in types  # to Python a number
+        is_flag = isinstance(value, bool) and bool not in types  # bool is an int in Python
         if value is not None and object not in types and (is_flag or not isinstance(value, types)):
             refuse(path, f"{key}: {_short(value)} is not {' or '.join(NAMES[kind] for kind in types)}")
 
 
 def check_task(path: Path, config: dict[str, Any], maker: str | None) -> dict[str, Any]:
-    """A task's configuration, if the harness can make a task of it by what can be told without its data."""
+    """A task's configuration, checked as far as possible without its data. Raises EngineError."""
     if config.get("unsafe_code"):
         refuse(path, f"unsafe_code: {CODE}")
     if maker is not None and maker not in MAKERS:
@@ -99,10 +98,10 @@ def check_task(path: Path, config: dict[str, Any], maker: str | None) -> dict[st
     if output not in OUTPUTS:
         refuse(path, f"output_type: {output!r}: known are {', '.join(OUTPUTS)}")
     if not (config.get("test_split") or config.get("validation_split")):
-        refuse(path, "test_split: name the split that is asked (test_split: test, or validation_split: …)")
+        refuse(path, "test_split: name the split to evaluate (test_split: test, or validation_split: …)")
     for key in ("doc_to_text", "doc_to_target", *(("doc_to_choice",) if output == "multiple_choice" else ())):
         if key not in config:
-            refuse(path, f"{key}: missing; a task of output_type {output} says what is asked and what is right")
+            refuse(path, f"{key}: missing; a task of output_type {output} needs a prompt and a right answer")
     for key, least in (("num_fewshot", 0), ("repeats", 1)):
         if config.get(key, least) < least:
             refuse(path, f"{key}: {config[key]}: must be at least {least}")
@@ -135,7 +134,7 @@ def check_task(path: Path, config: dict[str, Any], maker: str | None) -> dict[st
 
 
 def check_averages(path: Path, averaged: Sequence[Any]) -> list[dict[str, Any]]:
-    """A group's `aggregate_metric_list`."""
+    """A group's checked `aggregate_metric_list`."""
     for entry in averaged:
         if not isinstance(entry, dict) or not isinstance(entry.get("metric"), str):
             refuse(path, f"aggregate_metric_list: {_short(entry)}: each entry is a mapping with metric: NAME")
@@ -144,16 +143,18 @@ def check_averages(path: Path, averaged: Sequence[Any]) -> list[dict[str, Any]]:
                 path, f"aggregate_metric_list: {', '.join(sorted(map(str, unknown)))}: the harness has no such field"
             )
         if entry.get("aggregation", "mean") != "mean":
-            refuse(path, f"aggregate_metric_list: aggregation {entry['aggregation']!r}: the harness knows mean alone")
+            refuse(
+                path, f"aggregate_metric_list: aggregation {entry['aggregation']!r}: the harness supports mean alone"
+            )
     return [dict(entry) for entry in averaged]
 
 
 def data_files_of(path: Path, config: Mapping[str, Any]) -> dict[str, list[str]]:
     """A task's own data by split, absolute, relative paths being those beside its YAML file.
 
-    One file without a split is that of the split that is asked.
+    A file without a split is the evaluated split's.
     """
-    given = dict(config.get("dataset_kwargs") or {})
+    dataset_kwargs = dict(config.get("dataset_kwargs") or {})
     if config.get("dataset_path") not in FORMATS:
         refuse(
             path,
@@ -161,24 +162,24 @@ def data_files_of(path: Path, config: Mapping[str, Any]) -> dict[str, list[str]]
             f"a digest; put the data beside the file and write dataset_path: json (or {', '.join(FORMATS[1:])}) and "
             "dataset_kwargs: {data_files: NAME}",
         )
-    if given.get("streaming") or "data_dir" in given or not given.get("data_files"):
+    if dataset_kwargs.get("streaming") or "data_dir" in dataset_kwargs or not dataset_kwargs.get("data_files"):
         refuse(path, "dataset_kwargs: name the task's own files, as in {data_files: {test: NAME.jsonl}}")
-    asked = config.get("test_split") or config["validation_split"]
-    data_files = given["data_files"]
-    by_split = data_files if isinstance(data_files, dict) else {asked: data_files}
-    found = {str(split): _expanded(path, names) for split, names in by_split.items()}
+    evaluated = config.get("test_split") or config["validation_split"]
+    data_files = dataset_kwargs["data_files"]
+    by_split = data_files if isinstance(data_files, dict) else {evaluated: data_files}
+    files_by_split = {str(split): _expanded(path, names) for split, names in by_split.items()}
     few_shot = (config.get("fewshot_config") or {}).get("split")
     for key, split in [(key, config.get(key)) for key in FIELDS if key.endswith("_split")] + [
         ("fewshot_config", few_shot)
     ]:
-        if split is not None and split not in found:
-            refuse(path, f"{key}: {split!r} has no data; data_files gives {', '.join(found)}")
-    return found
+        if split is not None and split not in files_by_split:
+            refuse(path, f"{key}: {split!r} has no data; data_files gives {', '.join(files_by_split)}")
+    return files_by_split
 
 
 def _expanded(path: Path, names: Any) -> list[str]:
-    """The files that a name, a glob or a list of them means, sorted within each glob."""
-    found: list[str] = []
+    """Files of a name, a glob or a list of them, sorted within each glob."""
+    files: list[str] = []
     for name in [names] if isinstance(names, str) else names if isinstance(names, list) else [None]:
         if not isinstance(name, str):
             refuse(path, f"data_files: {_short(names)}: give a file's name, a list of them, or one a split")
@@ -190,8 +191,8 @@ def _expanded(path: Path, names: Any) -> list[str]:
         matches = [place] if place.is_file() else [p for p in sorted(place.parent.glob(place.name)) if p.is_file()]
         if not matches:
             refuse(path, f"data_files: {name}: no such file beside it")
-        found += [str(match.absolute()) for match in matches]
-    return found
+        files += [str(match.absolute()) for match in matches]
+    return files
 
 
 def refuse(path: Path, why: str) -> NoReturn:

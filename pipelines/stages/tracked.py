@@ -1,9 +1,9 @@
-"""The scores of an evaluation at Weights & Biases: in the runs of the trainings that they judge, as figures and tables.
+"""Send an evaluation's scores to Weights & Biases: figures and tables, in the runs of the trainings they belong to.
 
     track_scores(settings.tracking, figures, inputs, out_dir, ctx)
 
-A training's run is found by the id that its artifact keeps, and continued; so runs can be sorted by a score and set against
-any setting. Where no training was tracked (weights from outside, or tracking was off) the scores are a run of their own.
+A training's run is found by the id that its artifact keeps, and resumed, so runs can be sorted by a score and plotted
+against any setting. Without a tracked training (imported weights, or tracking off) the scores are a run of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipelines.training.metrics import RUN_ID, RunName, Table, wandb_run
 from pipelines.training.settings import TrackingSettings
 
 MODELS = {"pretrain": "base", "finetune": "finetuned"}
-"""Steps that train, and what evaluation calls their models."""
+"""Training step to evaluation's name for its model."""
 VOLATILE = ("logs/*",)
 """What tracking leaves in the artifact; it stays out of the content digest."""
 
@@ -31,7 +31,7 @@ def track_scores(
     out_dir: Path,
     ctx: Context,
 ) -> None:
-    """Send `figures` and the tables below `out_dir`. What cannot be sent is said; the scores are in the artifact anyhow."""
+    """Send `figures` and the tables below `out_dir`. A failure is logged, not raised: the scores are in the artifact too."""
     if settings.mode == "off":
         return
     models = {name: inputs[name] for name in MODELS if name in inputs}
@@ -41,8 +41,10 @@ def track_scores(
     try:
         for name, artifact in tracked.items():
             run_name = RunName.kept(artifact.path / "logs", label=name, url=artifact.url)
-            mine = {"evaluate": ctx.url, **config[name]}
-            with wandb_run(settings, name=run_name, folder=out_dir / "logs" / name, config=mine, say=ctx.say) as run:
+            own_config = {"evaluate": ctx.url, **config[name]}
+            with wandb_run(
+                settings, name=run_name, folder=out_dir / "logs" / name, config=own_config, say=ctx.say
+            ) as run:
                 if run is not None:
                     run.tables(tables(out_dir, MODELS[name]), step=int(artifact.metrics.get("steps", 0)) + 1)
                     run.summary({f"eval/{key}": value for key, value in _of(name, figures).items()})
@@ -62,7 +64,7 @@ def track_scores(
 
 
 def _of(step: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a step's model: the base's have no prefix, and the tuned one stands beside the base."""
+    """Figures for a step's run: pretraining's without the finetuned ones, finetuning's with both, to compare."""
     other = "finetuned_" if step == "pretrain" else None
     return {
         name: value
@@ -72,9 +74,9 @@ def _of(step: str, figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tables(out_dir: Path, model: str) -> dict[str, Table]:
-    """Scores of every scorer, and the model's tasks and samples, as results.json and samples.json have them."""
+    """Tables of every scorer's scores and of the model's tasks and samples, from results.json and samples.json."""
     results, samples = (_read(out_dir / name) for name in ("results.json", "samples.json"))
-    found: dict[str, Table] = {}
+    result: dict[str, Table] = {}
     shown = ("bits_per_byte", "perplexity")
     scores = [
         (name, figure, *_interval(score[figure]))
@@ -83,7 +85,7 @@ def tables(out_dir: Path, model: str) -> dict[str, Table]:
         if isinstance(score, Mapping) and isinstance(score.get(figure), Mapping)
     ]
     if scores:
-        found["eval/scores"] = Table(columns=("scorer", "figure", "value", "low", "high"), rows=tuple(scores))
+        result["eval/scores"] = Table(columns=("scorer", "figure", "value", "low", "high"), rows=tuple(scores))
     tasks = [
         (task, metric, *_interval(figure), figures.get("examples"))
         for task, figures in (results.get("tasks", {}).get(model) or {}).items()
@@ -92,11 +94,11 @@ def tables(out_dir: Path, model: str) -> dict[str, Table]:
     ]
     if tasks:
         columns = ("task", "metric", "value", "low", "high", "examples")
-        found["eval/tasks"] = Table(columns=columns, rows=tuple(tasks))
-    said = [(one["prompt"], one["text"], one["finish"]) for one in samples.get(model, [])]
-    if said:
-        found["eval/samples"] = Table(columns=("prompt", "text", "ended by"), rows=tuple(said))
-    return found
+        result["eval/tasks"] = Table(columns=columns, rows=tuple(tasks))
+    rows = [(one["prompt"], one["text"], one["finish"]) for one in samples.get(model, [])]
+    if rows:
+        result["eval/samples"] = Table(columns=("prompt", "text", "ended by"), rows=tuple(rows))
+    return result
 
 
 def _interval(figure: Mapping[str, Any]) -> tuple[Any, Any, Any]:
@@ -104,11 +106,11 @@ def _interval(figure: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return result
 
 
 def _training(artifact: Artifact) -> dict[str, Any]:
-    """What a training was told, nothing where the weights came from outside."""
-    told = _read(artifact.path / "run.json")
-    return {name: told[name] for name in ("train", "model", "order", "mixture") if name in told}
+    """Settings of a training; empty for imported weights."""
+    record = _read(artifact.path / "run.json")
+    return {name: record[name] for name in ("train", "model", "order", "mixture") if name in record}

@@ -1,4 +1,4 @@
-"""Whether the loss says that a run learns: what a person is told at once, and what ends a run.
+"""Watch the training loss: warnings at once, and divergence, which ends a run.
 
     health = Health(uniform=math.log(vocab_size), warmup_steps=30, total_steps=1000)
     for step, loss in …:
@@ -17,18 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 FEW_STEPS = 20
-"""Below this a training hardly moves: Adam's own averages reach back 10 to 20 updates."""
+"""Fewer steps hardly train a model: Adam's averages span 10 to 20 updates."""
 WINDOW = 10
-"""Steps that a loss is the median of; fewer in a run of few steps."""
+"""Steps per median of losses; fewer in a short run."""
 BY_HEART = 0.01
-"""Nats per target below which rows are known by heart."""
+"""Nats per target below which the training rows are memorized."""
 ABOVE_UNIFORM = 0.2
-"""Nats that a model before its first update may be above a uniform guess."""
+"""Nats above a uniform guess that an untrained model's loss may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Warning:
-    """One thing to be told. diverged: the run learns nothing any more."""
+    """One warning about a run. diverged: the run no longer learns."""
 
     step: int
     text: str
@@ -43,7 +43,6 @@ class Health:
         self._losses: deque[float] = deque(maxlen=max(1, min(WINDOW, total_steps // 20)))
         self._first: float | None = None
         self._start: float | None = None
-        self._told: set[bool] = set()
         self.warnings: list[Warning] = []
         """All of them, in order."""
 
@@ -53,21 +52,21 @@ class Health:
         return next((warning for warning in self.warnings if warning.diverged), None)
 
     def look(self, step: int, loss: float) -> list[Warning]:
-        """What the loss of a step adds to the warnings."""
+        """Warnings new with the loss of a step."""
         self._losses.append(loss)
         full = len(self._losses) == self._losses.maxlen
         middle = statistics.median(self._losses) if math.isfinite(loss) else loss
         self._first = loss if self._first is None else self._first
         if full and self._start is None:
-            # Of a fresh model not what its first updates may have made of it.
+            # For a fresh model not a loss that its first updates may have raised.
             self._start = min(middle, max(self._first, self._uniform or 0.0)) if self._uniform else middle
-        found = []
+        new = []
         if (problem := self._problem(step, middle, full)) and self.diverged is None:
-            found.append(Warning(step=step, text=f"diverged in step {step:,}: {problem}", diverged=True))
+            new.append(Warning(step=step, text=f"diverged in step {step:,}: {problem}", diverged=True))
         if full and middle < BY_HEART and not any("by heart" in warning.text for warning in self.warnings):
-            found.append(Warning(step=step, text=by_heart(step, middle)))
-        self.warnings += found
-        return found
+            new.append(Warning(step=step, text=by_heart(step, middle)))
+        self.warnings += new
+        return new
 
     def _problem(self, step: int, middle: float, full: bool) -> str | None:
         over = f", the median of {len(self._losses)} steps," if len(self._losses) > 1 else ""
@@ -82,13 +81,13 @@ class Health:
         # A model may begin above a uniform guess, its weights being large; then it has until the middle of the run.
         began_above = self._start > self._uniform + ABOVE_UNIFORM
         patience = self._total_steps // 2 if began_above else self._warmup_steps + len(self._losses)
-        if step <= max(patience, WINDOW):  # a run of a few steps says little of what it would learn
+        if step <= max(patience, WINDOW):  # too few steps to judge
             return None
         return f"the loss{over} is {middle:.2f} after warmup, above the {self._uniform:.2f} of a uniform guess"
 
 
 def by_heart(step: int, loss: float) -> str:
-    """The remark on a training loss of nothing."""
+    """Text of the warning about a training loss near zero."""
     return (
         f"training loss {loss:.4f} by step {step:,}: the training rows are known by heart, which says nothing of other "
         "text; the held-out score does. Train for fewer epochs, or on more text"
@@ -103,8 +102,8 @@ def few_steps(total_steps: int, tokens_per_step: int, remedy: str) -> str | None
     return f"only {steps} of {tokens_per_step:,} tokens: below {FEW_STEPS} a model hardly changes. {remedy}"
 
 
-def judged(rows: list[dict[str, Any]], health: Health) -> Health:
-    """`health` after all rows of a `metrics.jsonl`; an update that was left out counts for nothing."""
+def replay(rows: list[dict[str, Any]], health: Health) -> Health:
+    """`health` after all rows of a `metrics.jsonl`; skipped updates are ignored."""
     for row in rows:
         if not row["skipped"]:
             health.look(row["step"], row["loss"])

@@ -26,7 +26,7 @@ from pipelines.training.compile import compile_blocks
 from pipelines.training.errors import TrainingError, TrainingStopped
 from pipelines.training.expert_parallel import share_experts
 from pipelines.training.hardware import peak_flops
-from pipelines.training.health import Health, few_steps, judged
+from pipelines.training.health import Health, few_steps, replay
 from pipelines.training.metrics import (
     METRICS,
     MetricsLog,
@@ -126,11 +126,11 @@ class Run:
     """What a run is, beside its settings.
 
     digests: of what it is made from, by name; a checkpoint with others is refused. save_model: writes the finished
-    weights, by parameter name on the CPU in fp32, into a folder that does not exist yet. url: where what is in out_dir
-    will stay; inputs: where what it is made from is, by name. flops_per_token: forward and backward, counted as
+    weights, by parameter name on the CPU in fp32, into a folder that does not exist yet. url: final location of
+    out_dir; inputs: URLs of its inputs, by name. flops_per_token: forward and backward, counted as
     `flop_formula` says. largest_rows: the most rows a forward pass may take on one rank where the settings leave it open.
-    uniform_loss: of a uniform guess, in nats a target; None where targets are none of a vocabulary. config: for the
-    record.
+    uniform_loss: of a uniform guess, in nats per target; None where targets are not tokens of a vocabulary. config: for
+    the record.
     """
 
     out_dir: Path
@@ -224,7 +224,7 @@ class Trainer:
         warmup_steps = round(settings.schedule.warmup_fraction * plan.total_steps)
         self.health = Health(uniform=run.uniform_loss, warmup_steps=warmup_steps, total_steps=plan.total_steps)
         if ranks.is_first:
-            judged([row for row in read_metrics(run.out_dir / METRICS) if row["step"] <= self.step], self.health)
+            replay([row for row in read_metrics(run.out_dir / METRICS) if row["step"] <= self.step], self.health)
         self._introduce(compiled)
 
     def open_sinks(self, stack: ExitStack) -> WandbRun | None:
@@ -251,7 +251,7 @@ class Trainer:
         return wandb
 
     def go(self, signals: Signals) -> None:
-        """Step by step to the end. Raises TrainingError for a run that has diverged, unless it is to go on all the same."""
+        """Run all remaining steps. Raises TrainingError if the run has diverged, unless on_divergence=warn."""
         self._stop_if_diverged()
         while self.step < self.plan.total_steps:
             began = time.perf_counter()
@@ -277,14 +277,14 @@ class Trainer:
         self._stop_if_diverged()
 
     def warnings(self, figures: Mapping[str, Any]) -> list[str]:
-        """What a person should know who reads the run's figures later."""
-        told = [warning.text for warning in self.health.warnings]
+        """Warnings to keep with the run's figures."""
+        texts = [warning.text for warning in self.health.warnings]
         if self.health.diverged is not None:
-            told.append(f"it went on, and its loss ended at {figures['loss']:.2f}")
+            texts.append(f"it went on, and its loss ended at {figures['loss']:.2f}")
         if figures["skipped_steps"]:
-            told.append(f"{figures['skipped_steps']:,} of {figures['steps']:,} updates were not finite and left out")
+            texts.append(f"{figures['skipped_steps']:,} of {figures['steps']:,} updates were not finite and left out")
         few = self._few_steps()
-        return told if few is None else [few, *told]
+        return texts if few is None else [few, *texts]
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
@@ -386,11 +386,11 @@ class Trainer:
             (self.run.out_dir / "ds_config.json").write_text(json.dumps(self.engine.config, indent=2) + "\n")
 
     def _stop_if_diverged(self) -> None:
-        """Raise TrainingError in every rank where the first one has seen the run diverge and that ends it."""
-        found, problem = self.health.diverged, None
-        if found is not None and self.settings.on_divergence == "stop":
+        """Raise TrainingError in every rank if rank 0 found divergence and on_divergence=stop."""
+        warning, problem = self.health.diverged, None
+        if warning is not None and self.settings.on_divergence == "stop":
             problem = (
-                f"{self.run.label} {found.text}. A model that is worse than it was is no use to what follows, so the run "
+                f"{self.run.label} {warning.text}. A model that is worse than it was is no use to what follows, so the run "
                 f"stops; {self._kept()}. Lower {self._rates()} or take auto, or lengthen {self._key('schedule')}."
                 f"warmup_fraction; {self._key('on_divergence')}=warn goes on from there all the same."
             )
@@ -404,7 +404,7 @@ class Trainer:
         return few_steps(plan.total_steps, plan.tokens_per_step, remedy)
 
     def _key(self, name: str) -> str:
-        """What a person calls a setting of this run on the command line."""
+        """Dotted key of a training setting on the command line."""
         if self.run.label == "pretrain":
             return name if name in ("optim", "schedule") else f"pretrain.{name}"
         return f"{self.run.label}.train.{name}"

@@ -15,14 +15,14 @@ from pipelines.__main__ import _parse, main
 from pipelines.engine.typed import _dataclasses_in, field_types
 from pipelines.overrides import SettingsError
 from pipelines.settings import Settings, compose
-from pipelines.travel import paths_of, sent
+from pipelines.travel import paths_of, prepare_command
 from pipelines.verbs import cluster_settings
 
 TEXT = ["run", "experiment=text", "corpus.paths=[/data]", "compute.device=cpu"]
 
 
 def send(cluster: list[str], command: list[str]) -> tuple[list[str], list[str]]:
-    return sent(cluster_settings(cluster), command, _parse(command[0], command[1:]))
+    return prepare_command(cluster_settings(cluster), command, _parse(command[0], command[1:]))
 
 
 SLURM = ["cluster=slurm", "store=/shared/runs"]

@@ -325,7 +325,7 @@ def test_a_lock_that_somebody_holds_is_waited_for_aloud_and_not_for_ever(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(waiting, "tell", said.append)
-    monkeypatch.setattr(waiting, "SAY_AFTER_SECONDS", 0.05)
+    monkeypatch.setattr(waiting, "LOG_AFTER_SECONDS", 0.05)
     path = tmp_path / "lock"
     refused = pytest.raises(EngineError, match="has been locked for 0 s by another process that downloads")
     with locked(path), refused, locked(path, why="downloads x", seconds=0.3):

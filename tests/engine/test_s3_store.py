@@ -231,7 +231,7 @@ def test_a_server_that_takes_connections_and_never_answers_is_one_sentence_in_a_
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(waiting, "tell", said.append)
-    monkeypatch.setattr(waiting, "SAY_AFTER_SECONDS", 0.2)
+    monkeypatch.setattr(waiting, "LOG_AFTER_SECONDS", 0.2)
     monkeypatch.setattr(objects, "ANSWER_SECONDS", 1.0)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

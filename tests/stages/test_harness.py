@@ -234,7 +234,7 @@ def test_every_figure_is_that_of_simple_evaluate(small_run, every_metric, tmp_pa
 
 
 def test_a_task_with_nothing_right_has_an_interval_with_a_width_and_one_with_four_examples_none(every_metric, tmp_path):
-    class Wrong(harness_tasks._Silent):
+    class Wrong(harness_tasks._StubModel):
         def generate_until(self, requests, disable_tqdm=False):
             return ["wrong" for _ in requests]
 
@@ -269,7 +269,7 @@ def test_a_perplexity_too_large_for_a_float_is_said_and_not_a_traceback():
 def test_examples_of_four_documents_have_no_interval_however_many_they_are(small_run, tmp_path):
     documents = held_out.choose(small_run["corpus"].path, evaluate.EvaluateSettings(max_documents=4)).documents
     settings = evaluate.EvaluateSettings(tasks=("next_line",), task_examples=60)
-    found = harness_tasks.run_tasks(harness_tasks._Silent(128), documents, settings, tmp_path)["next_line"]
+    found = harness_tasks.run_tasks(harness_tasks._StubModel(128), documents, settings, tmp_path)["next_line"]
     assert found["examples"] > 20
     assert found["acc"]["low"] is None and found["acc"]["chance"] == 0.25
     assert found["acc"]["missing"] == "4 documents, and an interval takes at least 5"

@@ -104,18 +104,18 @@ def test_groups_hold_names_tags_overrides_and_tasks_and_groups_of_their_own(fold
         ],
     )
     tasks = read(folder, "all")
-    assert tasks.asked == ("all",)
+    assert tasks.names == ("all",)
     assert tasks.groups["all"].members == ("one", "two", "all::three", "all::inner")
     assert tasks.leaves("all") == ["one", "two", "all::three", "all::inner::four"]
     shots = {name: task.config["num_fewshot"] for name, task in tasks.tasks.items()}
     assert shots == {"one": 1, "two": 1, "all::three": 3, "all::inner::four": 1}
-    assert read(folder, "cities").asked == ("two",)
+    assert read(folder, "cities").names == ("two",)
 
 
 def test_a_task_asked_for_alone_and_with_a_groups_settings_is_refused(folder: Path):
     write(folder, "one", task="one", **CHOICE)
     write(folder, "all", group="all", task=["one"], num_fewshot=1)
-    with pytest.raises(EngineError, match="'one' is asked for twice with different settings"):
+    with pytest.raises(EngineError, match="'one' is requested twice with different settings"):
         read(folder, "all", "one")
 
 
@@ -201,7 +201,7 @@ def test_an_unknown_task_is_answered_with_those_there_are_and_with_what_could_no
         ("cannot run this task", {"doc_to_choice": "{{q}}"}),
         ("extract", {"filter_list": [{"name": "f", "filter": [{"function": "extract"}]}]}),
         ("cannot run this task", {"dataset_kwargs": {"data_files": "empty.jsonl"}}),
-        ("asks for 256 new tokens where a window holds 128", {"output_type": "generate_until", "metric_list": None}),
+        ("requests 256 new tokens where a window holds 128", {"output_type": "generate_until", "metric_list": None}),
     ],
 )
 def test_every_task_is_built_and_tried_before_anything_trains(folder: Path, said: str, config):
@@ -239,6 +239,6 @@ def test_the_tasks_that_come_with_this_program_are_built_too(folder: Path):
     settings = EvaluateSettings(tasks=("all",), task_folders=(str(folder),))
     chosen = read(folder, "all")
     chosen_alone = read_tasks(names, ())
-    assert chosen.is_own() and not chosen_alone.is_own()
+    assert chosen.has_foreign() and not chosen_alone.has_foreign()
     built = harness_tasks.build_tasks(chosen, [harness_tasks.SAMPLE] * 4, settings, folder)
     assert set(built.tasks) == set(names) and built.skipped == {}
