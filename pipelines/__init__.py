@@ -4,7 +4,7 @@ import os
 
 from pipelines.engine.search_path import rooted
 
-rooted()()  # in every process of ours, before it imports more
+rooted()()  # in every process, before further imports
 # Threads of a matrix product wait for each other at its end, by default spinning for milliseconds. With one other busy
 # process on a two-core machine they spin away the time the late one needs: 15 products a second, against 70 when they
 # sleep after a short spin. libgomp reads this once, when torch loads it, and child processes inherit it.

@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `athanor` command; leaves with the verb's exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
-            stream.reconfigure(errors="backslashreplace")  # what a terminal has no sign for is spelled, and no crash
+            stream.reconfigure(errors="backslashreplace")  # characters the terminal cannot encode are escaped
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, VERBS)) + 2

@@ -150,7 +150,7 @@ def _train(name: str, words: Sequence[str], store: Path, *, kill_at: int | None 
     """One `athanor run`; with `kill_at`, SIGKILL its driver when that step is on record. Whether it was killed."""
     say(f"certify: {name}" + (f", to be killed after step {kill_at}" if kill_at is not None else ""))
     log = store / f"{name}.log"
-    # Not from the working folder, where another pipelines.py may stand.
+    # Not from the working folder, which may contain another pipelines.py.
     command = [sys.executable, "-P", "-m", "pipelines", "run", *words, f"store={store}", "--until", "pretrain"]
     paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -67,7 +67,7 @@ def made(settings: Settings, step: Step, overrides: Sequence[str], anew: tuple[s
 
 
 def found(settings: Settings, step: Step, anew: tuple[str, ...] = ()) -> Path | None:
-    """The local folder of a step's artifact, if it has been made. Raises EngineError for a damaged one.
+    """Local folder of a step's artifact, or None. Raises EngineError for a damaged one.
 
     `anew`: patterns of files that are hashed now, whatever is remembered of them.
     """

@@ -41,7 +41,7 @@ from pipelines.stages import (
 from pipelines.stages.launch import VOLATILE
 
 LEAVES = ("tokenizer/*", "pretrain/model/*", "finetune/model/*")
-"""What goes out with an export, and is compared with its checksums byte by byte first."""
+"""Files that an export publishes; every byte is verified first."""
 
 
 def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step]:
@@ -131,7 +131,7 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
         )
     proof = {**corpora, "tokenizer": words, **models}
     add("export", export.run, s.export, proof, version=2, rechecked=LEAVES, check=foreign)
-    # Volatile, as it shows seconds. A report is made whatever failed, and says what.
+    # Volatile, as it shows seconds. A report is made after failures too, and lists them.
     add("report", report.run, s.report, dict(steps), version=2, volatile=("report.html",), despite=s.report.without)
     return steps
 

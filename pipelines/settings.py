@@ -56,7 +56,7 @@ from pipelines.training.settings import (
 )
 
 COMMAND = "ATHANOR_COMMAND"
-"""Environment variable: what the user typed, which workers in other processes could not know."""
+"""Environment variable with the typed command line, for workers in other processes."""
 SENTINELS = 100  # as many as T5 has
 T = TypeVar("T")
 _EXECUTION: Any = {"execution": True}
@@ -312,7 +312,7 @@ def resolved(config: Any, overrides: Sequence[str] | None = None) -> dict[str, A
 
 
 def value_at(plain: Any, path: str) -> Any:
-    """What stands at a dotted path of nested mappings, or None."""
+    """Value at a dotted path of nested mappings, or None."""
     for name in path.split("."):
         plain = plain.get(name) if isinstance(plain, Mapping) else None
     return plain
@@ -373,8 +373,8 @@ def multirun(words: Sequence[str], trial: Callable[[Any], T]) -> list[T]:
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2("athanor", create_config_search_path(str(CONF_DIR)))
     try:
-        # Hydra's own notes, which hold all overrides, are of no use to anyone later: in a folder of this user alone, and
-        # gone afterwards. Every machine can make such a folder, so a sweep needs no shared one.
+        # Hydra's own output, which has all overrides, is not needed later: it is in a private folder, removed
+        # afterwards. Every machine can make such a folder, so a sweep needs no shared one.
         with tempfile.TemporaryDirectory(prefix="athanor-sweep-") as notes:
             folders = [f"hydra.{mode}.dir='{notes}'" for mode in ("run", "sweep")]
             batches = hydra.multirun(config_name="config", task_function=trial, overrides=[*quiet, *folders, *words])

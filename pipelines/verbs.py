@@ -92,7 +92,7 @@ def plan(arguments: argparse.Namespace) -> int:
     settings = compose(arguments.overrides)
     steps = build(settings, corpus_may_be_missing=True)
     reports = runner.plan(list(steps.values()), store=open_store(settings.store))
-    _tell_unsealed(reports, settings.store)
+    _log_unsealed(reports, settings.store)
     for report in reports:
         if report.state in ("to make", "unfinished"):
             check(steps[report.name])
@@ -117,7 +117,7 @@ def status(arguments: argparse.Namespace) -> int:
     """`athanor status`: every step's state now."""
     settings = compose(arguments.overrides)
     reports = runner.status(list(build(settings).values()), store=open_store(settings.store))
-    _tell_unsealed(reports, settings.store)
+    _log_unsealed(reports, settings.store)
     if arguments.json:
         console.print_json({"steps": steps_json(reports)})
     else:
@@ -125,15 +125,15 @@ def status(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tell_unsealed(reports: Sequence[StepReport], store: str) -> None:
-    """One line where artifacts are from before manifests were sealed."""
+def _log_unsealed(reports: Sequence[StepReport], store: str) -> None:
+    """Log one line if artifacts predate sealed manifests."""
     urls = [str(report.path) for report in reports if not report.sealed]
     if urls:
         sys.stderr.write(f"[{runner.unsealed_line(urls, store)}]\n")
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """`athanor verify`: every byte of a store against its checksum; 1 where one is damaged."""
+    """`athanor verify`: every byte of a store against its checksum; 1 if one is damaged."""
     from pipelines.verify import verify as compare
 
     return compare(arguments.overrides, seal=arguments.seal)

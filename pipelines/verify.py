@@ -1,4 +1,4 @@
-"""`athanor verify`: is everything in the store what was published?
+"""`athanor verify`: compare a store with what was published.
 
 athanor verify                          # the store runs/
 athanor verify store=s3://bucket/runs
@@ -18,18 +18,18 @@ from pipelines.settings import compose
 
 
 def verify(overrides: Sequence[str], *, seal: bool) -> int:
-    """Read every byte of a store, print what is not as it was written; 1 where anything is damaged, else 0."""
+    """Read every byte of a store and print what is damaged; 1 where anything is, else 0."""
     store = open_store(_store_of(overrides))
     out, damaged, artifacts, leases = console.console(), 0, 0, 0
     with storage_errors(store):
-        for found in findings(store, seal=seal):
-            artifacts, leases = artifacts + (not found.is_lease), leases + found.is_lease
-            damaged += bool(found.damage)
-            for line in (*found.damage, *found.notes):
+        for finding in findings(store, seal=seal):
+            artifacts, leases = artifacts + (not finding.is_lease), leases + finding.is_lease
+            damaged += bool(finding.damage)
+            for line in (*finding.damage, *finding.notes):
                 out.print(line, markup=False)
-            if not found.is_lease and not found.damage:
+            if not finding.is_lease and not finding.damage:
                 out.print(
-                    f"{found.place}: {found.files} files, {console.size(found.bytes)}, as published", markup=False
+                    f"{finding.place}: {finding.files} files, {console.size(finding.bytes)}, as published", markup=False
                 )
             sys.stdout.flush()  # a large store takes its time
     total = f"{artifacts} artifacts and {leases} leases in {store.url}"
@@ -38,10 +38,10 @@ def verify(overrides: Sequence[str], *, seal: bool) -> int:
 
 
 def _store_of(overrides: Sequence[str]) -> str:
-    """The store that `store=` names, or that of an experiment's settings."""
-    if any(word.startswith("experiment=") for word in overrides):
+    """The store of `store=`, or of an experiment's settings."""
+    if any(override.startswith("experiment=") for override in overrides):
         return compose(overrides).store
-    strange = [word for word in overrides if not word.startswith("store=")]
-    if strange:
-        raise SettingsError(f"{strange[0]!r}: verify looks at a whole store; write athanor verify store=DIR.")
-    return next((word.partition("=")[2] for word in reversed(overrides)), "runs")
+    unknown = [override for override in overrides if not override.startswith("store=")]
+    if unknown:
+        raise SettingsError(f"{unknown[0]!r}: verify looks at a whole store; write athanor verify store=DIR.")
+    return next((override.partition("=")[2] for override in reversed(overrides)), "runs")

@@ -40,11 +40,11 @@ from pipelines.engine.search_path import PACKAGES, portable
 Poll = Callable[[], None]
 """Called several times a second while a backend waits; raising from it ends what runs and what waits."""
 Say = Callable[[str], None]
-"""Told in a line what a backend waits for."""
+"""Logs a line about what a backend waits for."""
 
 MAX_RETRIES = 3  # of a call whose worker died
 POLL_SECONDS = 0.2
-LOSS_SECONDS = 75.0  # Ray's five health checks of at most 10 s, 3 s apart, and something more
+LOSS_SECONDS = 75.0  # Ray's five health checks of at most 10 s, 3 s apart, and a margin
 OBJECT_STORE_BYTES = 128 * 2**20  # results only; Ray's default would claim 30 % of the memory
 
 # Ray Train: stay in the driver's working folder, and start none of the actors that feed a dashboard. Each process of
@@ -64,8 +64,8 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
-HANDED_ON = ("WANDB_MODE", "WANDB_DISABLED", "WANDB_BASE_URL")
-"""Of this shell's variables to workers of a cluster that others run: how to track, no keys."""
+PASSED_ON = ("WANDB_MODE", "WANDB_DISABLED", "WANDB_BASE_URL")
+"""Variables passed from this shell to workers of an existing cluster: tracking mode, no keys."""
 
 
 class Backend(Protocol):
@@ -87,8 +87,8 @@ class Backend(Protocol):
     ) -> Generator[tuple[str, Any], None, None]:
         """Run ``fn(*args)`` for each call in worker processes; (name, result) in the order they finish.
 
-        A call whose worker dies is tried again, at most MAX_RETRIES times; then WorkerDiedError. What is waited for is
-        said.
+        A call whose worker dies is tried again, at most MAX_RETRIES times; then WorkerDiedError. Waits are
+        logged.
         """
         ...
 
@@ -99,7 +99,7 @@ class Backend(Protocol):
     def gang(self, gang: Gang, *, poll: Poll = ..., say: Say = ..., again: bool = False) -> Any:
         """Run all ranks once and return rank 0's result. Raises a rank's error; WorkerDiedError if one was killed.
 
-        again: after a death, which may have been a machine's; then what is missing is waited for.
+        again: after a worker's death, possibly with its machine; then missing machines are waited for.
         """
         ...
 
@@ -187,7 +187,7 @@ class RayBackend(Backend):
         threading.Thread(target=importlib.import_module, args=("ray.train.torch",), name="imports Ray Train").start()
 
     def gang(self, gang: Gang, *, poll: Poll = lambda: None, say: Say = lambda line: None, again: bool = False) -> Any:
-        """The ranks of one `TorchTrainer`; where they find no place in time, for others or a lost machine, once more."""
+        """Run the ranks in one `TorchTrainer`; retried if not placed in time (busy cluster, lost machine)."""
         self._ray()
         self._check_ray()
         claim = Claim(cpus=gang.cpus_per_worker, gpus=gang.gpus_per_worker, copies=gang.workers)
@@ -210,7 +210,7 @@ class RayBackend(Backend):
             return answer
 
     def _fitted(self, gang: Gang, poll: Poll) -> Any:
-        """What one attempt came to, from a thread beside this one, which polls: Ray Train's fit() blocks, and in the main
+        """Result of one attempt, run in a second thread while this one polls: Ray Train's fit() blocks, and in the main
         thread it would take over Ctrl-C."""
         answer: list[Any] = []
         local = self._address is None
@@ -236,8 +236,8 @@ class RayBackend(Backend):
         return {str(node["NodeID"]) for node in self._ray().nodes() if node["Alive"]}
 
     def _expect_loss(self, machines: set[str], error: BaseException, poll: Poll, say: Say) -> None:
-        """WorkerDiedError if one of the machines is found lost: its peers see their connections break at once, and Ray
-        itself notices after five unanswered questions."""
+        """Raise WorkerDiedError if a machine is lost: its peers' connections break at once, and Ray itself notices after
+        five failed health checks."""
         say(
             f"a rank lost its connection to another; Ray has {LOSS_SECONDS:.0f} s to find out whether a machine is lost."
         )
@@ -254,7 +254,7 @@ class RayBackend(Backend):
         there = self.resources()
 
         def look() -> Resources:
-            """As it was while the head is away: Ray would wait for it, for longer than we do (`_check_ray`)."""
+            """The last known resources while the head is unreachable: Ray would wait longer than we do (`_check_ray`)."""
             nonlocal there
             if self._head is None or self._head.connects():
                 there = self.resources()
@@ -339,8 +339,8 @@ class RayBackend(Backend):
             return {}
         specs = [importlib.util.find_spec(name) for name in self._packages]
         folders = [str(Path(spec.origin).parent) for spec in specs if spec is not None and spec.origin]
-        wishes = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
-        return {"py_modules": folders, "env_vars": {**RAY_ENVIRONMENT, **wishes}}
+        passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        return {"py_modules": folders, "env_vars": {**RAY_ENVIRONMENT, **passed}}
 
 
 def _in_lasting_thread(connect: Callable[[], None]) -> None:
@@ -388,7 +388,7 @@ def _portable(fn: Callable[..., Any], *args: Any) -> bytes:
 
 
 class NoPlaceError(Exception):
-    """Ranks were not started in time: others have the machines, or one of them is lost."""
+    """Ranks were not started in time: the machines are busy, or one is lost."""
 
 
 def _ray_rank(config: dict[str, Any]) -> Any:
@@ -408,9 +408,9 @@ def _ray_rank(config: dict[str, Any]) -> Any:
     return outcome
 
 
-def _take_place() -> None:
-    """In each rank, before it joins the others: by Ray's address of its machine, whatever the host's name resolves to (on
-    Debian to 127.0.1.1, where no other machine finds it), and by no other launcher's word."""
+def _prepare_rank() -> None:
+    """In each rank, before it joins the process group: use the interface of Ray's node address, whatever the hostname
+    resolves to (on Debian 127.0.1.1, unreachable from other machines), and no other launcher's variables."""
     import ray
 
     forget_launchers()
@@ -424,15 +424,15 @@ def _fit(gang: Gang, local: bool) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    # What Ray Train's own processes unpickle must need nothing of ours: they look into the working folder first.
-    joins: Any = TorchConfig().backend_cls
-    take_place = portable(_take_place)
+    # Ray Train's own processes must unpickle this without our packages: they search the working folder first.
+    base: Any = TorchConfig().backend_cls
+    prepare_rank = portable(_prepare_rank)
 
-    class Joining(joins):
-        """PyTorch's process group, by the machines' addresses in Ray."""
+    class Joining(base):
+        """PyTorch's process group over Ray's node addresses."""
 
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(take_place)
+            worker_group.execute(prepare_rank)
             super().on_start(worker_group, backend_config)
 
     class JoiningConfig(TorchConfig):
@@ -465,7 +465,7 @@ def _fit(gang: Gang, local: bool) -> Any:
             num_workers=gang.workers, use_gpu=gang.gpus_per_worker > 0, resources_per_worker=resources
         ),
         # No retries in here: Ray Train would retry a user's mistake too. A new name each time: a used one "continues".
-        # Nor for ranks that find no place: Ray Train would try for ever, and hold what the next attempt needs.
+        # Nor for ranks that cannot be placed: Ray Train would retry for ever, and hold what the next attempt needs.
         run_config=RunConfig(
             name=uuid.uuid4().hex,
             storage_path=str(gang.logs.parent / "ray"),

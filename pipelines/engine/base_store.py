@@ -118,7 +118,7 @@ class Store(ABC):
         return Artifact(step=step, digest=digest, url=url, manifest=manifest)
 
     def check(self, artifact: Artifact) -> None:
-        """Sizes alone, which are cheap to ask for. Raises EngineError for a file that is missing or of another size."""
+        """Sizes only, which are cheap to query. Raises EngineError for a file that is missing or of another size."""
         sizes = self._sizes(artifact)
         for path, entry in artifact.manifest["files"].items():
             if sizes.get(path) != entry["bytes"]:
@@ -139,7 +139,7 @@ class Store(ABC):
             raise EngineError(f"{damage}: the artifact is damaged. Delete {artifact.url} to have it made again.")
 
     def strangers(self, artifact: Artifact) -> list[str]:
-        """Relative paths of what lies beside the artifact's files, where that would be seen by who reads its folder."""
+        """Relative paths of files in the artifact's folder that its manifest does not list, if readers would see them."""
         return strangers(Path(artifact.url), artifact.manifest)
 
     def _damage(
@@ -171,7 +171,7 @@ class Store(ABC):
 
     @abstractmethod
     def manifest_bytes(self, step: str, name: str) -> bytes | None:
-        """What stands in the manifest of the artifact in the folder `name`; None if there is none."""
+        """Manifest of the artifact in the folder `name`; None if there is none."""
 
     @abstractmethod
     def hashes_now(self, artifact: Artifact) -> dict[str, str | None]:
@@ -179,7 +179,7 @@ class Store(ABC):
 
     @abstractmethod
     def seal(self, artifact: Artifact) -> None:
-        """Write the manifest of an artifact again, sealed."""
+        """Rewrite the manifest of an artifact, sealed."""
 
     @abstractmethod
     def _manifests(self, step: str) -> dict[str, bytes]:

@@ -117,7 +117,7 @@ class RunContext(Context):
             try:
                 return self.backend.gang(gang, poll=poll, say=self.say, again=failures > 0)
             except LostMachineError:
-                raise  # waiting for another has been tried
+                raise  # a replacement was waited for already
             except WorkerDiedError as error:
                 self.still_holds()
                 failures += 1

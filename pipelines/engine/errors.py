@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 LOST_MACHINE = 75
-"""Exit code of a run that lost a machine, or Ray itself, and can go on elsewhere or later (sysexits' EX_TEMPFAIL). Whatever
-starts jobs may start such a one again without asking; any other code but 0 needs a person."""
+"""Exit code of a run that lost a machine, or Ray itself, and can go on elsewhere or later (sysexits' EX_TEMPFAIL). A
+scheduler may requeue such a job; any other code but 0 needs a person."""
 
 
 class EngineError(Exception):

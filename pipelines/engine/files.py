@@ -20,7 +20,7 @@ from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.waiting import waiting
 
 RACY_SECONDS = 2.0  # a file written this recently may change again without its times moving
-TRUST_SECONDS = 7 * 86400.0  # in a remembered hash
+TRUST_SECONDS = 7 * 86400.0  # lifetime of a remembered hash
 LOCK_SECONDS = 60.0  # of waiting for a lock whose holders need milliseconds
 
 
@@ -67,7 +67,7 @@ def describe(root: Path, relpaths: Iterable[str], *, durable: bool) -> dict[str,
 
 
 def share(path: Path) -> None:
-    """Give a file (or a folder) the mode that one made by ``open`` (or ``mkdir``) has: the umask decides."""
+    """Set the mode that ``open`` (or ``mkdir``) would have set under the umask."""
     status = path.stat()
     mode = (0o777 if stat.S_ISDIR(status.st_mode) else 0o666) & ~_umask()
     if stat.S_IMODE(status.st_mode) != mode:
@@ -76,7 +76,7 @@ def share(path: Path) -> None:
 
 
 def _umask() -> int:
-    """This process's umask; read from the kernel, since asking by ``os.umask`` would change it for all threads."""
+    """This process's umask; read from the kernel, since ``os.umask`` would change it for all threads."""
     try:
         return int(Path("/proc/self/status").read_text().partition("\nUmask:")[2].split()[0], 8)
     except (OSError, IndexError, ValueError):
@@ -155,13 +155,13 @@ def locked(path: Path, *, why: str = "changes what it guards", seconds: float = 
 
 def _lock(descriptor: int, path: Path, why: str, seconds: float) -> None:
     deadline, pause = time.monotonic() + seconds, 0.001
-    with contextlib.ExitStack() as told:
+    with contextlib.ExitStack() as stack:
         while True:
             try:
                 return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if pause == 0.001:
-                    told.enter_context(waiting(f"the lock {path}, whose holder {why}", seconds))
+                    stack.enter_context(waiting(f"the lock {path}, whose holder {why}", seconds))
             if time.monotonic() > deadline:
                 raise EngineError(
                     f"{path} has been locked for {seconds:.0f} s by another process that {why}. See which one holds it "
@@ -172,7 +172,7 @@ def _lock(descriptor: int, path: Path, why: str, seconds: float) -> None:
 
 
 def machine_cache() -> Path:
-    """What this machine remembers for this user, of any store: ``ATHANOR_CACHE`` or ``~/.cache/athanor``.
+    """This user's cache on this machine, for all stores: ``ATHANOR_CACHE`` or ``~/.cache/athanor``.
 
     Where there is no home, among the temporary files, in a folder of this user's own. Raises EngineError where somebody
     else's is in its place.
@@ -193,7 +193,7 @@ def cache_folder(store_url: str) -> Path:
 
 
 def private_folder(path: Path) -> Path:
-    """A folder that this user alone may enter, at a path that anybody could have taken. Raises EngineError if they did."""
+    """A folder private to this user, at a path that others could create. Raises EngineError if they did."""
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     status = path.lstat()
@@ -222,7 +222,7 @@ class FileHashes:
                 with contextlib.suppress(ValueError, TypeError):  # a torn last line, or an older form: hashed again
                     path, *state, sha256, hashed = json.loads(line)
                     self._known[path] = tuple(state), str(sha256), float(hashed)
-        if lines > 2 * len(self._known) + 1000:  # mostly of files that have changed since
+        if lines > 2 * len(self._known) + 1000:  # mostly outdated entries
             with contextlib.suppress(OSError):
                 write_atomic(cache, b"".join(_line(path, known) for path, known in self._known.items()), durable=False)
 
@@ -253,7 +253,7 @@ class FileHashes:
 _State = tuple[int, ...]
 """Size, mtime, ctime, inode."""
 _Known = tuple[_State, str, float]
-"""What a file was like when it was hashed, its sha256, and when that was."""
+"""A file's status when it was hashed, its sha256, and the time."""
 
 
 def _state(path: Path) -> tuple[str, _State]:

@@ -187,16 +187,16 @@ def holder(records: Records, name: str, ttl_seconds: float = TTL_SECONDS) -> Own
 
 
 def read(records: Records, name: str) -> Seen | None:
-    """The record of a lease. Raises EngineError for one that no lease wrote."""
+    """The record of a lease. Raises EngineError for a malformed one."""
     seen = records.read(name)
-    wrong = None if seen is None else _misshapen(seen.value)
+    wrong = None if seen is None else _malformed(seen.value)
     if wrong is not None:
         raise records.damaged(name, wrong)
     return seen
 
 
-def _misshapen(value: dict[str, Any]) -> str | None:
-    """Which field is not as a lease writes it; None where all are."""
+def _malformed(value: dict[str, Any]) -> str | None:
+    """Description of the first malformed field; None if there is none."""
     for field, kind in _FIELDS.items():
         if not isinstance(value.get(field), kind) or isinstance(value.get(field), bool):
             return f"its {field} is {value.get(field, 'missing')!r:.60}"

@@ -1,4 +1,4 @@
-"""A folder of weights that one of our steps made knows its tokenizer: the manifest beside it says which."""
+"""Find the tokenizer of weights that one of our steps made, through their manifest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OURS = {"identity", "content_digest", "files", "inputs"}
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where an artifact's weights lie, and the manifest that tells what they were made from."""
+    """An artifact of weights: its folder and its manifest, which lists its inputs."""
 
     artifact: Path
     manifest: dict[str, Any]
@@ -36,8 +36,8 @@ class Origin:
         return {name.removeprefix("model/"): entry["sha256"] for name, entry in files if name.startswith("model/")}
 
     def tokenizer(self, what: str) -> Path:
-        """The folder of the tokenizer that the weights were trained with. Raises EngineError, beginning with ``what``, where
-        it is not there any more or the manifest names none."""
+        """Folder of the tokenizer that the weights were trained with. Raises EngineError, beginning with ``what``, if it is
+        missing or the manifest has none."""
         source = self.manifest["inputs"].get("tokenizer")
         if source is None:
             raise EngineError(
@@ -46,19 +46,19 @@ class Origin:
             )
         folder = self.artifact.parents[1] / str(source.get("step")) / str(source.get("digest"))[:SHORT]
         data = read_file(folder / manifests.NAME)
-        made = manifests.read(data, str(folder)) if data is not None else {}
-        if any(made.get(name) != source.get(name) for name in ("digest", "content_digest")):
+        found = manifests.read(data, str(folder)) if data is not None else {}
+        if any(found.get(name) != source.get(name) for name in ("digest", "content_digest")):
             raise EngineError(
-                f"{what}: its tokenizer is {folder}, which is {'another one now' if made else 'not there'}; with another "
+                f"{what}: its tokenizer is {folder}, which is {'another one now' if found else 'not there'}; with another "
                 "one its embeddings would stand for other pieces. Make or copy it there again, or give the export "
                 "of this model, which has the tokenizer in it."
             )
-        return listed(folder, made)
+        return listed(folder, found)
 
 
 def origin(folder: Path) -> Origin | None:
-    """The artifact that ``folder`` or the model/ in it belongs to; None where it is none of ours. Raises EngineError where
-    its manifest is damaged."""
+    """The artifact that ``folder`` or its model/ belongs to; None if it is not one of ours. Raises EngineError for a damaged
+    manifest."""
     for artifact in (folder, *([folder.parent] if folder.name == "model" else [])):
         data = read_file(artifact / manifests.NAME)
         if data is not None and (re.fullmatch(r"[0-9a-f]{16}", artifact.name) or _is_ours(data)):

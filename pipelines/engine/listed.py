@@ -1,7 +1,7 @@
-"""An artifact is what its manifest lists: a file that somebody put beside the others is never read.
+"""Hide files of an artifact's folder that its manifest does not list, so that no step reads them.
 
-Whoever reads an artifact's folder (by a name, a pattern, or by looking whether a file is there) is handed one that holds
-what is listed and nothing else: the folder itself, or, where strangers lie in it, one of links.
+Readers of an artifact (by name, pattern or existence of a file) get a folder with exactly the listed files: the folder
+itself, or, where it has unlisted files, a folder of links.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def listed(folder: Path, manifest: Mapping[str, Any]) -> Path:
 
 
 def strangers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Relative paths of what lies in the folder and is not in the manifest, sorted; folders only where they are links."""
+    """Sorted relative paths in the folder that the manifest does not list; of folders only linked ones."""
     own = {NAME, *manifest["files"]}
     found = []
     for here, folders, names in os.walk(folder):

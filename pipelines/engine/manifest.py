@@ -1,4 +1,4 @@
-"""What a manifest says about an artifact; written sealed, and read by one reader wherever it lies."""
+"""An artifact's manifest: written sealed, and read by one reader for every store."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read(data: bytes, place: str) -> dict[str, Any]:
     """
     try:
         manifest, was_sealed = opened(data)
-        wrong = _misshapen(manifest) or (None if was_sealed else _contradicted(manifest))
+        wrong = _malformed(manifest) or (None if was_sealed else _contradicted(manifest))
     except ValueError as error:
         was_sealed, wrong = False, str(error)
     if wrong is None and manifest.get("format", FORMAT) not in range(1, FORMAT + 1):
@@ -56,8 +56,8 @@ def is_sealed(manifest: Mapping[str, Any]) -> bool:
     return SEAL in manifest
 
 
-def _misshapen(manifest: Mapping[str, Any]) -> str | None:
-    """Which field is not what `publish` writes; None where all are."""
+def _malformed(manifest: Mapping[str, Any]) -> str | None:
+    """Description of the first malformed field; None if there is none."""
     for name, kind in _FIELDS.items():
         value = manifest.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -77,7 +77,7 @@ def _misshapen(manifest: Mapping[str, Any]) -> str | None:
 
 
 def _contradicted(manifest: Mapping[str, Any]) -> str | None:
-    """What an unsealed manifest says that its own digests deny."""
+    """Which field of an unsealed manifest contradicts its own digests."""
     if manifest["content_digest"] != content_digest(manifest["files"], manifest["volatile"]):
         return "its content_digest is not that of its files"
     return None if manifest["digest"] == digest(manifest["identity"]) else "its digest is not that of its identity"

@@ -167,7 +167,7 @@ class ObjectStore(Store):
         return self._opened_index(attempts[max(usable)], found[attempts[max(usable)]]) if usable else {}
 
     def _opened_index(self, path: str, data: bytes) -> Entries:
-        """Raises EngineError for an index that is not as it was written."""
+        """Raises EngineError for a damaged index."""
         try:
             kept, _ = opened(data)
             for entry in kept.values():
@@ -205,7 +205,7 @@ class ObjectStore(Store):
         attempt = f"{folder}/{attempt_name(token)}"
         data = self._objects.read(f"{attempt}/{manifests.NAME}")
         if data is not None:
-            manifests.read(data, f"{self.url}/{attempt}")  # raises where it is not what was staged
+            manifests.read(data, f"{self.url}/{attempt}")  # raises if damaged
             self._objects.write(f"{step}/{digest[:SHORT]}/{manifests.NAME}", data)
         if self.find(step, digest) is None:
             return False

@@ -29,9 +29,9 @@ from pipelines.engine.waiting import waiting
 from pipelines.engine.work import attempt_name
 
 SMALL_BYTES = 32 * 2**20
-ANSWER_SECONDS = 60.0  # that a server may take over one call, retries included, and
-SLOWEST_BYTES_PER_SECOND = 100_000  # of what the call carries
-FETCH_SECONDS = 12 * 3600.0  # that another process of this machine may take to download an artifact
+ANSWER_SECONDS = 60.0  # limit of one call, retries included, plus
+SLOWEST_BYTES_PER_SECOND = 100_000  # for the bytes it transfers
+FETCH_SECONDS = 12 * 3600.0  # limit for another process of this machine to download an artifact
 
 
 class Objects:
@@ -59,7 +59,7 @@ class Objects:
         return {key.removeprefix(f"{self.root}/"): data for key, data in found.items()}
 
     def get_with_answer(self, path: str) -> tuple[bytes, dict[str, Any]]:
-        """The bytes of an object, and what the server says of it."""
+        """The bytes of an object, and its metadata."""
         bucket, _, key = self.key(path).partition("/")
         answer = self._ask(path, "_call_s3", "get_object", Bucket=bucket, Key=key)
         return self._wait(path, answer["Body"].read), answer
@@ -103,7 +103,7 @@ class Objects:
         return self._wait(path, getattr(self.filesystem, method), *args, size=size, **options)
 
     def _wait(self, path: str, function: Callable[..., Any], *args: Any, size: int = 0, **options: Any) -> Any:
-        """What the server answers. Raises EngineError where it takes longer than such an answer may."""
+        """The server's response. Raises EngineError past the time limit."""
         seconds = ANSWER_SECONDS + size / SLOWEST_BYTES_PER_SECOND
         server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "S3"
         try:
@@ -183,7 +183,7 @@ def fetch(url: str, manifest: Mapping[str, Any]) -> Path:
 
 
 def is_copy(folder: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether a folder says that it holds this artifact; what was remade since has other files under the same digest."""
+    """Whether a folder's manifest is this artifact's; a remade artifact has other files under the same digest."""
     try:
         data = read_file(folder / manifests.NAME)
         there = manifests.read(data, str(folder)) if data is not None else {}

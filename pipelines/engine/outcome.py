@@ -22,7 +22,7 @@ class WorkerDiedError(EngineError):
 
 
 class LostMachineError(WorkerDiedError):
-    """A machine went away and no other took its place in time."""
+    """A machine was lost and not replaced in time."""
 
     exit_code = LOST_MACHINE
 

@@ -1,4 +1,4 @@
-"""Whether a Ray cluster answers at an address, and lets us in: said within seconds, where Ray itself waits for minutes."""
+"""Check within seconds whether a Ray cluster answers at an address and accepts us; Ray itself would wait for minutes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ANSWER_SECONDS = 6.0  # to connect, and as long again to greet
 
 
 def check_address(address: str) -> None:
-    """EngineError unless something answers there; ``ray.init`` alone waits for minutes, then ends the process."""
+    """Raise EngineError unless a Ray head answers there; ``ray.init`` alone waits for minutes, then ends the process."""
     if address == "auto":
         address = _running_here()
     host, _, port = address.rpartition(":")
@@ -34,7 +34,7 @@ def check_address(address: str) -> None:
 
 
 def _running_here() -> str:
-    """Where the Ray of this machine is, as `auto` finds it."""
+    """Address of this machine's Ray cluster, as `auto` resolves it."""
     from ray._private.services import canonicalize_bootstrap_address
 
     try:
@@ -50,22 +50,22 @@ def _running_here() -> str:
 
 
 def _expect_admission(address: str) -> None:
-    """EngineError where the head asks for a token that this process does not have: Ray would try for most of a minute, and
-    then say that it failed to connect."""
+    """Raise EngineError if the head requires a token that this process does not have: Ray would retry for most of a minute,
+    then report that it failed to connect."""
     import grpc
     from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
     logging.getLogger("ray._private.authentication.http_token_authentication").setLevel(logging.ERROR)
-    ours = {name.lower(): value for name, value in get_auth_headers_if_auth_enabled({}).items()}
+    headers = {name.lower(): value for name, value in get_auth_headers_if_auth_enabled({}).items()}
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:
             channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(
-                b"", timeout=ANSWER_SECONDS, metadata=tuple(ours.items())
+                b"", timeout=ANSWER_SECONDS, metadata=tuple(headers.items())
             )
         except grpc.RpcError as error:
             if error.code() != grpc.StatusCode.UNAUTHENTICATED:
-                return  # whatever else it is, Ray itself says more of it
-            has = "it is not the token that this process has" if ours else "this process has none"
+                return  # Ray itself reports other errors better
+            has = "it is not the token that this process has" if headers else "this process has none"
             raise EngineError(
                 f"compute.address={address}: this Ray cluster asks for a token, and {has}. Set RAY_AUTH_MODE=token and "
                 "RAY_AUTH_TOKEN_PATH=FILE, the file that holds the cluster's token (on its head: ~/.ray/auth_token, or what "
@@ -74,7 +74,7 @@ def _expect_admission(address: str) -> None:
 
 
 def check_same(address: str, joined: str) -> None:
-    """EngineError if this process already belongs to another cluster than the one it is asked to use."""
+    """Raise EngineError if this process already belongs to another cluster than the configured one."""
     if address != "auto" and address.rpartition(":")[2] != joined.rpartition(":")[2]:
         raise EngineError(
             f"compute.address={address}: this process already belongs to the Ray cluster at {joined}, and Ray allows one. "
@@ -83,7 +83,7 @@ def check_same(address: str, joined: str) -> None:
 
 
 def _expect_grpc(connection: socket.socket) -> None:
-    """OSError unless the other end greets like a Ray head: gRPC, which is HTTP/2, opens with SETTINGS."""
+    """Raise OSError unless the peer greets like a Ray head: gRPC, which is HTTP/2, opens with SETTINGS."""
     settings = 4
     connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, settings, 0, 0, 0, 0, 0]))
     greeting = connection.recv(9)

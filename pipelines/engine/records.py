@@ -37,11 +37,11 @@ class Records(Protocol):
     """Named records with compare-and-swap."""
 
     def damaged(self, name: str, why: str) -> EngineError:
-        """What to raise for a record that is none."""
+        """The error to raise for a damaged record."""
         ...
 
     def names(self) -> list[str]:
-        """Of every record there is."""
+        """Names of all records."""
         ...
 
     def read(self, name: str) -> Seen | None:

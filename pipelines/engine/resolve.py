@@ -57,7 +57,7 @@ def resolve(targets: Sequence[Step], hashes: FileHashes) -> Graph:
 
 
 def node_of(step: Step, inputs: dict[str, Node], hashes: FileHashes) -> Node:
-    """A step with the nodes it is made from. Raises EngineError for what has no digest."""
+    """A step with its input nodes. Raises EngineError for what has no digest."""
     if not step.name or step.name.startswith(".") or "/" in step.name:
         raise EngineError(f"{step.name!r} cannot be a step's name: it names a folder of the store.")
     sources = {name: _source(step.name, paths, hashes) for name, paths in step.files.items()}
@@ -72,7 +72,7 @@ def node_of(step: Step, inputs: dict[str, Node], hashes: FileHashes) -> Node:
 
 
 def check(step: Step) -> None:
-    """Let a step that is to be made say what it would refuse later."""
+    """Run a step's early check, which raises what its stage would refuse later."""
     if step.check is not None:
         with working(f"{step.name}: what it would refuse later is tried now"):
             step.check()

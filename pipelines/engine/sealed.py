@@ -33,7 +33,7 @@ def unsealed(path: Path) -> dict[str, Any] | None:
 
 
 def opened(data: bytes) -> tuple[dict[str, Any], bool]:
-    """(the value without its seal, whether it had one). Raises ValueError for what is no JSON object, or not as sealed."""
+    """(the value without its seal, whether it had one). Raises ValueError for other JSON and a wrong seal."""
     try:
         value = json.loads(data)
     except RecursionError as error:

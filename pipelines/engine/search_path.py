@@ -1,4 +1,4 @@
-"""Our packages before others of their names: `model.py`, `data/` or `conf.py` stand in many a working folder.
+"""Import our packages before others of the same names: many working folders have a `model.py`, `data/` or `conf.py`.
 
 Python looks into the working folder first under `-m`, and so does every worker of Ray. Whichever process imports
 `pipelines` puts our root before the first folder that has one of our names; a process that has to unpickle something of
@@ -18,14 +18,14 @@ ROOT = str(Path(__file__).parents[2])
 
 def portable(fn: Callable[..., Any], root: str = ROOT) -> Callable[..., Any]:
     """`fn`, which is picklable by name, as a function that cloudpickle writes whole: it puts our root first, then calls
-    `fn`, whatever stands in the working folder of the process that reads it."""
-    named, first = pickle.dumps(fn), rooted(root)
+    `fn`, whatever the working folder of the unpickling process contains."""
+    pickled, first = pickle.dumps(fn), rooted(root)
 
     def anywhere(*args: Any) -> Any:
         import pickle
 
         first()
-        return pickle.loads(named)(*args)
+        return pickle.loads(pickled)(*args)
 
     return anywhere
 
@@ -34,7 +34,7 @@ def rooted(root: str = ROOT) -> Callable[[], None]:
     """A function that puts our root first in the process that calls it."""
     names = PACKAGES
 
-    # All that it uses is its own: cloudpickle writes a function inside a function by its code, not by its name.
+    # It imports all that it uses: cloudpickle writes a function inside a function by its code, not by its name.
     def own_root_first() -> None:
         """Put our root before the first folder of the search path that has one of our packages' names."""
         import os

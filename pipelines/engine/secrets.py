@@ -1,8 +1,8 @@
-"""Secrets are never written: recognised by the names of the environment's variables and by the looks of a value.
+"""Secrets are never written: recognised by names of environment variables and by patterns of values.
 
 A value is one of the environment's if its variable's name says so (`WANDB_API_KEY`, `GITHUB_PAT`, `DB_PASSWORD`), or if it
-is a URL with a password in it (`DATABASE_URL=postgres://me:PASSWORD@host`): then the password is. Whatever the environment
-says, a value that looks as the big services' tokens look is one too.
+is a URL with a password in it (`DATABASE_URL=postgres://me:PASSWORD@host`): then the password is. Independently
+of the environment, a value with the pattern of a known service's token is one too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"[-+\d_.,eE]{1,15}")
 SHORTEST = 6
 """Characters of the shortest value that counts as a secret: shorter ones occur everywhere by chance."""
 FOUND_ANYWHERE = 12
-"""From this length on a value is looked for inside words too; a shorter one only where it stands by itself."""
+"""From this length on a value is searched for inside words too; a shorter one only as a whole word."""
 
 _URL_PASSWORD = re.compile(r"(?<![\w+.-])[a-z][a-z0-9+.-]*://[^\s/?#:@\"']*:([^\s/?#@\"'<]+)@", re.IGNORECASE)
 _URL_KEY = re.compile(
@@ -52,7 +52,7 @@ _LOOK = re.compile("|".join(f"(?P<look{number}>(?<![A-Za-z0-9]){look})" for numb
 
 
 def refuse_secrets(value: Any, what: str) -> None:
-    """Raise EngineError if any text in plain data holds a secret: one of the environment's, or one by its looks."""
+    """Raise EngineError if any text in plain data holds a secret: from the environment, or by its pattern."""
     written = json.dumps(value, default=str)
     for name, secret in _of_environment().items():
         if secret.search(written):
@@ -68,7 +68,7 @@ def refuse_secrets(value: Any, what: str) -> None:
 
 
 def without_secrets(value: Any) -> Any:
-    """Plain data with secrets blotted out."""
+    """Plain data with secrets redacted."""
     written = json.dumps(value)
     for name, secrets in _of_environment().items():
         written = secrets.sub(f"<{name}>", written)
@@ -78,7 +78,7 @@ def without_secrets(value: Any) -> Any:
 
 
 def _by_looks(written: str) -> Iterator[tuple[str, str]]:
-    """(what it looks like, the text) of everything in a text that looks like a secret."""
+    """(kind, text) of everything in a text with the pattern of a secret."""
     kinds = list(_LOOKS)
     for match in _LOOK.finditer(written):
         yield kinds[int(str(match.lastgroup).removeprefix("look"))], match[0]
@@ -87,7 +87,7 @@ def _by_looks(written: str) -> Iterator[tuple[str, str]]:
 
 
 def _of_environment() -> dict[str, re.Pattern[str]]:
-    """{variable: what finds its secrets in JSON}."""
+    """{variable: pattern that finds its secret in JSON}."""
     found = {}
     for name, value in os.environ.items():
         texts = [_pattern(secret) for secret in _secrets_of(name, value.strip()) if len(secret) >= SHORTEST]
@@ -102,7 +102,7 @@ def _pattern(secret: str) -> str:
 
 
 def _secrets_of(name: str, value: str) -> set[str]:
-    """What is secret in a variable of the environment."""
+    """The secrets in an environment variable."""
     in_url = {match[1] for look in (_URL_PASSWORD, _URL_KEY) for match in look.finditer(value)}
     if in_url or "://" in value:
         return in_url | {unquote(secret) for secret in in_url}

@@ -122,11 +122,11 @@ class Step:
     resumes: bool = False
     """True: the stage finds in out_dir whatever a killed attempt left. False: it finds finished shards only."""
     despite: Callable[[Mapping[str, str]], Any] | None = None
-    """None: the step needs every input. Otherwise it is made of those that are there after others failed, as another
-    artifact with the settings that this returns for {input that is not there: why}."""
+    """None: the step needs every input. Otherwise it is made from the available ones after others failed, as another
+    artifact with the settings that this returns for {missing input: reason}."""
     check: Callable[[], None] | None = None
-    """Raises what the stage would refuse only after the steps before it; called before anything runs, for what is not
-    cached."""
+    """Raises what the stage would otherwise refuse only after the steps before it; called before anything runs, for
+    steps that are not cached."""
     cpus: float = 1
     gpus: float = 0
     """What the step uses altogether while it runs; steps whose sum fits run side by side."""

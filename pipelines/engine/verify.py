@@ -1,4 +1,4 @@
-"""Every artifact and lease of a store compared with what was written of it: all bytes read now, nothing remembered."""
+"""Verify every artifact and lease of a store: all bytes are read, no remembered hash is trusted."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipelines.engine.step import Artifact
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What was found of one artifact or lease."""
+    """Result for one artifact or lease."""
 
     place: str
     damage: list[str] = field(default_factory=list)
-    """Sentences with the remedy; none where all is as it was written."""
+    """Sentences with the remedy; empty if intact."""
     notes: list[str] = field(default_factory=list)
     is_lease: bool = False
     files: int = 0
@@ -28,7 +28,7 @@ class Finding:
 
 
 def findings(store: Store, *, seal: bool = False) -> Iterator[Finding]:
-    """One finding an artifact, then one a lease. ``seal``: seals what is whole and has no seal."""
+    """One finding per artifact, then one per lease. ``seal``: seals intact, unsealed ones."""
     for step, names in store.published().items():
         for name in names:
             yield _artifact(store, step, name, seal)
@@ -78,6 +78,6 @@ def _lease(store: Store, name: str, seal: bool) -> Finding:
 
 
 def _seal_lease(store: Store, name: str, seen: Seen) -> list[str]:
-    """A lease that somebody takes meanwhile is sealed by them."""
+    """Seal a lease; if another process takes it meanwhile, that one seals it."""
     written = store.records.write(name, seen.value, seen.version)
     return [f"{store.url}/.leases/{name}: sealed"] if written is not None else []

@@ -52,7 +52,7 @@ class Work:
 
     @property
     def failure(self) -> Path:
-        """What the last attempt ended with, in words, until the next one begins."""
+        """Error message of the last attempt, until the next one begins."""
         return self.root / "engine" / "failure.txt"
 
     def folder(self, kind: str) -> Path:
@@ -146,7 +146,7 @@ def attempts_in(folder: Path) -> dict[int, Path]:
 
 
 def token_of(name: str) -> int | None:
-    """The token of the attempt whose folder has this name; None for another's."""
+    """Token of the attempt whose folder has this name; None for other folders."""
     return int(name[1:]) if re.fullmatch(r"t\d{6,}", name) else None
 
 

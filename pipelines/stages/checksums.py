@@ -19,7 +19,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def check_checksums(folder: Path) -> None:
-    """Compare a folder that has SHA256SUMS with it. Raises EngineError for a file that is not what was exported."""
+    """Verify a folder's files against its SHA256SUMS, if any. Raises EngineError for a changed or missing file."""
     try:
         text = (folder / NAME).read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):

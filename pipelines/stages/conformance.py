@@ -92,7 +92,7 @@ def check_export(
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """What transformers makes of the tokenizer's files. Raises EngineError where it makes nothing of them."""
+    """The tokenizer as transformers loads it from its files. Raises EngineError if it cannot."""
     transformers_logging.set_verbosity_error()
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -22,4 +22,4 @@ def run(settings: CorpusSettings, inputs: Mapping[str, Artifact], out_dir: Path,
 
 
 LEFT_OUT = ("malformed_lines", "null_rows")
-"""Counted beside what was repaired, and said as left out."""
+"""Prefixes of counts in `repaired` that are reported as left out instead."""

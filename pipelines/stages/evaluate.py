@@ -89,8 +89,8 @@ def run(settings: EvaluateSettings, inputs: Mapping[str, Artifact], out_dir: Pat
 
 
 def check_prompts(samples: SampleSettings, max_seq_len: int, tokenizer: Tokenizer | None, longest_piece: int) -> None:
-    """Whether the fixed prompts leave room for an answer; the sample would be refused when all is trained. Before there is
-    a tokenizer only what is too long for any, whose pieces have at most `longest_piece` characters. Raises EngineError."""
+    """Raise EngineError if a fixed prompt leaves no room for an answer, before training instead of after. Without a
+    tokenizer yet, only for prompts too long for any whose pieces have at most `longest_piece` characters."""
     from data.tokenizer import TAB_RUNS
     from pipelines.stages.generate import check_room, prompt_ids
 
@@ -104,8 +104,8 @@ def check_prompts(samples: SampleSettings, max_seq_len: int, tokenizer: Tokenize
 
 
 def check_tasks(settings: EvaluateSettings, windows: tuple[int, int]) -> None:
-    """Build every task that does not come with this program and run it without a model: what fails there would fail after
-    everything is trained. Raises EngineError."""
+    """Build and dry-run every task that does not come with this program, before training instead of after. Raises
+    EngineError."""
     if read_tasks(settings.tasks, settings.task_folders).has_foreign():
         from pipelines.stages.harness_tasks import try_tasks
 

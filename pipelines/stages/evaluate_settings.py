@@ -80,7 +80,7 @@ class EvaluateSettings:
 
 
 def task_files(settings: EvaluateSettings) -> tuple[Path, ...]:
-    """Every file that the chosen tasks are made from, to enter the step's digest: their YAML, what it includes, their data.
+    """Every file that the tasks read, for the step's digest: their YAML, its includes, their data.
 
     Raises EngineError for a task that is not there or cannot be run.
     """

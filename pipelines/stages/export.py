@@ -131,7 +131,7 @@ def _source(settings: ExportSettings, inputs: Mapping[str, Artifact]) -> Artifac
 
 
 def check_source(settings: ExportSettings, steps: Iterable[str]) -> None:
-    """Whether there are such weights to export. Raises EngineError."""
+    """Raise EngineError if these weights do not exist."""
     if settings.weights not in ("last", *steps):
         raise EngineError(
             f"export.weights = {settings.weights!r}: this experiment has no such step. Set export.weights=last, or add "

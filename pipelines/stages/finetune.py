@@ -85,8 +85,8 @@ def run(settings: FinetuneRun, inputs: Mapping[str, Artifact], out_dir: Path, ct
 
 
 def check_conversations(settings: FinetuneSettings, seq_len: int) -> None:
-    """Whether the conversations can fill a batch, as far as that shows before there is a tokenizer: a row holds one or
-    more. Raises EngineError, or DataError for files without conversations."""
+    """Raise EngineError if the conversations cannot fill a batch, as far as is known before there is a tokenizer (a row
+    holds at least one), or DataError for files without conversations."""
     data, batch = settings.data, settings.train.global_batch_tokens
     rows = batch // seq_len
     most = data.max_conversations or rows
@@ -117,6 +117,6 @@ def shortened(settings: FinetuneRun, rows: Artifact) -> TrainSettings:
 
 
 def tuning_tokens(settings: FinetuneRun, there: float) -> int:
-    """Tokens of the epochs asked for, in whole batches; `there`: those of all rows of conversations."""
+    """Tokens of the configured epochs, in whole batches; `there`: those of all rows of conversations."""
     batch = settings.train.global_batch_tokens
     return max(batch, min(settings.train.total_tokens, int(there * settings.epochs) // batch * batch))

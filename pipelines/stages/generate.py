@@ -178,7 +178,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, *, chat: bool = False, system:
 
 
 def check_room(tokens: int, max_seq_len: int, what: str = "The prompt") -> int:
-    """How many tokens may follow a prompt of so many. Raises EngineError where it leaves no room."""
+    """How many tokens may follow a prompt. Raises EngineError if it leaves no room."""
     if tokens >= max_seq_len:
         raise EngineError(
             f"{what} has {tokens:,} tokens and the model was made for {max_seq_len:,}, its answer included: shorten the "

@@ -29,7 +29,7 @@ from pipelines.stages.intervals import (
 from pipelines.stages.task_files import TaskSet
 
 SLOW_METRICS, SLOW_RESAMPLES = ("bleu", "chrf", "chrf++", "ter"), 100
-"""Metrics over whole texts, of which the harness too takes a hundred draws at most."""
+"""Corpus-level metrics, for which the harness too takes at most a hundred draws."""
 GUESSES = 400
 """Rounds of random answers where a metric's chance level has no closed form."""
 
@@ -38,8 +38,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Aggregation:
-    """A function of the harness from per-example values to one; infinite where a float has no room, not a number where
-    there is nothing to divide by."""
+    """A function of the harness from per-example values to one; infinite on overflow, NaN on a division by zero."""
 
     of: Callable[[list[Any]], float]
 
@@ -54,7 +53,7 @@ class Aggregation:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One metric of one task: its interval, the draws it came of, and for shares of right answers their numbers."""
+    """One metric of one task: its interval, its bootstrap draws, and for accuracies the counts."""
 
     found: Interval
     chance: float | None = None
@@ -63,7 +62,7 @@ class Figure:
     """(right, trials) where every example is an independent trial."""
 
     def shown(self) -> dict[str, Any]:
-        """As results.json has it: a value that is no number is none."""
+        """As in results.json; NaN becomes null."""
         plain = asdict(self.found) | {"chance": self.chance}
         if math.isfinite(self.found.value):
             return plain
@@ -126,14 +125,14 @@ def _figure(
 
 
 def _is_share(groups: Sequence[Sequence[Any]]) -> bool:
-    """Whether every value says right or wrong."""
+    """Whether every value is 0 or 1."""
     return all(isinstance(item, int | float | np.number) and item in (0, 1) for group in groups for item in group)
 
 
 def _chance(
     task: ConfigurableTask, metric: str, aggregate: Aggregation, rows: list[dict[str, Any]], seed: int
 ) -> float | None:
-    """What answers drawn at random score in a multiple-choice task; None for other tasks and metrics."""
+    """Score of uniformly random answers in a multiple-choice task; None for other tasks and metrics."""
     if task.OUTPUT_TYPE != "multiple_choice" or not rows:
         return None
     choices_N = np.array([len(task.doc_to_choice(answer["doc"])) for answer in rows])
@@ -164,7 +163,7 @@ def right_choices(task: ConfigurableTask, doc: Mapping[str, Any]) -> int:
 def group_figures(
     chosen: TaskSet, name: str, made: Mapping[str, Mapping[str, Figure]], found: Mapping[str, Mapping[str, Any]]
 ) -> Figures:
-    """What a group averages over its tasks, as the harness does it, with an interval by draws within each task."""
+    """A group's averages over its tasks, as the harness computes them, with intervals from draws within each task."""
     tasks, own = chosen.leaves(name), found[name]
     keys = [key for key in own if "," in key and not key.partition(",")[0].endswith("_stderr")]
     figures: Figures = {}
@@ -201,7 +200,7 @@ def _pooled(value: float, parts: Sequence[Figure], weights: np.ndarray, *, by_si
     if len(draws) < len(parts):
         why = f"a task among them has fewer than {FEWEST} examples"
         return Figure(found=Interval(value, None, None, why), chance=chance)
-    # Tasks are drawn apart from each other: the same seed gave each its draws, so one is shifted against the next.
+    # Tasks are resampled independently: all used the same seed, so each one's draws are shifted against the next's.
     draws_R = sum(
         weight * np.roll(drawn_R, place) for place, (weight, drawn_R) in enumerate(zip(weights, draws, strict=True))
     )

@@ -70,12 +70,12 @@ def choose_conversations(instructions: Path, settings: EvaluateSettings) -> tupl
 
 
 def text_bytes(conversation: Conversation) -> int:
-    """UTF-8 bytes of what is said in a conversation."""
+    """UTF-8 bytes of a conversation's messages."""
     return sum(len(message["content"].encode("utf-8")) for message in conversation.messages)
 
 
 def unscored(chosen: Iterable[HeldOut]) -> str:
-    """A line on the held-out documents that a cap leaves out of the scores; empty where there are none."""
+    """A line on held-out documents that a cap excludes from the scores; empty if there are none."""
     beyond = sum(part.available - len(part.documents) for part in chosen)
     return (
         f"left out {beyond:,}: held-out documents beyond evaluate.max_documents or evaluate.max_bytes" if beyond else ""
@@ -95,7 +95,7 @@ def by_id(corpora: Iterable[Path], ids: Sequence[str]) -> list[Document]:
 
 
 def group_by_bytes(sizes: Sequence[int], bytes_per_shard: int) -> list[list[int]]:
-    """Places of the texts of each shard, by their bytes: as many shards as the bytes ask for, filled evenly."""
+    """Places of the texts of each shard, by their bytes: one shard per `bytes_per_shard`, filled evenly."""
     groups: list[list[int]] = [[] for _ in range(max(1, min(len(sizes), -(-sum(sizes) // bytes_per_shard))))]
     filled = [0] * len(groups)
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):

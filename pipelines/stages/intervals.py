@@ -1,4 +1,4 @@
-"""Intervals around scores: the bootstrap over whole documents, Wilson's for shares, and none where there is too little.
+"""Intervals around scores: the bootstrap over whole documents, Wilson's for shares, and none below FEWEST.
 
 interval(1.2, resampled_R, count=35, of="documents")     # 1.2 between two quantiles
 wilson(0, 60, of="examples")                             # 0 between 0 and 0.06
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 FEWEST = 5
-"""Documents or examples below which no interval is told: a bootstrap of one has no width, of four hardly one."""
+"""Fewest documents or examples for an interval: a bootstrap of one has no width, of four hardly one."""
 Z = 1.959963984540054
 """Standard deviations on either side of a normal mean that hold 95 %."""
 
@@ -31,7 +31,7 @@ class Interval:
 
 
 def bounds(name: str, figure: Mapping[str, Any]) -> dict[str, float]:
-    """`NAME_low` and `NAME_high` of a figure that has an interval; nothing of one that has none."""
+    """`NAME_low` and `NAME_high` of a figure with an interval; else empty."""
     return {} if figure["low"] is None else {f"{name}_low": figure["low"], f"{name}_high": figure["high"]}
 
 
@@ -51,7 +51,7 @@ def resample_sums(columns_NK: np.ndarray, *, resamples: int, seed: int) -> np.nd
 
 
 def interval(value: float, resampled_R: np.ndarray, *, count: int, of: str) -> Interval:
-    """`value` between the 2.5 % and 97.5 % quantiles of its resampled twins, which come of `count` documents.
+    """`value` between the 2.5 % and 97.5 % quantiles of its bootstrap values over `count` documents.
 
     of: what was resampled, for the message. No interval where they are fewer than FEWEST, or all alike: a width of
     nothing would claim certainty.
@@ -96,7 +96,7 @@ def share_interval(right: float, total: float, resampled_R: np.ndarray, *, count
 def resample_aggregate(
     aggregate: Callable[[list[Any]], float], groups: Sequence[Sequence[Any]], *, resamples: int, seed: int
 ) -> np.ndarray:
-    """What `aggregate` makes of the items of `resamples` draws of groups with replacement: [resamples].
+    """Values of `aggregate` over `resamples` draws of groups with replacement: [resamples].
 
     Items that come of one document are one group, for the reason above; independent items are groups of one.
     """

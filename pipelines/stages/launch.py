@@ -28,7 +28,7 @@ class ComputeSettings:
     cpus_per_rank: int | None = None
     """null: this machine's cores divided by the ranks, at least 1."""
     wait_seconds: float = 600
-    """For a machine that was lost to come back, or another in its place; then the run ends with exit code 75."""
+    """Timeout for a lost machine to return or be replaced; then the run ends with exit code 75."""
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
@@ -114,7 +114,7 @@ class Watch:
                 with contextlib.suppress(FileNotFoundError):
                     self._ctx.keep(f"checkpoints/{path.name}")
                 self._ctx.keep("metrics.jsonl")
-                if (self._out_dir / "logs" / RUN_ID).exists():  # whoever goes on elsewhere is the same run there
+                if (self._out_dir / "logs" / RUN_ID).exists():  # a resumed attempt elsewhere continues the same run
                     self._ctx.keep(f"logs/{RUN_ID}")
 
     def _notes(self) -> list[str]:

@@ -124,7 +124,7 @@ def score(work: Work, out_dir: Path) -> dict[str, Any]:
 
 
 def conversations(work: Work, out_dir: Path) -> dict[str, Any]:
-    """Nats and tokens of the assistant's answers in each conversation under one model: what fine-tuning is trained on.
+    """Nats and tokens of the assistant's answers in each conversation under one model: the targets of fine-tuning.
 
     A conversation that the chat template refuses has no tokens; `refused` says the first such, and why.
     """

@@ -1,6 +1,6 @@
-"""What an export of weights from outside would be refused for, tried before anything is trained.
+"""Dry-run the export of imported weights, so that what it would refuse is refused before training.
 
-    rehearse(config, Path("weights/qwen"), cache)      # seconds; at once where it has passed before on this machine
+    rehearse(config, Path("weights/qwen"), cache)      # seconds; instant if it passed before on this machine
 
 transformers is slow to import, so what passed is remembered in the machine's cache, by everything it depends on: the
 tokenizer's files, the configuration, transformers' version and our own code. The export compares all of it again.
@@ -25,7 +25,7 @@ PIECES = 4000
 
 
 def rehearse(config: ModelConfig, tokenizer_dir: Path | None, cache: Path) -> None:
-    """Whether transformers builds such a model, and reads the tokenizer of this folder beside it as it is read here.
+    """Raise unless transformers builds such a model and its tokenizer agrees with ours on this folder's files.
 
     tokenizer_dir: None where the tokenizer is of our own making. cache: this machine's folder.
     Raises EngineError as the step would after all training.
@@ -58,7 +58,7 @@ def _rehearse(config: ModelConfig, described: dict[str, object] | None, tokenize
 
 
 def _key(described: dict[str, object] | None, tokenizer_dir: Path | None) -> str:
-    """Of everything that the verdict depends on."""
+    """Digest of everything that the result depends on."""
     code = sorted(path for room in ("data", "model", "pipelines/stages") for path in (ROOT / room).rglob("*.py"))
     files = tokenizer_files(tokenizer_dir) if tokenizer_dir is not None else []
     depends = {

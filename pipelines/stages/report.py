@@ -31,7 +31,7 @@ class ReportSettings:
     title: str = "Athanor"
 
     def without(self, failed: Mapping[str, str]) -> PartialReportSettings:
-        """The settings of a report on what there is, after these steps failed."""
+        """Settings of a partial report, after these steps failed."""
         return PartialReportSettings(title=self.title, failed=dict(failed))
 
 
@@ -109,15 +109,14 @@ def tiles(inputs: Mapping[str, Artifact]) -> list[dict[str, str]]:
 
 
 def between(scores: Mapping[str, Any], name: str) -> str:
-    """The interval around a figure in words, or that there is none."""
+    """Text of the interval around a figure, or that there is none."""
     if f"{name}_low" not in scores:
         return "no interval: too few held out"
     return f"95 % interval {scores[f'{name}_low']:.3f} – {scores[f'{name}_high']:.3f}"
 
 
 def verdict(scores: Mapping[str, Any]) -> tuple[str, str, str]:
-    """A tile that says whom the model beats: those whose difference from it, over the same documents, lies above 0 with its
-    whole interval."""
+    """A tile with the scorers that the model beats: the interval of their difference over the same documents is above 0."""
     rivals = {name: scores[name] for name in ("unigram", "gzip", "xz") if name in scores}
     remark = ", ".join(f"{name} {score['bits_per_byte']['value']:.2f}" for name, score in rivals.items())
     if any(score["worse_by"]["low"] is None for score in rivals.values()):

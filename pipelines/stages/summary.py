@@ -21,7 +21,7 @@ from pipelines.stages.intervals import Interval, bounds, interval, resample_sums
 from pipelines.stages.measure import BASE, FINETUNED
 
 LOST = "lost_by_tokenizer"
-"""The column of bits that it takes to mend what a tokenizer lost (data/lost_text.py)."""
+"""Column of the bits needed to restore text that a tokenizer lost (data/lost_text.py)."""
 BITS_PER_NAT = 1 / math.log(2)
 
 
@@ -44,7 +44,7 @@ def collect_columns(
     baselines = done.get("baselines", {"nats": {}, "compressed_bytes": {}})
     for name, nats in baselines["nats"].items():
         columns[f"{name}_bits"] = np.array(nats) * BITS_PER_NAT
-    # Scores over tokens say nothing of what the tokenizer lost; gzip and xz keep all.
+    # Scores over tokens ignore text that the tokenizer lost; gzip and xz are lossless.
     columns[LOST] = np.array(baselines.get("lost_bits", np.zeros(len(documents))), np.float64)
     for name in [name for name in columns if name.endswith("_bits")]:
         columns[name] = columns[name] + columns[LOST]
@@ -137,7 +137,7 @@ def summarize_conversations(
 
 
 def lost_line(columns: Mapping[str, np.ndarray]) -> str | None:
-    """How much text the tokenizer lost, where it lost any."""
+    """How much text the tokenizer lost; empty if none."""
     lost = columns[LOST]
     if not lost.any():
         return None
@@ -154,8 +154,8 @@ def write_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:
 
 
 def metrics(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures by flat names, with `_low` and `_high` where there is an interval. The base model's carry no prefix: what
-    a sweep sorts by is `bits_per_byte`."""
+    """The figures by flat names, with `_low` and `_high` where there is an interval. The base model's have no prefix: a
+    sweep sorts by `bits_per_byte`."""
     flat: dict[str, Any] = {}
     for name, score in results["scores"].items():
         prefix = "" if name == BASE else f"{name}_"

@@ -73,7 +73,7 @@ MAKERS: Mapping[str, Callable[[Document, random.Random], Iterator[Example]]] = {
 
 
 def make_examples(maker: str, documents: Sequence[Document], *, limit: int, seed: int) -> list[Example]:
-    """At most `limit` examples of the named maker, one document after the other in turns; `document` is each one's."""
+    """At most `limit` examples of a maker, taken round-robin from the documents; `document` is each example's."""
     streams = [(document, MAKERS[maker](document, _rng(seed, maker, document))) for document in documents]
     examples: list[Example] = []
     while streams and len(examples) < limit:

@@ -41,7 +41,7 @@ PROBES = {
     "Chinese": "\u6f22\u5b57",
     "emoji": "\U0001f600",
 }
-"""Kinds of text, each to be decoded from its tokens as it was."""
+"""Samples of text that must survive encoding and decoding."""
 
 
 def take(settings: TakenTokenizer, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""torch.compile of a model's blocks and of its loss over the vocabulary, where it can and should be done."""
+"""torch.compile of a model's blocks and of its loss over the vocabulary, where possible and configured."""
 
 from __future__ import annotations
 

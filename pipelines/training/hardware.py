@@ -35,7 +35,7 @@ GPU_PEAKS: dict[str, tuple[float, float]] = {
 MATMUL_SIZE = 1024
 CALIBRATION_SECONDS = 0.5
 ANOTHER_MEASURES_SECONDS = 10.0
-"""How long to wait for another process that measures, before this one does so too."""
+"""Timeout of waiting for another process's measurement, before measuring here too."""
 
 
 def peak_flops(device: torch.device, precision: str, threads: int) -> tuple[float, str]:
@@ -60,12 +60,12 @@ def peak_flops(device: torch.device, precision: str, threads: int) -> tuple[floa
 
 
 def peaks_file() -> Path:
-    """Where a machine's measured peaks are kept."""
+    """Cache file of a machine's measured peaks."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "athanor" / "peak-flops.json"
 
 
 def _kept(device: torch.device, precision: str, threads: int, size: int) -> tuple[dict[str, Any], str]:
-    """The measurement of these conditions and where it is kept; made where there is none, by one process at a time."""
+    """The measurement under these conditions and its file; measured if missing, by one process at a time."""
     unit = platform.processor() or platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
     parts = (platform.node(), unit, f"{os.cpu_count()} cores", f"{threads} threads", precision, size, torch.__version__)
     conditions, path = ", ".join(map(str, parts)), peaks_file()
@@ -87,7 +87,7 @@ def _kept(device: torch.device, precision: str, threads: int, size: int) -> tupl
 
 
 def _was_disturbed(found: dict[str, Any]) -> bool:
-    """Whether a measurement was made beside other work that has gone by now: at a load of 15, a core of 870 GFLOP/s was
+    """Whether a measurement was taken under load that has ended: at a load of 15, a core of 870 GFLOP/s was
     seen to reach 151."""
     return found["load"] > (os.cpu_count() or 1) / 2 and os.getloadavg()[0] < found["load"] / 2
 
@@ -102,7 +102,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """While no other process is in here, or has been for too long."""
+    """Hold while no other process measures, or after a timeout."""
     with open(lock, "w") as file:
         deadline = time.monotonic() + ANOTHER_MEASURES_SECONDS
         while time.monotonic() < deadline:
@@ -115,7 +115,7 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 def _measure(device: torch.device, precision: str, size: int) -> dict[str, Any]:
-    """FLOP/s of repeated products in half a second, and when and beside what they were measured."""
+    """FLOP/s of repeated products in half a second, with time and load of the measurement."""
     load = os.getloadavg()[0]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     generator = torch.Generator().manual_seed(0)  # the run's own random numbers are not touched

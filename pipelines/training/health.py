@@ -20,7 +20,7 @@ FEW_STEPS = 20
 """Fewer steps hardly train a model: Adam's averages span 10 to 20 updates."""
 WINDOW = 10
 """Steps per median of losses; fewer in a short run."""
-BY_HEART = 0.01
+MEMORIZED = 0.01
 """Nats per target below which the training rows are memorized."""
 ABOVE_UNIFORM = 0.2
 """Nats above a uniform guess that an untrained model's loss may be."""
@@ -63,8 +63,8 @@ class Health:
         new = []
         if (problem := self._problem(step, middle, full)) and self.diverged is None:
             new.append(Warning(step=step, text=f"diverged in step {step:,}: {problem}", diverged=True))
-        if full and middle < BY_HEART and not any("by heart" in warning.text for warning in self.warnings):
-            new.append(Warning(step=step, text=by_heart(step, middle)))
+        if full and middle < MEMORIZED and not any("memorized" in warning.text for warning in self.warnings):
+            new.append(Warning(step=step, text=memorized(step, middle)))
         self.warnings += new
         return new
 
@@ -86,10 +86,10 @@ class Health:
         return f"the loss{over} is {middle:.2f} after warmup, above the {self._uniform:.2f} of a uniform guess"
 
 
-def by_heart(step: int, loss: float) -> str:
+def memorized(step: int, loss: float) -> str:
     """Text of the warning about a training loss near zero."""
     return (
-        f"training loss {loss:.4f} by step {step:,}: the training rows are known by heart, which says nothing of other "
+        f"training loss {loss:.4f} by step {step:,}: the training rows are memorized, which says nothing of other "
         "text; the held-out score does. Train for fewer epochs, or on more text"
     )
 

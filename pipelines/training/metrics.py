@@ -149,7 +149,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class RunName:
-    """Which run it is at Weights & Biases. label: its job type. digest: of the step that it is."""
+    """Identity of a run at Weights & Biases. label: its job type. digest: of its step."""
 
     id: str
     label: str
@@ -157,7 +157,7 @@ class RunName:
 
     @classmethod
     def kept(cls, folder: Path, *, label: str, url: str) -> RunName:
-        """The run of a training whose logs are in `folder`: drawn once and kept there, beside what it resumes from.
+        """The run of a training whose logs are in `folder`: drawn once and kept there, beside its checkpoints.
 
         Not made from what the training is made from: two people who train the same would write into one run.
         """
@@ -324,14 +324,14 @@ def wandb_run(
 
 
 def _server_is_away(error: Exception) -> bool:
-    """Whether it is the server that failed, and not a key that it refused."""
+    """Whether the server failed, as opposed to refusing the key."""
     from wandb.errors import AuthenticationError, CommError
 
     return isinstance(error, CommError) and not isinstance(error, AuthenticationError)
 
 
 def tracking_line(settings: TrackingSettings, url: str) -> str:
-    """What is tracked where, in one line; url: where the run's folder will lie when its step is done."""
+    """One line on what is tracked where; url: final location of the run's folder."""
     mode, why = wandb_mode(settings)
     if mode == "off":
         return f"tracking: metrics.jsonl only ({why})"

@@ -47,7 +47,7 @@ def check_suits(kind: str, config: ModelConfig) -> None:
 
 
 def reads_other_than_text(config: ModelConfig) -> str:
-    """What keeps a model from being trained on rows of text: images, sound, two towers, a head that says no tokens.
+    """Why a model cannot be trained on rows of text: images, sound, two towers, a head without tokens.
     Empty for a language model."""
     for where, part in (("model", config), ("model.encoder", config.encoder)):
         if part is not None and not part.frontend.uses_vocabulary:

@@ -27,7 +27,7 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Op
         raise TrainingError("No parameter of the model is to be trained: all are frozen. Train some, or add adapters.")
     adamw_groups = [group for group in groups if not group["muon"]]
     betas = (settings.beta1, settings.beta2)
-    # Groups bring rates of their own; these are for none.
+    # Every group has its own rate; these defaults are unused.
     adamw = torch.optim.AdamW(adamw_groups, lr=0.0, betas=betas, eps=settings.eps, fused=True)
     if not isinstance(settings, MuonSettings):
         return adamw
@@ -55,7 +55,7 @@ def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[Group]:
 
 
 def peak_rate(settings: OptimSettings, role: Role, ndim: int) -> float:
-    """The peak learning rate of a parameter with this role and so many axes."""
+    """The peak learning rate of a parameter with this role and `ndim` axes."""
     rate = {"embedding": settings.embedding_lr, "head": settings.head_lr}.get(role)
     if isinstance(settings, MuonSettings) and role == "matrix" and ndim == 2:
         rate = settings.matrix_lr

@@ -14,7 +14,7 @@ from pipelines.training.errors import TrainingError
 from pipelines.training.settings import TrainSettings
 
 MPI = ("OMPI_", "PMIX_", "PMI_", "MV2_")
-"""Of an mpirun in whose shell the run was started: DeepSpeed would compare its ranks with ours, and stop."""
+"""Set by an mpirun in whose shell the run was started: DeepSpeed would compare its ranks with ours, and fail."""
 
 
 @dataclass(frozen=True)

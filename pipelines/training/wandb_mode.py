@@ -13,25 +13,25 @@ from urllib.parse import urlsplit
 from pipelines.training.settings import TrackingSettings
 
 ANSWER_SECONDS = 5.0
-"""For the server to say anything at all."""
+"""Timeout of the server's first response."""
 INIT_SECONDS = 30.0
-"""For a run to be taken in by a server that answers; Weights & Biases itself would wait 90."""
+"""Timeout of creating a run on a reachable server; Weights & Biases itself would wait 90."""
 
 Mode = Literal["online", "offline", "off"]
 
 
 def wandb_mode(settings: TrackingSettings) -> tuple[Mode, str]:
-    """The mode and the reason for it, asking the server where that decides.
+    """The mode and its reason; probes the server where needed.
 
-    A mode that the settings name is taken; `auto` follows WANDB_MODE, then goes online where there is a key and a server.
+    A configured mode wins; `auto` follows WANDB_MODE, then is online if there is a key and a reachable server.
     """
     if settings.mode != "auto":
         return settings.mode, f"tracking.mode={settings.mode}"
-    wished = os.environ.get("WANDB_MODE", "").strip().lower()
-    if wished == "disabled" or os.environ.get("WANDB_DISABLED", "").strip().lower() in ("true", "1", "yes"):
-        return "off", "WANDB_MODE=disabled" if wished == "disabled" else "WANDB_DISABLED is set"
-    if wished in ("offline", "dryrun"):
-        return "offline", f"WANDB_MODE={wished}"
+    requested = os.environ.get("WANDB_MODE", "").strip().lower()
+    if requested == "disabled" or os.environ.get("WANDB_DISABLED", "").strip().lower() in ("true", "1", "yes"):
+        return "off", "WANDB_MODE=disabled" if requested == "disabled" else "WANDB_DISABLED is set"
+    if requested in ("offline", "dryrun"):
+        return "offline", f"WANDB_MODE={requested}"
     server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
     if not _has_key(server):
         return "offline", "no key is set"
@@ -49,7 +49,7 @@ def _has_key(server: str) -> bool:
 
 @functools.cache
 def _answers(server: str) -> bool:
-    """Whether a server says anything, be it an error; asked once in a process."""
+    """Whether a server responds, even with an error; probed once per process."""
     try:
         urllib.request.urlopen(server, timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError:

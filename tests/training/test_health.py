@@ -82,7 +82,7 @@ def test_a_loss_that_is_not_finite_has_diverged(loss: float) -> None:
 
 def test_a_training_loss_of_nothing_is_remarked_once_and_ends_nothing() -> None:
     [warning] = looked([2.0] * 50 + [0.0] * 50).warnings
-    assert "training loss 0.0000 by step 56: the training rows are known by heart" in warning.text
+    assert "training loss 0.0000 by step 56: the training rows are memorized" in warning.text
     assert not warning.diverged
 
 
