@@ -55,9 +55,9 @@ def named(steps: dict[str, Step], name: str) -> Step:
     return steps[name]
 
 
-def made(settings: Settings, step: Step, overrides: Sequence[str], anew: tuple[str, ...] = ()) -> Path:
+def made(settings: Settings, step: Step, overrides: Sequence[str], rechecked: tuple[str, ...] = ()) -> Path:
     """The local folder of a step's artifact, or SettingsError that says by which command to make it."""
-    folder = found(settings, step, anew)
+    folder = found(settings, step, rechecked)
     if folder is None:
         raise SettingsError(
             f"step {step.name!r} of experiment {settings.experiment!r} is not in the store {settings.store}; make it "
@@ -66,20 +66,20 @@ def made(settings: Settings, step: Step, overrides: Sequence[str], anew: tuple[s
     return folder
 
 
-def found(settings: Settings, step: Step, anew: tuple[str, ...] = ()) -> Path | None:
+def found(settings: Settings, step: Step, rechecked: tuple[str, ...] = ()) -> Path | None:
     """Local folder of a step's artifact, or None. Raises EngineError for a damaged one.
 
-    `anew`: patterns of files that are hashed now, whatever is remembered of them.
+    `rechecked`: patterns of files that are hashed now, whatever is remembered of them.
     """
     store = open_store(settings.store)
     digest = next(report.digest for report in runner.plan([step], store=store) if report.name == step.name)
     artifact = store.find(step.name, digest)
     if artifact is None:
         return None
-    store.verify(artifact, step.self_checking, anew)
-    told = [f"{artifact.url}/{path}: no part of that artifact, left out" for path in store.strangers(artifact)]
+    store.verify(artifact, step.self_checking, rechecked)
+    lines = [f"{artifact.url}/{path}: no part of that artifact, left out" for path in store.strangers(artifact)]
     if not is_sealed(artifact.manifest):
-        told.append(runner.unsealed_line([artifact.url], store.url))
-    for line in told:
+        lines.append(runner.unsealed_line([artifact.url], store.url))
+    for line in lines:
         sys.stderr.write(f"[{line}]\n")
     return artifact.path

@@ -88,17 +88,17 @@ def sweep(overrides: Sequence[str], until: str | None = None) -> int:
 
     Raises SettingsError when no combination is valid.
     """
-    words = hydra_overrides(overrides, Settings, sweep=True)
+    arguments = hydra_overrides(overrides, Settings, sweep=True)
     points = combinations(overrides)
     settings = [point.settings for point in points if point.settings is not None]
     if not settings:
         raise SettingsError(points[0].mistake)
     trial = Trial(until=until, group=group_name(settings[0].experiment, overrides))
-    if "hydra/launcher=ray" in words:
+    if "hydra/launcher=ray" in arguments:
         with ray_joined(settings[0]), watching(points):
-            answers = launch(words, portable(trial))
+            answers = launch(arguments, portable(trial))
     else:
-        answers = launch(words, trial)
+        answers = launch(arguments, trial)
     outcomes = [_outcome(point, answers[index] if answers else LOST) for index, point in enumerate(points)]
     show(outcomes)
     failures = [
@@ -143,10 +143,10 @@ def _combination(words: tuple[str, ...]) -> Combination:
         return Combination(words=words, settings=None, mistake=str(error))
 
 
-def launch(words: Sequence[str], trial: Callable[[Any], Any]) -> list[float | str | None] | None:
+def launch(arguments: Sequence[str], trial: Callable[[Any], Any]) -> list[float | str | None] | None:
     """Hand the sweep to Hydra; what the trials answered, in order, or None when the launcher was lost on the way."""
     try:
-        return multirun(words, trial)
+        return multirun(arguments, trial)
     except Exception as error:
         if not type(error).__module__.startswith("ray."):
             raise

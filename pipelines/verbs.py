@@ -197,8 +197,8 @@ def _model_folders(arguments: argparse.Namespace) -> tuple[str | None, Path, Pat
     trained = [name for name in ("finetune", "pretrain") if name in steps]
     wanted = arguments.source or next((name for name in trained if found(settings, steps[name])), trained[-1])
     words = arguments.overrides
-    model = made(settings, named(steps, wanted), words, anew=("model/*",)) / "model"
-    return wanted, model, made(settings, steps["tokenizer"], words, anew=("*",))
+    model = made(settings, named(steps, wanted), words, rechecked=("model/*",)) / "model"
+    return wanted, model, made(settings, steps["tokenizer"], words, rechecked=("*",))
 
 
 def _valid(cls: type[Any], **values: Any) -> Any:

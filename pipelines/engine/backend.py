@@ -200,7 +200,7 @@ class RayBackend(Backend):
                 self._check_ray()
                 time.sleep(POLL_SECONDS)
             machines = self._alive()
-            answer = self._fitted(gang, poll)
+            answer = self._attempt(gang, poll)
             if isinstance(answer, NoPlaceError):
                 continue
             if isinstance(answer, BaseException):
@@ -209,7 +209,7 @@ class RayBackend(Backend):
                 raise answer
             return answer
 
-    def _fitted(self, gang: Gang, poll: Poll) -> Any:
+    def _attempt(self, gang: Gang, poll: Poll) -> Any:
         """Result of one attempt, run in a second thread while this one polls: Ray Train's fit() blocks, and in the main
         thread it would take over Ctrl-C."""
         answer: list[Any] = []

@@ -127,14 +127,14 @@ class Store(ABC):
                     f"{artifact.url}/{path} {state}: the artifact is damaged. Delete {artifact.url} to have it made again."
                 )
 
-    def verify(self, artifact: Artifact, self_checking: tuple[str, ...], anew: tuple[str, ...] = ()) -> None:
+    def verify(self, artifact: Artifact, self_checking: tuple[str, ...], rechecked: tuple[str, ...] = ()) -> None:
         """Raise EngineError if a file of an artifact is not what was published, before another step builds on it.
 
         Files that match `self_checking` are looked at by size only. Hashes of unchanged files are remembered on this
-        machine for a while; not trusted for those that match `anew`.
+        machine for a while; not trusted for those that match `rechecked`.
         """
         self.check(artifact)
-        damage = self._damage(artifact, Path(artifact.url), self_checking, anew)
+        damage = self._damage(artifact, Path(artifact.url), self_checking, rechecked)
         if damage is not None:
             raise EngineError(f"{damage}: the artifact is damaged. Delete {artifact.url} to have it made again.")
 
@@ -143,7 +143,7 @@ class Store(ABC):
         return strangers(Path(artifact.url), artifact.manifest)
 
     def _damage(
-        self, artifact: Artifact, folder: Path, self_checking: tuple[str, ...], anew: tuple[str, ...] = ()
+        self, artifact: Artifact, folder: Path, self_checking: tuple[str, ...], rechecked: tuple[str, ...] = ()
     ) -> str | None:
         """What is wrong with a file of an artifact in `folder`; None where every one is what was published."""
         files = {
@@ -151,8 +151,8 @@ class Store(ABC):
         }
         hashes = FileHashes(self.file_hashes)
         for distrust in (False, True):
-            entries = {path: sha256 for path, sha256 in files.items() if _matches(path, anew) == distrust}
-            found = hashes.of([folder / path for path in entries], anew=distrust)
+            entries = {path: sha256 for path, sha256 in files.items() if _matches(path, rechecked) == distrust}
+            found = hashes.of([folder / path for path in entries], rechecked=distrust)
             for (path, expected), sha256 in zip(entries.items(), found, strict=True):
                 if sha256 != expected:
                     return f"{folder / path} is not what was published (its sha256 is {sha256} and was {expected})"

@@ -226,10 +226,10 @@ class FileHashes:
             with contextlib.suppress(OSError):
                 write_atomic(cache, b"".join(_line(path, known) for path, known in self._known.items()), durable=False)
 
-    def of(self, paths: Iterable[Path], *, anew: bool = False) -> list[str]:
-        """sha256 hex of each file; ``anew`` trusts nothing remembered. Raises EngineError for one that cannot be read."""
+    def of(self, paths: Iterable[Path], *, rechecked: bool = False) -> list[str]:
+        """sha256 hex of each file; ``rechecked``: ignore the cache. Raises EngineError for one that cannot be read."""
         states = [_state(path) for path in paths]
-        unknown = [state for state in dict.fromkeys(states) if anew or not self._trusts(*state)]
+        unknown = [state for state in dict.fromkeys(states) if rechecked or not self._trusts(*state)]
         if unknown:
             in_parallel(unknown, lambda state: self._hash(*state))
         return [self._known[path][1] for path, _ in states]

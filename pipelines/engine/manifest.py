@@ -29,7 +29,7 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 
 
 def read(data: bytes, place: str) -> dict[str, Any]:
-    """The manifest in the bytes of `place`/manifest.json, its seal still in it if it has one: `is_sealed` tells.
+    """The manifest in the bytes of `place`/manifest.json, its seal still in it if it has one: see `is_sealed`.
 
     Raises EngineError, one sentence, for what is no manifest, or not the one that was published.
     """

@@ -82,7 +82,7 @@ class ObjectStore(Store):
     def _sizes(self, artifact: Artifact) -> dict[str, int]:
         return self._objects.sizes(data_folder(artifact.step, artifact.manifest))
 
-    def verify(self, artifact: Artifact, self_checking: tuple[str, ...], anew: tuple[str, ...] = ()) -> None:
+    def verify(self, artifact: Artifact, self_checking: tuple[str, ...], rechecked: tuple[str, ...] = ()) -> None:
         """What is remote is verified when it is fetched; this machine's copy of it here, and fetched again if need be."""
         self.check(artifact)
         copy = cached_folder(self.url, artifact.manifest)
@@ -90,7 +90,7 @@ class ObjectStore(Store):
             files = {path: copy / path for path in artifact.manifest["files"]}
             sizes = {path: file.stat().st_size for path, file in files.items() if file.is_file()}
             whole = all(sizes.get(path) == entry["bytes"] for path, entry in artifact.manifest["files"].items())
-            if not whole or self._damage(artifact, copy, self_checking, anew) is not None:
+            if not whole or self._damage(artifact, copy, self_checking, rechecked) is not None:
                 (copy / manifests.NAME).unlink(missing_ok=True)  # `fetch` takes it for none
 
     def strangers(self, artifact: Artifact) -> list[str]:

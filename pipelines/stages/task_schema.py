@@ -66,8 +66,8 @@ REFUSED: Mapping[str, str] = {
     "process_docs": CODE,
     "process_results": CODE,
     "use_prompt": "fetches a prompt from promptsource; write it out as doc_to_text, doc_to_target and doc_to_choice",
-    "doc_to_image": "asks with images, and these models read text",
-    "doc_to_audio": "asks with sound, and these models read text",
+    "doc_to_image": "prompts with images, and these models read text",
+    "doc_to_audio": "prompts with sound, and these models read text",
     "task_list": "is no part of the harness's guide; write a group with its tasks",
 }
 """Refused fields of the harness, each with its reason and remedy."""

@@ -57,7 +57,7 @@ def reads_other_than_text(config: ModelConfig) -> str:
     if config.tower is not None:
         return "model.tower compares two models, one of which reads no text"
     if config.head.kind != "language":
-        return f"model.head.kind={config.head.kind} tells no tokens"
+        return f"model.head.kind={config.head.kind} predicts no tokens"
     return ""
 
 

@@ -146,7 +146,7 @@ REFUSALS = {
     "would be fetched from a network": {"dataset_path": "Rowan/hellaswag"},
     "name the task's own files": {"dataset_kwargs": {"data_dir": "."}},
     "process_results: runs code": {"process_results": "x"},
-    "doc_to_image: asks with images": {"doc_to_image": "x"},
+    "doc_to_image: prompts with images": {"doc_to_image": "x"},
     "unsafe_code: runs code": {"unsafe_code": True},
     "made_from: 'poems'": {"made_from": "poems"},
     "the old spelling of tag": {"group": "bad", "task": "x"},
@@ -154,7 +154,7 @@ REFUSALS = {
     "the group 'bad' contains itself": "group: bad\ntask: [bad]\n",
     "'next_line' stands twice": "group: bad\ntask: [next_line, next_line]\n",
     "is no member of a group": "group: bad\ntask: [3]\n",
-    "the harness knows mean alone": "group: bad\ntask: [next_line]\n"
+    "the harness supports mean alone": "group: bad\ntask: [next_line]\n"
     "aggregate_metric_list: [{metric: acc, aggregation: max}]\n",
 }
 
