@@ -86,6 +86,12 @@ class Slurm:
     def state(self, job: str) -> str:
         return self.field(job, "JobState")
 
+    def idle(self) -> int:
+        """How many nodes have nothing running or ending on them; 0 while the controller starts."""
+        command = ["sinfo", "-N", "-h", "-p", "low", "-o", "%T"]
+        answer = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        return answer.stdout.split().count("idle")
+
     def wait(self, job: str, states: set[str], seconds: float) -> str:
         wait_for(lambda: self.state(job) in states, seconds, f"job {job} in {states}")
         return self.state(job)
@@ -118,7 +124,7 @@ def slurm(net: Network, *, nodes: int) -> Iterator[Slurm]:
     )
     for name, machine in machines.items():
         start_daemon(cluster, name, machine)
-    wait_for(lambda: _idle(cluster) == nodes, 20, "every node idle")
+    wait_for(lambda: cluster.idle() == nodes, 20, "every node idle")
     yield cluster
 
 
@@ -127,10 +133,3 @@ def start_daemon(cluster: Slurm, name: str, machine: Node) -> None:
     (cluster.folder / f"spool-{name}").mkdir(exist_ok=True)
     command = ["/usr/sbin/slurmd", "-D", "-N", name, "-f", str(cluster.configuration)]
     machine.start(command, log="slurmd.out", environment=cluster.environment)
-
-
-def _idle(cluster: Slurm) -> int:
-    answer = subprocess.run(
-        ["sinfo", "-N", "-h", "-p", "low", "-o", "%T"], env=cluster.environment, capture_output=True, text=True
-    )
-    return answer.stdout.split().count("idle")

@@ -76,7 +76,7 @@ def test_a_slurm_job_saves_when_warned_is_queued_again_and_ends_in_seconds_witho
 
         def running(condition: Callable[[], bool]) -> Callable[[], bool]:
             def check() -> bool:
-                assert slurm.state(job) != "FAILED", log()
+                assert slurm.state(job) != "FAILED", slurm.command("scontrol", "show", "job", job) + log()[-3000:]
                 return condition()
 
             return check
@@ -88,20 +88,26 @@ def test_a_slurm_job_saves_when_warned_is_queued_again_and_ends_in_seconds_witho
             wait_for(lambda: slurm.field(job, "Restarts") == str(times), seconds, f"restart {times}\n{log()[-3000:]}")
             wait_for(lambda: slurm.state(job) == "PENDING", 60, "pending")
 
+        def again() -> None:
+            """Start it now, where Slurm itself would wait two minutes; not before the nodes are done with the last start,
+            whose script's exit code the controller would take for that of the new one."""
+            wait_for(lambda: slurm.idle() == 2, 60, "nodes idle")
+            slurm.command("scontrol", "update", f"JobId={job}", "StartTime=now")
+
         trains_beyond(10)
         other = slurm.sbatch("#!/bin/sh\n", "--partition=high", "--nodes=2", "-c2", "--output=/dev/null")
         requeued(1, 45)  # of a grace time of 60; what is not saved within it is lost
         assert "preempted: back into the queue" in log()
         slurm.wait(other, {"COMPLETED"}, 60)
         saved = steps(folder)
-        slurm.command("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm itself would wait two minutes
+        again()
         trains_beyond(saved + 3)
         assert f"resumed at step {saved}" in log() or saved <= steps(folder)
 
         slurm.command("scancel", "--signal=TERM", job)
         requeued(2, 45)
         saved = steps(folder)
-        slurm.command("scontrol", "update", f"JobId={job}", "StartTime=now")
+        again()
         trains_beyond(saved + 3)
 
         began = time.monotonic()
@@ -110,7 +116,7 @@ def test_a_slurm_job_saves_when_warned_is_queued_again_and_ends_in_seconds_witho
         requeued(3, 45)
         assert time.monotonic() - began < 45
         assert "a part of Ray ended before the run did" in log()
-        slurm.command("scontrol", "update", f"JobId={job}", "StartTime=now")
+        again()
         trains_beyond(steps(folder))
 
         slurm.command("scancel", job)
