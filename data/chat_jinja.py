@@ -2,8 +2,8 @@
 
 Templates come with weights from outside and are programs. The sandbox keeps them from reaching out; it does not keep
 `'x' * 10**10` from taking all memory, nor loops in loops from never ending. So one that is not ours is rendered by a
-process with a limit on memory and on computing time, which the kernel keeps, whatever the template calls. Turns of loops
-and calls of macros are counted, so that most of what never ends is refused alike on every machine.
+process with a limit on memory and on computing time, which the kernel keeps, whatever the template calls. Loop
+iterations and macro calls are counted, so that most templates that never end are refused alike on every machine.
 
 Imports nothing of ours: as a program it has to start fast, from any folder.
 """
@@ -31,49 +31,49 @@ SECONDS = 10
 """Of computing, for one conversation; usual templates take less than a thousandth."""
 MEMORY_BYTES = 512 << 20
 STEPS = 200_000
-"""Turns of loops and calls of macros."""
+"""Loop iterations and macro calls."""
 CHARACTERS, CHARACTERS_PER_CHARACTER = 1 << 20, 8
-"""What a template may write: so many, and so many for each character that it was given."""
+"""Limit on a template's output: a constant, plus so many for each character of its input."""
 
 # The ends of a generation block (data/chat.py).
 GENERATION_START, GENERATION_END = "\ue002", "\ue003"
 TODAY = datetime.datetime(2024, 7, 26)
 """What `strftime_now` gives to a template that writes the date: equal conversations must give equal ids on any day. Llama's
-templates write this day, too, where they are told none."""
+templates write this day, too, where they are passed no date."""
 
 
 class TemplateError(Exception):
-    """A template that does not compile, refuses a conversation, fails at it, or goes beyond a limit; in words."""
+    """A template that does not compile, refuses a conversation, fails at it, or exceeds a limit; the message says which."""
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
-    """The text of a conversation; context: what the template finds. Raises TemplateError, whatever goes wrong."""
+    """The text of a conversation; context: the template's variables. Raises TemplateError, whatever goes wrong."""
     try:
         compiled = _compiled(template)
     except (Exception, RecursionError, MemoryError) as error:
-        raise TemplateError(f"does not compile: {_said(error)}") from error
+        raise TemplateError(f"does not compile: {_describe(error)}") from error
     environment = compiled.environment
     assert isinstance(environment, _Environment)
     environment.steps_taken = 0
-    most = CHARACTERS + CHARACTERS_PER_CHARACTER * _characters(context)
+    max_characters = CHARACTERS + CHARACTERS_PER_CHARACTER * _characters(context)
     parts, written = [], 0
     try:
         for part in compiled.generate(**context):
             parts.append(part)
             written += len(part)
-            if written > most:
-                raise _LimitError(f"it writes more than {most:,} characters")
+            if written > max_characters:
+                raise _LimitError(f"it writes more than {max_characters:,} characters")
         return "".join(parts)
     except _LimitError as error:
         raise TemplateError(f"does not end within its limits: {error}") from error
     except jinja2.exceptions.TemplateError as error:
-        raise TemplateError(f"refuses this conversation: {_said(error)}") from error
+        raise TemplateError(f"refuses this conversation: {_describe(error)}") from error
     except MemoryError as error:
         raise TemplateError(
             f"does not end within its limits: it takes more than {MEMORY_BYTES >> 20} MiB of memory"
         ) from error
     except Exception as error:
-        raise TemplateError(f"fails at this conversation: {_said(error)}") from error
+        raise TemplateError(f"fails at this conversation: {_describe(error)}") from error
 
 
 class _LimitError(Exception):
@@ -81,15 +81,15 @@ class _LimitError(Exception):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Counts the turns of loops and the calls of macros."""
+    """Counts loop iterations and macro calls."""
 
     steps_taken = 0
 
     def count_step(self) -> str:
-        """Called at the beginning of each body of a loop or macro; what it gives is written, so: nothing."""
+        """Called at the start of every loop or macro body; its return value is rendered, so it is empty."""
         self.steps_taken += 1
         if self.steps_taken > STEPS:
-            raise _LimitError(f"it takes more than {STEPS:,} turns of its loops")
+            raise _LimitError(f"it takes more than {STEPS:,} loop iterations")
         return ""
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
@@ -122,7 +122,7 @@ def _to_json(value: Any, **options: Any) -> str:
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %} … {% endgeneration %}`: what the assistant says, put between two marks."""
+    """`{% generation %} … {% endgeneration %}`: the assistant's text, put between two marks."""
 
     tags = {"generation"}  # noqa: RUF012  # jinja declares it as a plain class attribute
 
@@ -135,8 +135,8 @@ class _GenerationBlock(Extension):
         return GENERATION_START + str(caller()) + GENERATION_END
 
 
-def _said(error: BaseException) -> str:
-    """An error in a line: what it says, its kind where that is no word of a template, and the template's line."""
+def _describe(error: BaseException) -> str:
+    """An error in one line: its type unless it is Jinja's own, its message, and the template's line."""
     text = str(error) or type(error).__name__
     kind = "" if isinstance(error, jinja2.exceptions.TemplateError) else f"{type(error).__name__}: "
     line = getattr(error, "lineno", None) if isinstance(error, jinja2.TemplateSyntaxError) else None
@@ -163,8 +163,8 @@ def _characters(value: Any) -> int:
 def main() -> None:
     """Answer requests, a line of JSON each: {"template", "context", "seconds"} to {"text"} or {"failure"}."""
     with open("/proc/self/statm") as pages:
-        held = int(pages.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    _limit(resource.RLIMIT_AS, held + MEMORY_BYTES)
+        address_space_bytes = int(pages.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    _limit(resource.RLIMIT_AS, address_space_bytes + MEMORY_BYTES)
     for line in sys.stdin.buffer:
         try:
             request = json.loads(line)

@@ -1,8 +1,8 @@
-"""Chat templates rendered: ours here, those from outside in a process that they cannot take anything else down with.
+"""Chat templates rendered: ours in this process, those from outside in a subprocess, which they alone can take down.
 
     text = render(tokenizer, messages, generation_prompt=False)     # DataError names the template's file
 
-One process serves this one for as long as it lives; a template that had to be stopped costs a new one (0.1 s).
+One subprocess serves this process for its lifetime; a template that had to be stopped costs a new one (0.1 s).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from data.vocabulary import Tokenizer
 
 PATIENCE_SECONDS = 120.0
-"""On the clock, for a process that does not even compute; a busy machine gives SECONDS of computing long before."""
+"""Wall-clock limit, for a subprocess that does not even compute; on a busy machine SECONDS of CPU time pass long before."""
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> str:
@@ -43,20 +43,20 @@ def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, gener
     try:
         if tokenizer.template_origin is None:
             return chat_jinja.render(tokenizer.chat_template, context)
-        return _elsewhere(tokenizer.chat_template, context)
+        return _render_in_subprocess(tokenizer.chat_template, context)
     except TemplateError as failure:
         origin = tokenizer.template_origin
         remedy = f" It is {origin}: repair it there, or put another one beside the tokenizer." if origin else ""
         raise DataError(f"The chat template {failure}.{remedy}") from failure
 
 
-def _elsewhere(template: str, context: Mapping[str, Any]) -> str:
+def _render_in_subprocess(template: str, context: Mapping[str, Any]) -> str:
     global _process
     with _lock:
-        if _process is None or _process.owner != os.getpid():  # a fork must not speak on its parent's pipes
+        if _process is None or _process.owner != os.getpid():  # a fork must not use its parent's pipes
             _process = _Process()
         try:
-            answer = _process.ask({"template": template, "context": context, "seconds": SECONDS})
+            answer = _process.request({"template": template, "context": context, "seconds": SECONDS})
         except BaseException:
             _process.end()
             _process = None
@@ -74,13 +74,13 @@ class _Process:
         command = [sys.executable, "-P", chat_jinja.__file__]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
 
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to one request. Raises TemplateError where the process had to be, or was, ended."""
+    def request(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Response to one request. Raises TemplateError where the subprocess ended or had to be stopped."""
         stdin, stdout = self._child.stdin, self._child.stdout
         assert stdin is not None and stdout is not None
-        sent = memoryview(json.dumps(request, default=str).encode("ascii") + b"\n")
+        sent = memoryview(json.dumps(message, default=str).encode("ascii") + b"\n")
         until, received = time.monotonic() + PATIENCE_SECONDS, bytearray()
-        with contextlib.suppress(BrokenPipeError):  # told below, by how it ended
+        with contextlib.suppress(BrokenPipeError):  # reported below, from its exit status
             while sent:
                 sent = sent[stdin.write(sent) :]
         while not received.endswith(b"\n"):
@@ -88,12 +88,12 @@ class _Process:
                 raise TemplateError(f"does not end within its limits: no answer after {PATIENCE_SECONDS:.0f} s")
             part = os.read(stdout.fileno(), 1 << 20)
             if not part:
-                raise TemplateError(self._how_it_ended())
+                raise TemplateError(self._exit_reason())
             received += part
         answer: dict[str, Any] = json.loads(received)
         return answer
 
-    def _how_it_ended(self) -> str:
+    def _exit_reason(self) -> str:
         code = self._child.wait()
         if code in (-signal.SIGXCPU, -signal.SIGKILL):
             return f"does not end within its limits: it computes for more than {SECONDS} s"

@@ -67,16 +67,16 @@ def corpus_files(
     skipped: Counter[str] | None = None,
     *,
     key: str = "corpus",
-    tell: Callable[[int], None] = lambda files: None,
+    on_progress: Callable[[int], None] = lambda files: None,
 ) -> list[SourceFile]:
-    """Return the files of a corpus in name order; `skipped` and `tell` as in `list_files`.
+    """Return the files of a corpus in name order; `skipped` and `on_progress` as in `list_files`.
 
     Raises DataError, which calls the settings `key`, when there are none.
     """
     if settings.kind == "python-library":
         found = python_library_files()
     else:
-        found = list_files(settings.paths, skipped, key=f"{key}.paths", tell=tell)
+        found = list_files(settings.paths, skipped, key=f"{key}.paths", on_progress=on_progress)
     files = exclude_files(found, settings.exclude)
     if skipped is not None:
         skipped[EXCLUDED] += len(found) - len(files)
@@ -109,8 +109,8 @@ def build_corpus(settings: CorpusSettings, out_dir: Path, map_shards: MapShards,
     for an empty corpus.
     """
     skipped: Counter[str] = Counter()
-    found = corpus_files(settings, skipped)
-    shards = plan_shards(found, settings.shard_bytes)
+    files = corpus_files(settings, skipped)
+    shards = plan_shards(files, settings.shard_bytes)
     names = [f"{number:05d}" for number in range(len(shards))]
     read = map_shards(
         read_shard,
@@ -124,13 +124,13 @@ def build_corpus(settings: CorpusSettings, out_dir: Path, map_shards: MapShards,
     )["all"]
     if not (chosen["train"] and chosen["held_out"]):
         dropped = {"dropped": {name: count for name, count in chosen.items() if count and name not in VERDICTS[:2]}}
-        raise DataError(_nothing_left(_card(settings, read, {"all": {"kept": {}, **dropped}}, skipped), chosen, found))
+        raise DataError(_nothing_left(_card(settings, read, {"all": {"kept": {}, **dropped}}, skipped), chosen, files))
     write = map_shards(
         write_shard, {name: WriteTask(name=name, work=work, settings=settings) for name in names}, label="write"
     )
     card = _card(settings, read, write, skipped)
     if card["train_documents"] == 0:
-        raise DataError(_nothing_left(card, {**chosen, "train": 0}, found))
+        raise DataError(_nothing_left(card, {**chosen, "train": 0}, files))
     card["left_out"] = left_out(card)
     (out_dir / "card.json").write_text(json.dumps(card, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return card

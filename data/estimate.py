@@ -1,4 +1,4 @@
-"""How much text there is in files, from a sample of each kind of them, before anything is read: what `plan` counts with.
+"""How much text there is in files, estimated from a sample of each kind of file, for `plan`.
 
 text_bytes(files, ReaderSettings())     # 28.6e6 for 10.6 MB of .txt.gz
 bytes_per_token(4096)                   # 3.5
@@ -30,7 +30,7 @@ the last from published tokenizers. Between them by the logarithm of the size.""
 
 
 def bytes_per_token(vocab_size: int) -> float:
-    """Bytes of English or code that a token of a vocabulary of this size stands for, about."""
+    """Estimated bytes of English or code in a token of a vocabulary of this size."""
     sizes = [math.log(size) for size in BYTES_PER_TOKEN]
     return round(float(np.interp(math.log(vocab_size), sizes, list(BYTES_PER_TOKEN.values()))), 2)
 
@@ -38,22 +38,24 @@ def bytes_per_token(vocab_size: int) -> float:
 def text_bytes(
     files: Sequence[SourceFile], settings: ReaderSettings, *, text_of: Callable[[dict[str, Any]], str] | None = None
 ) -> int:
-    """Bytes of text in all files, about: a sample of each format and compression is unpacked, the rest goes by size.
+    """Estimated bytes of text in all files: a sample of each format and compression is unpacked, the rest goes by size.
 
     text_of: the text of a .jsonl record, where it is not the one of `settings.text_field`.
     """
 
-    def of_record(record: dict[str, Any]) -> Any:
+    def record_text(record: dict[str, Any]) -> Any:
         return text_of(record) if text_of is not None else record.get(settings.text_field)
 
     total = 0.0
     for kind in {(file.format, file.compression) for file in files}:
         alike = [file for file in files if (file.format, file.compression) == kind]
         size = sum(file.bytes for file in alike)
-        most = min(max(SAMPLED_BYTES_IN_ALL * len(alike) // max(size, 1), SAMPLED_FILES.start), SAMPLED_FILES.stop - 1)
-        step = -(-len(alike) // most)
-        looked_at = [amounts for file in alike[::step] if (amounts := _sampled(file, settings, of_record)) is not None]
-        packed, text = (sum(column) for column in zip(*looked_at, strict=True)) if looked_at else (1, 1)
+        max_files = min(
+            max(SAMPLED_BYTES_IN_ALL * len(alike) // max(size, 1), SAMPLED_FILES.start), SAMPLED_FILES.stop - 1
+        )
+        step = -(-len(alike) // max_files)
+        samples = [amounts for file in alike[::step] if (amounts := _sampled(file, settings, record_text)) is not None]
+        packed, text = (sum(column) for column in zip(*samples, strict=True)) if samples else (1, 1)
         total += size * text / max(packed, 1)
     return round(total)
 
@@ -61,7 +63,7 @@ def text_bytes(
 def _sampled(
     file: SourceFile, settings: ReaderSettings, text_of: Callable[[dict[str, Any]], Any]
 ) -> tuple[float, float] | None:
-    """Bytes on disk that were looked at and bytes of text in them; None for a file that cannot be read."""
+    """Bytes on disk of the sample and bytes of text in them; None for a file that cannot be read."""
     try:
         if file.format == "parquet":
             rows, of_all = first_rows(file, settings)

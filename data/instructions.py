@@ -27,8 +27,8 @@ from data.sources import CONVERSATIONS, SourceFile, list_files
 Task = Literal["write", "document", "explain"]
 PATHS = "finetune.data.paths"
 """What a person calls `InstructionSettings.paths`."""
-LOOKED_AT = 100_000
-"""Conversations that are read at most to count them before anything runs: seconds."""
+MAX_COUNTED = 100_000
+"""Conversations read at most by `count_train_conversations`: seconds."""
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -98,28 +98,28 @@ def instruction_files(settings: InstructionSettings, skipped: Counter[str] | Non
     return files
 
 
-def count_train_conversations(settings: InstructionSettings, enough: int) -> int:
-    """How many of the user's conversations will be trained on; no more are counted than `enough`, and none is written.
+def count_train_conversations(settings: InstructionSettings, limit: int) -> int:
+    """How many of the user's conversations will be trained on; counts `limit` of them at most, writes nothing.
 
     Reads through the reader of the step itself, and of long files only the beginning. Raises DataError for files that
     `build_instructions` would refuse, as far as they were read.
     """
     log, skipped = ReadLog.new(), Counter[str]()
     files = instruction_files(settings, skipped)
-    looked_at: list[Conversation] = []
+    conversations: list[Conversation] = []
     ids: set[str] = set()
     for conversation in (c for file in files for c in read_conversations(file, settings.reader, log)):
-        looked_at.append(conversation)
+        conversations.append(conversation)
         if not is_held_out(conversation.id, settings.held_out_fraction):
             ids.add(conversation.id)
-        if len(ids) > enough or len(looked_at) >= LOOKED_AT:
-            return min(enough, settings.max_conversations or enough)
+        if len(ids) > limit or len(conversations) >= MAX_COUNTED:
+            return min(limit, settings.max_conversations or limit)
     counts: Counter[str] = Counter({key: count for key, count in log.counts.items() if count})
-    train, held_out = _parted(looked_at, settings, counts)
+    train, held_out = _split(conversations, settings, counts)
     if not train or not held_out:
         reasons = conversations_left_out({**counts, "malformed": log.malformed, "skipped_files": skipped})
         raise DataError(_too_few(settings, len(train), len(held_out), reasons))
-    return min(len(train), enough, settings.max_conversations or enough)
+    return min(len(train), limit, settings.max_conversations or limit)
 
 
 def build_instructions(settings: InstructionSettings, corpus_dirs: Sequence[Path], out_dir: Path) -> dict[str, Any]:
@@ -152,15 +152,15 @@ def build_instructions(settings: InstructionSettings, corpus_dirs: Sequence[Path
         everything = [c for file in files for c in read_conversations(file, settings.reader, log)]
         counts.update({key: count for key, count in log.counts.items() if count})
         malformed = log.malformed
-        train, held_out = _parted(everything, settings, counts)
+        train, held_out = _split(everything, settings, counts)
     if not train or not held_out:
         reasons = conversations_left_out({**counts, "malformed": malformed, "skipped_files": skipped})
         raise DataError(_too_few(settings, len(train), len(held_out), reasons))
     if settings.max_conversations is not None and len(train) > settings.max_conversations:
-        there = len(train) + len(held_out)
+        before = len(train) + len(held_out)
         held_out = _lowest(held_out, max(1, len(held_out) * settings.max_conversations // len(train)))
         train = _lowest(train, settings.max_conversations)
-        counts["conversations_beyond_most"] = there - len(train) - len(held_out)
+        counts["conversations_beyond_most"] = before - len(train) - len(held_out)
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, conversations in (("train", train), ("heldout", held_out)):
         _write(out_dir / f"{name}.jsonl", conversations)
@@ -176,7 +176,7 @@ def build_instructions(settings: InstructionSettings, corpus_dirs: Sequence[Path
 def load_conversations(path: Path) -> list[Conversation]:
     """Read a train.jsonl or heldout.jsonl that `build_instructions` wrote."""
     try:
-        # At LF alone: a message may hold the other characters that Python's own way breaks lines at.
+        # At LF alone: a message may hold the other characters that str.splitlines breaks lines at.
         records = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
     except (OSError, ValueError) as error:
         raise DataError(
@@ -265,9 +265,9 @@ def _about_function(
     if docstring is None or len(function.body) < 2 or not docstring.strip():
         counts["functions_without_docstring_or_body"] += 1
         return
-    description, wrong = SURROGATES.subn("\ufffd", inspect.cleandoc(docstring).strip())  # a string may spell them
-    if wrong:
-        counts["invalid_utf8_bytes"] += wrong
+    description, surrogates = SURROGATES.subn("\ufffd", inspect.cleandoc(docstring).strip())  # a string may spell them
+    if surrogates:
+        counts["invalid_utf8_bytes"] += surrogates
     code = _code_without_docstring(lines, function)
     if code is None:
         counts["functions_not_separable"] += 1
@@ -315,7 +315,7 @@ def _code_without_docstring(lines: list[str], function: FunctionNode) -> str | N
     return code if same else None
 
 
-def _parted(
+def _split(
     everything: list[Conversation], settings: InstructionSettings, counts: Counter[str]
 ) -> tuple[list[Conversation], list[Conversation]]:
     """The user's conversations to train on and held out, each once. Their answers may be shared by design: yes, no."""

@@ -15,7 +15,7 @@ from data.text_stream import OF_A_CORPUS
 EXCLUDED = "files that `exclude` names"
 
 LEAKS = ("near_duplicate_of_held_out", "contains_held_out", "inside_held_out")
-"""Reasons that lie in the text that a document shares with held-out ones."""
+"""Reasons for dropping a document that shares text with held-out ones."""
 
 _DOCUMENTS = {
     "empty": "empty documents",
@@ -60,7 +60,7 @@ def left_out(card: Mapping[str, Any]) -> dict[str, int]:
 
 def conversations_left_out(counts: Mapping[str, Any]) -> dict[str, int]:
     """The same of conversations, from what `build_instructions` and `pack_conversations` counted."""
-    lines = {words: counts[reason] for reason, words in _CONVERSATIONS.items() if counts.get(reason)}
+    lines = {description: counts[reason] for reason, description in _CONVERSATIONS.items() if counts.get(reason)}
     if refused := counts.get("conversations_refused"):
         lines[f"conversations that the chat template refuses, the first: {counts['refused'][0]}"] = refused
     return lines | _from_files(counts, counts["malformed"], counts["skipped_files"], CONVERSATIONS)
@@ -87,12 +87,12 @@ def _from_files(
 
 
 def nothing_left(card: Mapping[str, Any], *, train: int, held_out: int, cuttable: bool) -> str:
-    """Why no corpus comes of these documents, and what to do about it. `cuttable`: some are whole text files."""
+    """Message for a corpus with nothing to train or to evaluate on: reasons and remedy. cuttable: some are text files."""
     dropped, read = Counter(card["dropped"]), card["documents_read"]
     reasons = "; ".join(f"{times:,} {reason}" for reason, times in left_out(card).items())
     if read == 0:
-        found = f" Left out: {reasons}." if reasons else " An empty file has none."
-        return f"The corpus is empty: no document was found in its files.{found} Name files with text."
+        details = f" Left out: {reasons}." if reasons else " An empty file has none."
+        return f"The corpus is empty: no document was found in its files.{details} Name files with text."
     if read == sum(times for reason, times in dropped.items() if reason not in LEAKS and "duplicate" not in reason):
         return (
             f"The corpus is empty: none of its {read:,} document(s) passes the filters: {reasons}. Name files with text in "

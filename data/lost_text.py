@@ -1,7 +1,7 @@
 """What a tokenizer loses of a text, in bits: capital letters, line breaks, characters it has no piece for.
 
-A model is scored on tokens, a compressor on bytes. Where decode(encode(text)) is another text, tokens alone do not tell the
-text, so what it takes to mend the decoded one is charged: the edits between the two, compressed.
+A model is scored on tokens, a compressor on bytes. Where decode(encode(text)) is another text, tokens alone do not
+determine the text, so the edits that turn the decoded text into the original are charged, compressed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ SHORT_EDIT, LONGEST_EDIT = 24, 256
 
 
 def lost_bits(text: str, decoded: str) -> int:
-    """Bits to make `text` of `decoded`, at most those of the text by itself; 0 where they are equal."""
+    """Bits that turn `decoded` into `text`, at most those of the compressed text itself; 0 where they are equal."""
     if text == decoded:
         return 0
     return 8 * min(_compressed(_edits(text, decoded)), _compressed(text.encode("utf-8")))
@@ -25,17 +25,17 @@ def _compressed(raw: bytes) -> int:
 
 
 def _edits(text: str, decoded: str) -> bytes:
-    """Equal characters, characters of `decoded` to leave out, characters to put in, and these: again and again."""
+    """Edit script, repeated: count of equal characters, count to delete from `decoded`, bytes to insert, and these."""
     script = bytearray()
     here = there = copied = 0
     while here < len(text) or there < len(decoded):
         if here < len(text) and there < len(decoded) and text[here] == decoded[there]:
             here, there, copied = here + 1, there + 1, copied + 1
             continue
-        put, left = _next_agreement(text[here : here + LONGEST_EDIT], decoded[there : there + LONGEST_EDIT])
-        spelled = text[here : here + put].encode("utf-8", "surrogatepass")
-        script += _number(copied) + _number(left) + _number(len(spelled)) + spelled
-        here, there, copied = here + put, there + left, 0
+        inserted, deleted = _next_agreement(text[here : here + LONGEST_EDIT], decoded[there : there + LONGEST_EDIT])
+        spelled = text[here : here + inserted].encode("utf-8", "surrogatepass")
+        script += _varint(copied) + _varint(deleted) + _varint(len(spelled)) + spelled
+        here, there, copied = here + inserted, there + deleted, 0
     return bytes(script)
 
 
@@ -60,7 +60,7 @@ def _next_agreement(text: str, decoded: str) -> tuple[int, int]:
     return best
 
 
-def _number(value: int) -> bytes:
+def _varint(value: int) -> bytes:
     """Seven bits a byte, the lowest first."""
     spelled = bytearray()
     while value > 0x7F:

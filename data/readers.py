@@ -262,16 +262,16 @@ def first_rows(file: SourceFile, settings: ReaderSettings) -> tuple[list[int], i
 def _text_batches(file: SourceFile, settings: ReaderSettings) -> Iterator[Iterator[pa.Buffer | None]]:
     """The text column of a Parquet file in batches of rows; each row the bytes of a text, or None.
 
-    Read as a dictionary: a text that a file of kilobytes names a million times is then in memory once.
+    Read as a dictionary: a text that a file of kilobytes repeats a million times is then in memory once.
     """
     field = settings.text_field
     with pq.ParquetFile(file.path) as parquet:
         schema, metadata = parquet.schema_arrow, parquet.metadata
     if schema.names.count(field) != 1:
-        there = f"{schema.names.count(field)} columns" if field in schema.names else "no column"
+        count = f"{schema.names.count(field)} columns" if field in schema.names else "no column"
         raise DataError(
-            f"{file.path} has {there} {field!r}; its columns are {', '.join(schema.names)}. "
-            f"Name the text column, which has a name of its own, with text_field of {OF_A_CORPUS}."
+            f"{file.path} has {count} {field!r}; its columns are {', '.join(schema.names)}. "
+            f"Name the text column, by a name that no other has, with text_field of {OF_A_CORPUS}."
         )
     kind = _storage(schema.field(field).type)
     if not (_is_text(kind) or pa.types.is_null(kind)):
@@ -279,7 +279,9 @@ def _text_batches(file: SourceFile, settings: ReaderSettings) -> Iterator[Iterat
             f"{file.path}: column {field!r} is {kind}, not text. Name a text column with text_field of {OF_A_CORPUS}."
         )
     columns = [
-        metadata.row_group(group).column(at) for group in range(metadata.num_row_groups) for at in _at(metadata, field)
+        metadata.row_group(group).column(at)
+        for group in range(metadata.num_row_groups)
+        for at in _leaf_columns(metadata, field)
     ]
     check_expansion(file, sum(column.total_uncompressed_size for column in columns), settings.max_expansion)
     with pq.ParquetFile(file.path, metadata=metadata, read_dictionary=[field]) as parquet:
@@ -287,13 +289,13 @@ def _text_batches(file: SourceFile, settings: ReaderSettings) -> Iterator[Iterat
             yield _buffers(batch.column(0))
 
 
-def _at(metadata: Any, field: str) -> list[int]:
-    """Where the leaf column of that name stands in each row group."""
+def _leaf_columns(metadata: Any, field: str) -> list[int]:
+    """Indices of the leaf columns of that name, the same in every row group."""
     return [at for at in range(metadata.num_columns) if metadata.schema.column(at).path == field]
 
 
 def _storage(kind: pa.DataType) -> pa.DataType:
-    """What an Arrow type is kept as: of a dictionary its values, of an extension its storage."""
+    """The type that an Arrow type is stored as: of a dictionary its values, of an extension its storage."""
     if pa.types.is_dictionary(kind):
         return _storage(kind.value_type)
     return _storage(kind.storage_type) if isinstance(kind, pa.BaseExtensionType) else kind

@@ -24,7 +24,7 @@ BASE_INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
 NGRAM_BASE = 0xBF58476D1CE4E5B9
 POWERS_BLOCK = 1 << 16
 
-# What a code point is to words. A mark of an unspaced script stays with the character before it.
+# Classes of code points. A mark of an unspaced script stays with the character before it.
 SEPARATOR, LETTER, UNSPACED, UNSPACED_MARK, INVISIBLE = range(5)
 LAST_ASSIGNED = 0x323B0  # Han extension H; private use and tags behind it are no letters
 UNSPACED_SCRIPTS = (
@@ -95,21 +95,21 @@ def character_ngrams(text: str, n: int) -> Hashes:
 
 
 def _folded(text: str) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-    """The code points of a text as it is compared, and what each is to words; invisible ones are left out."""
+    """The code points of a text as it is compared, and the class of each; invisible ones are left out."""
     if text.isascii():
         raw = np.frombuffer(text.lower().encode("ascii"), dtype=np.uint8)
         return raw.astype(np.uint64), _kinds()[raw]
-    points = _points(_normalized(_few_marks(text).casefold()))
+    points = _code_points(_normalized(_limit_marks(text).casefold()))
     kinds = _kinds()[np.minimum(points, LAST_ASSIGNED)]
-    seen = kinds != INVISIBLE
-    return points[seen].astype(np.uint64), kinds[seen]
+    visible = kinds != INVISIBLE
+    return points[visible].astype(np.uint64), kinds[visible]
 
 
 def _normalized(text: str) -> str:
     """NFKC and case folding, of a case-folded text.
 
     Normalization treats each stretch beyond ASCII, with the character before it, by itself. In the Latin script those are
-    few and come again, and to look at them alone takes a third of the time.
+    few and repeat: normalizing them alone, cached, takes a third of the time.
     """
     if len(text.encode("utf-8", "surrogatepass")) - len(text) > MOSTLY_LATIN * len(text):
         return _normal_word.__wrapped__(text)
@@ -126,24 +126,24 @@ def _normal_word(text: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
-def _points(text: str) -> NDArray[np.uint32]:
+def _code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
-def _few_marks(text: str) -> str:
+def _limit_marks(text: str) -> str:
     """The text with at most MARKS_IN_A_ROW combining marks on a character."""
-    points = _points(text)
+    points = _code_points(text)
     is_mark = _is_mark()[np.minimum(points, LAST_ASSIGNED)]
     if np.count_nonzero(is_mark) <= MARKS_IN_A_ROW:
         return text
     place = np.arange(points.size)
-    few = place - np.maximum.accumulate(np.where(is_mark, -1, place)) <= MARKS_IN_A_ROW
-    return text if few.all() else points[few].tobytes().decode("utf-32-le", "surrogatepass")
+    kept = place - np.maximum.accumulate(np.where(is_mark, -1, place)) <= MARKS_IN_A_ROW
+    return text if kept.all() else points[kept].tobytes().decode("utf-32-le", "surrogatepass")
 
 
 @functools.lru_cache(maxsize=1)
 def _kinds() -> NDArray[np.uint8]:
-    """What each code point up to LAST_ASSIGNED, and any behind it, is to words."""
+    """The class of each code point up to LAST_ASSIGNED, and of any beyond it."""
     categories = [unicodedata.category(chr(point)) for point in range(LAST_ASSIGNED)]
     is_mark = np.array([category[0] == "M" for category in categories])
     table = np.where(np.array([category[0] in "LNM" for category in categories]), LETTER, SEPARATOR).astype(np.uint8)
@@ -159,7 +159,7 @@ def _kinds() -> NDArray[np.uint8]:
 
 @functools.lru_cache(maxsize=1)
 def _is_mark() -> NDArray[np.bool_]:
-    """Which code points normalization moves about: those with a combining class."""
+    """Which code points normalization reorders: those with a combining class."""
     return np.array([unicodedata.combining(chr(point)) != 0 for point in range(LAST_ASSIGNED)] + [False])
 
 

@@ -1,6 +1,6 @@
 """Which files a corpus is made of: folders, files and globs the user names, or Python's own library.
 
-Every entry of a folder is taken, counted under a reason, or refused by name. Nothing is waited for: a FIFO is not opened.
+Every entry of a folder is taken, counted under a reason, or refused by name. Nothing blocks: a FIFO is not opened.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ REASONS = (
 )
 NO_SUFFIX = "no suffix"
 
-TELL_EVERY = 1000  # files, while a large folder is listed
+PROGRESS_EVERY = 1000  # files, while a large folder is listed
 
 # Tests of the library, and what pip or the build put among it: neither is the library's own source.
 LIBRARY_SKIPPED_FOLDERS = frozenset(
@@ -62,7 +62,7 @@ class SourceFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Entry:
-    """A plain file that was found: below which root, and where it really lies."""
+    """A plain file: the root it was listed under, and its real path."""
 
     root: str
     path: str
@@ -76,31 +76,31 @@ def list_files(
     *,
     key: str = "corpus.paths",
     readable: str = READABLE,
-    tell: Callable[[int], None] = lambda files: None,
+    on_progress: Callable[[int], None] = lambda files: None,
 ) -> list[SourceFile]:
     """Return the readable files of folders (walked), files and globs (`**` crosses folders), sorted by name.
 
     Names start with the root's own name, and with as many of its parents as it takes to keep two roots apart. What lies
-    below a folder or glob and is not read is counted in `skipped`: under its suffix, or one of REASONS. `tell` hears
-    how many files were found so far. Raises DataError, which calls the setting `key` and what can be read `readable`,
-    when a path does not exist or is no plain file, a file named outright is of no readable kind, or nothing readable is
-    found.
+    below a folder or glob and is not read is counted in `skipped`: under its suffix, or one of REASONS. `on_progress` is
+    called with the number of files so far. Raises DataError, which calls the setting `key` and what can be read
+    `readable`, when a path does not exist or is no plain file, a file named outright is of no readable kind, or nothing
+    readable is found.
     """
     if not paths:
         raise DataError(
             f"{key} is empty: nothing to read. Set it to folders, files or globs, as in '{key}=[books/,notes/*.md]'."
         )
     skipped = Counter() if skipped is None else skipped
-    found: dict[str, _Entry] = {}
+    entries: dict[str, _Entry] = {}
     for path in paths:
         for entry in _expand(os.path.expanduser(path), path, key, skipped, paths, readable):
-            found.setdefault(entry.real, entry)
-            if len(found) % TELL_EVERY == 0:
-                tell(len(found))
-    real_roots = {root: os.path.realpath(root) for root in {entry.root for entry in found.values()}}
+            entries.setdefault(entry.real, entry)
+            if len(entries) % PROGRESS_EVERY == 0:
+                on_progress(len(entries))
+    real_roots = {root: os.path.realpath(root) for root in {entry.root for entry in entries.values()}}
     labels = _root_labels({Path(root) for root in real_roots.values()})
     files = []
-    for entry in found.values():
+    for entry in entries.values():
         kind = _kind(os.path.basename(entry.path))
         if kind is None:
             skipped[_suffix(os.path.basename(entry.path))] += 1
@@ -109,25 +109,25 @@ def list_files(
         name = _printable(f"{labels[Path(real_roots[entry.root])]}/{below.lstrip('/')}".lstrip("/"))
         files.append(SourceFile(path=entry.path, name=name, bytes=entry.bytes, format=kind[0], compression=kind[1]))
     if not files:
-        seen = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common(5)) or "no files at all"
-        raise DataError(f"{key} = {list(paths)} holds no readable text: {seen}. Readable are {readable}.")
+        counted = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common(5)) or "no files at all"
+        raise DataError(f"{key} = {list(paths)} holds no readable text: {counted}. Readable are {readable}.")
     return sorted(files, key=lambda file: (file.name, file.path))
 
 
 def _expand(
     path: str, given: str, key: str, skipped: Counter[str], paths: Sequence[str], readable: str
 ) -> Iterator[_Entry]:
-    """The files of one entry of the setting `key`, which spells it `given` among `paths`."""
+    """The files of one entry of the setting `key`, written as `given` among `paths`."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
         if os.path.lexists(path):
-            nowhere = "which is a link to nothing" if isinstance(error, FileNotFoundError) else _why_not(error)
-            raise DataError(f"{key} names {given}, {nowhere}. Name a folder, file or glob that is there.") from error
+            problem = "which is a link to nothing" if isinstance(error, FileNotFoundError) else _describe_error(error)
+            raise DataError(f"{key} names {given}, {problem}. Name a folder, file or glob that is there.") from error
         if not glob.has_magic(path):
             raise DataError(
-                f"{key} names {given}, {_why_not(error)}. "
-                + (_comma(given, key, paths) or "Give an existing folder, file or glob.")
+                f"{key} names {given}, {_describe_error(error)}. "
+                + (_quote_remedy(given, key, paths) or "Give an existing folder, file or glob.")
             ) from error
         yield from _glob(path, given, key, skipped)
         return
@@ -145,8 +145,8 @@ def _expand(
         yield _Entry(root=root, path=path, real=real, bytes=status.st_size)
 
 
-def _comma(path: str, key: str, paths: Sequence[str]) -> str:
-    """What to write where a name has been parted at its commas; empty where no such file is there."""
+def _quote_remedy(path: str, key: str, paths: Sequence[str]) -> str:
+    """Remedy for a name that was split at its commas; empty where no such file exists."""
     for first in range(len(paths)):
         for last in range(first + 1, len(paths)):
             for comma in (",", ", "):
@@ -156,7 +156,7 @@ def _comma(path: str, key: str, paths: Sequence[str]) -> str:
     return ""
 
 
-def _why_not(error: OSError | ValueError) -> str:
+def _describe_error(error: OSError | ValueError) -> str:
     code = getattr(error, "errno", None)
     if code == errno.ELOOP:
         return "which is a link to itself"
@@ -167,9 +167,9 @@ def _why_not(error: OSError | ValueError) -> str:
 
 def _walk(root: str, top: str, skipped: Counter[str]) -> Iterator[_Entry]:
     """The plain files below `top`, folder by folder; linked and hidden folders are counted, not entered."""
-    waiting = [top]
-    while waiting:
-        folder = waiting.pop()
+    pending = [top]
+    while pending:
+        folder = pending.pop()
         real, folders = os.path.realpath(folder), []
         for entry in _entries(folder, skipped):
             is_folder = entry.is_dir(follow_symlinks=False)
@@ -181,7 +181,7 @@ def _walk(root: str, top: str, skipped: Counter[str]) -> Iterator[_Entry]:
                 found := _plain_file(root, entry.path, real, entry.is_symlink(), LINKED_FOLDERS, skipped)
             ) is not None:
                 yield found
-        waiting += reversed(folders)
+        pending += reversed(folders)
 
 
 def _entries(folder: str, skipped: Counter[str]) -> list[os.DirEntry[str]]:
@@ -196,11 +196,11 @@ def _entries(folder: str, skipped: Counter[str]) -> list[os.DirEntry[str]]:
 def _plain_file(
     root: str, path: str, real_folder: str, linked: bool, if_folder: str, skipped: Counter[str]
 ) -> _Entry | None:
-    """What stands at `path` if it is a plain file or a link to one; else None, and counted."""
+    """The entry at `path` if it is a plain file or a link to one; else None, counted in `skipped`."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        if os.path.lexists(path):  # else it went while we looked
+        if os.path.lexists(path):  # else it was removed meanwhile
             skipped[BROKEN_LINKS] += 1
         return None
     except OSError as error:
@@ -214,7 +214,7 @@ def _plain_file(
 
 
 def _glob(pattern: str, given: str, key: str, skipped: Counter[str]) -> Iterator[_Entry]:
-    """The plain files that a pattern matches, as the glob module has it; `**` follows no links, which may go in circles."""
+    """The plain files that a pattern matches, as glob matches it; `**` follows no links, which may go in circles."""
     parts = Path(pattern).parts
     first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
     root, matched = os.path.join("", *parts[:first]), False
@@ -249,9 +249,9 @@ def _matches(folder: str, parts: tuple[str, ...], skipped: Counter[str], *, deep
 
 def _folders(top: str, skipped: Counter[str]) -> Iterator[str]:
     """`top` and the folders below it, without hidden ones; linked ones are counted."""
-    waiting = [top]
-    while waiting:
-        folder = waiting.pop()
+    pending = [top]
+    while pending:
+        folder = pending.pop()
         yield folder
         below = []
         for entry in _entries(folder, skipped):
@@ -261,7 +261,7 @@ def _folders(top: str, skipped: Counter[str]) -> Iterator[str]:
                     skipped[LINKED_FOLDERS] += 1
                 else:
                     below.append(path)
-        waiting += reversed(below)
+        pending += reversed(below)
 
 
 def _kind(name: str) -> tuple[Format, Literal["gzip", "zstd"] | None] | None:
@@ -275,7 +275,7 @@ def _kind(name: str) -> tuple[Format, Literal["gzip", "zstd"] | None] | None:
 
 
 def _suffix(name: str) -> str:
-    """What a file that is not read is counted under: `.json`, `.tar.gz`."""
+    """The key that a file of another kind is counted under: `.json`, `.tar.gz`."""
     suffixes = Path(name).suffixes
     compressed = bool(suffixes) and suffixes[-1].lower() in COMPRESSIONS
     return _printable("".join(suffixes[-2 if compressed else -1 :])) or NO_SUFFIX

@@ -19,9 +19,9 @@ from data.sources import SourceFile
 READ_BLOCK_BYTES = 1 << 20
 OF_A_CORPUS = "corpus.reader or sources.NAME.reader"
 HEAD_BYTES = 1024
-"""Looked at to tell UTF-16 and UTF-32 from UTF-8."""
+"""Read to distinguish UTF-16 and UTF-32 from UTF-8."""
 EXPANSION_FREE_BYTES = 64 << 20
-"""Unpacked from a file before `max_expansion` is asked: a small file of one repeated line does no harm."""
+"""Unpacked from a file before `max_expansion` applies: a small file of one repeated line does no harm."""
 
 
 def open_text(file: SourceFile, max_expansion: float, counts: Counter[str]) -> IO[bytes]:
@@ -42,10 +42,10 @@ def _unpacked(file: SourceFile) -> IO[bytes]:
 
 
 class _Utf8(io.RawIOBase):
-    """The bytes of a stream, in UTF-8 whatever they come in; a byte that is wrong there comes as 0xFF, wrong here too."""
+    """A stream's bytes recoded to UTF-8; an invalid one becomes 0xFF, which is invalid in UTF-8 too."""
 
     def __init__(self, stream: IO[bytes], file: SourceFile, max_expansion: float, counts: Counter[str]) -> None:
-        self._stream, self._file, self._most, self._unpacked = stream, file, max_expansion, 0
+        self._stream, self._file, self._max_expansion, self._unpacked = stream, file, max_expansion, 0
         self._pending = b""
         while len(self._pending) < HEAD_BYTES and (more := self._read(HEAD_BYTES - len(self._pending))):
             self._pending += more
@@ -59,7 +59,7 @@ class _Utf8(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` with UTF-8 as far as it goes; how many bytes, 0 at the end of the file."""
+        """Fill `buffer` with UTF-8, possibly not all of it; returns the number of bytes, 0 at the end of the file."""
         while not self._pending:
             raw = self._read(len(buffer))
             self._pending = raw if self._decoder is None else self._recoded(raw)
@@ -76,7 +76,7 @@ class _Utf8(io.RawIOBase):
     def _read(self, size: int) -> bytes:
         raw = self._stream.read(size)
         self._unpacked += len(raw)
-        check_expansion(self._file, self._unpacked, self._most)
+        check_expansion(self._file, self._unpacked, self._max_expansion)
         return raw
 
     def _recoded(self, raw: bytes) -> bytes:
@@ -101,21 +101,21 @@ def wide_encoding(head: bytes) -> str | None:
     return None
 
 
-def check_expansion(file: SourceFile, unpacked: int, most: float) -> None:
-    """Raise DataError for a packed file that holds more than `most` times its bytes: a bomb, or one repeated line."""
-    if unpacked > max(EXPANSION_FREE_BYTES, most * file.bytes) and (file.compression or file.format == "parquet"):
+def check_expansion(file: SourceFile, unpacked: int, limit: float) -> None:
+    """Raise DataError for a packed file that holds more than `limit` times its bytes: a bomb, or one repeated line."""
+    if unpacked > max(EXPANSION_FREE_BYTES, limit * file.bytes) and (file.compression or file.format == "parquet"):
         raise DataError(
-            f"{file.path} unpacks to more than {most:g} times its {file.bytes:,} bytes, as no text does. If it is text, "
+            f"{file.path} unpacks to more than {limit:g} times its {file.bytes:,} bytes, as no text does. If it is text, "
             f"raise max_expansion of {OF_A_CORPUS}, or of finetune.data.reader; else {leave_out(file)}."
         )
 
 
-def lines_of(stream: IO[bytes], most: int) -> Iterator[tuple[int, bytes | None]]:
-    """Number and bytes of each line, ended by LF alone; None for one of more than `most` bytes, which is never held."""
+def lines_of(stream: IO[bytes], max_line_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+    """Number and bytes of each line, ended by LF alone; None for one of more than `max_line_bytes`, which is never held."""
     number = 0
-    while raw := stream.readline(most + 1):
+    while raw := stream.readline(max_line_bytes + 1):
         number += 1
-        if len(raw) <= most or raw.endswith(b"\n"):
+        if len(raw) <= max_line_bytes or raw.endswith(b"\n"):
             yield number, raw
             continue
         while raw and not raw.endswith(b"\n"):

@@ -272,12 +272,12 @@ def _template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str]
     several."""
     if (folder / TEMPLATE_FILE).is_file():
         return (folder / TEMPLATE_FILE).read_text(encoding="utf-8"), str(folder / TEMPLATE_FILE)
-    said = config.get("chat_template")
-    if isinstance(said, list):
-        said = next((one["template"] for one in said if one.get("name") == "default"), None)
-    if said is not None and not isinstance(said, str):
-        raise DataError(f"chat_template in {CONFIG_FILE} is {str(said)[:40]!r}: it has to be a text, in Jinja.")
-    return said, f"chat_template in {folder / CONFIG_FILE}"
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = next((one["template"] for one in template if one.get("name") == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise DataError(f"chat_template in {CONFIG_FILE} is {str(template)[:40]!r}: it has to be a text, in Jinja.")
+    return template, f"chat_template in {folder / CONFIG_FILE}"
 
 
 def _json(path: Path) -> dict[str, Any]:

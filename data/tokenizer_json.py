@@ -42,7 +42,7 @@ def export_tokenizer(
 
     `AutoTokenizer.from_pretrained(out_dir)` then gives Tokenizer.encode's ids, with `<s>` before them unless
     add_special_tokens=False, and encode_chat's for messages. Two differences remain: outside of messages transformers
-    reads control pieces but `<unk>` as such unless told split_special_tokens=True, and its decoder keeps them unless told
+    reads control pieces but `<unk>` as such unless split_special_tokens=True, and its decoder keeps them unless
     skip_special_tokens=True.
     """
     tokenizer = Tokenizer.load(tokenizer_dir)

@@ -44,7 +44,7 @@ class Tokenizer(ABC):
     template_names: Mapping[str, str]
     mask_piece: str | None
     keeps_text = True
-    """Whether decode(encode(text)) is every text; else what is lost is counted in rows and charged in scores."""
+    """Whether decode(encode(text)) == text for every text; if not, losses are counted in shards and charged in scores."""
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:

@@ -140,7 +140,9 @@ def text_of(step: str, source: CorpusSettings, may_be_missing: bool) -> tuple[Pa
     """The files of a corpus step, or none where it may be missing and is."""
     try:
         with working(f"{step}: the files in {corpus_key(step)}.paths are listed") as how_far:
-            return paths(corpus_files(source, key=corpus_key(step), tell=lambda files: how_far(f"{files:,} so far")))
+            return paths(
+                corpus_files(source, key=corpus_key(step), on_progress=lambda files: how_far(f"{files:,} so far"))
+            )
     except DataError:
         if may_be_missing:
             return ()

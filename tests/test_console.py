@@ -104,7 +104,7 @@ def test_listing_and_hashing_files_say_how_far_they_are_in_every_verb(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("pipelines.engine.waiting.LOG_AFTER_SECONDS", 0.02)
-    monkeypatch.setattr("data.sources.TELL_EVERY", 1)
+    monkeypatch.setattr("data.sources.PROGRESS_EVERY", 1)
     real_stat = os.stat
 
     def slow_stat(path: Any, **more: Any) -> os.stat_result:

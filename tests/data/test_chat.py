@@ -137,9 +137,9 @@ def test_whatever_a_template_does_is_one_refusal_that_names_its_file(tokenizer: 
         "{% for i in [1, 2] recursive %}{{ loop([1, 2]) if loop.depth < 60 }}{% endfor %}",
     ],
 )
-def test_turns_of_loops_and_calls_of_macros_are_counted(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_iterations_and_macro_calls_are_counted(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_jinja, "STEPS", 3000)
-    with pytest.raises(chat_jinja.TemplateError, match="takes more than 3,000 turns"):
+    with pytest.raises(chat_jinja.TemplateError, match="takes more than 3,000 loop iterations"):
         chat_jinja.render(template, {})
     assert chat_jinja.render("{% for i in range(3000) %}{{ i % 10 }}{% endfor %}", {}) == "0123456789" * 300
 

@@ -180,10 +180,10 @@ def test_a_home_that_nobody_has_is_refused() -> None:
 
 
 def test_a_large_folder_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.sources.TELL_EVERY", 2)
+    monkeypatch.setattr("data.sources.PROGRESS_EVERY", 2)
     touch(tmp_path, *(f"x/{n}.txt" for n in range(5)))
     heard: list[int] = []
-    list_files([str(tmp_path / "x")], tell=heard.append)
+    list_files([str(tmp_path / "x")], on_progress=heard.append)
     assert heard == [2, 4]
 
 
