@@ -299,8 +299,8 @@ def memory(side: str, vocab_size: int, *, tied: bool) -> dict[str, float]:
 
 def resident(line: str) -> float:
     """VmRSS or VmHWM of this process in MiB."""
-    found = next(each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith(line))
-    return int(found.split()[1]) / 1024
+    entry = next(each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith(line))
+    return int(entry.split()[1]) / 1024
 
 
 if __name__ == "__main__":

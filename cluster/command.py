@@ -13,12 +13,12 @@ from cluster.errors import ClusterError
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
-    """What a job is given: `count` machines of so many CPUs and GPUs each; `words` are the settings that say so."""
+    """The machines of a job: `count` of them, with CPUs and GPUs of each; `settings` spells those that set these."""
 
     count: int
     cpus: int
     gpus: int
-    words: str
+    settings: str
 
 
 def given_store(command: Sequence[str]) -> str | None:

@@ -90,12 +90,12 @@ class KubeRaySettings:
 
     @property
     def machines(self) -> Machines:
-        """What the run gets."""
+        """The machines the run gets."""
         return Machines(
             count=self.workers,
             cpus=self.cpus_per_worker,
             gpus=self.gpus_per_worker,
-            words=f"workers={self.workers} gpus_per_worker={self.gpus_per_worker} cpus_per_worker={self.cpus_per_worker}",
+            settings=f"workers={self.workers} gpus_per_worker={self.gpus_per_worker} cpus_per_worker={self.cpus_per_worker}",
         )
 
 

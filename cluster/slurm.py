@@ -83,12 +83,12 @@ class SlurmSettings:
 
     @property
     def machines(self) -> Machines:
-        """What the run gets."""
+        """The machines the run gets."""
         return Machines(
             count=self.nodes,
             cpus=self.cpus_per_node,
             gpus=self.gpus_per_node,
-            words=f"nodes={self.nodes} gpus_per_node={self.gpus_per_node} cpus_per_node={self.cpus_per_node}",
+            settings=f"nodes={self.nodes} gpus_per_node={self.gpus_per_node} cpus_per_node={self.cpus_per_node}",
         )
 
 
@@ -287,7 +287,7 @@ await_nodes() {  # gives up as soon as a part of Ray ends, not only when the tim
     kill "$ready" 2>/dev/null
     return 1
 }
-watch_steps() {  # a part of Ray that ends is told to this script
+watch_steps() {  # signals this script when a part of Ray ends
     while sleep 1; do
         for step in "${steps[@]}"; do
             kill -0 "$step" 2>/dev/null || { kill -USR2 $$; return; }

@@ -22,7 +22,7 @@ FLOP_FORMULA = (
 
 
 MANY_TOKENS = 1 << 17
-"""Of one forward pass; what the loss over a vocabulary takes has come to its limit by then."""
+"""Of one forward pass; by then `head_bytes` has reached its maximum."""
 
 
 class ParameterCounts(NamedTuple):
@@ -167,7 +167,7 @@ def head_bytes(config: ModelConfig, tokens: int, dtype_bytes: int) -> int:
 
 
 def row_and_once_bytes(config: ModelConfig, seq_len: int, dtype_bytes: int, recompute: bool = False) -> tuple[int, int]:
-    """(what each row of a forward pass adds, what a pass of many rows takes once) of `activation_bytes`."""
+    """`activation_bytes` of a forward pass as (bytes per row, bytes once per pass of many rows)."""
     row = activation_bytes(config, 1, seq_len, dtype_bytes, recompute) - head_bytes(config, seq_len, dtype_bytes)
     return row, head_bytes(config, MANY_TOKENS, dtype_bytes)
 

@@ -11,7 +11,7 @@ class ModelError(Exception):
 
 
 LARGEST = {"n_layers": 2_000, "d_model": 2**20, "vocab_size": 2**28, "n_heads": 2**16, "n_experts": 2**16}
-"""Of some counts: beyond these it takes long only to say what a model would cost (2 ms a layer). The deepest published have
+"""Of some counts: beyond these even computing a model's cost takes long (2 ms a layer). The deepest published have
 1,000 layers, the widest 20,000 channels."""
 
 

@@ -124,8 +124,8 @@ class LanguageHead(Head, Multiplies):
         self._compiled: SoftmaxGradient | None = None
 
     def compile_loss(self) -> None:
-        """Make one kernel of the passes over the logits. What gathers parameters around `forward` does not mind: no
-        parameter is read in there."""
+        """Make one kernel of the passes over the logits. Safe where parameters are gathered around `forward`
+        (ZeRO-3): none is read in it."""
         self._compiled = torch.compile(softmax_gradient_, dynamic=False)
 
     def forward(

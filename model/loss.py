@@ -19,13 +19,13 @@ from torch.nn.functional import linear
 
 IGNORED = -100
 LOGITS_BYTES = 1 << 29
-"""What the logits of a chunk may take, unless the fp32 gradient of the weight takes more anyway."""
+"""Limit on the logits of a chunk, unless the fp32 gradient of the weight takes more anyway."""
 CPU_PASS, GPU_PASS = 1 << 22, 1 << 24
 """Logits in one pass without a compiler: 16 MiB of fp32 stay in a CPU's cache, a GPU wants more for each launch."""
 
 
 class Terms(NamedTuple):
-    """What the loss is made of, beside the targets; see `chunked_cross_entropy`."""
+    """Options of the loss; see `chunked_cross_entropy`."""
 
     soft_cap: float | None = None
     z_loss: float = 0.0
@@ -42,12 +42,12 @@ def chunk_tokens(tokens: int, vocab_size: int, d_model: int, dtype_bytes: int) -
     Equal shares where the number allows it, so that kernels tuned or compiled for a shape meet one.
     """
     budget = max(LOGITS_BYTES, 4 * vocab_size * d_model)
-    most = max(1, budget // (vocab_size * dtype_bytes) // 64)
+    max_units = max(1, budget // (vocab_size * dtype_bytes) // 64)
     units = -(-tokens // 64)
-    if units <= most:
+    if units <= max_units:
         return tokens
-    least = -(-units // most)
-    chunks = next((n for n in range(least, 2 * least) if units % n == 0), least)
+    min_chunks = -(-units // max_units)
+    chunks = next((n for n in range(min_chunks, 2 * min_chunks) if units % n == 0), min_chunks)
     return 64 * -(-units // chunks)
 
 
@@ -105,9 +105,9 @@ def token_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For evaluation: fp32 NLL of every target, and whether it was the likeliest token; 0 and false where ignored."""
     nlls, tops = [], []
-    size = _chunk_of(x_ND, weight_VD)
+    size = _chunk_size(x_ND, weight_VD)
     for chunk_ND, chunk_targets_N in zip(x_ND.split(size), targets_N.split(size), strict=True):
-        for logits_NV, piece_N in _passes(linear(chunk_ND, weight_VD, bias_V), chunk_targets_N):
+        for logits_NV, piece_N in _row_blocks(linear(chunk_ND, weight_VD, bias_V), chunk_targets_N):
             capped_NV = capped(logits_NV, soft_cap)
             valid_N = piece_N != IGNORED
             target_N1 = piece_N.clamp(min=0)[:, None]
@@ -117,7 +117,7 @@ def token_scores(
     return torch.cat(nlls), torch.cat(tops)
 
 
-def _chunk_of(x_ND: torch.Tensor, weight_VD: torch.Tensor) -> int:
+def _chunk_size(x_ND: torch.Tensor, weight_VD: torch.Tensor) -> int:
     vocab_size, d_model = weight_VD.shape
     return chunk_tokens(len(x_ND), vocab_size, d_model, weight_VD.element_size())
 
@@ -144,9 +144,9 @@ class _HeadLoss(torch.autograd.Function):
         precision: torch.dtype,
         terms: Terms,
         compiled: SoftmaxGradient | None,
-        wanted: list[bool],
+        needs_grad: list[bool],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Makes the gradients that are wanted too, of x, weight and bias, for an incoming gradient of 1.
+        """Also computes the gradients that `needs_grad` names, of x, weight and bias, for an incoming gradient of 1.
 
         targets_N: int64 from 0 to V - 1, of ignored tokens too. valid_N: bool. weights_N: fp32, 0 where ignored; they
         weigh the gradients, not the values. precision: of the products; sums over chunks are fp32.
@@ -156,42 +156,44 @@ class _HeadLoss(torch.autograd.Function):
         bias_V = None if bias_V is None else bias_V.to(precision)
         nlls, zs, grads_x = [], [], []
         grad_weight_VD, grad_bias_V = None, None
-        size = _chunk_of(x_ND, weight_VD)
+        size = _chunk_size(x_ND, weight_VD)
         parts = (tensor.split(size) for tensor in (x_ND, targets_N, weights_N))
         for chunk_ND, chunk_targets_N, chunk_weights_N in zip(*parts, strict=True):
             logits_NV = linear(chunk_ND, weight_VD, bias_V)
-            nll_N, z_N = _chunk_loss_(logits_NV, chunk_targets_N, terms, compiled or _softmax_gradient_in_passes_)
-            grad_NV = logits_NV  # by now
+            nll_N, z_N = _chunk_loss_(logits_NV, chunk_targets_N, terms, compiled or _softmax_gradient_by_row_blocks_)
+            grad_NV = logits_NV  # overwritten in place
             nlls.append(nll_N)
             zs.append(z_N)
             # Tokens are weighed, ignored ones by 0, on the narrow side of both products; grad_NV is the wide one.
             weights_N1 = chunk_weights_N[:, None].to(precision)
-            if wanted[0]:
+            if needs_grad[0]:
                 grads_x.append((grad_NV @ weight_VD) * weights_N1)
-            if wanted[1]:
-                grad_weight_VD = _plus_product(grad_weight_VD, grad_NV.T, chunk_ND * weights_N1, size < len(x_ND))
-            if wanted[2]:
-                grad_bias_V = _plus_product(grad_bias_V, grad_NV.T, weights_N1, size < len(x_ND))
+            if needs_grad[1]:
+                grad_weight_VD = _accumulate_product(grad_weight_VD, grad_NV.T, chunk_ND * weights_N1, size < len(x_ND))
+            if needs_grad[2]:
+                grad_bias_V = _accumulate_product(grad_bias_V, grad_NV.T, weights_N1, size < len(x_ND))
         nll_N, z_N = torch.cat(nlls) * valid_N, torch.cat(zs) * valid_N
         grad_bias_V = None if grad_bias_V is None else grad_bias_V[:, 0]
-        ctx.save_for_backward(torch.cat(grads_x) if wanted[0] else None, grad_weight_VD, grad_bias_V)
+        ctx.save_for_backward(torch.cat(grads_x) if needs_grad[0] else None, grad_weight_VD, grad_bias_V)
         ctx.mark_non_differentiable(nll_N, z_N)
         return (nll_N + z_N).sum(), nll_N, z_N
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients made in the forward pass, times that of the loss."""
-        made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         # One axis makes the scale's precision count: fp32 in one pass, without rounding to that of the products between.
-        scaled = [None if grad is None else (grad * grads[0].reshape(1)).to(dtype) for grad, dtype in made]
+        scaled = [None if grad is None else (grad * grads[0].reshape(1)).to(dtype) for grad, dtype in gradients]
         return *scaled, None, None, None, None, None, None, None
 
 
-def _plus_product(sum_VD: torch.Tensor | None, a_VN: torch.Tensor, b_ND: torch.Tensor, wide: bool) -> torch.Tensor:
-    """sum_VD + a_VN b_ND, in place where there is a sum. wide: there will be more products, so the sum is fp32."""
+def _accumulate_product(
+    sum_VD: torch.Tensor | None, a_VN: torch.Tensor, b_ND: torch.Tensor, more: bool
+) -> torch.Tensor:
+    """sum_VD + a_VN b_ND, in place where there is a sum. more: products follow, so the sum is fp32."""
     if sum_VD is None:
         product_VD = a_VN @ b_ND
-        return product_VD.float() if wide else product_VD
+        return product_VD.float() if more else product_VD
     if a_VN.dtype == sum_VD.dtype:
         return sum_VD.addmm_(a_VN, b_ND)
     return sum_VD.add_(a_VN @ b_ND)
@@ -202,20 +204,20 @@ def _chunk_loss_(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 NLL and z-loss of each token; d(smoothed NLL + z-loss)/d logits takes the place of the logits."""
     target_N1 = targets_N[:, None]
-    lse_N1, at_target_N1 = softmax_gradient(logits_NV, target_N1, terms)
+    lse_N1, target_logit_N1 = softmax_gradient(logits_NV, target_N1, terms)
     # The target's own entry, of which one is subtracted, anew in fp32.
-    grad_N1 = (at_target_N1 - lse_N1).exp()
+    grad_N1 = (target_logit_N1 - lse_N1).exp()
     if terms.z_loss:
         grad_N1 *= 1 + 2 * terms.z_loss * lse_N1
     grad_N1 += terms.smoothing - 1.0
     if terms.smoothing:
         grad_N1 -= terms.smoothing / logits_NV.shape[1]
     if terms.soft_cap is not None:
-        grad_N1 *= 1 - (at_target_N1 / terms.soft_cap).square()
+        grad_N1 *= 1 - (target_logit_N1 / terms.soft_cap).square()
     # Not scatter_, which copies all logits, twice, on a CPU.
     row_N = torch.arange(len(targets_N), device=targets_N.device)
     logits_NV.index_put_((row_N, targets_N), grad_N1[:, 0].to(logits_NV.dtype))
-    return (lse_N1 - at_target_N1)[:, 0], terms.z_loss * lse_N1[:, 0].square()
+    return (lse_N1 - target_logit_N1)[:, 0], terms.z_loss * lse_N1[:, 0].square()
 
 
 def softmax_gradient_(
@@ -224,7 +226,7 @@ def softmax_gradient_(
     """fp32 logsumexp and the target's (capped) logit, [N, 1] each; the gradient of a token without a target takes the
     place of the logits. `torch.compile` makes one kernel of it."""
     capped_NV = capped(logits_NV, terms.soft_cap)
-    at_target_N1 = capped_NV.gather(1, target_N1)
+    target_logit_N1 = capped_NV.gather(1, target_N1)
     grad_NV = capped_NV.softmax(-1)
     # The likeliest token's probability is at least 1/V, so this logsumexp is exact where log p of the target is not.
     lse_N1 = capped_NV.amax(-1, keepdim=True) - grad_NV.amax(-1, keepdim=True).log()
@@ -235,19 +237,19 @@ def softmax_gradient_(
     if terms.soft_cap is not None:
         grad_NV *= 1 - (capped_NV / terms.soft_cap).square()
     logits_NV.copy_(grad_NV)
-    return lse_N1, at_target_N1
+    return lse_N1, target_logit_N1
 
 
-def _softmax_gradient_in_passes_(
+def _softmax_gradient_by_row_blocks_(
     logits_NV: torch.Tensor, target_N1: torch.Tensor, terms: Terms
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`softmax_gradient_`, a few rows at a time."""
-    parts = [softmax_gradient_(*piece, terms) for piece in _passes(logits_NV, target_N1)]
-    lse_N1, at_target_N1 = (torch.cat(column) for column in zip(*parts, strict=True))
-    return lse_N1, at_target_N1
+    parts = [softmax_gradient_(*piece, terms) for piece in _row_blocks(logits_NV, target_N1)]
+    lse_N1, target_logit_N1 = (torch.cat(column) for column in zip(*parts, strict=True))
+    return lse_N1, target_logit_N1
 
 
-def _passes(logits_NV: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of both, as many at a time as one pass takes."""
+def _row_blocks(logits_NV: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both in blocks of rows, each as large as one pass takes."""
     rows = max(1, (CPU_PASS if logits_NV.device.type == "cpu" else GPU_PASS) // logits_NV.shape[1])
     return zip(logits_NV.split(rows), targets.split(rows), strict=True)

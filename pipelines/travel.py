@@ -118,12 +118,12 @@ def fit_ranks(
     if gpus and device != "cpu":
         if ranks > gpus:
             raise SettingsError(
-                f"compute.ranks={ranks}: each rank takes a GPU, and {machines.words} are {gpus}. Set "
+                f"compute.ranks={ranks}: each rank takes a GPU, and {machines.settings} are {gpus}. Set "
                 f"compute.ranks={gpus}, or ask for more."
             )
         if ranks < gpus and "compute.ranks" not in set_here:
             raise SettingsError(
-                f"{machines.words}: {gpus} GPUs for a run of compute.ranks={ranks}, which takes one each: {gpus - ranks} "
+                f"{machines.settings}: {gpus} GPUs for a run of compute.ranks={ranks}, which takes one each: {gpus - ranks} "
                 f"would be idle. Add compute.ranks={gpus} to the command, or ask for fewer GPUs."
             )
         if device == "auto" and not driver_has_gpus:  # `auto` is resolved on the head, which has none
@@ -141,7 +141,7 @@ def fit_ranks(
     if settings.compute.cpus_per_rank is None and (machines.count > 1 or not driver_has_gpus):
         if on_one > machines.cpus:
             raise SettingsError(
-                f"compute.ranks={ranks}: {on_one} ranks on a machine of {machines.cpus} CPUs ({machines.words}); give "
+                f"compute.ranks={ranks}: {on_one} ranks on a machine of {machines.cpus} CPUs ({machines.settings}); give "
                 "every rank one at least."
             )
         added.append(f"compute.cpus_per_rank={machines.cpus // on_one}")

@@ -131,7 +131,7 @@ def _renamed(
 class Imported:
     """A checkpoint as ours: `state` is what `load_state_dict(strict=True)` takes, in the checkpoint's precision.
 
-    new_head: names of the head's tensors that the checkpoint lacks and that begin anew. left: those not used here.
+    new_head: names of the head's tensors that the checkpoint lacks, newly initialized. left: unused ones of the checkpoint.
     """
 
     config: ModelConfig
@@ -141,34 +141,34 @@ class Imported:
 
 
 def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]) -> tuple[ModelConfig, State]:
-    """(ModelConfig, state dict) of a checkpoint. Raises ModelError as `imported` does, for a missing head too."""
-    found = imported(theirs_config, theirs)
-    return found.config, found.state
+    """(ModelConfig, state dict) of a checkpoint. Raises ModelError as `import_checkpoint` does, for a missing head too."""
+    checkpoint = import_checkpoint(theirs_config, theirs)
+    return checkpoint.config, checkpoint.state
 
 
-def imported(
+def import_checkpoint(
     theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor], *, head_seed: int | None = None
 ) -> Imported:
-    """A checkpoint as ours; with `head_seed`, a head that it has nothing of (BertModel, LlamaModel) begins from there.
+    """A checkpoint as ours; with `head_seed`, a head that it lacks altogether (BertModel, LlamaModel) is initialized.
 
     Raises ModelError listing every tensor that is missing, not expected, or of another shape.
     """
     config = config_from_hf(theirs_config)
     family = _family_for(theirs_config)
     own = build_model(config, device="meta").state_dict()
-    theirs = stored_names = folded(theirs)
+    theirs = stored_tensors = folded(theirs)
     in_memory = _is_in_memory(family, config, theirs)
     expected = _renamed(own, family, config, in_memory=in_memory)
     theirs = _without_computed(family, config, _cleaned(family, config, theirs, expected))
     theirs = _without_tied(family, config, theirs)
-    lacking = sorted(expected.keys() - theirs.keys())
-    of_head = {weight.theirs for weight in family.weights if weight.ours[0].startswith("head.")} & expected.keys()
-    if lacking and head_seed is not None and of_head == {*lacking}:
+    missing = sorted(expected.keys() - theirs.keys())
+    head_tensors = {weight.theirs for weight in family.weights if weight.ours[0].startswith("head.")} & expected.keys()
+    if missing and head_seed is not None and head_tensors == {*missing}:
         dtype = next(iter(theirs.values())).dtype if theirs else torch.float32
-        started = _renamed(build_model(config, seed=head_seed).state_dict(), family, config, in_memory=in_memory)
-        theirs = {**theirs, **{name: started[name].to(dtype) for name in lacking}}
+        new_tensors = _renamed(build_model(config, seed=head_seed).state_dict(), family, config, in_memory=in_memory)
+        theirs = {**theirs, **{name: new_tensors[name].to(dtype) for name in missing}}
     else:
-        lacking = []
+        missing = []
     check_tensors({name: tensor.shape for name, tensor in theirs.items()}, {n: t.shape for n, t in expected.items()})
     state: State = {}
     for weight in spelled_weights(family, config, in_memory=in_memory):
@@ -183,8 +183,8 @@ def imported(
             parts = _parted(stored, [own[name].shape for name in weight.ours], weight, config)
             state |= {name: part.contiguous() for name, part in zip(weight.ours, parts, strict=True)}
     state |= {name: state[source] for name, source in config.tied_weights.items()}
-    left = tuple(name for name in stored_names if _is_ignored(name, family, config))
-    return Imported(config, state, tuple(lacking), left)
+    left = tuple(name for name in stored_tensors if _is_ignored(name, family, config))
+    return Imported(config, state, tuple(missing), left)
 
 
 def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
@@ -312,7 +312,7 @@ def _our_word(key: str, theirs: Any, names: Mapping[Any, Any]) -> Any:
 
 
 def _check_type(setting: Setting, value: Any) -> None:
-    """Whether a value of config.json is of its default's type. Raises ModelError."""
+    """Raises ModelError for a value of config.json that is not of its default's type."""
     like = setting.default
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is None or setting.names is not None:

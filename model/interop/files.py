@@ -12,7 +12,16 @@ from safetensors.torch import load_file, save_file
 from model.build import build_model
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.interop.convert import Imported, State, check_tensors, config_from_hf, family_of, hf_config, imported, to_hf
+from model.interop.convert import (
+    Imported,
+    State,
+    check_tensors,
+    config_from_hf,
+    family_of,
+    hf_config,
+    import_checkpoint,
+    to_hf,
+)
 from model.interop.native import MODEL_TYPE, config_from_native, native_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -68,16 +77,16 @@ def load_pretrained(directory: Path) -> tuple[ModelConfig, State]:
     Raises ModelError for a folder without safetensors (pickles are never opened), a damaged file, or tensors that do
     not fit the configuration.
     """
-    found = load_imported(directory)
-    return found.config, found.state
+    checkpoint = load_imported(directory)
+    return checkpoint.config, checkpoint.state
 
 
 def load_imported(directory: Path, *, head_seed: int | None = None) -> Imported:
-    """What `load_pretrained` gives, and what of it is new or left: see `imported`."""
+    """`load_pretrained`, with the names of new and unused tensors: see `import_checkpoint`."""
     described = _read_json(directory / "config.json")
     tensors = _read_tensors(directory)
     if described.get("model_type") != MODEL_TYPE:
-        return imported(described, tensors, head_seed=head_seed)
+        return import_checkpoint(described, tensors, head_seed=head_seed)
     config = config_from_native(described)
     expected = build_model(config, device="meta").state_dict()
     tensors |= {name: tensors[source] for name, source in config.tied_weights.items() if source in tensors}
@@ -172,7 +181,7 @@ def _read_tensors(directory: Path) -> State:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if path.exists() and not path.is_file():  # a FIFO would be waited for
+    if path.exists() and not path.is_file():  # opening a FIFO would block
         raise ModelError(f"{path} is no plain file: copy or download it again.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -130,9 +130,8 @@ class MoeConfig:
 
     def __post_init__(self) -> None:
         check_counts("ffn", self, "n_experts", "d_ff")
-        for name, least in (("shared_d_ff", 0),):
-            if getattr(self, name) < least:
-                raise ModelError(f"ffn.{name} is {getattr(self, name)}: it must be at least {least}.")
+        if self.shared_d_ff < 0:
+            raise ModelError(f"ffn.shared_d_ff is {self.shared_d_ff}: it must be at least 0.")
         router = self.router
         if self.n_experts % router.groups:
             raise ModelError(
