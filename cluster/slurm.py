@@ -121,15 +121,16 @@ def _with_log_folder(settings: SlurmSettings, command: Sequence[str]) -> SlurmSe
     Where it cannot be made here, the log goes to the folder that sbatch is called from, which is there.
     """
     folder = _log_folder(settings, command)
-    why = f"{folder.parent.parent if settings.logs is None else folder.parent} is not on this machine"
-    if (folder.parent.parent if settings.logs is None else folder.parent).is_dir():
+    mount = folder.parent.parent if settings.logs is None else folder.parent
+    reason = f"{mount} is not on this machine"
+    if mount.is_dir():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return settings
         except OSError as error:
-            why = error.strerror or str(error)
+            reason = error.strerror or str(error)
     print(
-        f"log: {folder} cannot be made from here ({why}), so the log goes to the folder sbatch is called from.",
+        f"log: {folder} cannot be made from here ({reason}), so the log goes to the folder sbatch is called from.",
         file=sys.stderr,
     )
     return replace(settings, logs=".")
