@@ -26,7 +26,7 @@ POWERS_BLOCK = 1 << 16
 
 # Classes of code points. A mark of an unspaced script stays with the character before it.
 SEPARATOR, LETTER, UNSPACED, UNSPACED_MARK, INVISIBLE = range(5)
-LAST_ASSIGNED = 0x323B0  # Han extension H; private use and tags behind it are no letters
+LAST_ASSIGNED = 0x323B0  # Han extension H; private use and tags beyond it are no letters
 UNSPACED_SCRIPTS = (
     *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF)),  # Thai, Lao; Myanmar; Khmer
     *((0x1950, 0x19DF), (0x1A20, 0x1AAF), (0x1B00, 0x1B7F)),  # Tai Le, New Tai Lue; Tai Tham; Balinese

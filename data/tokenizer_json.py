@@ -4,7 +4,7 @@ One that came with weights from outside leaves with the files it came in, byte b
 written: pieces with real spaces, not U+2581, so no decoder has to swap them and U+2581 in a text survives.
 
 Text is text there, too. `<unk>` is no added token, as encoding never needs it: a corpus that spells it (WikiText) is read as
-here. The chat template breaks whatever could be a control piece of a message with a noncharacter behind each `<`, which
+here. The chat template breaks whatever could be a control piece of a message with a noncharacter after each `<`, which
 the normalizer takes out again once control pieces have been looked for.
 """
 

@@ -205,7 +205,7 @@ def _chunk_loss_(
     """fp32 NLL and z-loss of each token; d(smoothed NLL + z-loss)/d logits takes the place of the logits."""
     target_N1 = targets_N[:, None]
     lse_N1, target_logit_N1 = softmax_gradient(logits_NV, target_N1, terms)
-    # The target's own entry, of which one is subtracted, anew in fp32.
+    # The target's own entry, of which one is subtracted, recomputed in fp32.
     grad_N1 = (target_logit_N1 - lse_N1).exp()
     if terms.z_loss:
         grad_N1 *= 1 + 2 * terms.z_loss * lse_N1
