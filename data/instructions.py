@@ -6,7 +6,6 @@ import ast
 import hashlib
 import inspect
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-
 from data.chat import check_messages
 from data.decontaminate import is_held_out
 from data.document import Document, read_documents
 from data.errors import DataError
 from data.left_out import conversations_left_out
-from data.readers import SURROGATES, ReaderSettings, ReadLog, read_json_lines, without_surrogates
+from data.readers import SURROGATES, ReaderSettings, ReadLog, read_json_lines, refuse_unreadable, without_surrogates
 from data.sources import CONVERSATIONS, SourceFile, list_files
 
 Task = Literal["write", "document", "explain"]
@@ -214,12 +211,8 @@ def read_conversations(file: SourceFile, settings: ReaderSettings, log: ReadLog)
 
 def _records(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> Iterator[tuple[int, dict[str, Any]]]:
     """The lines of a file. Raises DataError for one that cannot be opened or decompressed."""
-    try:
+    with refuse_unreadable(file, f"leave it out of {PATHS}"):
         yield from read_json_lines(file, settings, log)
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        raise DataError(
-            f"{file.path} cannot be read: {type(error).__name__}: {error}. Repair it, or leave it out of {PATHS}."
-        ) from error
 
 
 def function_conversations(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import codecs
+import contextlib
 import fnmatch
 import json
 import re
@@ -100,14 +101,19 @@ def read_file(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> Itera
     """
     read = {"text": _read_text, "topics": _read_topics, "jsonl": _read_jsonl, "parquet": _read_parquet}[file.format]
     log.counts["files"] += 1
-    broken: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, pa.ArrowException)
-    if file.format == "parquet":
-        broken += (ValueError, LookupError)  # of names and offsets in a damaged one
-    try:
+    damaged = (ValueError, LookupError) if file.format == "parquet" else ()  # of names and offsets in a damaged one
+    with refuse_unreadable(file, leave_out(file), *damaged):
         yield from read(file, settings, log)
-    except broken as error:
+
+
+@contextlib.contextmanager
+def refuse_unreadable(file: SourceFile, remedy: str, *also: type[Exception]) -> Iterator[None]:
+    """Raise DataError for a file that cannot be opened or decompressed, with the remedy of leaving it out."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, pa.ArrowException, *also) as error:
         raise DataError(
-            f"{file.path} cannot be read: {type(error).__name__}: {error}. Repair it, or {leave_out(file)}."
+            f"{file.path} cannot be read: {type(error).__name__}: {error}. Repair it, or {remedy}."
         ) from error
 
 
