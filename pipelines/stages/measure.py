@@ -104,23 +104,8 @@ def measure(work: Work, out_dir: Path) -> dict[str, Any]:
 
 def score(work: Work, out_dir: Path) -> dict[str, Any]:
     """Nats and tokens of each document under one model, and the windows they were taken over."""
-    from pipelines.stages.scoring import score_sequences
-
-    model = _model(work)
     tokenizer = Tokenizer.load(work.tokenizer.path)
-    context_tokens, stride_tokens = work.settings.windows(model.config.max_seq_len, work.trained_tokens)
-    scores = score_sequences(
-        model,
-        [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(_texts(work))],
-        context_tokens=context_tokens,
-        stride_tokens=stride_tokens,
-        tokens_per_batch=work.settings.tokens_per_batch,
-    )
-    return {
-        "nats": [score.nats for score in scores],
-        "tokens": [score.tokens for score in scores],
-        "windows": {"context_tokens": context_tokens, "stride_tokens": stride_tokens},
-    }
+    return _scores(work, [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(_texts(work))])
 
 
 def conversations(work: Work, out_dir: Path) -> dict[str, Any]:
@@ -130,11 +115,9 @@ def conversations(work: Work, out_dir: Path) -> dict[str, Any]:
     """
     from data.chat import encode_chat
     from data.instructions import load_conversations
-    from pipelines.stages.scoring import score_sequences
 
     assert work.instructions is not None
-    model, tokenizer = _model(work), Tokenizer.load(work.tokenizer.path)
-    context_tokens, stride_tokens = work.settings.windows(model.config.max_seq_len, work.trained_tokens)
+    tokenizer = Tokenizer.load(work.tokenizer.path)
     there = {c.id: c for c in load_conversations(work.instructions.path / "heldout.jsonl")}
     encoded: list[tuple[list[int], list[bool]]] = []
     refused = ""
@@ -144,10 +127,21 @@ def conversations(work: Work, out_dir: Path) -> dict[str, Any]:
         except DataError as error:
             refused = refused or f"{conversation.source} at {conversation.position}: {error}"
             encoded.append(([], []))
+    ids, targets = [ids for ids, _ in encoded], [is_target for _, is_target in encoded]
+    return {**_scores(work, ids, targets), "refused": refused}
+
+
+def _scores(
+    work: Work, sequences: Sequence[Sequence[int]], targets: Sequence[Sequence[bool]] | None = None
+) -> dict[str, Any]:
+    from pipelines.stages.scoring import score_sequences
+
+    model = _model(work)
+    context_tokens, stride_tokens = work.settings.windows(model.config.max_seq_len, work.trained_tokens)
     scores = score_sequences(
         model,
-        [ids for ids, _ in encoded],
-        targets=[is_target for _, is_target in encoded],
+        sequences,
+        targets=targets,
         context_tokens=context_tokens,
         stride_tokens=stride_tokens,
         tokens_per_batch=work.settings.tokens_per_batch,
@@ -155,7 +149,6 @@ def conversations(work: Work, out_dir: Path) -> dict[str, Any]:
     return {
         "nats": [score.nats for score in scores],
         "tokens": [score.tokens for score in scores],
-        "refused": refused,
         "windows": {"context_tokens": context_tokens, "stride_tokens": stride_tokens},
     }
 
