@@ -19,6 +19,13 @@ from tests.conftest import LOCAL, answer, complaint, tiny
 from tests.data.foreign import save
 from tests.test_start import with_weights
 
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 96,
+}
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -139,17 +146,10 @@ def test_a_head_that_a_headless_encoder_lacks_begins_anew_and_what_is_left_is_na
 
     from pipelines.stages.start import take
 
-    small = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": 96,
-    }
     made = (
-        BertModel(BertConfig(**small)),
-        RobertaModel(RobertaConfig(**small, pad_token_id=1)),
-        LlamaModel(LlamaConfig(**small)),
+        BertModel(BertConfig(**SMALL)),
+        RobertaModel(RobertaConfig(**SMALL, pad_token_id=1)),
+        LlamaModel(LlamaConfig(**SMALL)),
     )
     for model in made:
         folder, out = tmp_path / type(model).__name__, tmp_path / f"{type(model).__name__}-taken"
@@ -171,14 +171,7 @@ def test_a_model_that_lacks_more_than_its_head_is_refused(tmp_path: Path) -> Non
     from safetensors.torch import load_file, save_file
     from transformers import BertConfig, BertModel
 
-    small = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": 96,
-    }
-    BertModel(BertConfig(**small)).save_pretrained(tmp_path)
+    BertModel(BertConfig(**SMALL)).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["encoder.layer.0.output.dense.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
