@@ -23,11 +23,6 @@ from pipelines.engine.step import Context, Step
 Body = Callable[[Path, Context], dict[str, Any]]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> LocalStore:
-    return LocalStore(tmp_path / "store")
-
-
 def step(body: Body, name: str = "stage") -> Step:
     def stage(settings: Any, inputs: Mapping[str, Any], out_dir: Path, ctx: Context) -> dict[str, Any]:
         return body(out_dir, ctx)

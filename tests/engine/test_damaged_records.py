@@ -26,21 +26,8 @@ from pipelines.engine.local_backend import LocalBackend
 from pipelines.engine.local_store import LocalStore
 from pipelines.engine.runner import plan, run, status
 from pipelines.engine.sealed import sealed
-from pipelines.engine.store import open_store
 from pipelines.engine.work import Work
 from pipelines.stages.checksums import check_checksums, write_checksums
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> LocalStore:
-    made = open_store(tmp_path / "store")
-    assert isinstance(made, LocalStore)
-    return made
-
-
-@pytest.fixture
-def backend() -> LocalBackend:
-    return LocalBackend(cpus=2, gpus=0, in_process=True)
 
 
 def made(store: LocalStore, backend: LocalBackend) -> Path:

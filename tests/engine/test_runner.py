@@ -53,18 +53,6 @@ def joined(*inputs: Step, name: str = "joined", **more: Any) -> Step:
     return Step(name=name, run=join, version=1, settings={"sep": ""}, inputs=sources, **more)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> LocalStore:
-    made = open_store(tmp_path / "store")
-    assert isinstance(made, LocalStore)
-    return made
-
-
-@pytest.fixture
-def backend() -> Backend:
-    return LocalBackend(cpus=2, gpus=0, in_process=True)
-
-
 def digests(step: Step, store: LocalStore) -> dict[str, str]:
     return {report.name: report.digest for report in plan([step], store=store)}
 

@@ -29,11 +29,6 @@ from pipelines.engine.store import open_store
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def backend() -> LocalBackend:
-    return LocalBackend(cpus=2, gpus=0, in_process=True)
-
-
 def on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int = 2) -> None:
     monkeypatch.setenv("ATHANOR_CACHE", str(tmp_path / f"machine{number}"))
 
