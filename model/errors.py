@@ -16,7 +16,7 @@ LARGEST = {"n_layers": 2_000, "d_model": 2**20, "vocab_size": 2**28, "n_heads": 
 
 
 def check_counts(part: str, config: object, *names: str) -> None:
-    """Raise ModelError where one of these fields of `config` is below 1; null passes. part: where it stands: `mixer`."""
+    """Raise ModelError where one of these fields of `config` is below 1 or beyond LARGEST; null passes. part: `mixer`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < 1:
