@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from model.config import ModelConfig
 from model.costs import forward_flops, train_flops_per_token
-from model.grid import GridPositionConfig
 from pipelines.training.errors import TrainingError
 
 NEEDS = {
@@ -52,7 +51,7 @@ def reads_other_than_text(config: ModelConfig) -> str:
     for where, part in (("model", config), ("model.encoder", config.encoder)):
         if part is not None and not part.frontend.uses_vocabulary:
             return f"{where}.frontend.kind={part.frontend.kind} reads no text"
-    if config.grids or isinstance(config.position, GridPositionConfig):
+    if config.grids or config.position.kind == "grid":
         return "model.position.kind=grid is of texts with the codes of an image behind them"
     if config.tower is not None:
         return "model.tower compares two models, one of which reads no text"
