@@ -129,7 +129,9 @@ VERBS: dict[str, Verb] = {
     ),
     "why": Verb(help="name the setting or input that makes a step run again", function=verbs.why, options=_why_options),
     "status": Verb(
-        help="show every step's state, seconds, key figures, path", function=verbs.status, options=_json_option
+        help="show every step's state, seconds, key figures, path (contents are checked by verify)",
+        function=verbs.status,
+        options=_json_option,
     ),
     "verify": Verb(
         help="compare everything in a store with what was published: verify store=DIR",

@@ -3,10 +3,13 @@
 athanor verify                          # the store runs/
 athanor verify store=s3://bucket/runs
 athanor verify --seal store=runs        # also seals manifests and leases from before there were seals
+
+A seal is a checksum against damage and casual edits, not a signature: whoever can write to the store can compute it.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -20,20 +23,27 @@ from pipelines.settings import compose
 def verify(overrides: Sequence[str], *, seal: bool) -> int:
     """Read every byte of a store and print what is damaged; 1 where anything is, else 0."""
     store = open_store(_store_of(overrides))
-    out, damaged, artifacts, leases = console.console(), 0, 0, 0
+    out, damaged, artifacts, leases, unsealed = console.console(), 0, 0, 0, 0
     with storage_errors(store):
         for finding in findings(store, seal=seal):
-            artifacts, leases = artifacts + (not finding.is_lease), leases + finding.is_lease
+            artifacts, leases = artifacts + (finding.kind == "artifact"), leases + (finding.kind == "lease")
             damaged += bool(finding.damage)
+            unsealed += finding.unsealed
             for line in (*finding.damage, *finding.notes):
                 out.print(line, markup=False)
-            if not finding.is_lease and not finding.damage:
+            if finding.kind == "artifact" and not finding.damage:
                 out.print(
                     f"{finding.place}: {finding.files} files, {console.size(finding.bytes)}, as published", markup=False
                 )
             sys.stdout.flush()  # a large store takes its time
+    results = [f"{damaged} damaged"] if damaged else []
+    if unsealed:
+        results.append(
+            f"{unsealed} without a seal, whose metrics cannot be checked (athanor verify --seal "
+            f"store={shlex.quote(store.url)} seals what is intact)"
+        )
     total = f"{artifacts} artifacts and {leases} leases in {store.url}"
-    out.print(f"{total}: {f'{damaged} damaged' if damaged else 'all as they were written'}", markup=False)
+    out.print(f"{total}: {', '.join(results) or 'all as they were written'}", markup=False)
     return 1 if damaged else 0
 
 

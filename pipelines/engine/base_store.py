@@ -109,13 +109,25 @@ class Store(ABC):
         if data is None:
             return None
         url = self.address(step, digest)
-        manifest = manifests.read(data, url)
+        manifest = self.read_manifest(data, url)
         if (manifest["step"], manifest["digest"]) != (step, digest):
             raise EngineError(
                 f"{url} holds {manifest['step']} {manifest['digest']}, not {step} {digest}: it was moved there by hand; "
                 "delete it."
             )
         return Artifact(step=step, digest=digest, url=url, manifest=manifest)
+
+    def read_manifest(self, data: bytes, place: str) -> dict[str, Any]:
+        """The manifest in the bytes of `place`/manifest.json. Raises EngineError for one that is damaged.
+
+        An unsealed one of format 1 whose lease is sealed is damaged, too: the program that seals leases seals manifests.
+        """
+        manifest = manifests.read(data, place)
+        if not manifests.is_sealed(manifest):
+            seen = leases.read(self.records, work_name(manifest["step"], manifest["digest"]))
+            if seen is not None and seen.sealed and seen.value["floor"] == manifest["token"] + 1:
+                raise manifests.damaged(place, "it has no seal, and was published by a program that seals")
+        return manifest
 
     def check(self, artifact: Artifact) -> None:
         """Sizes only, which are cheap to query. Raises EngineError for a file that is missing or of another size."""
@@ -161,13 +173,18 @@ class Store(ABC):
     def all_manifests(self, step: str) -> list[dict[str, Any]]:
         """Manifests of every published artifact of a step; copies under other names are none."""
         found = (
-            (name, manifests.read(data, f"{self.url}/{step}/{name}")) for name, data in self._manifests(step).items()
+            (name, self.read_manifest(data, f"{self.url}/{step}/{name}"))
+            for name, data in self._manifests(step).items()
         )
         return [manifest for name, manifest in found if manifest["digest"][:SHORT] == name]
 
     @abstractmethod
     def published(self) -> dict[str, list[str]]:
         """{step: names of folders that hold a manifest} of the whole store."""
+
+    @abstractmethod
+    def strays(self) -> list[str]:
+        """One line per file or folder that lies where artifacts lie and is none, and per link out of the store."""
 
     @abstractmethod
     def manifest_bytes(self, step: str, name: str) -> bytes | None:

@@ -27,6 +27,7 @@ from pipelines.engine.errors import EngineError
 from pipelines.engine.records import Records, Seen
 
 TTL_SECONDS = 60.0
+FORMAT = 2  # leases without a format may be older than seals
 
 
 class LeaseLostError(EngineError):
@@ -168,6 +169,7 @@ def acquire(
             previous = {**previous, "floor": previous["token"] + 1, "seconds": 0.0}
     value = {
         **previous,
+        "format": FORMAT,
         "state": "held",
         "token": previous["token"] + 1,
         "revision": previous["revision"] + 1,

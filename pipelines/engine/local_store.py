@@ -37,6 +37,21 @@ class LocalStore(Store):
             found.setdefault(path.parts[-3], []).append(path.parts[-2])
         return found
 
+    def strays(self) -> list[str]:
+        lines = []
+        for path in (*self.root.glob("[!.]*"), *self.root.glob("[!.]*/*")):
+            in_root = path.parent == self.root
+            if not path.is_dir() or not (in_root or (path / manifests.NAME).exists()):
+                lines.append(f"{path}: no artifact, never read")
+        for here, folders, names in os.walk(self.root):
+            if Path(here) == self.root:
+                folders[:] = [name for name in folders if not name.startswith(".")]
+            for path in (Path(here, name) for name in (*folders, *names)):
+                target = os.path.realpath(path)
+                if path.is_symlink() and not Path(target).is_relative_to(self.root.resolve()):
+                    lines.append(f"{path}: a link out of the store, to {target}")
+        return sorted(lines)
+
     def manifest_bytes(self, step: str, name: str) -> bytes | None:
         return read_file(self.root / step / name / manifests.NAME)
 

@@ -35,20 +35,24 @@ def read(data: bytes, place: str) -> dict[str, Any]:
     """
     try:
         manifest, was_sealed = opened(data)
-        wrong = _malformed(manifest) or (None if was_sealed else _contradicted(manifest))
+        wrong = _malformed(manifest) or (None if was_sealed else _unsealed_wrong(manifest))
     except ValueError as error:
         was_sealed, wrong = False, str(error)
-    if wrong is None and manifest.get("format", FORMAT) not in range(1, FORMAT + 1):
+    if wrong is None and manifest["format"] > FORMAT:
         raise EngineError(
             f"{place}/{NAME} has format {_shown(manifest['format'])} and this program knows up to {FORMAT}: it was "
             "published by a newer one. Use that one, or another store."
         )
     if wrong is not None:
-        raise EngineError(
-            f"{place}/{NAME} is damaged, or was changed after it was published ({wrong}). Delete {place} to have it made "
-            "again."
-        )
+        raise damaged(place, wrong)
     return sealed(manifest) if was_sealed else manifest
+
+
+def damaged(place: str, why: str) -> EngineError:
+    """The error to raise for a damaged manifest."""
+    return EngineError(
+        f"{place}/{NAME} is damaged, or was changed after it was published ({why}). Delete {place} to have it made again."
+    )
 
 
 def is_sealed(manifest: Mapping[str, Any]) -> bool:
@@ -58,6 +62,8 @@ def is_sealed(manifest: Mapping[str, Any]) -> bool:
 
 def _malformed(manifest: Mapping[str, Any]) -> str | None:
     """Description of the first malformed field; None if there is none."""
+    if type(manifest.get("format")) is not int or manifest["format"] < 1:  # True and 1.0 equal 1
+        return f"its format is {_shown(manifest.get('format'))}"
     for name, kind in _FIELDS.items():
         value = manifest.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -76,8 +82,10 @@ def _malformed(manifest: Mapping[str, Any]) -> str | None:
     return f"its input {wrong[0]!r} is none" if wrong else None
 
 
-def _contradicted(manifest: Mapping[str, Any]) -> str | None:
-    """Which field of an unsealed manifest contradicts its own digests."""
+def _unsealed_wrong(manifest: Mapping[str, Any]) -> str | None:
+    """Why an unsealed manifest is not one of format 1 that agrees with its own digests; None if it is."""
+    if manifest["format"] == FORMAT:
+        return f"it has no seal, and every manifest of format {FORMAT} is sealed"
     if manifest["content_digest"] != content_digest(manifest["files"], manifest["volatile"]):
         return "its content_digest is not that of its files"
     return None if manifest["digest"] == digest(manifest["identity"]) else "its digest is not that of its identity"

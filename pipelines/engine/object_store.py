@@ -61,6 +61,15 @@ class ObjectStore(Store):
                 found.setdefault(step, []).append(name)
         return found
 
+    def strays(self) -> list[str]:
+        published = {f"{step}/{name}" for step, names in self.published().items() for name in names}
+        paths = [path for path in sorted(self._objects.sizes("")) if not path.startswith(".")]
+        return [
+            f"{self.url}/{path}: no artifact, never read"
+            for path in paths
+            if path.count("/") < 2 or "/".join(path.split("/")[:2]) not in published
+        ]
+
     def manifest_bytes(self, step: str, name: str) -> bytes | None:
         return self._objects.read(f"{step}/{name}/{manifests.NAME}")
 

@@ -57,10 +57,13 @@ def opened_record(records: Records, name: str, data: bytes) -> tuple[dict[str, A
     """The value of a record from its bytes, wherever they were, and whether it is sealed. Raises EngineError for other
     bytes than were written.
 
-    One that was written before records were sealed is taken as it is; the next write seals it.
+    One that was written before records were sealed has no format: it is taken as it is, and the next write seals it.
     """
     try:
-        return opened(data)
+        value, was_sealed = opened(data)
+        if not was_sealed and "format" in value:
+            raise ValueError("it has no seal, and every record with a format is sealed")
+        return value, was_sealed
     except ValueError as error:
         raise records.damaged(name, str(error)) from error
 

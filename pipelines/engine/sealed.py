@@ -1,5 +1,7 @@
 """JSON that decides where work goes on, with a checksum of itself: a wrong digit in it is found instead of believed.
 
+A seal is a checksum against damage and casual edits. It is not a signature: whoever can write the file can compute it.
+
 path.write_text(json.dumps(sealed({"step": 10})))
 unsealed(path)                  # {"step": 10}, or None where the file is gone, torn or changed
 opened(path.read_bytes())       # ({"step": 10}, True), or a ValueError that says what is wrong with it
@@ -35,7 +37,7 @@ def unsealed(path: Path) -> dict[str, Any] | None:
 def opened(data: bytes) -> tuple[dict[str, Any], bool]:
     """(the value without its seal, whether it had one). Raises ValueError for other JSON and a wrong seal."""
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):
@@ -46,6 +48,14 @@ def opened(data: bytes) -> tuple[dict[str, Any], bool]:
     if seal != _seal(value):
         raise ValueError("its checksum is not that of its content")
     return value, True
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(n for n in names if names.count(n) > 1)!r:.60} twice")
+    return value
 
 
 def _seal(value: Mapping[str, Any]) -> str:

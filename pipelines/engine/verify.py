@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pipelines.engine import lease as leases
 from pipelines.engine import manifest as manifests
@@ -16,31 +17,39 @@ from pipelines.engine.step import Artifact
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Result for one artifact or lease."""
+    """Result for one artifact, lease or stray file."""
 
     place: str
     damage: list[str] = field(default_factory=list)
     """Sentences with the remedy; empty if intact."""
     notes: list[str] = field(default_factory=list)
-    is_lease: bool = False
+    kind: Literal["artifact", "lease", "stray"] = "artifact"
+    unsealed: bool = False
+    """An artifact from before seals that was not sealed now."""
     files: int = 0
     bytes: int = 0
 
 
 def findings(store: Store, *, seal: bool = False) -> Iterator[Finding]:
-    """One finding per artifact, then one per lease. ``seal``: seals intact, unsealed ones."""
+    """One finding per artifact, per stray, then per lease. ``seal``: seals intact, unsealed ones."""
+    unsealed = set()
     for step, names in store.published().items():
         for name in names:
-            yield _artifact(store, step, name, seal)
+            finding = _artifact(store, step, name, seal)
+            if finding.unsealed:
+                unsealed.add(f"{step}-{name}")
+            yield finding
+    for line in store.strays():
+        yield Finding(place=store.url, kind="stray", notes=[line])
     for name in store.records.names():
-        yield _lease(store, name, seal)
+        yield _lease(store, name, seal and name not in unsealed)  # a sealed lease says that its manifest was sealed
 
 
 def _artifact(store: Store, step: str, name: str, seal: bool) -> Finding:
     place = f"{store.url}/{step}/{name}"
     try:
         data = store.manifest_bytes(step, name)
-        manifest = manifests.read(data or b"", place)
+        manifest = store.read_manifest(data or b"", place)
     except EngineError as error:
         return Finding(place=place, damage=[str(error)])
     if (manifest["step"], manifest["digest"][:SHORT]) != (step, name):
@@ -58,12 +67,17 @@ def _artifact(store: Store, step: str, name: str, seal: bool) -> Finding:
             )
             damage.append(f"{place}/{path} {state}. Delete {place} to have it made again.")
     notes = [f"{place}/{path}: no part of the artifact, never read" for path in store.strangers(artifact)]
-    if not manifests.is_sealed(manifest):
-        if seal and not damage:
-            store.seal(artifact)
-        notes.append(f"{place}: " + ("sealed" if seal and not damage else "its manifest has no seal"))
+    unsealed = not manifests.is_sealed(manifest)
+    if unsealed and seal and not damage:
+        store.seal(artifact)
+        unsealed = False
+        notes.append(f"{place}: sealed")
+    elif unsealed:
+        notes.append(f"{place}: its manifest has no seal, so a change to its metrics would not be noticed")
     total = sum(entry["bytes"] for entry in manifest["files"].values())
-    return Finding(place=place, damage=damage, notes=notes, files=len(manifest["files"]), bytes=total)
+    return Finding(
+        place=place, damage=damage, notes=notes, unsealed=unsealed, files=len(manifest["files"]), bytes=total
+    )
 
 
 def _lease(store: Store, name: str, seal: bool) -> Finding:
@@ -71,10 +85,10 @@ def _lease(store: Store, name: str, seal: bool) -> Finding:
     try:
         seen = leases.read(store.records, name)
     except EngineError as error:
-        return Finding(place=place, is_lease=True, damage=[str(error)])
+        return Finding(place=place, kind="lease", damage=[str(error)])
     if seal and seen is not None and not seen.sealed and seen.value["state"] == "free":
-        return Finding(place=place, is_lease=True, notes=_seal_lease(store, name, seen))
-    return Finding(place=place, is_lease=True)
+        return Finding(place=place, kind="lease", notes=_seal_lease(store, name, seen))
+    return Finding(place=place, kind="lease")
 
 
 def _seal_lease(store: Store, name: str, seen: Seen) -> list[str]:

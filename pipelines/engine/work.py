@@ -115,8 +115,12 @@ class Work:
         if data is None:
             return None
         try:
-            before = json.loads(data) if data.startswith(b"[") else opened(data)[0]["names"]  # a list: before seals
-            return sorted(map(str, before))
+            if data.startswith(b"["):  # written before seals
+                return sorted(map(str, json.loads(data)))
+            value, was_sealed = opened(data)
+            if not was_sealed:
+                raise ValueError("it has no seal")
+            return sorted(map(str, value["names"]))
         except (ValueError, LookupError, TypeError) as error:
             raise EngineError(
                 f"{path} is damaged ({error}). Delete {self.root.parent} to start this step over."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -161,6 +162,19 @@ def test_a_corpus_that_has_changed_is_refused(corpus: Path, folder: Path, tokeni
         trace(folder, tokenizer, {"a": tmp_path}, step=1)
     with pytest.raises(DataError, match="There is no step 0"):
         trace(folder, tokenizer, {"a": corpus}, step=0)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_a_damaged_tar_is_refused_when_its_rows_are_traced(
+    corpus: Path, folder: Path, tokenizer: Tokenizer, tmp_path: Path, damage: str
+) -> None:
+    copy = tmp_path / "shards"
+    shutil.copytree(folder, copy)
+    for tar in copy.rglob("*.tar"):
+        content = tar.read_bytes()
+        tar.write_bytes(bytes(byte ^ 1 for byte in content) if damage == "flipped" else content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"train-\d+\.tar.* (is corrupted: its sha256|has \d+ bytes)"):
+        trace(copy, tokenizer, {"a": corpus}, step=1)
 
 
 def test_the_plan_depends_on_the_corpus_and_covers_it(corpus: Path) -> None:

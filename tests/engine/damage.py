@@ -39,6 +39,7 @@ ANYWHERE: dict[str, Callable[[bytes], bytes]] = {
     "a number": lambda data: b"7",
     "endless": lambda data: b"[" * 200_000,
     "digits": lambda data: b'{"token": ' + b"9" * 5000 + b"}",
+    "a field twice": lambda data: b'{"metrics": {}, "token": 1,' + data.lstrip()[1:],
     "another object": lambda data: b'{"hello": "world"}',
 }
 
@@ -63,8 +64,14 @@ MANIFESTS = {
             "a token that is true": resealed(token=True),
             "a short digest": resealed(digest="abc"),
             "of a newer program": resealed(format=99),
-            "unsealed, with other files": unsealed(files={"x": {"bytes": 1, "sha256": "0" * 64}}),
-            "unsealed, with another identity": unsealed(identity={"step": "letters"}),
+            "unsealed": unsealed(),
+            "unsealed, with a better score": unsealed(metrics={"bits_per_byte": 1.0}),
+            "unsealed, format 1, though its lease is sealed": unsealed(format=1, metrics={"bits_per_byte": 1.0}),
+            **{f"unsealed, format {v!r}": unsealed(format=v) for v in (True, 1.0, "1", None, 0, [1])},
+            "a format that is true": resealed(format=True),
+            "of no format": without("format"),
+            "unsealed, with other files": unsealed(format=1, files={"x": {"bytes": 1, "sha256": "0" * 64}}),
+            "unsealed, with another identity": unsealed(format=1, identity={"step": "letters"}),
         }.items()
     },
 }
@@ -74,6 +81,7 @@ LEASES = {
         name: _json(change)
         for name, change in {
             "another token": set_to(token=99),
+            "unsealed": unsealed(),
             "a token of letters": unsealed(token="x"),
             "a token of letters, sealed": resealed(token="x"),
             "no state": without("state"),
