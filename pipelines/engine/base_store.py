@@ -59,14 +59,15 @@ class Store(ABC):
     def publish(self, lease: Lease, work: Work, manifest: dict[str, Any]) -> Artifact:
         """Publish what is in ``work.out``: whole, once, and only if the lease is still held.
 
-        ``manifest`` comes with everything but the files. Raises LeaseLostError, or EngineError for a file that is not
-        what its shard wrote.
+        ``manifest`` comes with everything but its format and the files. Raises LeaseLostError, or EngineError for a file
+        that is not what its shard wrote.
         """
         step, digest = manifest["step"], manifest["digest"]
         lease.check()
         files = self._describe(work)
         manifest = sealed(
             {
+                "format": manifests.FORMAT,
                 **manifest,
                 "files": files,
                 "content_digest": manifests.content_digest(files, manifest["volatile"]),

@@ -316,7 +316,6 @@ class _Run:
         context.still_holds()
         check_sources(node, self._hashes)
         manifest = {
-            "format": manifests.FORMAT,
             "step": node.name,
             "digest": node.digest,
             "identity": node.identity,
