@@ -24,7 +24,7 @@ from hardware import machine, write_result
 from training_loop import our_loop, random_shards
 
 from pipelines.engine.typed import to_plain
-from pipelines.settings import compose
+from pipelines.settings.compose import compose
 
 
 def main() -> None:

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 from hardware import machine, write_result
 
-from data.corpus import CorpusSettings, build_corpus, in_process
-from data.dedup import DedupSettings, MinHash, near_duplicate_pairs
-from data.document import read_documents
-from data.filters import FilterSettings, filter_document
-from data.readers import ReaderSettings
-from data.tokenizer import Tokenizer
-from data.tokenizer_training import TokenizerSettings, train_tokenizer
+from data.text.corpus import CorpusSettings, build_corpus, in_process
+from data.text.dedup import DedupSettings, MinHash, near_duplicate_pairs
+from data.text.document import read_documents
+from data.text.filters import FilterSettings, filter_document
+from data.text.readers import ReaderSettings
+from data.tokenizers.sentencepiece import Tokenizer
+from data.tokenizers.training import TokenizerSettings, train_tokenizer
 
 DATATROVE = """
 import json, sys, time

@@ -32,9 +32,9 @@ import webdataset as wds
 
 from data.loader import open_loader
 from data.order import OrderSettings
-from data.packing import TokenDocument, pack_stream
-from data.shard_set import ShardSet
-from data.shards import ShardSettings, write_manifest, write_shard
+from data.rows.packing import TokenDocument, pack_stream
+from data.rows.shard_set import ShardSet
+from data.rows.shards import ShardSettings, write_manifest, write_shard
 
 MICRO_BATCH_ROWS = 8
 VOCAB_SIZE = 32_000

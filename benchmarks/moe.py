@@ -25,9 +25,9 @@ from hardware import machine, write_result
 from model.build import build_model
 from model.config import ModelConfig
 from model.costs import parameter_counts, train_flops_per_token
-from model.ffn import FfnConfig
+from model.ffns.dense import FfnConfig
+from model.ffns.experts.config import MoeConfig
 from model.mixers.attention import AttentionConfig
-from model.moe.config import MoeConfig
 from pipelines.training.hardware import keep_freed_memory
 from pipelines.training.optim import build_optimizer
 from pipelines.training.settings import AdamWSettings

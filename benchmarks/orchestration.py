@@ -24,10 +24,10 @@ from hardware import machine, write_result
 IN_PROCESS = """
 import sys
 from pipelines.engine import runner
-from pipelines.engine.local_backend import LocalBackend
-from pipelines.engine.store import open_store
+from pipelines.engine.backends.local_backend import LocalBackend
+from pipelines.engine.store.open import open_store
 from pipelines.graph import build
-from pipelines.settings import compose
+from pipelines.settings.compose import compose
 if __name__ == "__main__":
     settings = compose(sys.argv[1:])
     steps = list(build(settings).values())
@@ -39,11 +39,11 @@ STARTUP = """
 import sys
 from pathlib import Path
 from pipelines.engine import runner
-from pipelines.engine.backend import RayBackend
-from pipelines.engine.local_backend import LocalBackend
+from pipelines.engine.backends.ray_backend import RayBackend
+from pipelines.engine.backends.local_backend import LocalBackend
 from pipelines.engine.step import Step
-from pipelines.engine.store import open_store
-from pipelines.settings import compose
+from pipelines.engine.store.open import open_store
+from pipelines.settings.compose import compose
 
 def rank(config):
     import pipelines.training.job

@@ -26,15 +26,15 @@ from hardware import machine, write_result
 
 from model.build import build_model
 from model.config import ModelConfig
-from model.ffn import FfnConfig, NoFfnConfig
-from model.generate import Sampling, generate
+from model.decoding.generate import Sampling, generate
+from model.ffns.dense import FfnConfig, NoFfnConfig
 from model.init import InitConfig
 from model.interop import save_pretrained
 from model.masks import Mask
 from model.mixers.base import MixerInput
 from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
 from model.mixers.mamba import MambaConfig
-from model.position import NoPositionConfig
+from model.positions.position import NoPositionConfig
 
 ROWS, TOKENS, PROMPT_TOKENS, NEW_TOKENS = 2, 128, 32, 48
 MAMBA = ModelConfig(

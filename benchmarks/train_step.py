@@ -37,7 +37,7 @@ from data.loader import StepBatch
 from model.build import build_model
 from model.config import ModelConfig
 from model.costs import train_flops_per_token
-from model.ffn import FfnConfig
+from model.ffns.dense import FfnConfig
 from model.mixers.attention import AttentionConfig
 from pipelines.training.compile import compile_blocks
 from pipelines.training.hardware import keep_freed_memory

@@ -28,12 +28,12 @@ import torch
 from hardware import machine, write_result
 
 from data.loader import open_loader
-from data.packing import TokenDocument, pack_stream
-from data.shards import ShardSettings, write_manifest, write_shard
+from data.rows.packing import TokenDocument, pack_stream
+from data.rows.shards import ShardSettings, write_manifest, write_shard
 from model.build import build_model
 from model.config import ModelConfig
 from pipelines.engine.typed import to_plain
-from pipelines.settings import compose
+from pipelines.settings.compose import compose
 from pipelines.training.compile import compile_blocks
 from pipelines.training.job import run_rank
 from pipelines.training.metrics import read_metrics

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data.objectives import Examples
 from data.order import mixed
+from data.tasks.objectives import Examples
 
 Batch = dict[str, torch.Tensor]
 

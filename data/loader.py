@@ -19,9 +19,9 @@ import numpy.typing as npt
 from data.batch import Batch, collate, row_hashes
 from data.errors import DataError
 from data.mixture import MixtureSettings
-from data.objectives import NextToken, Objective
 from data.order import Order, OrderSettings, SourceShape
-from data.shard_set import ShardSet, gather
+from data.rows.shard_set import ShardSet, gather
+from data.tasks.objectives import NextToken, Objective
 
 LOCATED_ROWS = 2048  # rows the order is asked for at once: a call costs the same for one as for hundreds
 TOKENS_AT_ONCE = 32_768  # what is turned into tensors together, so that the arrays stay in the cache

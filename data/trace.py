@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 
 from data.errors import DataError
 from data.order import Order
-from data.packing import DOCUMENT, LENGTH, OFFSET, START
-from data.shard_set import ShardSet
+from data.rows.packing import DOCUMENT, LENGTH, OFFSET, START
+from data.rows.shard_set import ShardSet
 
 if TYPE_CHECKING:
-    from data.tokenizer import Tokenizer
+    from data.tokenizers.sentencepiece import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,17 @@ import logging
 import torch
 from torch import nn
 
-from model.architectures import Transformer
+from model.architecture import Transformer
 from model.block import Block
-from model.classifiers import (
+from model.config import LayerConfig, ModelConfig
+from model.errors import ModelError
+from model.ffns.build import build_ffn
+from model.frontends.base import Frontend
+from model.frontends.mel import MelFrontend, MelFrontendConfig
+from model.frontends.patches import PatchFrontend, PatchFrontendConfig
+from model.frontends.text import Embedding, TokenFrontend
+from model.frontends.waveform import WaveformFrontend, WaveformFrontendConfig
+from model.heads.classifiers import (
     ClassifierHead,
     ClassifierHeadConfig,
     SpanHead,
@@ -15,11 +23,10 @@ from model.classifiers import (
     TokenClassifierHead,
     TokenClassifierHeadConfig,
 )
-from model.config import LayerConfig, ModelConfig
-from model.errors import ModelError
-from model.ffns import build_ffn
-from model.frontends import Embedding, TokenFrontend
-from model.heads import Head, LanguageHead, LanguageHeadConfig, NoHead, Transform
+from model.heads.ctc import CtcHead, CtcHeadConfig
+from model.heads.distractor import DistractorHead, DistractorHeadConfig
+from model.heads.embedding import EmbeddingHead, EmbeddingHeadConfig
+from model.heads.language import Head, LanguageHead, LanguageHeadConfig, NoHead, Transform
 from model.init import initialize
 from model.kernels.attention import AttentionKernel
 from model.kernels.select import Kind, select_kernel
@@ -28,15 +35,8 @@ from model.mixers.attention import CrossAttention
 from model.mixers.bigbird import BigBirdAttention
 from model.mixers.build import build_mixer
 from model.mixers.mamba import MambaConfig
-from model.modalities.base import Frontend
-from model.modalities.ctc_head import CtcHead, CtcHeadConfig
-from model.modalities.distractor_head import DistractorHead, DistractorHeadConfig
-from model.modalities.embedding_head import EmbeddingHead, EmbeddingHeadConfig
-from model.modalities.mel import MelFrontend, MelFrontendConfig
-from model.modalities.patches import PatchFrontend, PatchFrontendConfig
-from model.modalities.waveform import WaveformFrontend, WaveformFrontendConfig
-from model.norm import build_norm
-from model.position import AlibiConfig, RelativeBias, RelativePositionConfig, build_positions
+from model.norms.norm import build_norm
+from model.positions.position import AlibiConfig, RelativeBias, RelativePositionConfig, build_positions
 from model.stack import Stack
 
 log = logging.getLogger("athanor.model")

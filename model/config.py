@@ -6,13 +6,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from model.block import Layout
-from model.classifiers import ClassifierHeadConfig, SpanHeadConfig, TokenClassifierHeadConfig
 from model.errors import ModelError, check_counts
-from model.ffn import FfnConfig
-from model.ffns import AnyFfnConfig
-from model.frontends import FrontendConfig, TokenFrontendConfig
+from model.ffns.build import AnyFfnConfig
+from model.ffns.dense import FfnConfig
+from model.ffns.experts.config import MoeConfig
+from model.frontends.text import FrontendConfig, TokenFrontendConfig
 from model.grid import Grid, GridPositionConfig
-from model.heads import LanguageHeadConfig, NoHeadConfig
+from model.heads.classifiers import ClassifierHeadConfig, SpanHeadConfig, TokenClassifierHeadConfig
+from model.heads.ctc import CtcHeadConfig
+from model.heads.distractor import DistractorHeadConfig
+from model.heads.embedding import EmbeddingHeadConfig
+from model.heads.language import LanguageHeadConfig, NoHeadConfig
 from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
 from model.mixers.bigbird import BigBirdConfig
@@ -21,12 +25,8 @@ from model.mixers.grid import GridAttentionConfig
 from model.mixers.latent import LatentAttentionConfig
 from model.mixers.longformer import LongformerConfig
 from model.mixers.mamba import MambaConfig
-from model.modalities.ctc_head import CtcHeadConfig
-from model.modalities.distractor_head import DistractorHeadConfig
-from model.modalities.embedding_head import EmbeddingHeadConfig
-from model.moe.config import MoeConfig
-from model.norm import NormConfig
-from model.position import AlibiConfig, PositionConfig, RelativePositionConfig, RopeConfig
+from model.norms.norm import NormConfig
+from model.positions.position import AlibiConfig, PositionConfig, RelativePositionConfig, RopeConfig
 
 __all__ = ["LayerChange", "LayerConfig", "ModelConfig", "ModelError", "Role", "parameter_roles"]
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from model.config import LayerConfig, ModelConfig
-from model.ffn import NoFfnConfig
-from model.heads import LanguageHeadConfig
-from model.loss import CPU_PASS, chunk_tokens
-from model.position import position_parameters
+from model.ffns.dense import NoFfnConfig
+from model.heads.language import LanguageHeadConfig
+from model.losses.cross_entropy import CPU_PASS, chunk_tokens
+from model.positions.position import position_parameters
 from model.slots import SlotCosts
 
 FLOP_FORMULA = (

@@ -96,7 +96,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 class Multiplies(Declared):
     """A module with a `weight` [out, in] and perhaps a `bias` [out], which it multiplies with what it is given.
 
-    product: what does so in its place while `model.joined.arranged_products` lasts, else None.
+    product: what does so in its place while `model.decoding.joined.arranged_products` lasts, else None.
     """
 
     weight: nn.Parameter

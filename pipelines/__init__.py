@@ -2,7 +2,7 @@
 
 import os
 
-from pipelines.engine.search_path import rooted
+from pipelines.engine.backends.search_path import rooted
 
 rooted()()  # in every process, before further imports
 # Threads of a matrix product wait for each other at its end, by default spinning for milliseconds. With one other busy

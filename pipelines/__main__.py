@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 gc.disable()  # what imports make stays: looking for garbage among it takes a tenth of their time
 
-from pipelines import verbs  # noqa: E402
-from pipelines.settings import COMMAND  # noqa: E402
-from pipelines.teach import cluster_help, settings_help  # noqa: E402
+from pipelines.settings.compose import COMMAND  # noqa: E402
+from pipelines.verbs import commands as verbs  # noqa: E402
+from pipelines.verbs.help import cluster_help, settings_help  # noqa: E402
 
 gc.freeze()
 gc.enable()

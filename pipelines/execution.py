@@ -8,16 +8,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines import console
+from pipelines.console import display as console
 from pipelines.engine import runner
-from pipelines.engine.backend import Backend, RayBackend
+from pipelines.engine.backends.base import Backend
+from pipelines.engine.backends.local_backend import LocalBackend
+from pipelines.engine.backends.ray_backend import RayBackend
 from pipelines.engine.events import StepReport
-from pipelines.engine.local_backend import LocalBackend
-from pipelines.engine.manifest import is_sealed
 from pipelines.engine.step import Step
-from pipelines.engine.store import open_store
-from pipelines.overrides import SettingsError
-from pipelines.settings import Settings
+from pipelines.engine.store.manifest import is_sealed
+from pipelines.engine.store.open import open_store
+from pipelines.settings.compose import Settings
+from pipelines.settings.overrides import SettingsError
 
 
 def execute(settings: Settings, targets: Sequence[Step], *, quiet: bool = False) -> list[StepReport]:

@@ -13,16 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.corpus import CorpusSettings, corpus_files
 from data.errors import DataError
-from data.instructions import InstructionSettings, instruction_files
-from data.objective_settings import check_pieces
-from data.sources import SourceFile
-from data.tokenizer import Tokenizer
+from data.rows.instructions import InstructionSettings, instruction_files
+from data.tasks.settings import check_pieces
+from data.text.corpus import CorpusSettings, corpus_files
+from data.text.sources import SourceFile
+from data.tokenizers.sentencepiece import Tokenizer
 from pipelines.engine.files import machine_cache
 from pipelines.engine.step import StageFn, Step
 from pipelines.engine.waiting import working
-from pipelines.settings import Settings, corpus_key
+from pipelines.settings.compose import Settings, corpus_key
 from pipelines.stages import (
     corpus,
     denoise,

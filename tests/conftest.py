@@ -18,7 +18,7 @@ import pytest
 from hypothesis import settings
 
 from pipelines.__main__ import main
-from pipelines.engine.search_path import PACKAGES
+from pipelines.engine.backends.search_path import PACKAGES
 
 # The same examples every time: a run says what a change did. HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("athanor", derandomize=True, deadline=None)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from data.errors import DataError
-from data.instructions import InstructionSettings, instruction_files
+from data.rows.instructions import InstructionSettings, instruction_files
 from model.errors import ModelError
 from pipelines.engine.errors import EngineError
 from pipelines.engine.files import FileHashes
 from pipelines.stages.start import Start
-from pipelines.teach import settings_help
+from pipelines.verbs.help import settings_help
 from tests.conftest import LOCAL, answer, athanor, complaint, tiny
 
 

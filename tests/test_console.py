@@ -15,18 +15,18 @@ from typing import Any
 
 import pytest
 
-from pipelines.console import Display, Pace, console, count, print_steps, size, summary
+from pipelines.console.display import Display, Pace, console, count, print_steps, size, summary
 from pipelines.engine.events import Event, StepReport
 from pipelines.engine.files import FileHashes
 from pipelines.engine.resolve import resolve
 from pipelines.graph import build
-from pipelines.settings import compose
-from pipelines.verbs import _next_words
+from pipelines.settings.compose import compose
+from pipelines.verbs.commands import _next_words
 from tests.conftest import ROOT
 
 PROGRAM = """
 import sys, time
-from pipelines import console
+from pipelines.console import display as console
 from pipelines.engine.events import Event
 
 console.QUIET_SECONDS = 0.5
@@ -85,8 +85,8 @@ def test_what_a_step_left_out_is_one_line_a_reason_and_told_again_when_cached(
 def test_a_step_that_is_silent_is_told_of_less_and_less_often(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.console.QUIET_SECONDS", 0.05)
-    monkeypatch.setattr("pipelines.console.LONGEST_SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr("pipelines.console.display.QUIET_SECONDS", 0.05)
+    monkeypatch.setattr("pipelines.console.display.LONGEST_SILENCE_SECONDS", 0.1)
     step: dict[str, Any] = {"step": "corpus", "digest": "d"}
     with Display() as display:
         display.event(Event(kind="started", **step))
@@ -104,7 +104,7 @@ def test_listing_and_hashing_files_say_how_far_they_are_in_every_verb(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("pipelines.engine.waiting.LOG_AFTER_SECONDS", 0.02)
-    monkeypatch.setattr("data.sources.PROGRESS_EVERY", 1)
+    monkeypatch.setattr("data.text.sources.PROGRESS_EVERY", 1)
     real_stat = os.stat
 
     def slow_stat(path: Any, **more: Any) -> os.stat_result:

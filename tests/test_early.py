@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from data.errors import DataError
-from data.instructions import InstructionSettings, build_instructions, count_train_conversations
+from data.rows.instructions import InstructionSettings, build_instructions, count_train_conversations
 from pipelines.engine import waiting
 from pipelines.engine.step import EngineError, Step
 from pipelines.stages import rehearsal
@@ -217,7 +217,7 @@ def test_a_class_that_transformers_cannot_build_is_refused_and_not_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from model.interop import hf_config
-    from pipelines.settings import compose
+    from pipelines.settings.compose import compose
 
     config = compose(["experiment=text", "model=tiny"]).resolved_model()
     described = hf_config(config)

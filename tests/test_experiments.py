@@ -10,14 +10,14 @@ import pytest
 
 from model.build import build_model
 from pipelines.engine import runner
-from pipelines.engine.store import open_store
+from pipelines.engine.store.open import open_store
 from pipelines.graph import build
-from pipelines.overrides import options
-from pipelines.planning import estimate, memory_per_rank
-from pipelines.settings import compose
-from pipelines.teach import settings_help
+from pipelines.settings.compose import compose
+from pipelines.settings.overrides import options
 from pipelines.training.errors import TrainingError
 from pipelines.training.expert_parallel import layers_with_experts
+from pipelines.verbs.help import settings_help
+from pipelines.verbs.plan import estimate, memory_per_rank
 from tests.conftest import ROOT
 
 PARAMETERS = {"gpt2-124m": 124.5e6, "llama-1b": 1.236e9, "llama-8b": 8.03e9}
@@ -69,7 +69,7 @@ def test_experts_that_ranks_share_are_divided_by_their_number() -> None:
 def test_plan_loads_neither_the_compiler_nor_anything_that_runs() -> None:
     """What makes `plan` answer within three seconds (benchmarks/latency.py measures it)."""
     program = (
-        "import sys; from pipelines.planning import estimate; from pipelines.settings import compose;"
+        "import sys; from pipelines.verbs.plan import estimate; from pipelines.settings.compose import compose;"
         "estimate(compose(['experiment=gpt2-124m', 'corpus.paths=[none]']), []);"
         "print([m for m in ('torch._dynamo', 'deepspeed', 'ray', 'transformers') if m in sys.modules])"
     )

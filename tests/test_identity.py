@@ -15,18 +15,18 @@ from typing import Any, Literal, Union
 import pytest
 
 from data.mixture import MixturePhase
+from model.adapt import LoraConfig
 from model.config import LayerChange
-from model.ffn import FfnConfig
-from model.heads import TargetWeight
-from model.moe.config import CapacityConfig, RouterConfig
-from model.norm import NormConfig
-from model.peft import LoraConfig
-from model.position import YarnScaling
+from model.ffns.dense import FfnConfig
+from model.ffns.experts.config import CapacityConfig, RouterConfig
+from model.heads.language import TargetWeight
+from model.norms.norm import NormConfig
+from model.positions.position import YarnScaling
 from pipelines.engine.files import FileHashes
 from pipelines.engine.resolve import resolve
 from pipelines.engine.step import Step
 from pipelines.graph import build
-from pipelines.settings import SET_ELSEWHERE, Settings, compose
+from pipelines.settings.compose import SET_ELSEWHERE, Settings, compose
 
 OWNER = {
     "corpus": {"corpus"},

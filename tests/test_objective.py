@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipelines.graph import build
-from pipelines.settings import compose
+from pipelines.settings.compose import compose
 from tests.conftest import LOCAL, ROOT, answer, athanor, complaint, tiny
 from tests.test_start import digests
 

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.corpus import corpus_files
 from data.errors import DataError
+from data.text.corpus import corpus_files
 from pipelines.__main__ import VERBS, Verb, main
-from pipelines.engine.store import open_store
-from pipelines.overrides import SettingsError, hydra_overrides, points_of
-from pipelines.settings import Settings, compose
-from pipelines.sweep import combinations
+from pipelines.engine.store.open import open_store
+from pipelines.settings.compose import Settings, compose
+from pipelines.settings.overrides import SettingsError, hydra_overrides, points_of
+from pipelines.verbs.sweep import combinations
 from tests.conftest import complaint
 
 NAMES = (

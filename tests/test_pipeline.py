@@ -19,10 +19,10 @@ import pytest
 
 from pipelines.engine.events import StepReport
 from pipelines.engine.step import Artifact
-from pipelines.planning import estimate
-from pipelines.settings import compose
+from pipelines.settings.compose import compose
 from pipelines.stages.finetune import shortened
 from pipelines.stages.instructions import make
+from pipelines.verbs.plan import estimate
 from tests.conftest import LOCAL, METRICS_KEYS, ROOT, TINY, answer, athanor, complaint, crowded, tiny
 
 pytestmark = pytest.mark.slow

@@ -27,17 +27,17 @@ from omegaconf import OmegaConf
 from cluster.errors import ClusterError
 from cluster.submit import KINDS
 from data.errors import DataError
-from data.tokenizer_training import TokenizerSettings, train_tokenizer
+from data.tokenizers.training import TokenizerSettings, train_tokenizer
 from pipelines.__main__ import VERBS, _parse
-from pipelines.engine.backend import _in_lasting_thread
+from pipelines.engine.backends.ray_backend import _in_lasting_thread
 from pipelines.engine.errors import EngineError
 from pipelines.engine.typed import field_types
-from pipelines.overrides import CONF_DIR, options, points_of, types_at
-from pipelines.settings import Settings, compose, plain, resolved, typed
-from pipelines.verbs import cluster_settings
+from pipelines.settings.compose import Settings, compose, plain, resolved, typed
+from pipelines.settings.overrides import CONF_DIR, options, points_of, types_at
+from pipelines.verbs.commands import cluster_settings
 from tests.conftest import ROOT
 
-NO_MESSAGES = ("pipelines/stages/charts.py", "pipelines/engine/secrets.py")
+NO_MESSAGES = ("pipelines/console/charts.py", "pipelines/engine/secrets.py")
 """HTML, and patterns of secrets."""
 KEYS = {
     "setting": ("pretrain.init_from", "finetune.init_from"),

@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from data.tokenizer import tokenizer_files
-from data.tokenizer_training import TokenizerSettings, train_tokenizer
+from data.tokenizers.sentencepiece import tokenizer_files
+from data.tokenizers.training import TokenizerSettings, train_tokenizer
+from pipelines.engine.backends.local_backend import LocalBackend
 from pipelines.engine.errors import EngineError
 from pipelines.engine.files import FileHashes
-from pipelines.engine.lineage import origin
-from pipelines.engine.local_backend import LocalBackend
 from pipelines.engine.resolve import resolve
 from pipelines.engine.runner import run
 from pipelines.engine.step import Step
-from pipelines.engine.store import open_store
+from pipelines.engine.store.lineage import origin
+from pipelines.engine.store.open import open_store
 from pipelines.graph import build
-from pipelines.settings import compose
+from pipelines.settings.compose import compose
 from pipelines.stages.start import take
 from tests.conftest import LOCAL, answer, athanor, complaint, tiny
 from tests.data.foreign import save
@@ -113,7 +113,7 @@ def test_a_folder_with_another_tokenizer_than_its_model_is_refused(
 @pytest.fixture(scope="module")
 def small_tokenizer(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of 640 pieces."""
-    from data.tokenizer_training import TokenizerSettings, train_tokenizer
+    from data.tokenizers.training import TokenizerSettings, train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = [path.read_text() for path in corpus_dir.glob("json-*.py")]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.__main__ import main
-from pipelines.settings import Settings, hydra_overrides, multirun
-from pipelines.sweep import Outcome, show
+from pipelines.settings.compose import Settings, hydra_overrides, multirun
+from pipelines.verbs.sweep import Outcome, show
 from tests.cluster.head import ray_head
 from tests.conftest import LOCAL, athanor, complaint, tiny
 
@@ -104,7 +104,7 @@ def test_trials_of_one_sweep_are_one_group_which_the_person_may_name(
     def execute(settings: Settings, *_: object) -> None:
         groups.append(settings.pretraining().train.tracking.group)
 
-    monkeypatch.setattr("pipelines.sweep.execute", execute)
+    monkeypatch.setattr("pipelines.verbs.sweep.execute", execute)
 
     def run(*more: str) -> set[str | None]:
         groups.clear()

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from model.adapt.lora import LORA_A, LORA_B, LoraConfig, adapted_layers
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.interop.convert import State, family_of, side_by_side, spelled_weights
 from model.interop.tables import Family, Weight, dotted
 from model.mixers.attention import AttentionConfig
-from model.peft.lora import LORA_A, LORA_B, LoraConfig, adapted_layers
 
 PROMPT = "frontend.tokens.prompt"
 

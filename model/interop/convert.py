@@ -11,12 +11,12 @@ import torch
 from model.build import build_model
 from model.config import LayerChange, ModelConfig
 from model.errors import ModelError
+from model.ffns.experts.config import MoeConfig
 from model.interop.families import FAMILIES
 from model.interop.families.common import GRANTED
 from model.interop.native import revived
 from model.interop.tables import Family, Setting, Weight, dotted, has_field
 from model.interop.weight_norm import folded, unfolded
-from model.moe.config import MoeConfig
 
 State = dict[str, torch.Tensor]
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from model.config import ModelConfig
-from model.position import PositionConfig
+from model.positions.position import PositionConfig
 
 
 @dataclass(frozen=True)

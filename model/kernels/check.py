@@ -19,7 +19,7 @@ from model.mixers.grid import BLOCK as GRID_BLOCK
 from model.mixers.grid import GridAttention
 from model.mixers.latent import LatentAttention
 from model.mixers.longformer import LongformerAttention
-from model.position import AlibiConfig, RelativePositionConfig
+from model.positions.position import AlibiConfig, RelativePositionConfig
 
 log = logging.getLogger("athanor.model")
 

@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import nn
 
+from model.decoding.joined import Joins
 from model.errors import ModelError, check_counts
 from model.init import Linear, Parameter, declare
-from model.joined import Joins
 from model.kernels.attention import AttentionKernel
 from model.masks import Mask
 from model.mixers.base import Mixer, MixerInput, MixerState
-from model.norm import NormConfig, build_norm
+from model.norms.norm import NormConfig, build_norm
 from model.slots import SlotCosts
 
 

@@ -8,7 +8,7 @@ import torch
 
 from model.init import Declared
 from model.masks import Mask
-from model.position import Rotation
+from model.positions.position import Rotation
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from model.kernels.attention import AttentionKernel
 from model.masks import Mask
 from model.mixers.attention import Attention, AttentionConfig
 from model.mixers.base import MixerInput
-from model.norm import NormConfig
+from model.norms.norm import NormConfig
 from model.slots import SlotCosts
 from model.uncompiled import uncompiled
 

@@ -9,7 +9,7 @@ from model.mixers.latent import LatentAttention, LatentAttentionConfig
 from model.mixers.linear_attention import LinearAttention, LinearAttentionConfig
 from model.mixers.longformer import LongformerAttention, LongformerConfig
 from model.mixers.mamba import Mamba, MambaConfig
-from model.norm import NormConfig
+from model.norms.norm import NormConfig
 
 MixerConfig = (
     AttentionConfig

@@ -10,7 +10,7 @@ from model.errors import ModelError, check_counts
 from model.init import Linear
 from model.kernels.attention import AttentionKernel
 from model.mixers.base import Mixer, MixerInput, MixerState
-from model.norm import NormConfig, build_norm
+from model.norms.norm import NormConfig, build_norm
 from model.slots import SlotCosts
 
 

@@ -20,7 +20,7 @@ from model.kernels.linear_attention import (
     recurrent_linear_attention,
 )
 from model.mixers.base import Mixer, MixerInput, MixerState
-from model.norm import NormConfig
+from model.norms.norm import NormConfig
 from model.slots import SlotCosts
 
 LARGEST_FAVOR_HEAD = 128

@@ -11,8 +11,8 @@ from model.init import Declared, Linear, Parameter, declare
 from model.kernels.causal_conv import causal_conv
 from model.kernels.selective_scan import CHUNK, recurrent_scan, selective_scan
 from model.mixers.base import Mixer, MixerInput, MixerState
-from model.norm import NormConfig
-from model.position import document_starts
+from model.norms.norm import NormConfig
+from model.positions.position import document_starts
 from model.slots import SlotCosts
 
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.engine.backend import Backend
+from pipelines.engine.backends.base import Backend
+from pipelines.engine.backends.gang import Gang
+from pipelines.engine.backends.outcome import LostMachineError, WorkerDiedError
 from pipelines.engine.events import Event, OnEvent
-from pipelines.engine.gang import Gang
-from pipelines.engine.lease import Lease
-from pipelines.engine.outcome import LostMachineError, WorkerDiedError
 from pipelines.engine.step import Context
-from pipelines.engine.store import Store
-from pipelines.engine.work import Shard, Work, as_json, run_shard
+from pipelines.engine.store.lease import Lease
+from pipelines.engine.store.open import Store
+from pipelines.engine.store.work import Shard, Work, as_json, run_shard
 
 LOOK_SECONDS = 1.0  # between two calls of while_waiting
 

@@ -10,7 +10,7 @@ from pipelines.engine.files import FileHashes
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.resolve import Node, resolve
 from pipelines.engine.step import Step
-from pipelines.engine.store import Store, storage_errors
+from pipelines.engine.store.open import Store, storage_errors
 
 ABSENT = "(absent)"
 TIES = 50

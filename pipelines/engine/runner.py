@@ -16,20 +16,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.engine import manifest as manifests
-from pipelines.engine.backend import Backend
+from pipelines.engine.backends.base import Backend
+from pipelines.engine.backends.machines import Resources
 from pipelines.engine.context import CancelledError, RunContext, run_stage
 from pipelines.engine.errors import EngineError
 from pipelines.engine.events import Event, OnEvent, State, StepReport
 from pipelines.engine.files import FileHashes
-from pipelines.engine.lease import Held, Lease, LeaseLostError
-from pipelines.engine.machines import Resources
 from pipelines.engine.resolve import Graph, Node, check, check_sources, node_of, resolve
 from pipelines.engine.secrets import refuse_secrets, without_secrets
 from pipelines.engine.step import Artifact, Step
-from pipelines.engine.store import Store, storage_errors
+from pipelines.engine.store import manifest as manifests
+from pipelines.engine.store.lease import Held, Lease, LeaseLostError
+from pipelines.engine.store.open import Store, storage_errors
+from pipelines.engine.store.work import Work
 from pipelines.engine.typed import to_plain
-from pipelines.engine.work import Work
 
 LOOK_AGAIN_SECONDS = 0.5  # at a lease that somebody else holds
 GOODBYE_SECONDS = 25.0  # for running steps to notice an interruption

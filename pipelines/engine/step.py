@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.engine.errors import EngineError
-from pipelines.engine.listed import listed
+from pipelines.engine.store.listed import listed
 
 __all__ = ["Artifact", "Context", "EngineError", "StageFn", "Step"]
 
@@ -149,7 +149,7 @@ class Artifact:
         store is remote."""
         if "://" not in self.url:
             return listed(Path(self.url), self.manifest)
-        from pipelines.engine.objects import fetch  # fsspec is slow to import, and only remote artifacts need it
+        from pipelines.engine.store.objects import fetch  # fsspec is slow to import, and only remote artifacts need it
 
         return fetch(self.url, self.manifest)
 

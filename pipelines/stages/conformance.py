@@ -18,18 +18,18 @@ from typing import Any, Literal
 
 import torch
 
-from data.chat import encode_chat
-from data.chat_jinja import TODAY
-from data.document import read_documents
 from data.errors import DataError
-from data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
-from model.architectures import Transformer
+from data.text.document import read_documents
+from data.tokenizers.chat import encode_chat
+from data.tokenizers.chat_jinja import TODAY
+from data.tokenizers.sentencepiece import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from model.architecture import Transformer
 from model.build import build_model
 from model.config import ModelConfig
-from model.generate import Sampling, generate
+from model.decoding.generate import Sampling, generate
 from model.interop import has_hf_class, hf_config, load_pretrained
 from pipelines.engine.step import EngineError
-from pipelines.stages.weights import DTYPES
+from pipelines.inference.weights import DTYPES
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

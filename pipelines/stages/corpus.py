@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.corpus import CorpusSettings, build_corpus
+from data.text.corpus import CorpusSettings, build_corpus
 from pipelines.engine.step import Artifact, Context
 
 

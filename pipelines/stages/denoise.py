@@ -21,22 +21,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.denoising import AnyObjective
-from data.document import Document
-from data.objective_settings import ObjectiveChoice
-from data.objectives import Examples
-from data.packing import TokenDocument, pack_stream, token_dtype
-from data.tokenizer import Tokenizer
+from data.rows.packing import TokenDocument, pack_stream, token_dtype
+from data.tasks.denoising import AnyObjective
+from data.tasks.objectives import Examples
+from data.tasks.settings import ObjectiveChoice
+from data.text.document import Document
+from data.tokenizers.sentencepiece import Tokenizer
 from pipelines.engine.step import Artifact, Context
 from pipelines.engine.typed import to_plain
-from pipelines.stages import held_out
-from pipelines.stages.evaluate_settings import EvaluateSettings
+from pipelines.evaluation import held_out
+from pipelines.evaluation.intervals import bounds, interval, resample_sums, share_interval
+from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.stages.inputs import named
-from pipelines.stages.intervals import bounds, interval, resample_sums, share_interval
 from pipelines.stages.tracked import track_scores
 
 if TYPE_CHECKING:
-    from model.architectures import Transformer
+    from model.architecture import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ def run(settings: DenoiseSettings, inputs: Mapping[str, Artifact], out_dir: Path
 
 def measure(work: Work, out_dir: Path) -> dict[str, Any]:
     """Targets, nats and likeliest tokens that are right, of each document of this part."""
-    from pipelines.stages.weights import load_model
+    from pipelines.inference.weights import load_model
 
     asked = work.settings.evaluate
     tokenizer = Tokenizer.load(work.tokenizer.path)

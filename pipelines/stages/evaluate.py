@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.engine.step import Artifact, Context
-from pipelines.stages.evaluate_settings import EvaluateSettings, SampleSettings, task_files
+from pipelines.evaluation.settings import EvaluateSettings, SampleSettings, task_files
+from pipelines.evaluation.task_files import read_tasks
 from pipelines.stages.inputs import named
-from pipelines.stages.task_files import read_tasks
 from pipelines.stages.tracked import track_scores
 
 if TYPE_CHECKING:
-    from data.tokenizer import Tokenizer
+    from data.tokenizers.sentencepiece import Tokenizer
 
 __all__ = ["EvaluateSettings", "SampleSettings", "check_tasks", "run", "task_files"]
 
@@ -35,8 +35,8 @@ def run(settings: EvaluateSettings, inputs: Mapping[str, Artifact], out_dir: Pat
     """Inputs: tokenizer, pretrain (or the start that stands for it); optionally corpus (or several, corpus-NAME), shards (or
     several), from which the unigram baseline learns, finetune, and instructions. Returns the figures of results.json, flat.
     """
-    from pipelines.stages import held_out, summary
-    from pipelines.stages.measure import MODELS, measure, plan_work
+    from pipelines.evaluation import held_out, summary
+    from pipelines.evaluation.measure import MODELS, measure, plan_work
 
     models = {name: inputs[step] for name, step in MODELS.items() if step in inputs}
     chosen = {name: held_out.choose(artifact.path, settings) for name, artifact in named(inputs, "corpus").items()}
@@ -91,8 +91,8 @@ def run(settings: EvaluateSettings, inputs: Mapping[str, Artifact], out_dir: Pat
 def check_prompts(samples: SampleSettings, max_seq_len: int, tokenizer: Tokenizer | None, longest_piece: int) -> None:
     """Raise EngineError if a fixed prompt leaves no room for an answer, before training instead of after. Without a
     tokenizer yet, only for prompts too long for any whose pieces have at most `longest_piece` characters."""
-    from data.tokenizer import TAB_RUNS
-    from pipelines.stages.generate import check_room, prompt_ids
+    from data.tokenizers.sentencepiece import TAB_RUNS
+    from pipelines.inference.generator import check_room, prompt_ids
 
     for name, texts in (("prompts", samples.prompts), ("questions", samples.questions)):
         for number, text in enumerate(texts):
@@ -107,7 +107,7 @@ def check_tasks(settings: EvaluateSettings, windows: tuple[int, int]) -> None:
     """Build and dry-run every task that does not come with this program, before training instead of after. Raises
     EngineError."""
     if read_tasks(settings.tasks, settings.task_folders).has_foreign():
-        from pipelines.stages.harness_tasks import try_tasks
+        from pipelines.evaluation.harness_tasks import try_tasks
 
         try_tasks(settings, windows[0])
 

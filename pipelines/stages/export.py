@@ -18,7 +18,7 @@ from pipelines.stages.checksums import write_checksums
 from pipelines.stages.inputs import named
 
 if TYPE_CHECKING:
-    from data.tokenizer import Tokenizer
+    from data.tokenizers.sentencepiece import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +59,11 @@ def run(settings: ExportSettings, inputs: Mapping[str, Artifact], out_dir: Path,
 
 def write_model(settings: ExportSettings, source: Artifact, tokenizer: Artifact, folder: Path) -> None:
     """Write the folder. Runs in a worker: it imports torch."""
-    from data.tokenizer import SentencePieceTokenizer, Tokenizer
-    from data.tokenizer_json import export_tokenizer
+    from data.tokenizers.export import export_tokenizer
+    from data.tokenizers.sentencepiece import SentencePieceTokenizer, Tokenizer
     from model.interop import has_hf_class, hf_config, load_pretrained, save_pretrained
-    from model.position import LearnedPositionConfig
-    from pipelines.stages.weights import DTYPES
+    from model.positions.position import LearnedPositionConfig
+    from pipelines.inference.weights import DTYPES
 
     config, state = load_pretrained(source.path / "model")
     pieces = Tokenizer.load(tokenizer.path)
@@ -112,7 +112,7 @@ def compare(
 
 def _begins(tokenizer: Tokenizer) -> str:
     """For the folder's README: what stands around a text."""
-    from data.tokenizer import SentencePieceTokenizer
+    from data.tokenizers.sentencepiece import SentencePieceTokenizer
 
     if isinstance(tokenizer, SentencePieceTokenizer):
         return "Texts begin with `<s>`, which the tokenizer adds."

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from data.instructions import InstructionSettings, count_train_conversations
 from data.order import OrderSettings
-from model.peft import LoraConfig
+from data.rows.instructions import InstructionSettings, count_train_conversations
+from model.adapt import LoraConfig
 from pipelines.engine.step import Artifact, Context, EngineError
 from pipelines.engine.typed import to_plain
 from pipelines.stages.instructions import ConversationRows

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data.instructions import Conversation, InstructionSettings
-from data.readers import ReaderSettings
+from data.rows.instructions import Conversation, InstructionSettings
+from data.text.readers import ReaderSettings
 from pipelines.engine.step import Artifact, Context
 
 if TYPE_CHECKING:
-    from data.packing import TokenDocument
-    from data.tokenizer import Tokenizer
+    from data.rows.packing import TokenDocument
+    from data.tokenizers.sentencepiece import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,12 @@ def run(settings: ConversationRows, inputs: Mapping[str, Artifact], out_dir: Pat
 
 def make(settings: ConversationRows, corpora: list[Artifact], tokenizer: Artifact, out_dir: Path) -> dict[str, Any]:
     """Write everything, in one worker process."""
-    from data.instructions import build_instructions, load_conversations
-    from data.left_out import conversations_left_out
-    from data.readers import ReadLog
-    from data.shard_tasks import make_conversation_shard
-    from data.shards import ShardSettings, write_manifest
-    from data.tokenizer import Tokenizer
+    from data.rows.instructions import build_instructions, load_conversations
+    from data.rows.shard_tasks import make_conversation_shard
+    from data.rows.shards import ShardSettings, write_manifest
+    from data.text.left_out import conversations_left_out
+    from data.text.readers import ReadLog
+    from data.tokenizers.sentencepiece import Tokenizer
 
     counts = build_instructions(settings.data, [corpus.path for corpus in corpora], out_dir)
     loaded = Tokenizer.load(tokenizer.path)
@@ -75,9 +75,9 @@ def encode(
 
     Those are skipped like malformed lines. Raises DataError past that limit, and if no conversation is left.
     """
-    from data.chat import encode_chat
     from data.errors import DataError
-    from data.packing import TokenDocument
+    from data.rows.packing import TokenDocument
+    from data.tokenizers.chat import encode_chat
 
     documents: list[TokenDocument] = []
     refused: list[str] = []

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from data.mixture import MixtureSettings
-from data.objective_settings import NextTokenSettings, ObjectiveChoice
 from data.order import OrderSettings
-from data.tokenizer import Tokenizer
+from data.tasks.settings import NextTokenSettings, ObjectiveChoice
+from data.tokenizers.sentencepiece import Tokenizer
 from model.config import ModelConfig
 from pipelines.engine.step import Artifact, Context
 from pipelines.engine.typed import to_plain

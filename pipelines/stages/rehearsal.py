@@ -15,7 +15,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from data.tokenizer import Tokenizer, tokenizer_files
+from data.tokenizers.sentencepiece import Tokenizer, tokenizer_files
 from model.config import ModelConfig
 from model.interop import has_hf_class, hf_config
 
@@ -41,7 +41,7 @@ def rehearse(config: ModelConfig, tokenizer_dir: Path | None, cache: Path) -> No
 
 
 def _rehearse(config: ModelConfig, described: dict[str, object] | None, tokenizer_dir: Path | None) -> None:
-    from data.tokenizer_json import export_tokenizer
+    from data.tokenizers.export import export_tokenizer
     from pipelines.stages.conformance import SAMPLE, build_empty, check_tokens, read_tokenizer
 
     with tempfile.TemporaryDirectory() as made:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.console import charts
 from pipelines.engine.step import Artifact, Context
-from pipelines.stages import charts
-from pipelines.stages.evaluate_settings import TASK_INTERVALS
+from pipelines.evaluation.settings import TASK_INTERVALS
 from pipelines.stages.inputs import named
 
 TEMPLATE = "report.html.jinja"

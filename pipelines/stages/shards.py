@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.shards import ShardSettings
+from data.rows.shards import ShardSettings
 from pipelines.engine.step import Artifact, Context
 
 
 def run(settings: ShardSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Writes shard tars, offset indexes, document tables and shards.json over them."""
-    from data.shard_tasks import CHANGED, plan_shards
-    from data.shards import write_manifest
-    from data.tokenizer import Tokenizer
+    from data.rows.shard_tasks import CHANGED, plan_shards
+    from data.rows.shards import write_manifest
+    from data.tokenizers.sentencepiece import Tokenizer
 
     corpus, tokenizer = inputs["corpus"], inputs["tokenizer"]
     tasks = {
@@ -47,8 +47,8 @@ class _Payload:
 
 
 def _make(payload: _Payload, out_dir: Path) -> dict[str, Any]:
-    from data.shard_tasks import make_shard
-    from data.tokenizer import Tokenizer
+    from data.rows.shard_tasks import make_shard
+    from data.tokenizers.sentencepiece import Tokenizer
 
     return make_shard(
         payload.task,

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.tokenizer import Tokenizer, tokenizer_files
-from data.tokenizer_hf import HuggingFaceTokenizer, config_ids
+from data.tokenizers.huggingface import HuggingFaceTokenizer, config_ids
+from data.tokenizers.sentencepiece import Tokenizer, tokenizer_files
 from model.config import ModelConfig
 from model.interop import checkpoint_files, config_from_hf, has_hf_class, hf_config, read_config
-from model.position import LearnedPositionConfig
+from model.positions.position import LearnedPositionConfig
 from pipelines.engine.step import Artifact, Context, EngineError
 from pipelines.engine.typed import to_plain
 from pipelines.stages.checksums import check_checksums, check_published
@@ -57,7 +57,7 @@ class Start:
     checksums: dict[str, str] = field(default_factory=dict)
     """sha256 of `weights`, from the manifest of one of our artifacts; else empty."""
     config_ids: dict[str, int] = field(default_factory=dict)
-    """See `data.tokenizer_hf.config_ids`; none for a tokenizer that this program made."""
+    """See `data.tokenizers.huggingface.config_ids`; none for a tokenizer that this program made."""
 
     @classmethod
     def open(

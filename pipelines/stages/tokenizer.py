@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer_training import TokenizerSettings
+from data.tokenizers.training import TokenizerSettings
 from pipelines.engine.step import Artifact, Context
 
 
@@ -26,7 +26,7 @@ class TakenTokenizer:
 
     folder: str = field(metadata={"execution": True})
     config_ids: dict[str, int] = field(default_factory=dict, metadata={"absent_at_default": True})
-    """See `data.tokenizer_hf.config_ids`; none for a tokenizer that this program made."""
+    """See `data.tokenizers.huggingface.config_ids`; none for a tokenizer that this program made."""
 
 
 PROBES = {
@@ -48,9 +48,9 @@ def take(settings: TakenTokenizer, inputs: Mapping[str, Artifact], out_dir: Path
     """Copies the tokenizer that belongs to weights from outside; what their configuration says of ids becomes a file."""
     import shutil
 
-    from data.chat import template_fault
-    from data.tokenizer import Tokenizer, tokenizer_files
-    from data.tokenizer_hf import IDS_FILES
+    from data.tokenizers.chat import template_fault
+    from data.tokenizers.huggingface import IDS_FILES
+    from data.tokenizers.sentencepiece import Tokenizer, tokenizer_files
 
     out_dir.mkdir(parents=True, exist_ok=True)
     for file in tokenizer_files(Path(settings.folder)):
@@ -75,13 +75,13 @@ def take(settings: TakenTokenizer, inputs: Mapping[str, Artifact], out_dir: Path
 
 def train(settings: TokenizerSettings, corpora: list[Artifact], out_dir: Path) -> dict[str, Any]:
     """Train in one worker process; returns the figures of the summary."""
-    from data.tokenizer_training import train_tokenizer
+    from data.tokenizers.training import train_tokenizer
 
     return train_tokenizer(_texts(corpora), settings, out_dir)
 
 
 def _texts(corpora: list[Artifact]) -> Iterator[str]:
-    from data.document import read_documents
+    from data.text.document import read_documents
 
     for corpus in corpora:
         for document in read_documents(corpus.path / "train"):

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from pipelines.engine.sealed import sealed, unsealed
+from pipelines.engine.store.sealed import sealed, unsealed
 from pipelines.training.errors import TrainingError
 from pipelines.training.ranks import Ranks
 from pipelines.training.zero import ZeroEngine

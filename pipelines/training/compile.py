@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.heads import LanguageHead
+from model.heads.language import LanguageHead
 from model.stack import Stack
 from pipelines.training.errors import TrainingError
 from pipelines.training.settings import TrainSettings

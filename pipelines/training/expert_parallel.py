@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model.moe.layer import Experts
+from model.ffns.experts.layer import Experts
 from pipelines.training.errors import TrainingError
 from pipelines.training.optim import Together, peak_rate
 from pipelines.training.pieces import Piece

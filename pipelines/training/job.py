@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 
-from data.denoising import AnyObjective, ObjectiveSettings, SpanDenoising, TextInfilling
 from data.loader import Loader, order_over
 from data.mixture import MixtureSettings
 from data.order import OrderSettings
-from data.shard_set import ShardSet
-from model.architectures import Transformer
+from data.rows.shard_set import ShardSet
+from data.tasks.denoising import AnyObjective, ObjectiveSettings, SpanDenoising, TextInfilling
+from model.adapt import LoraConfig, attach_lora, freeze, merged
+from model.architecture import Transformer
 from model.build import build_model
 from model.config import ModelConfig
 from model.costs import FLOP_FORMULA, row_and_once_bytes
 from model.interop import adapted_weights, load_pretrained, save_adapter, save_pretrained
-from model.peft import LoraConfig, attach_lora, freeze, merged
 from pipelines.engine.typed import from_plain, to_plain
 from pipelines.training.errors import TrainingError
 from pipelines.training.hardware import keep_freed_memory

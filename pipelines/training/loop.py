@@ -17,9 +17,9 @@ from torch import nn
 
 from data.batch import combine_digest, hash_sum
 from data.loader import Loader, StepBatch
+from model.ffns.experts.layer import rebalance
+from model.ffns.experts.receipts import loads, receipts
 from model.kernels.check import check_kernels
-from model.moe.layer import rebalance
-from model.moe.receipts import loads, receipts
 from model.stack import Stack
 from pipelines.training.checkpoint import Checkpoint, Checkpoints
 from pipelines.training.compile import compile_blocks

@@ -13,10 +13,10 @@ import pytest
 from cluster.errors import ClusterError
 from pipelines.__main__ import _parse, main
 from pipelines.engine.typed import _dataclasses_in, field_types
-from pipelines.overrides import SettingsError
-from pipelines.settings import Settings, compose
-from pipelines.travel import paths_of, prepare_command
-from pipelines.verbs import cluster_settings
+from pipelines.settings.compose import Settings, compose
+from pipelines.settings.overrides import SettingsError
+from pipelines.verbs.commands import cluster_settings
+from pipelines.verbs.travel import paths_of, prepare_command
 
 TEXT = ["run", "experiment=text", "corpus.paths=[/data]", "compute.device=cpu"]
 

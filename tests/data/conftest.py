@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings as hypothesis_settings
 
-from data.readers import ReaderSettings, ReadLog, read_file
-from data.sources import python_library_files
-from data.tokenizer import Tokenizer
-from data.tokenizer_training import TokenizerSettings, train_tokenizer
+from data.text.readers import ReaderSettings, ReadLog, read_file
+from data.text.sources import python_library_files
+from data.tokenizers.sentencepiece import Tokenizer
+from data.tokenizers.training import TokenizerSettings, train_tokenizer
 
 # An example that takes long because the machine is busy is no failure.
 hypothesis_settings.register_profile("no deadline", deadline=None)

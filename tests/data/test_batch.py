@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from data.batch import BATCH_SPEC, Batch, collate
-from data.objectives import IGNORED, NextToken
-from data.packing import PackedRows, TokenDocument, pack_conversations, pack_stream
-from model.architectures import Transformer
+from data.rows.packing import PackedRows, TokenDocument, pack_conversations, pack_stream
+from data.tasks.objectives import IGNORED, NextToken
+from model.architecture import Transformer
 from model.build import build_model
 from model.config import ModelConfig
 from model.mixers.attention import AttentionConfig

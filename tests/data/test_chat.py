@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from data import chat_jinja
-from data.chat import encode_chat
 from data.errors import DataError
-from data.tokenizer import ASSISTANT, CHAT_TEMPLATE, END, SYSTEM, USER, Tokenizer
+from data.tokenizers import chat_jinja
+from data.tokenizers.chat import encode_chat
+from data.tokenizers.sentencepiece import ASSISTANT, CHAT_TEMPLATE, END, SYSTEM, USER, Tokenizer
 
 
 def user(text: str) -> dict[str, str]:
@@ -147,14 +147,14 @@ def test_loop_iterations_and_macro_calls_are_counted(template: str, monkeypatch:
 def test_what_no_count_sees_is_ended_by_the_kernel_and_the_next_template_is_rendered(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.chat_render.SECONDS", 1)
+    monkeypatch.setattr("data.tokenizers.chat_render.SECONDS", 1)
     started = time.monotonic()
     with pytest.raises(DataError, match=r"computes for more than 1 s.*It is here\.jinja"):
         encode_chat(with_template(tokenizer, "{{ (9 ** (9 ** 9)) % 7 }}", "here.jinja"), [user("u")])
     assert time.monotonic() - started < 60
     ids, _ = encode_chat(with_template(tokenizer, "<s>{{ messages[0].content }}</s>"), [user("u\n\ud83d"[:2])])
     assert ids == [2, *tokenizer.encode("u\n"), 3]
-    monkeypatch.setattr("data.chat_render.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("data.tokenizers.chat_render.PATIENCE_SECONDS", 0.2)
     with pytest.raises(DataError, match=r"no answer after 0 s"):
         encode_chat(with_template(tokenizer, "{{ (9 ** (9 ** 9)) % 7 }}"), [user("u")])
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from data.corpus import CorpusSettings, build_corpus, corpus_files, in_process, plan_shards
-from data.decontaminate import HeldOutSettings, is_held_out
-from data.document import Document, document_id, read_documents
 from data.errors import DataError
-from data.readers import ReaderSettings
-from data.sources import READABLE, SourceFile, list_files
+from data.text.corpus import CorpusSettings, build_corpus, corpus_files, in_process, plan_shards
+from data.text.decontaminate import HeldOutSettings, is_held_out
+from data.text.document import Document, document_id, read_documents
+from data.text.readers import ReaderSettings
+from data.text.sources import READABLE, SourceFile, list_files
 
 
 def prose(seed: int, words: int = 250) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.decontaminate import HeldOutIndex, HeldOutSettings, is_held_out
-from data.document import Document, document_id
 from data.errors import DataError
+from data.text.decontaminate import HeldOutIndex, HeldOutSettings, is_held_out
+from data.text.document import Document, document_id
 
 SETTINGS = HeldOutSettings()
 

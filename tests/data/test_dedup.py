@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.dedup import DedupSettings, MinHash, duplicates_to_drop, near_duplicate_pairs
 from data.errors import DataError
-from data.shingles import character_ngrams, word_ngrams
+from data.text.dedup import DedupSettings, MinHash, duplicates_to_drop, near_duplicate_pairs
+from data.text.shingles import character_ngrams, word_ngrams
 
 SETTINGS = DedupSettings()
 

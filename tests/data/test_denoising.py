@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batch import collate, row_hashes
-from data.denoising import MaskedToken, SpanDenoising, TextInfilling
 from data.errors import DataError
-from data.objectives import IGNORED, Objective
-from data.packing import PackedRows, TokenDocument, pack_stream
+from data.rows.packing import PackedRows, TokenDocument, pack_stream
+from data.tasks.denoising import MaskedToken, SpanDenoising, TextInfilling
+from data.tasks.objectives import IGNORED, Objective
 from model.build import build_model
 from tests.model.configurations import BERT, VASWANI
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.document import Document, DocumentWriter, document_files, read_documents, write_documents
 from data.errors import DataError
+from data.text.document import Document, DocumentWriter, document_files, read_documents, write_documents
 
 
 def some_documents(count: int = 50) -> list[Document]:
@@ -49,7 +49,7 @@ def test_a_file_broken_off_while_writing_is_not_readable(tmp_path: Path) -> None
 
 
 def test_row_groups_stay_small_however_many_documents_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.document.ROW_GROUP_DOCUMENTS", 8)
+    monkeypatch.setattr("data.text.document.ROW_GROUP_DOCUMENTS", 8)
     write_documents(tmp_path / "0.parquet", some_documents(20))
     metadata = pq.ParquetFile(tmp_path / "0.parquet").metadata
     assert [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)] == [8, 8, 4]

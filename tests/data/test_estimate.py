@@ -11,15 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data.corpus import build_corpus, in_process
-from data.estimate import BYTES_PER_TOKEN, bytes_per_token, text_bytes
-from data.instructions import InstructionSettings, build_instructions, load_conversations
-from data.readers import ReaderSettings
-from data.shard_tasks import plan_shards
-from data.sources import list_files
-from data.tokenizer import Tokenizer
-from pipelines import planning
-from pipelines.settings import compose
+from data.rows.instructions import InstructionSettings, build_instructions, load_conversations
+from data.rows.shard_tasks import plan_shards
+from data.text.corpus import build_corpus, in_process
+from data.text.estimate import BYTES_PER_TOKEN, bytes_per_token, text_bytes
+from data.text.readers import ReaderSettings
+from data.text.sources import list_files
+from data.tokenizers.sentencepiece import Tokenizer
+from pipelines.settings.compose import compose
+from pipelines.verbs import plan as planning
 
 FORMS = ["txt", "txt.gz", "txt.zst", "utf-16 txt", "jsonl", "jsonl.gz", "parquet", "all of them"]
 
@@ -103,8 +103,8 @@ def test_conversations_are_counted_by_what_they_say_and_not_as_they_lie(
 def test_a_part_of_large_files_tells_of_the_rest(
     tmp_path: Path, library_texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.estimate.SAMPLED_BYTES", 1 << 17)
-    monkeypatch.setattr("data.estimate.SAMPLED_FILES", range(3, 4))
+    monkeypatch.setattr("data.text.estimate.SAMPLED_BYTES", 1 << 17)
+    monkeypatch.setattr("data.text.estimate.SAMPLED_FILES", range(3, 4))
     text = "\n".join(library_texts)
     for number in range(8):
         (tmp_path / f"{number}.txt.gz").write_bytes(gzip.compress(text.encode()))

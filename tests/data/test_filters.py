@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from data.document import Document
 from data.errors import DataError
-from data.filters import FilterSettings, filter_document, measure, rejection
+from data.text.document import Document
+from data.text.filters import FilterSettings, filter_document, measure, rejection
 
 PROSE = "It was the best of times, it was the worst of times.\nIt was the age of wisdom.\n" * 3
 ALL_ON = FilterSettings(max_characters=1000, max_mean_line_characters=200)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data.document import Document, write_documents
 from data.errors import DataError
-from data.instructions import (
+from data.rows.instructions import (
     Conversation,
     InstructionSettings,
     build_instructions,
@@ -19,9 +18,10 @@ from data.instructions import (
     instruction_files,
     load_conversations,
 )
-from data.left_out import conversations_left_out
-from data.readers import ReaderSettings
-from data.tokenizer import CHAT_TEMPLATE, Tokenizer
+from data.text.document import Document, write_documents
+from data.text.left_out import conversations_left_out
+from data.text.readers import ReaderSettings
+from data.tokenizers.sentencepiece import CHAT_TEMPLATE, Tokenizer
 from pipelines.stages.instructions import encode
 
 MODULE = '''

@@ -18,9 +18,9 @@ from data.errors import DataError
 from data.loader import Loader, StepBatch, check_division, open_loader, order_over
 from data.mixture import MixturePhase, MixtureSettings
 from data.order import OrderSettings
-from data.packing import TokenDocument, pack_stream
-from data.shard_set import ShardSet
-from data.shards import ShardSettings, write_manifest, write_shard
+from data.rows.packing import TokenDocument, pack_stream
+from data.rows.shard_set import ShardSet
+from data.rows.shards import ShardSettings, write_manifest, write_shard
 
 SEQ_LEN = 16
 MIXTURE = MixtureSettings(phases=(MixturePhase(weights={"books": 0.25, "code": 0.75}),))
@@ -127,7 +127,7 @@ def test_an_epoch_trains_on_every_target_once(folders: dict[str, Path]) -> None:
 
 def test_the_digest_notices_a_changed_token_target_boundary_and_place(folders: dict[str, Path]) -> None:
     from data.batch import row_hashes
-    from data.objectives import NextToken
+    from data.tasks.objectives import NextToken
 
     rows = ShardSet.open(folders["books"]).gather(range(4))
     numbers = np.arange(4)

@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.lost_text import _edits, lost_bits
+from data.tokenizers.lost_text import _edits, lost_bits
 
 TEXT = Path(argparse.__file__).read_text()[:60_000]
 

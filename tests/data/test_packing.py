@@ -8,7 +8,16 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import DOCUMENT, LENGTH, OFFSET, START, PackedRows, TokenDocument, pack_conversations, pack_stream
+from data.rows.packing import (
+    DOCUMENT,
+    LENGTH,
+    OFFSET,
+    START,
+    PackedRows,
+    TokenDocument,
+    pack_conversations,
+    pack_stream,
+)
 
 BOS, EOS, PAD = 2, 3, 0
 lengths_of_documents = st.lists(st.integers(0, 40), min_size=1, max_size=12)

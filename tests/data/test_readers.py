@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data.document import Document
 from data.errors import DataError
-from data.readers import ReaderSettings, ReadLog, exclude_files, read_file
-from data.sources import SourceFile, list_files, python_library_files
+from data.text.document import Document
+from data.text.readers import ReaderSettings, ReadLog, exclude_files, read_file
+from data.text.sources import SourceFile, list_files, python_library_files
 
 WHOLE = ReaderSettings(max_document_characters=None)
 
@@ -112,7 +112,7 @@ def test_a_file_read_in_small_blocks_is_the_same(tmp_path: Path, monkeypatch: py
     (expected,) = read(tmp_path / "a.txt", log=log)
     assert expected.text == "é\n😀\n\nx\n" * 50 + "bad \ufffd\ufffd \n"
     for size in (1, 2, 3, 7):
-        monkeypatch.setattr("data.text_stream.READ_BLOCK_BYTES", size)
+        monkeypatch.setattr("data.text.text_stream.READ_BLOCK_BYTES", size)
         small = ReadLog.new()
         assert read(tmp_path / "a.txt", log=small) == [expected]
         assert small.counts == log.counts
@@ -277,7 +277,7 @@ def test_a_parquet_row_past_the_limit_is_counted(tmp_path: Path) -> None:
 def test_what_unpacks_beyond_belief_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("data.text_stream.EXPANSION_FREE_BYTES", 1 << 16)
+    monkeypatch.setattr("data.text.text_stream.EXPANSION_FREE_BYTES", 1 << 16)
     raw = (json.dumps({"text": "a " * 100}) + "\n").encode() * 20_000
     if name == "a.parquet":
         texts = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), pa.array(["a " * 100]))

@@ -12,9 +12,9 @@ import pytest
 import webdataset as wds
 
 from data.errors import DataError
-from data.packing import PackedRows, TokenDocument, pack_conversations, pack_stream
-from data.shard_set import ShardSet
-from data.shards import MANIFEST, ShardSettings, write_manifest, write_shard
+from data.rows.packing import PackedRows, TokenDocument, pack_conversations, pack_stream
+from data.rows.shard_set import ShardSet
+from data.rows.shards import MANIFEST, ShardSettings, write_manifest, write_shard
 
 SEQ_LEN, ROWS_PER_BLOCK, VOCAB = 16, 4, 1000
 SETTINGS = ShardSettings(seq_len=SEQ_LEN, rows_per_block=ROWS_PER_BLOCK)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from data.errors import DataError
-from data.readers import exclude_files
-from data.sources import (
+from data.text.readers import exclude_files
+from data.text.sources import (
     BROKEN_LINKS,
     HIDDEN_FILES,
     HIDDEN_FOLDERS,
@@ -180,7 +180,7 @@ def test_a_home_that_nobody_has_is_refused() -> None:
 
 
 def test_a_large_folder_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.sources.PROGRESS_EVERY", 2)
+    monkeypatch.setattr("data.text.sources.PROGRESS_EVERY", 2)
     touch(tmp_path, *(f"x/{n}.txt" for n in range(5)))
     heard: list[int] = []
     list_files([str(tmp_path / "x")], on_progress=heard.append)

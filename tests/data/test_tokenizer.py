@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.tokenizer import CONTROL_PIECES, MODEL_FILE, Tokenizer
-from data.tokenizer_training import MAX_LINE_BYTES, TokenizerSettings, _training_lines, train_tokenizer
+from data.tokenizers.sentencepiece import CONTROL_PIECES, MODEL_FILE, Tokenizer
+from data.tokenizers.training import MAX_LINE_BYTES, TokenizerSettings, _training_lines, train_tokenizer
 
 AWKWARD = [
     "\0",
@@ -159,7 +159,7 @@ def test_a_folder_without_a_tokenizer_or_with_another_kind_is_refused(tmp_path: 
 def test_training_lines_lose_no_character_and_stay_within_the_limit(text: str) -> None:
     counts: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.tokenizer_training.MAX_LINE_BYTES", 9)
+        patch.setattr("data.tokenizers.training.MAX_LINE_BYTES", 9)
         lines = list(_training_lines([text], counts))
     assert "".join(lines) == text
     assert all(0 < len(line.encode()) <= 9 for line in lines)

@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.chat import encode_chat
-from data.document import Document, write_documents
 from data.errors import DataError
 from data.loader import open_loader
-from data.objective_settings import MaskedTokenSettings, SpanDenoisingSettings
-from data.packing import token_dtype
-from data.shard_tasks import make_shard, plan_shards
-from data.shards import ShardSettings, write_manifest
-from data.tokenizer import MODEL_FILE, Tokenizer, tokenizer_files
-from data.tokenizer_hf import HuggingFaceTokenizer, config_ids
-from data.tokenizer_json import export_tokenizer
-from data.vocabulary import TEMPLATE_FILE
+from data.rows.packing import token_dtype
+from data.rows.shard_tasks import make_shard, plan_shards
+from data.rows.shards import ShardSettings, write_manifest
+from data.tasks.settings import MaskedTokenSettings, SpanDenoisingSettings
+from data.text.document import Document, write_documents
+from data.tokenizers.base import TEMPLATE_FILE
+from data.tokenizers.chat import encode_chat
+from data.tokenizers.export import export_tokenizer
+from data.tokenizers.huggingface import HuggingFaceTokenizer, config_ids
+from data.tokenizers.sentencepiece import MODEL_FILE, Tokenizer, tokenizer_files
 from tests.data.foreign import KINDS, save
 from tests.data.test_trace import trace
 

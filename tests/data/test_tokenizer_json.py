@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from data.chat import encode_chat
-from data.tokenizer import Tokenizer
-from data.tokenizer_json import export_tokenizer
-from data.tokenizer_training import TokenizerSettings, train_tokenizer
+from data.tokenizers.chat import encode_chat
+from data.tokenizers.export import export_tokenizer
+from data.tokenizers.sentencepiece import Tokenizer
+from data.tokenizers.training import TokenizerSettings, train_tokenizer
 
 FRAGMENTS = [
     *(

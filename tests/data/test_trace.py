@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from data.document import Document, read_documents, write_documents
 from data.errors import DataError
 from data.loader import open_loader, order_over
-from data.shard_set import ShardSet
-from data.shard_tasks import make_conversation_shard, make_shard, plan_shards
-from data.shards import ShardSettings, write_manifest
-from data.tokenizer import Tokenizer
-from data.tokenizer_training import TokenizerSettings, train_tokenizer
+from data.rows.shard_set import ShardSet
+from data.rows.shard_tasks import make_conversation_shard, make_shard, plan_shards
+from data.rows.shards import ShardSettings, write_manifest
+from data.text.document import Document, read_documents, write_documents
+from data.tokenizers.sentencepiece import Tokenizer
+from data.tokenizers.training import TokenizerSettings, train_tokenizer
 from data.trace import TracedRow, trace_step
 
 ALPHABET = [
@@ -188,8 +188,8 @@ def test_the_plan_depends_on_the_corpus_and_covers_it(corpus: Path) -> None:
 
 
 def test_conversations_become_masked_shards_with_their_losses_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    from data.chat import encode_chat
-    from data.packing import TokenDocument
+    from data.rows.packing import TokenDocument
+    from data.tokenizers.chat import encode_chat
 
     conversations = []
     for i in range(20):

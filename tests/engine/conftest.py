@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.engine.local_backend import LocalBackend
-from pipelines.engine.local_store import LocalStore
+from pipelines.engine.backends.local_backend import LocalBackend
+from pipelines.engine.store.local import LocalStore
 
 sys.path.insert(0, str(Path(__file__).parent))
 

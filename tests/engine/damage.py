@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from pipelines.engine.sealed import sealed
+from pipelines.engine.store.sealed import sealed
 
 Change = Callable[[dict[str, Any]], Any]
 

@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines.engine.backend import Backend, RayBackend
+from pipelines.engine.backends.base import Backend
+from pipelines.engine.backends.local_backend import LocalBackend
+from pipelines.engine.backends.ray_backend import RayBackend
 from pipelines.engine.events import Event
-from pipelines.engine.local_backend import LocalBackend
 from pipelines.engine.runner import run
 from pipelines.engine.step import Artifact, Context, Step
-from pipelines.engine.store import Store, open_store
+from pipelines.engine.store.open import Store, open_store
 
 
 def count_letters(payload: dict[str, Any], out_dir: Path) -> dict[str, Any]:

@@ -12,13 +12,13 @@ import pytest
 import worker_functions as workers
 from engine_program import count_letters
 
+from pipelines.engine.backends.local_backend import LocalBackend
+from pipelines.engine.backends.outcome import WorkerDiedError
 from pipelines.engine.errors import EngineError
 from pipelines.engine.events import Event
-from pipelines.engine.local_backend import LocalBackend
-from pipelines.engine.local_store import LocalStore
-from pipelines.engine.outcome import WorkerDiedError
 from pipelines.engine.runner import run, status
 from pipelines.engine.step import Context, Step
+from pipelines.engine.store.local import LocalStore
 
 Body = Callable[[Path, Context], dict[str, Any]]
 
@@ -208,7 +208,7 @@ def test_the_driver_looks_about_once_a_second_while_a_gang_runs(store: LocalStor
 def test_an_error_of_the_driver_beside_a_gang_ends_the_gang(
     store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.engine.local_backend.SAVING_SECONDS", 1.0)  # the ranks do not listen
+    monkeypatch.setattr("pipelines.engine.backends.local_backend.SAVING_SECONDS", 1.0)  # the ranks do not listen
 
     def body(out_dir: Path, ctx: Context) -> dict[str, Any]:
         def look() -> None:

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from engine_program import graph, make
 
-from pipelines.engine.local_backend import LocalBackend
-from pipelines.engine.manifest import provenance
-from pipelines.engine.store import open_store
+from pipelines.engine.backends.local_backend import LocalBackend
+from pipelines.engine.store.manifest import provenance
+from pipelines.engine.store.open import open_store
 
 CHANGES = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir")
 

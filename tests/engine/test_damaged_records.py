@@ -18,15 +18,15 @@ from test_runner import joined, letters
 
 from pipelines.__main__ import main
 from pipelines.engine import files, waiting
+from pipelines.engine.backends.local_backend import LocalBackend
 from pipelines.engine.errors import EngineError
 from pipelines.engine.events import Event
 from pipelines.engine.explain import why
 from pipelines.engine.files import FileHashes, cache_folder, locked
-from pipelines.engine.local_backend import LocalBackend
-from pipelines.engine.local_store import LocalStore
 from pipelines.engine.runner import plan, run, status
-from pipelines.engine.sealed import sealed
-from pipelines.engine.work import Work
+from pipelines.engine.store.local import LocalStore
+from pipelines.engine.store.sealed import sealed
+from pipelines.engine.store.work import Work
 from pipelines.stages.checksums import check_checksums, write_checksums
 
 

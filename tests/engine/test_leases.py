@@ -15,8 +15,8 @@ from typing import Any, Literal
 import pytest
 
 from pipelines.engine.errors import EngineError
-from pipelines.engine.lease import Held, Lease, LeaseLostError, Owner, acquire, holder, this_process
-from pipelines.engine.records import FileRecords, Records, Seen
+from pipelines.engine.store.lease import Held, Lease, LeaseLostError, Owner, acquire, holder, this_process
+from pipelines.engine.store.records import FileRecords, Records, Seen
 
 DIGEST = "d" * 64
 
@@ -57,7 +57,7 @@ def test_tokens_grow_across_releases_kills_and_owners(records: FileRecords) -> N
         lease.release()
     code = (
         "import sys, os; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from test_leases import take; from pipelines.engine.records import FileRecords\n"
+        "from test_leases import take; from pipelines.engine.store.records import FileRecords\n"
         "print(take(FileRecords(Path(sys.argv[1]))).token, flush=True); os.kill(os.getpid(), 9)"
     )
     for _ in range(2):

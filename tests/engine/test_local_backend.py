@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import worker_functions as workers
 
+from pipelines.engine.backends.gang import Gang
+from pipelines.engine.backends.local_backend import LocalBackend
+from pipelines.engine.backends.outcome import WorkerDiedError
 from pipelines.engine.errors import EngineError
-from pipelines.engine.gang import Gang
-from pipelines.engine.local_backend import LocalBackend
-from pipelines.engine.outcome import WorkerDiedError
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_ranks_end_when_their_folder_is_taken_away(backend: LocalBackend, tmp_pa
 def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import worker_functions as workers; from pipelines.engine.local_backend import LocalBackend\n"
+        "import worker_functions as workers; from pipelines.engine.backends.local_backend import LocalBackend\n"
         "if __name__ == '__main__':\n"
         "    list(LocalBackend(cpus=2).map(workers.sleep_and_tell, {n: (600, sys.argv[2]) for n in 'ab'}))"
     )

@@ -9,9 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from pipelines.engine import machines
-from pipelines.engine.errors import LOST_MACHINE, EngineError
-from pipelines.engine.machines import (
+from pipelines.engine.backends import machines
+from pipelines.engine.backends.machines import (
     Claim,
     Patience,
     Resources,
@@ -20,8 +19,9 @@ from pipelines.engine.machines import (
     interface_with,
     lost_connection,
 )
-from pipelines.engine.outcome import LostMachineError, WorkerDiedError
-from pipelines.engine.ray_health import RayGoneError
+from pipelines.engine.backends.outcome import LostMachineError, WorkerDiedError
+from pipelines.engine.backends.ray_health import RayGoneError
+from pipelines.engine.errors import LOST_MACHINE, EngineError
 
 TWO = Resources(cpus=12, gpus=2, machines=((8.0, 2.0), (4.0, 0.0)))
 ONE = Resources(cpus=8, gpus=2, machines=((8.0, 2.0),))

@@ -18,16 +18,16 @@ import worker_functions as workers
 from engine_program import graph, make
 from test_engine_kills import lines_until, made_by, marked, start, wait_until, wait_until_gone
 
-from pipelines.engine import ray_address
-from pipelines.engine.backend import RayBackend
+from pipelines.engine.backends import ray_address
+from pipelines.engine.backends.gang import Gang
+from pipelines.engine.backends.local_backend import LocalBackend
+from pipelines.engine.backends.outcome import LostMachineError, WorkerDiedError
+from pipelines.engine.backends.ray_address import check_same
+from pipelines.engine.backends.ray_backend import RayBackend
 from pipelines.engine.errors import EngineError
-from pipelines.engine.gang import Gang
-from pipelines.engine.local_backend import LocalBackend
-from pipelines.engine.outcome import LostMachineError, WorkerDiedError
-from pipelines.engine.ray_address import check_same
 from pipelines.engine.runner import run
 from pipelines.engine.step import Context, Step
-from pipelines.engine.store import open_store
+from pipelines.engine.store.open import open_store
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_workers_of_an_existing_cluster_get_this_code_and_its_token_is_asked_for
     )
     program = (
         "import inspect, sys\n"
-        "from pipelines.engine.backend import RayBackend\n"
+        "from pipelines.engine.backends.ray_backend import RayBackend\n"
         "from pipelines.engine.errors import EngineError\n"
         "backend = RayBackend(sys.argv[1])\n"
         "print(backend.resources().cpus, *backend.map(inspect.getfile, {'x': (EngineError,)})); backend.close()\n"

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from pipelines.engine import files
-from pipelines.engine.backend import Backend
+from pipelines.engine.backends.base import Backend
+from pipelines.engine.backends.local_backend import LocalBackend
 from pipelines.engine.errors import EngineError
 from pipelines.engine.events import Event
 from pipelines.engine.explain import why
-from pipelines.engine.lease import Lease
-from pipelines.engine.local_backend import LocalBackend
-from pipelines.engine.local_store import LocalStore
 from pipelines.engine.runner import plan, run, status
 from pipelines.engine.step import Step
-from pipelines.engine.store import open_store
+from pipelines.engine.store.lease import Lease
+from pipelines.engine.store.local import LocalStore
+from pipelines.engine.store.open import open_store
 
 
 @dataclass(frozen=True, kw_only=True)

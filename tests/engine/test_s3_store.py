@@ -17,14 +17,15 @@ from test_engine_kills import lines_until, made_by, start
 from test_leases import paused, take
 from test_runner import letters
 
-from pipelines.engine import objects, waiting
+from pipelines.engine import waiting
+from pipelines.engine.backends.local_backend import LocalBackend
 from pipelines.engine.errors import EngineError
-from pipelines.engine.lease import LeaseLostError
-from pipelines.engine.local_backend import LocalBackend
-from pipelines.engine.object_store import ObjectStore
-from pipelines.engine.objects import Objects
 from pipelines.engine.runner import plan, run, status
-from pipelines.engine.store import open_store
+from pipelines.engine.store import objects
+from pipelines.engine.store.lease import LeaseLostError
+from pipelines.engine.store.object_store import ObjectStore
+from pipelines.engine.store.objects import Objects
+from pipelines.engine.store.open import open_store
 
 pytestmark = pytest.mark.slow
 

@@ -15,18 +15,18 @@ import numpy as np
 import torch
 
 from data.batch import collate
-from data.denoising import AnyObjective, SpanDenoising
-from data.objectives import NextToken
-from data.packing import PackedRows, TokenDocument, pack_stream
+from data.rows.packing import PackedRows, TokenDocument, pack_stream
+from data.tasks.denoising import AnyObjective, SpanDenoising
+from data.tasks.objectives import NextToken
 from model.build import build_model
 from model.config import ModelConfig
-from model.ffn import FfnConfig
-from model.heads import LanguageHeadConfig, NoHeadConfig
+from model.ffns.dense import FfnConfig
+from model.ffns.experts.config import BalanceConfig, MoeConfig
+from model.heads.language import LanguageHeadConfig, NoHeadConfig
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
-from model.moe.config import BalanceConfig, MoeConfig
-from model.norm import NormConfig
-from model.position import RelativePositionConfig
+from model.norms.norm import NormConfig
+from model.positions.position import RelativePositionConfig
 from pipelines.training.optim import build_optimizer, learning_rate_scale, set_learning_rates
 from pipelines.training.settings import AdamWSettings, ScheduleSettings
 

@@ -17,7 +17,7 @@ from typing import Any
 from pipelines.engine.files import FileHashes
 from pipelines.engine.resolve import resolve
 from pipelines.graph import build
-from pipelines.settings import compose
+from pipelines.settings.compose import compose
 
 FOLDER = Path(__file__).parent / "identities"
 WEIGHTS = Path(__file__).parent / "weights"

@@ -8,19 +8,19 @@ import yaml
 from hypothesis import strategies as st
 
 from model.config import LayerChange, ModelConfig
-from model.ffn import FfnConfig, NoFfnConfig
-from model.frontends import TokenFrontendConfig
+from model.ffns.dense import FfnConfig, NoFfnConfig
+from model.ffns.experts.config import BalanceConfig, MoeConfig, RouterConfig
+from model.frontends.text import TokenFrontendConfig
 from model.grid import GridPositionConfig
-from model.heads import LanguageHeadConfig, NoHeadConfig, TargetWeight
+from model.heads.language import LanguageHeadConfig, NoHeadConfig, TargetWeight
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
 from model.mixers.grid import GridAttentionConfig
 from model.mixers.latent import LatentAttentionConfig
 from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
 from model.mixers.mamba import MambaConfig
-from model.moe.config import BalanceConfig, MoeConfig, RouterConfig
-from model.norm import NormConfig
-from model.position import (
+from model.norms.norm import NormConfig
+from model.positions.position import (
     AlibiConfig,
     LearnedPositionConfig,
     LinearScaling,

@@ -7,7 +7,7 @@ import torch
 
 from model.build import build_model
 from model.config import ModelConfig
-from model.moe.receipts import is_count
+from model.ffns.experts.receipts import is_count
 from model.stack import Stack
 
 

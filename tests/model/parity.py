@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from model.architectures import Transformer
+from model.architecture import Transformer
 from model.build import build_model
 from model.config import ModelConfig
 from model.interop import from_hf, hf_config, load_pretrained, save_pretrained, to_hf

@@ -9,10 +9,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.beam import BeamConfig, beam_generate
 from model.build import build_model
 from model.config import ModelConfig, ModelError
-from model.generate import Sampling, generate, unpadded
+from model.decoding.beam import BeamConfig, beam_generate
+from model.decoding.generate import Sampling, generate, unpadded
 from model.interop import from_hf, hf_config
 from tests.model.configurations import FALCON, GPT2, GPTJ, LLAMA, MAMBA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE
 from tests.model.parity import trimmed

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from model.build import build_model
 from model.config import ModelConfig
-from model.heads import LanguageHeadConfig
-from model.modalities.mel import MelFrontendConfig
-from model.moe.config import CapacityConfig, MoeConfig, RouterConfig
-from model.moe.routing import choose
+from model.ffns.experts.config import CapacityConfig, MoeConfig, RouterConfig
+from model.ffns.experts.routing import choose
+from model.frontends.mel import MelFrontendConfig
+from model.heads.language import LanguageHeadConfig
 from tests.model.configurations import PRESETS, preset_values
 from tests.model.small_presets import tiny
 

@@ -13,15 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.build import build_model
 from model.config import ModelConfig, ModelError
 from model.costs import forward_flops, parameter_counts
-from model.ffn import FfnConfig
+from model.ffns.dense import FfnConfig
+from model.frontends.patches import PatchFrontendConfig
+from model.heads.embedding import EmbeddingHeadConfig
 from model.init import parameter_roles
 from model.interop import config_from_hf, has_hf_class, hf_config
 from model.interop.native import config_from_native, native_config
 from model.mixers.attention import AttentionConfig
-from model.modalities.embedding_head import EmbeddingHeadConfig
-from model.modalities.patches import PatchFrontendConfig
-from model.norm import NormConfig
-from model.position import LearnedPositionConfig
+from model.norms.norm import NormConfig
+from model.positions.position import LearnedPositionConfig
 from tests.model.configurations import GPT2, LIVELY
 from tests.model.learning import learn
 from tests.model.parity import (

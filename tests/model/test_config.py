@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from model.adapt import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig
 from model.build import build_model
-from model.classifiers import ClassifierHeadConfig
 from model.config import LayerChange, ModelConfig, ModelError
 from model.costs import parameter_counts
-from model.ffn import FfnConfig
-from model.generate import Sampling
+from model.decoding.generate import Sampling
+from model.ffns.dense import FfnConfig
+from model.frontends.patches import PatchFrontendConfig
 from model.grid import GridPositionConfig
-from model.heads import LanguageHeadConfig, TargetWeight
+from model.heads.classifiers import ClassifierHeadConfig
+from model.heads.language import LanguageHeadConfig, TargetWeight
 from model.init import InitConfig
 from model.kernels.select import CAN
 from model.mixers.attention import AttentionConfig
@@ -24,10 +26,8 @@ from model.mixers.grid import GridAttentionConfig
 from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
 from model.mixers.longformer import LongformerConfig
 from model.mixers.mamba import MambaConfig
-from model.modalities.patches import PatchFrontendConfig
-from model.norm import NormConfig
-from model.peft import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig
-from model.position import (
+from model.norms.norm import NormConfig
+from model.positions.position import (
     AlibiConfig,
     LinearScaling,
     Llama3Scaling,

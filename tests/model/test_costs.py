@@ -21,7 +21,8 @@ from model.costs import (
     row_and_once_bytes,
     train_flops_per_token,
 )
-from model.ffn import FfnConfig, NoFfnConfig
+from model.ffns.dense import FfnConfig, NoFfnConfig
+from model.ffns.experts.layer import MixtureOfExperts
 from model.kernels.attention import Mask, dense, dense_attention
 from model.kernels.linear_attention import CHUNK
 from model.mixers.attention import KeyValueState
@@ -30,7 +31,6 @@ from model.mixers.bigbird import BigBirdAttention, BigBirdConfig
 from model.mixers.build import build_mixer
 from model.mixers.linear_attention import LinearAttentionConfig
 from model.mixers.mamba import MambaConfig
-from model.moe.layer import MixtureOfExperts
 from tests.model.configurations import (
     GPT2,
     HYBRID,

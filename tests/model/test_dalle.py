@@ -7,12 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.adapt import PrefixConfig
+from model.adapt.prefix import attach_prefix
 from model.build import build_model
 from model.config import ModelError
 from model.costs import forward_flops
-from model.generate import Sampling, generate
+from model.decoding.generate import Sampling, generate
+from model.frontends.text_image import TextImageVocabulary
 from model.grid import Grid, GridPattern
-from model.heads import LanguageHeadConfig
+from model.heads.language import LanguageHeadConfig
 from model.kernels.accelerated import flex_attention
 from model.kernels.attention import AttentionKernel, dense_attention
 from model.kernels.check import check_kernels
@@ -20,9 +23,6 @@ from model.kernels.chunked import chunked_attention, meeting_blocks, plan_chunks
 from model.kernels.select import KERNELS
 from model.masks import Mask, dense
 from model.mixers.grid import BLOCK, GridAttentionConfig
-from model.modalities.text_image import TextImageVocabulary
-from model.peft import PrefixConfig
-from model.peft.prefix import attach_prefix
 from tests.model.configurations import COLUMN, CONVOLUTION, DALLE, ROW, preset
 
 CPU = torch.device("cpu")

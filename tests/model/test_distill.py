@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.adapt.distill import hidden_distillation, logit_distillation
 from model.build import build_model
-from model.distill import hidden_distillation, logit_distillation
 from model.errors import ModelError
 from tests.model.configurations import LLAMA
 from tests.model.learning import learn

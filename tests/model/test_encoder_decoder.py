@@ -9,14 +9,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.build import build_model
-from model.classifiers import ClassifierHeadConfig, SpanHeadConfig, TokenClassifierHeadConfig
 from model.config import HeadConfig, ModelConfig, ModelError
 from model.costs import forward_flops, kv_cache_bytes, parameter_counts
-from model.frontends import TokenFrontendConfig
-from model.generate import Sampling, generate
-from model.heads import LanguageHeadConfig, NoHeadConfig
+from model.decoding.generate import Sampling, generate
+from model.frontends.text import TokenFrontendConfig
+from model.heads.classifiers import ClassifierHeadConfig, SpanHeadConfig, TokenClassifierHeadConfig
+from model.heads.language import LanguageHeadConfig, NoHeadConfig
 from model.init import parameter_roles
-from model.position import RelativePositionConfig
+from model.positions.position import RelativePositionConfig
 from pipelines.engine.typed import from_plain
 from tests.model.configurations import BERT, GPT2, LLAMA, VASWANI, WIDER_ENCODER, preset_values
 from tests.model.learning import learn

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from model.build import build_model
-from model.classifiers import ClassifierHeadConfig
 from model.config import LayerChange, ModelError
-from model.modalities.embedding_head import EmbeddingHeadConfig
-from model.modalities.patches import PatchFrontendConfig
-from model.moe.config import BalanceConfig, CapacityConfig, MoeConfig, RouterConfig
-from model.moe.layer import rebalance
-from model.moe.receipts import loads, receipts
-from model.position import LearnedPositionConfig
+from model.ffns.experts.config import BalanceConfig, CapacityConfig, MoeConfig, RouterConfig
+from model.ffns.experts.layer import rebalance
+from model.ffns.experts.receipts import loads, receipts
+from model.frontends.patches import PatchFrontendConfig
+from model.heads.classifiers import ClassifierHeadConfig
+from model.heads.embedding import EmbeddingHeadConfig
+from model.positions.position import LearnedPositionConfig
 from tests.model.configurations import BERT, LLAMA, VASWANI
 from tests.model.learning import (
     assert_micro_batches_change_nothing,

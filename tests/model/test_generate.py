@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from model.build import build_model
 from model.config import ModelConfig, ModelError
-from model.generate import Sampling, choose, generate, unpadded
-from model.joined import arranged_products
+from model.decoding.generate import Sampling, choose, generate, unpadded
+from model.decoding.joined import arranged_products
 from tests.model.configurations import (
     ALIBI,
     FALCON,

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from model.config import ModelError
+from model.frontends.image_codes import EDGE, ImageTokenizerConfig, build_image_tokenizer
+from model.frontends.text_image import TextImageVocabulary
 from model.init import parameter_roles
-from model.modalities.image_codes import EDGE, ImageTokenizerConfig, build_image_tokenizer
-from model.modalities.text_image import TextImageVocabulary
 
 SMALL = ImageTokenizerConfig(codes=48, width=16, halvings=2, blocks=1)
 

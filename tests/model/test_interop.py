@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from model.build import build_model
 from model.config import ModelConfig, ModelError
-from model.ffn import FfnConfig
-from model.generate import Sampling, generate
-from model.heads import LanguageHeadConfig
+from model.decoding.generate import Sampling, generate
+from model.ffns.dense import FfnConfig
+from model.heads.language import LanguageHeadConfig
 from model.interop import (
     config_from_hf,
     family_of,

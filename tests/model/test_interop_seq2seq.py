@@ -10,17 +10,22 @@ import transformers
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from model.beam import BeamConfig, beam_generate
 from model.build import build_model
 from model.config import ModelConfig
-from model.ffn import FfnConfig
-from model.frontends import TokenFrontendConfig
-from model.generate import Sampling, generate, unpadded
-from model.heads import LanguageHeadConfig, NoHeadConfig
+from model.decoding.beam import BeamConfig, beam_generate
+from model.decoding.generate import Sampling, generate, unpadded
+from model.ffns.dense import FfnConfig
+from model.frontends.text import TokenFrontendConfig
+from model.heads.language import LanguageHeadConfig, NoHeadConfig
 from model.interop import config_from_hf, family_of, from_hf, hf_config, load_pretrained, save_pretrained, to_hf
 from model.mixers.attention import AttentionConfig
-from model.norm import NormConfig
-from model.position import LearnedPositionConfig, PositionConfig, RelativePositionConfig, SinusoidalPositionConfig
+from model.norms.norm import NormConfig
+from model.positions.position import (
+    LearnedPositionConfig,
+    PositionConfig,
+    RelativePositionConfig,
+    SinusoidalPositionConfig,
+)
 from tests.model.configurations import LIVELY
 
 pytestmark = pytest.mark.slow  # whole models beside transformers' own

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from model.build import build_model
 from model.config import ModelConfig, ModelError
-from model.heads import LanguageHeadConfig
+from model.heads.language import LanguageHeadConfig
 from model.interop import config_from_hf, family_of, from_hf, hf_config, load_pretrained, save_pretrained, to_hf
 from model.masks import Mask
 from model.mixers.base import MixerInput
 from model.mixers.bigbird import BigBirdAttention, BigBirdConfig
 from model.mixers.longformer import LongformerConfig
-from model.position import LearnedPositionConfig
+from model.positions.position import LearnedPositionConfig
 from tests.model.configurations import ALIBI, BERT, MISTRAL
 
 pytestmark = pytest.mark.slow  # whole models beside transformers' own

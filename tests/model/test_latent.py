@@ -10,18 +10,18 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.beam import BeamConfig, beam_generate
+from model.adapt import LoraConfig, attach_lora
 from model.build import build_model
 from model.config import LayerChange, ModelError
 from model.costs import activation_bytes, forward_flops, kv_cache_bytes, parameter_counts
-from model.generate import Sampling, generate, unpadded
+from model.decoding.beam import BeamConfig, beam_generate
+from model.decoding.generate import Sampling, generate, unpadded
+from model.ffns.experts.layer import rebalance
+from model.ffns.experts.receipts import loads, receipts
 from model.interop import config_from_hf, from_hf, hf_config, to_hf
 from model.kernels.check import check_kernels
 from model.mixers.latent import LatentAttentionConfig, LatentState
-from model.moe.layer import rebalance
-from model.moe.receipts import loads, receipts
-from model.peft import LoraConfig, attach_lora
-from model.position import NoPositionConfig, YarnScaling
+from model.positions.position import NoPositionConfig, YarnScaling
 from tests.model.configurations import LATENT, preset
 from tests.model.learning import kept_bytes, learn
 from tests.model.parity import (

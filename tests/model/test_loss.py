@@ -10,20 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model.loss
-from model.loss import IGNORED, Terms, chunk_tokens, chunked_cross_entropy, softmax_gradient_, token_scores
+import model.losses.cross_entropy
+from model.losses.cross_entropy import (
+    IGNORED,
+    Terms,
+    chunk_tokens,
+    chunked_cross_entropy,
+    softmax_gradient_,
+    token_scores,
+)
 
 
 @contextmanager
 def small_chunks(budget: int = 1) -> Iterator[None]:
     """Chunks of `budget` bytes, by default of 64 tokens, the least there is, and passes of a few rows, so that small
     inputs take several of both."""
-    before = model.loss.LOGITS_BYTES, model.loss.CPU_PASS
-    model.loss.LOGITS_BYTES, model.loss.CPU_PASS = budget, max(500, budget // 32)
+    before = model.losses.cross_entropy.LOGITS_BYTES, model.losses.cross_entropy.CPU_PASS
+    model.losses.cross_entropy.LOGITS_BYTES, model.losses.cross_entropy.CPU_PASS = budget, max(500, budget // 32)
     try:
         yield
     finally:
-        model.loss.LOGITS_BYTES, model.loss.CPU_PASS = before
+        model.losses.cross_entropy.LOGITS_BYTES, model.losses.cross_entropy.CPU_PASS = before
 
 
 def plain(
@@ -152,7 +159,7 @@ def test_a_chunk_is_as_large_as_the_budget_allows(
 @given(st.integers(1, 10**6), st.integers(2, 300_000), st.integers(1, 8192), st.sampled_from([2, 4]))
 def test_chunks_keep_to_the_budget_and_waste_none_of_it(tokens: int, vocab: int, width: int, size: int) -> None:
     chunk = chunk_tokens(tokens, vocab, width, size)
-    budget = max(model.loss.LOGITS_BYTES, 4 * vocab * width)
+    budget = max(model.losses.cross_entropy.LOGITS_BYTES, 4 * vocab * width)
     assert chunk <= 64 or chunk * vocab * size <= budget
     assert chunk == tokens or chunk % 64 == 0
     assert 1 <= chunk <= tokens

@@ -17,14 +17,14 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from model.build import build_model
 from model.config import LayerChange, ModelConfig, ModelError
 from model.costs import parameter_counts
-from model.ffn import FfnConfig
+from model.ffns.dense import FfnConfig
+from model.ffns.experts.config import BalanceConfig, CapacityConfig, MoeConfig, RouterConfig
+from model.ffns.experts.layer import MixtureOfExperts, rebalance
+from model.ffns.experts.receipts import is_count, loads, receipts
+from model.ffns.experts.routing import choose
 from model.kernels.grouped import Gather, Scatter, by_expert, grouped_matmul
 from model.masks import Mask
 from model.mixers.base import MixerInput
-from model.moe.config import BalanceConfig, CapacityConfig, MoeConfig, RouterConfig
-from model.moe.layer import MixtureOfExperts, rebalance
-from model.moe.receipts import is_count, loads, receipts
-from model.moe.routing import choose
 from model.noise import row_keys, uniform
 from tests.model.configurations import LIVELY, LLAMA, preset
 from tests.model.learning import (

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import packed
 from model.build import build_model
 from model.config import ModelConfig
-from model.generate import Sampling, generate
+from model.decoding import packed
+from model.decoding.generate import Sampling, generate
+from model.decoding.joined import Joins, arranged_products
+from model.decoding.packed import Packing
 from model.init import Multiplies
-from model.joined import Joins, arranged_products
-from model.packed import Packing
 from tests.model.configurations import FALCON, GPT2, LLAMA, MIXTRAL, RECURRENT, VASWANI, WINDOWED
 
 FAMILIES = pytest.mark.parametrize(

@@ -8,16 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.architectures import Transformer
-from model.build import build_model
-from model.config import ModelConfig, ModelError, parameter_roles
-from model.ffn import FfnConfig
-from model.generate import Sampling, generate
-from model.init import Linear
-from model.interop import adapted_weights, save_adapter, save_pretrained, save_virtual_tokens
-from model.mixers.attention import AttentionConfig
-from model.norm import NormConfig
-from model.peft import (
+from model.adapt import (
     BottleneckConfig,
     LoraConfig,
     PrefixConfig,
@@ -31,8 +22,17 @@ from model.peft import (
     trained_state,
     with_prompt,
 )
-from model.position import LearnedPositionConfig
-from model.quantize import quantize
+from model.adapt.quantize import quantize
+from model.architecture import Transformer
+from model.build import build_model
+from model.config import ModelConfig, ModelError, parameter_roles
+from model.decoding.generate import Sampling, generate
+from model.ffns.dense import FfnConfig
+from model.init import Linear
+from model.interop import adapted_weights, save_adapter, save_pretrained, save_virtual_tokens
+from model.mixers.attention import AttentionConfig
+from model.norms.norm import NormConfig
+from model.positions.position import LearnedPositionConfig
 from tests.model.configurations import BERT, HYBRID, MAMBA, MIXTRAL, VASWANI, any_config
 from tests.model.learning import learn
 

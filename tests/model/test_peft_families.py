@@ -8,10 +8,10 @@ import peft
 import pytest
 import torch
 
+from model.adapt import LoraConfig, PrefixConfig, PromptConfig, attach_lora, attach_prefix, attach_prompt, with_prompt
 from model.errors import ModelError
 from model.interop import family_of, save_adapter, save_pretrained, save_virtual_tokens
 from model.interop.families import FAMILIES
-from model.peft import LoraConfig, PrefixConfig, PromptConfig, attach_lora, attach_prefix, attach_prompt, with_prompt
 from tests.model.parity import imported, stirred
 from tests.model.peft_families import CLASSES, answer, inputs
 

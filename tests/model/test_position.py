@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from model.position import (
+from model.positions.position import (
     LinearScaling,
     Llama3Scaling,
     RopeConfig,

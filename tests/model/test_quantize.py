@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 import torch
 
+from model.adapt import LoraConfig, attach_lora
+from model.adapt.quantize import QuantizedLinear, held_bytes, quantize
 from model.build import build_model
 from model.config import ModelConfig
+from model.decoding.generate import Sampling, generate
 from model.errors import ModelError
-from model.ffn import FfnConfig
-from model.generate import Sampling, generate
+from model.ffns.dense import FfnConfig
+from model.ffns.experts.layer import Experts
 from model.init import Linear
 from model.mixers.bigbird import BigBirdConfig
-from model.moe.layer import Experts
-from model.peft import LoraConfig, attach_lora
-from model.quantize import QuantizedLinear, held_bytes, quantize
 from tests.model.configurations import BERT, GPT2, LATENT, LLAMA, MIXTRAL, RECURRENT
 from tests.model.parity import imported, stirred
 from tests.model.peft_families import CLASSES, answer, inputs

@@ -25,7 +25,7 @@ from model.mixers.linear_attention import (
     LinearState,
 )
 from model.mixers.mamba import MambaState
-from model.position import document_starts
+from model.positions.position import document_starts
 from tests.model.configurations import DALLE, HYBRID, LINEAR, LIVELY, MAMBA, PERFORMER, RECURRENT
 
 ALL = pytest.mark.parametrize("config", RECURRENT.values(), ids=RECURRENT.keys())

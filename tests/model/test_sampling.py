@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
+from model.decoding.sampling import Sampling, allowed, kept
 from model.errors import ModelError
-from model.sampling import Sampling, allowed, kept
 
 QUICK = settings(max_examples=40, deadline=None)
 VOCABULARY = 23

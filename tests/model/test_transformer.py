@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model.block import Layout
 from model.build import build_model
 from model.config import ModelConfig, ModelError
-from model.position import RopeConfig, rotation
+from model.positions.position import RopeConfig, rotation
 from tests.model.configurations import ALIBI, GPT2, GPTJ, LIVELY, LLAMA, MIXTRAL, VASWANI, WINDOWED, any_config, preset
 from tests.model.learning import learn
 

@@ -8,15 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.adapt.upcycle import upcycled
 from model.build import build_model
 from model.config import LayerChange, ModelConfig, ModelError
-from model.ffn import FfnConfig
+from model.ffns.dense import FfnConfig
+from model.ffns.experts.config import BalanceConfig, CapacityConfig, MoeConfig, RouterConfig
+from model.ffns.experts.layer import MixtureOfExperts
+from model.ffns.experts.routing import choose
 from model.masks import Mask
 from model.mixers.base import MixerInput
-from model.moe.config import BalanceConfig, CapacityConfig, MoeConfig, RouterConfig
-from model.moe.layer import MixtureOfExperts
-from model.moe.routing import choose
-from model.moe.upcycle import upcycled
 from tests.model.configurations import GPT2, LLAMA, VASWANI, llama_configs
 from tests.model.small_presets import tiny
 

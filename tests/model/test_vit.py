@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.build import build_model
-from model.classifiers import ClassifierHeadConfig
 from model.config import ModelConfig, ModelError
 from model.costs import forward_flops, parameter_counts
-from model.ffn import FfnConfig
-from model.heads import NoHeadConfig
+from model.ffns.dense import FfnConfig
+from model.frontends.patches import PatchFrontendConfig
+from model.heads.classifiers import ClassifierHeadConfig
+from model.heads.language import NoHeadConfig
 from model.init import parameter_roles
 from model.interop import config_from_hf, hf_config
 from model.mixers.attention import AttentionConfig
-from model.modalities.patches import PatchFrontendConfig
-from model.norm import NormConfig
-from model.position import LearnedPositionConfig, RopeConfig
+from model.norms.norm import NormConfig
+from model.positions.position import LearnedPositionConfig, RopeConfig
 from tests.model.configurations import LIVELY
 from tests.model.learning import learn
 from tests.model.parity import (

@@ -13,14 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.build import build_model
 from model.config import ModelConfig, ModelError
 from model.costs import forward_flops, parameter_counts
-from model.ffn import FfnConfig
+from model.ffns.dense import FfnConfig
+from model.frontends.waveform import WaveformFrontendConfig
+from model.heads.ctc import CtcHeadConfig, best_labels
 from model.init import parameter_roles
 from model.interop import config_from_hf, from_hf, hf_config
 from model.mixers.attention import AttentionConfig
-from model.modalities.ctc_head import CtcHeadConfig, best_labels
-from model.modalities.waveform import WaveformFrontendConfig
-from model.norm import NormConfig
-from model.position import NoPositionConfig
+from model.norms.norm import NormConfig
+from model.positions.position import NoPositionConfig
 from tests.model.configurations import LIVELY
 from tests.model.learning import learn
 from tests.model.parity import (

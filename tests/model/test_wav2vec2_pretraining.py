@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.architectures import Transformer
+from model.architecture import Transformer
 from model.build import build_model
 from model.config import ModelConfig, ModelError
 from model.costs import forward_flops, parameter_counts
+from model.frontends.spans import CODES, distractors, masked_spans
+from model.frontends.waveform import WaveformFrontendConfig, sound_keys
+from model.heads.codebook import CodebookConfig, drawn
+from model.heads.distractor import DistractorHeadConfig
 from model.init import parameter_roles
 from model.interop import config_from_hf, hf_config
 from model.interop.native import config_from_native, native_config
-from model.modalities.codebook import CodebookConfig, drawn
-from model.modalities.distractor_head import DistractorHeadConfig
-from model.modalities.spans import CODES, distractors, masked_spans
-from model.modalities.waveform import WaveformFrontendConfig, sound_keys
 from model.noise import row_keys, uniform
 from tests.model.parity import (
     assert_close,

@@ -11,22 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.beam import BeamConfig, beam_generate
 from model.build import build_model
 from model.config import ModelConfig, ModelError
 from model.costs import forward_flops, parameter_counts
-from model.ffn import FfnConfig
-from model.generate import Sampling, generate
-from model.heads import NoHeadConfig
+from model.decoding.beam import BeamConfig, beam_generate
+from model.decoding.generate import Sampling, generate
+from model.ffns.dense import FfnConfig
+from model.frontends.mel import MelFrontendConfig, log_mel, mel_filters
+from model.frontends.patches import PatchFrontendConfig
+from model.frontends.waveform import WaveformFrontendConfig
+from model.heads.language import NoHeadConfig
 from model.init import parameter_roles
 from model.interop import config_from_hf, from_hf, has_hf_class, hf_config
 from model.interop.native import config_from_native, native_config
 from model.mixers.attention import AttentionConfig
-from model.modalities.mel import MelFrontendConfig, log_mel, mel_filters
-from model.modalities.patches import PatchFrontendConfig
-from model.modalities.waveform import WaveformFrontendConfig
-from model.norm import NormConfig
-from model.position import LearnedPositionConfig, SinusoidalPositionConfig, build_positions
+from model.norms.norm import NormConfig
+from model.positions.position import LearnedPositionConfig, SinusoidalPositionConfig, build_positions
 from tests.model.configurations import LIVELY
 from tests.model.learning import learn
 from tests.model.parity import (

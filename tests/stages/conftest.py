@@ -57,10 +57,10 @@ def in_process() -> type[InProcess]:
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     """Artifacts by step name: corpus, tokenizer, shards, pretrain, finetune (two models of other seeds)."""
-    from data.corpus import CorpusSettings
-    from data.decontaminate import HeldOutSettings
-    from data.shards import ShardSettings
-    from data.tokenizer_training import TokenizerSettings
+    from data.rows.shards import ShardSettings
+    from data.text.corpus import CorpusSettings
+    from data.text.decontaminate import HeldOutSettings
+    from data.tokenizers.training import TokenizerSettings
     from pipelines.stages import corpus, shards, tokenizer
 
     root = tmp_path_factory.mktemp("run")

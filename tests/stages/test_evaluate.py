@@ -15,15 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.document import Document, write_documents
-from data.tokenizer import Tokenizer
+from data.text.document import Document, write_documents
+from data.tokenizers.sentencepiece import Tokenizer
 from pipelines.engine.step import EngineError
-from pipelines.stages import evaluate, held_out
-from pipelines.stages.baselines import gzip_bytes, token_counts, unigram_nats, xz_bytes
-from pipelines.stages.generate import GenerateSettings
-from pipelines.stages.intervals import interval, resample_sums, share_interval, wilson
-from pipelines.stages.scoring import sliding_windows
-from pipelines.stages.weights import load_model
+from pipelines.evaluation import held_out
+from pipelines.evaluation.baselines import gzip_bytes, token_counts, unigram_nats, xz_bytes
+from pipelines.evaluation.intervals import interval, resample_sums, share_interval, wilson
+from pipelines.evaluation.scoring import sliding_windows
+from pipelines.inference.generator import GenerateSettings
+from pipelines.inference.weights import load_model
+from pipelines.stages import evaluate
 from tests.stages.conftest import artifact
 
 
@@ -249,7 +250,7 @@ def test_a_corpus_without_held_out_documents_is_an_error_that_says_what_to_raise
 
 def test_importing_the_stages_does_not_import_what_is_slow():
     code = (
-        "import sys; from pipelines.stages import evaluate, export, report, generate; "
+        "import sys; from pipelines.stages import evaluate, export, report; from pipelines.inference import generator; "
         "print([m for m in ('torch', 'transformers', 'lm_eval', 'pyarrow', 'ray', 'matplotlib') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -259,7 +260,7 @@ def test_importing_the_stages_does_not_import_what_is_slow():
 @pytest.fixture(scope="module")
 def with_conversations(small_run, tmp_path_factory, in_process):
     """The small run with forty conversations of a user's, half of them held out; some with two answers, one long."""
-    from data.instructions import InstructionSettings
+    from data.rows.instructions import InstructionSettings
     from pipelines.stages import instructions
     from pipelines.stages.instructions import ConversationRows
 
@@ -286,8 +287,8 @@ def with_conversations(small_run, tmp_path_factory, in_process):
 def test_held_out_conversations_are_scored_by_the_loss_of_the_answers(with_conversations, tmp_path, in_process):
     import torch
 
-    from data.chat import encode_chat
-    from data.instructions import load_conversations
+    from data.rows.instructions import load_conversations
+    from data.tokenizers.chat import encode_chat
 
     settings = evaluate.EvaluateSettings(bootstrap_resamples=100, tokens_per_batch=600)
     without_corpus = {name: with_conversations[name] for name in ("tokenizer", "pretrain", "finetune", "instructions")}
@@ -327,7 +328,7 @@ def test_a_conversation_that_the_template_refuses_is_counted_and_the_others_are_
 ):
     import shutil
 
-    from data.instructions import load_conversations
+    from data.rows.instructions import load_conversations
 
     chats = load_conversations(with_conversations["instructions"].path / "heldout.jsonl")
     words = chats[0].messages[0]["content"]

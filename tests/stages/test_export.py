@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.tokenizer import Tokenizer
+from data.tokenizers.sentencepiece import Tokenizer
 from pipelines.engine.step import EngineError
+from pipelines.inference.weights import load_model
 from pipelines.stages import export
-from pipelines.stages.weights import load_model
 from tests.data.foreign import save
 
 

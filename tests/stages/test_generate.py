@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.chat import encode_chat
-from data.tokenizer import Tokenizer
-from model.quantize import QuantizedLinear
+from data.tokenizers.chat import encode_chat
+from data.tokenizers.sentencepiece import Tokenizer
+from model.adapt.quantize import QuantizedLinear
 from pipelines.__main__ import main
 from pipelines.engine.step import EngineError
-from pipelines.stages.generate import GenerateSettings, TextGenerator, TextStream
+from pipelines.inference.generator import GenerateSettings, TextGenerator, TextStream
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_the_command_writes_with_quantized_weights_and_says_so(exported, capsys,
 
 
 def test_a_quantization_that_no_map_fits_is_refused(exported, monkeypatch, capsys):
-    monkeypatch.setattr("model.quantize.GROUP", 7919)
+    monkeypatch.setattr("model.adapt.quantize.GROUP", 7919)
     ask = ["generate", "--from", str(exported), "--prompt", "def ", "--quantize", "int4"]
     assert leaves_with(ask) == 2
     written, said = capsys.readouterr()

@@ -6,11 +6,12 @@ import json
 
 import pytest
 
-from data.document import Document
-from data.tokenizer import Tokenizer
-from pipelines.stages import evaluate, export, harness, harness_tasks, held_out
-from pipelines.stages.task_data import make_examples
-from pipelines.stages.weights import load_model
+from data.text.document import Document
+from data.tokenizers.sentencepiece import Tokenizer
+from pipelines.evaluation import harness, harness_tasks, held_out
+from pipelines.evaluation.task_data import make_examples
+from pipelines.inference.weights import load_model
+from pipelines.stages import evaluate, export
 
 LONG = "".join(f"value_{i} = compute({i}, other={i * i})\n" for i in range(40))
 PAIRS = [
@@ -258,8 +259,8 @@ def test_a_task_with_nothing_right_has_an_interval_with_a_width_and_one_with_fou
 def test_a_perplexity_too_large_for_a_float_is_said_and_not_a_traceback():
     from lm_eval.api.metrics import weighted_perplexity
 
-    from pipelines.stages.harness_figures import Aggregation, Figure
-    from pipelines.stages.intervals import Interval
+    from pipelines.evaluation.harness_figures import Aggregation, Figure
+    from pipelines.evaluation.intervals import Interval
 
     value = Aggregation(weighted_perplexity)([(-9000.0, 1)] * 6)  # a page without spaces is one word
     shown = Figure(found=Interval(value, None, None)).shown()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import console
+from pipelines.console import display as console
 from pipelines.engine.events import Event
 from pipelines.stages.launch import Watch
 from pipelines.training.loop import NOTES

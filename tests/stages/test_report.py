@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from pipelines.stages import charts, evaluate, export, report
-from pipelines.stages.generate import GenerateSettings
+from pipelines.console import charts
+from pipelines.inference.generator import GenerateSettings
+from pipelines.stages import evaluate, export, report
 from tests.stages.conftest import artifact
 
 pytestmark = pytest.mark.slow

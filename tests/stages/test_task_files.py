@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from pipelines.engine.step import EngineError
-from pipelines.stages import evaluate, harness_tasks
-from pipelines.stages.evaluate_settings import EvaluateSettings
-from pipelines.stages.task_files import TASKS, read_tasks
-from pipelines.stages.task_schema import FIELDS, MAKERS, REFUSED
+from pipelines.evaluation import harness_tasks
+from pipelines.evaluation.settings import EvaluateSettings
+from pipelines.evaluation.task_files import TASKS, read_tasks
+from pipelines.evaluation.task_schema import FIELDS, MAKERS, REFUSED
+from pipelines.stages import evaluate
 
 CHOICE = {
     "dataset_path": "json",
@@ -47,7 +48,7 @@ def read(folder: Path, *names: str):
 def test_the_fields_are_those_of_the_harness():
     from lm_eval.config.task import TaskConfig
 
-    from pipelines.stages import task_data
+    from pipelines.evaluation import task_data
 
     theirs = {field.name for field in fields(TaskConfig)}
     assert theirs <= FIELDS.keys() | REFUSED.keys()

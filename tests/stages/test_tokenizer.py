@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.chat import SHORTEST, encode_chat
-from data.document import read_documents
-from data.shard_tasks import CHANGED
-from data.shards import ShardSettings
-from data.tokenizer import Tokenizer
+from data.rows.shard_tasks import CHANGED
+from data.rows.shards import ShardSettings
+from data.text.document import read_documents
+from data.tokenizers.chat import SHORTEST, encode_chat
+from data.tokenizers.sentencepiece import Tokenizer
+from pipelines.evaluation.measure import Work, baselines
+from pipelines.evaluation.settings import EvaluateSettings
+from pipelines.evaluation.summary import collect_columns, lost_line
 from pipelines.stages import shards
-from pipelines.stages.evaluate_settings import EvaluateSettings
-from pipelines.stages.measure import Work, baselines
-from pipelines.stages.summary import collect_columns, lost_line
 from pipelines.stages.tokenizer import TakenTokenizer, take
 from tests.data.foreign import save
 from tests.stages.conftest import artifact

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.packing import TokenDocument, pack_stream
-from data.shards import ShardSettings, write_manifest, write_shard
+from data.rows.packing import TokenDocument, pack_stream
+from data.rows.shards import ShardSettings, write_manifest, write_shard
 
 SEQ_LEN, VOCAB_SIZE, ROWS_PER_STEP = 32, 256, 8
 MODEL = {

@@ -16,18 +16,7 @@ from typing import Any
 
 import torch
 
-from model.architectures import Transformer
-from model.build import build_model
-from model.classifiers import ClassifierHeadConfig
-from model.config import ModelConfig
-from model.heads import LanguageHeadConfig, NoHeadConfig
-from model.mixers.longformer import LongformerConfig
-from model.modalities.ctc_head import CtcHeadConfig
-from model.modalities.mel import MelFrontendConfig
-from model.modalities.patches import PatchFrontendConfig
-from model.modalities.waveform import WaveformFrontendConfig
-from model.moe.config import BalanceConfig, MoeConfig
-from model.peft import (
+from model.adapt import (
     BottleneckConfig,
     LoraConfig,
     PrefixConfig,
@@ -38,7 +27,23 @@ from model.peft import (
     attach_prompt,
     freeze,
 )
-from model.position import LearnedPositionConfig, NoPositionConfig, RelativePositionConfig, SinusoidalPositionConfig
+from model.architecture import Transformer
+from model.build import build_model
+from model.config import ModelConfig
+from model.ffns.experts.config import BalanceConfig, MoeConfig
+from model.frontends.mel import MelFrontendConfig
+from model.frontends.patches import PatchFrontendConfig
+from model.frontends.waveform import WaveformFrontendConfig
+from model.heads.classifiers import ClassifierHeadConfig
+from model.heads.ctc import CtcHeadConfig
+from model.heads.language import LanguageHeadConfig, NoHeadConfig
+from model.mixers.longformer import LongformerConfig
+from model.positions.position import (
+    LearnedPositionConfig,
+    NoPositionConfig,
+    RelativePositionConfig,
+    SinusoidalPositionConfig,
+)
 from tests.model.configurations import BERT, DALLE, HYBRID, LLAMA, MAMBA, PERFORMER, VASWANI
 from tests.training.processes import run_ranks
 

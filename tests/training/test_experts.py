@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from model.build import build_model
 from model.config import LayerChange, ModelConfig
+from model.ffns.experts.config import MoeConfig
 from model.mixers.attention import AttentionConfig
-from model.moe.config import MoeConfig
 from pipelines.training.errors import TrainingError
 from pipelines.training.expert_parallel import share_experts
 from pipelines.training.job import run_rank

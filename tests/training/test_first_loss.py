@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from data.denoising import AnyObjective, MaskedToken
 from data.loader import Loader, order_over
-from data.shard_set import ShardSet
+from data.rows.shard_set import ShardSet
+from data.tasks.denoising import AnyObjective, MaskedToken
 from model.errors import ModelError
 from model.interop import checkpoint_files
 from pipelines.engine.step import EngineError

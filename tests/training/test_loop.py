@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file
 
 from data.loader import open_loader
-from data.packing import TokenDocument, pack_stream
-from data.shards import ShardSettings, write_manifest, write_shard
+from data.rows.packing import TokenDocument, pack_stream
+from data.rows.shards import ShardSettings, write_manifest, write_shard
 from model.build import build_model
 from model.interop import load_pretrained
 from model.kernels.select import KERNELS

@@ -15,8 +15,8 @@ from model.build import build_model
 from model.config import ModelConfig
 from model.init import InitConfig
 from pipelines.engine.typed import from_plain
-from pipelines.overrides import options
-from pipelines.settings import compose
+from pipelines.settings.compose import compose
+from pipelines.settings.overrides import options
 from pipelines.training.health import Health
 from pipelines.training.optim import build_optimizer, learning_rate_scale, set_learning_rates
 from pipelines.training.rates import AGAIN, derived

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from model.config import ModelConfig
-from model.frontends import TokenFrontendConfig
+from model.frontends.text import TokenFrontendConfig
 from model.interop.families.common import ACTIVATION_NAMES, OURS, pairs
 from model.interop.tables import Family, Setting, Weight
 

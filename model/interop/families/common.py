@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.errors import ModelError
-from model.frontends import TokenFrontendConfig
+from model.frontends.text import TokenFrontendConfig
 from model.interop.tables import Weight
-from model.position import LinearScaling, Llama3Scaling, PositionConfig, RopeConfig, YarnScaling
+from model.positions.position import LinearScaling, Llama3Scaling, PositionConfig, RopeConfig, YarnScaling
 
 OURS = "stack.layers.{layer}"
 """A layer of ours in a key map."""

@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from model.config import LayerChange, ModelConfig
-from model.ffn import FfnConfig
+from model.ffns.dense import FfnConfig
+from model.ffns.experts.config import MoeConfig
 from model.interop.families.common import DECODER, OURS, read_rope, write_rope
 from model.interop.families.llama import LLAMA_SETTINGS
 from model.interop.families.mixtral import IN_MEMORY, stored_experts
 from model.interop.tables import Family, LayerTable, Setting, Weight
-from model.moe.config import MoeConfig
-from model.position import PositionConfig, RopeConfig
+from model.positions.position import PositionConfig, RopeConfig
 
 _THEIRS = "model.layers.{layer}"
 

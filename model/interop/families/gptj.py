@@ -5,7 +5,7 @@ from typing import Any
 
 from model.interop.families.common import ACTIVATION_NAMES, DECODER, OURS
 from model.interop.tables import Family, Setting, Weight
-from model.position import PositionConfig, RopeConfig
+from model.positions.position import PositionConfig, RopeConfig
 
 _GPTJ = "transformer.h.{layer}"
 

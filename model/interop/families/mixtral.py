@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config import LayerChange, ModelConfig
-from model.ffn import FfnConfig, NoFfnConfig
+from model.ffns.dense import FfnConfig, NoFfnConfig
+from model.ffns.experts.config import MoeConfig
 from model.interop.families.common import OURS, read_rope, write_rope
 from model.interop.families.llama import LLAMA_SETTINGS, LLAMA_WEIGHTS, QWEN3
 from model.interop.tables import Family, LayerTable, Setting, Weight, dotted
-from model.moe.config import MoeConfig
 
 _THEIRS = "model.layers.{layer}"
 _EXPERTS = f"{OURS}.ffn.experts"

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config import LayerChange, ModelConfig
-from model.ffn import FfnConfig
+from model.ffns.dense import FfnConfig
+from model.ffns.experts.config import MoeConfig
 from model.interop.families.common import ACTIVATION_NAMES
 from model.interop.families.seq2seq import both, twice
 from model.interop.families.t5 import T5_COPIES, T5_FIXED, T5_IDS, T5_IGNORED, T5_SETTINGS, t5_weights
 from model.interop.tables import Family, LayerTable, Setting
-from model.moe.config import MoeConfig
 
 
 def _is_sparse(layer: int, every: int) -> bool:

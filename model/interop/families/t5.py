@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from model.ffn import Activation
+from model.ffns.dense import Activation
 from model.interop.families.common import OURS
 from model.interop.families.seq2seq import ENCODER, ENCODER_DECODER, both, twice
 from model.interop.tables import Family, Setting, Weight

@@ -3,11 +3,11 @@
 import torch
 
 from model.config import ModelConfig
-from model.frontends import TokenFrontendConfig
-from model.heads import LanguageHeadConfig
+from model.frontends.text import TokenFrontendConfig
+from model.heads.language import LanguageHeadConfig
 from model.interop.families.common import ACTIVATION_NAMES, OURS, pairs
 from model.interop.tables import Family, Setting, Weight
-from model.position import SinusoidalPositionConfig, SinusoidalPositions
+from model.positions.position import SinusoidalPositionConfig, SinusoidalPositions
 
 _ENCODER, _DECODER = "model.encoder.layers.{layer}", "model.decoder.layers.{layer}"
 

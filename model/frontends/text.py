@@ -1,0 +1,121 @@
+"""What turns input into x_BTD, the sequence of vectors every stack works on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from model.errors import ModelError
+from model.frontends.base import Frontend, Source
+from model.frontends.mel import MelFrontendConfig
+from model.frontends.patches import PatchFrontendConfig
+from model.frontends.waveform import WaveformFrontendConfig
+from model.init import Declared, Parameter, declare
+from model.norms.norm import NormConfig
+from model.positions.position import Positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFrontendConfig:
+    """Token embeddings and whatever is added to them.
+
+    scale_by_sqrt_width: embeddings times sqrt(d_model) before positions are added (Vaswani et al. 2017).
+    token_types: how many kinds of segment have a vector of their own (BERT's sentence A and B); 0 for none.
+    norm: the model's norm after the sum (BERT, BART).
+    """
+
+    kind: Literal["tokens"] = "tokens"
+    scale_by_sqrt_width: bool = False
+    token_types: int = 0
+    norm: bool = False
+    uses_vocabulary: ClassVar[bool] = True
+    tokens: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if self.token_types < 0:
+            raise ModelError(f"frontend.token_types is {self.token_types}: it counts segments; use 0 for none.")
+
+    def parameters(self, vocab_size: int, d_model: int, norm: NormConfig) -> int:
+        """How many parameters it has, those of positions aside."""
+        return (vocab_size + self.token_types) * d_model + (norm.parameters(d_model) if self.norm else 0)
+
+    def flops(self, tokens: int, d_model: int) -> int:
+        """Forward FLOPs for one row: looking up multiplies nothing."""
+        return 0
+
+
+FrontendConfig = TokenFrontendConfig | PatchFrontendConfig | WaveformFrontendConfig | MelFrontendConfig
+"""What a configuration chooses from, told apart by `kind`. Each arm has `parameters(vocab_size, d_model, norm)`,
+`flops(tokens, d_model)`, `uses_vocabulary`, and `tokens`: how many tokens every row has, null where rows differ."""
+
+
+class Embedding(Declared):
+    """A table of [V, D]."""
+
+    declared = declare(weight=Parameter("embedding", "embedding"))
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+
+    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """x_BTD of int64 ids from 0 to V - 1."""
+        return nn.functional.embedding(tokens_BT, self.weight)
+
+
+class TokenFrontend(Frontend):
+    """Token embeddings, plus positions and token types where the family has them."""
+
+    reads = "tokens_BT"
+    optional = frozenset({"token_types_BT"})
+
+    def __init__(
+        self,
+        tokens: Embedding,
+        positions: Positions | None,
+        dropout: float,
+        *,
+        scale: float = 1.0,
+        types: Embedding | None = None,
+        norm: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.positions = positions
+        self.types = types
+        self.norm = norm
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, positions_BT: torch.Tensor, tokens_BT: torch.Tensor, token_types_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """token_types_BT: int64 segment of each token; null is segment 0 everywhere. Raises ModelError for unknown ids."""
+        try:
+            x_BTD = self.tokens(tokens_BT)
+        except IndexError as error:
+            raise ModelError(
+                f"token ids from {int(tokens_BT.min())} to {int(tokens_BT.max())} were given, the vocabulary is 0 to "
+                f"{self.tokens.weight.shape[0] - 1}: check the tokenizer. Ids below 0 are virtual tokens, which "
+                "attach_prompt teaches one text only: the encoder's, where the model has one that reads text."
+            ) from error
+        if self.scale != 1.0:
+            x_BTD = x_BTD * self.scale
+        if self.types is not None:
+            x_BTD = x_BTD + self.types(torch.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT)
+        elif token_types_BT is not None:
+            raise ModelError("token_types_BT was given, but model.frontend.token_types is 0: set it or leave them out.")
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions(positions_BT).to(x_BTD.dtype)
+        if self.norm is not None:
+            x_BTD = self.norm(x_BTD)
+        return self.dropout(x_BTD)
+
+    def batched(self, sources: Sequence[Source], device: torch.device) -> dict[str, torch.Tensor]:
+        """Texts of any lengths, padded behind their ends."""
+        rows = [torch.as_tensor(source, device=device) for source in sources]
+        real = [torch.ones(len(row), dtype=torch.int32, device=device) for row in rows]
+        tokens_BT, documents_BT = (nn.utils.rnn.pad_sequence(padded, batch_first=True) for padded in (rows, real))
+        return {self.reads: tokens_BT, "documents_BT": documents_BT}

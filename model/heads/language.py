@@ -1,0 +1,201 @@
+"""What turns the last x_BTD into logits or a loss."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from model.errors import ModelError
+from model.ffns.dense import ACTIVATIONS, Activation
+from model.init import Declared, Linear, Multiplies, Parameter, declare
+from model.losses.cross_entropy import (
+    SoftmaxGradient,
+    Terms,
+    capped,
+    chunked_cross_entropy,
+    softmax_gradient_,
+    token_scores,
+)
+from model.norms.norm import NormConfig, build_norm
+from model.slots import SlotCosts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetWeight:
+    """How much a target weighs in the objective if its vocabulary entry is `first` or a later one."""
+
+    first: int = 0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.first < 0 or self.weight < 0:
+            raise ModelError(
+                f"head.weights has first={self.first}, weight={self.weight}: entries are counted from 0, and no target "
+                "weighs less than nothing."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageHeadConfig:
+    """Logits over the vocabulary.
+
+    bias: an offset for each vocabulary entry. transform: a dense layer with this activation and the model's norm comes
+    first (BERT's masked-token head). scale_input: the input times d_model^-0.5 (T5 with tied embeddings).
+    label_smoothing: the share of every target that training spreads over the whole vocabulary.
+    weights: where targets weigh differently; later entries win, and what none names weighs 1 (DALL-E's codes of an image).
+    """
+
+    kind: Literal["language"] = "language"
+    bias: bool = False
+    transform: Activation | None = None
+    scale_input: bool = False
+    label_smoothing: float = 0.0
+    weights: tuple[TargetWeight, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ModelError(f"head.label_smoothing is {self.label_smoothing}: it is a share below 1; use 0 for none.")
+
+    def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
+        """The vocabulary matrix, which a tied head shares with the embeddings, and the dense layer before it."""
+        dense = 0 if self.transform is None else d_model * d_model
+        extra = (0 if self.transform is None else d_model + norm.parameters(d_model)) + (vocab_size if self.bias else 0)
+        matrices = vocab_size * d_model + dense
+        return SlotCosts(parameters=matrices + extra, matrices=matrices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoHeadConfig:
+    """The last x_BTD itself: what an encoder hands to its decoder, or features for another use."""
+
+    kind: Literal["none"] = "none"
+
+    def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
+        """Nothing."""
+        return SlotCosts(parameters=0, matrices=0)
+
+
+class Head(Declared):
+    """forward(x_BTD, documents_BT, per_token, **targets) -> named tensors: outputs without targets, sums for a loss with
+    them. Its configuration has a `kind` of its own and `costs(vocab_size, d_model, norm)`.
+
+    takes: the names of the targets, which `Transformer.forward` hands on. reads: names of inputs that it
+    is given too. reads_codes: it is given the entries of the frontend's codebook too. counted: the name of what tells
+    how many targets a row has.
+    """
+
+    takes: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
+    reads_codes: ClassVar[bool] = False
+    counted: ClassVar[str] = "targets_BT"
+
+    def row_targets(self, targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """How many targets each row has, int64 [B]: places that are not ignored, or that are marked."""
+        counted = targets[self.counted]
+        return (counted if counted.dtype == torch.bool else counted >= 0).view(len(counted), -1).sum(1)
+
+
+class LanguageHead(Head, Multiplies):
+    """Vocabulary logits, and their cross-entropy without ever holding them all.
+
+    A tied head registers the embedding's own parameter as its `weight`, so that it reads nothing but its own inside
+    its own forward: ZeRO-3 gathers a module's parameters around that module's forward and nowhere else.
+    """
+
+    takes = frozenset({"targets_BT"})
+    declared = declare(weight=Parameter("head", "head"), bias=Parameter("bias", "zeros"))
+
+    def __init__(
+        self,
+        weight_VD: nn.Parameter,
+        *,
+        soft_cap: float | None,
+        z_loss: float,
+        bias: bool = False,
+        transform: nn.Module | None = None,
+        scale: float = 1.0,
+        smoothing: float = 0.0,
+        weights: tuple[TargetWeight, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.weight = weight_VD
+        self.bias = nn.Parameter(torch.empty(weight_VD.shape[0])) if bias else None
+        self.transform = transform
+        self.scale = scale
+        self.smoothing = smoothing
+        self.weights = weights
+        self.soft_cap = soft_cap
+        self.z_loss = z_loss
+        self._compiled: SoftmaxGradient | None = None
+
+    def compile_loss(self) -> None:
+        """Make one kernel of the passes over the logits. Safe where parameters are gathered around `forward`
+        (ZeRO-3): none is read in it."""
+        self._compiled = torch.compile(softmax_gradient_, dynamic=False)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        documents_BT: torch.Tensor | None = None,
+        per_token: bool = False,
+        targets_BT: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """{"logits"}; with targets the sums of `chunked_cross_entropy`, or per token {"nll", "is_top"} of [B, T]."""
+        if self.transform is not None:
+            x_BTD = self.transform(x_BTD)
+        if self.scale != 1.0:
+            x_BTD = x_BTD * self.scale
+        if targets_BT is not None and per_token:
+            nll_N, is_top_N = token_scores(
+                x_BTD.flatten(0, -2), self.weight, targets_BT.flatten(), bias_V=self.bias, soft_cap=self.soft_cap
+            )
+            return {"nll": nll_N.view(targets_BT.shape), "is_top": is_top_N.view(targets_BT.shape)}
+        if targets_BT is not None:
+            return chunked_cross_entropy(
+                x_BTD.flatten(0, -2),
+                self.weight,
+                targets_BT.flatten(),
+                bias_V=self.bias,
+                terms=Terms(self.soft_cap, self.z_loss, self.smoothing),
+                weights_N=self._weights(targets_BT.flatten()),
+                compiled=self._compiled,
+            )
+        logits_BTV = self.multiply(x_BTD)
+        if self.soft_cap is not None:
+            logits_BTV = capped(logits_BTV, self.soft_cap)
+        return {"logits": logits_BTV}
+
+    def _weights(self, targets_N: torch.Tensor) -> torch.Tensor | None:
+        """fp32, what each target weighs; null where all weigh 1."""
+        if not self.weights:
+            return None
+        weights_N = torch.ones(targets_N.shape, device=targets_N.device)
+        for entry in self.weights:
+            weights_N = weights_N.masked_fill(targets_N >= entry.first, entry.weight)
+        return weights_N
+
+
+class Transform(nn.Module):
+    """norm(activation(W x + b)), before the vocabulary matrix of a masked-token head (Devlin et al. 2018)."""
+
+    def __init__(self, d_model: int, activation: Activation, norm: NormConfig) -> None:
+        super().__init__()
+        self.dense = Linear(d_model, d_model, bias=True)
+        self.activation = ACTIVATIONS[activation]
+        self.norm = build_norm(norm, d_model)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """x_BTD of the same shape, in the precision of the input."""
+        out_BTD: torch.Tensor = self.norm(self.activation(self.dense(x_BTD)))
+        return out_BTD
+
+
+class NoHead(Head):
+    """{"features": x_BTD}."""
+
+    def forward(
+        self, x_BTD: torch.Tensor, documents_BT: torch.Tensor | None = None, per_token: bool = False
+    ) -> dict[str, torch.Tensor]:
+        return {"features": x_BTD}

@@ -1,0 +1,133 @@
+"""One attempt of a gang under Ray Train: rank 0's result, or the error that a rank itself raised."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from pipelines.engine.backends.gang import Gang, run_rank
+from pipelines.engine.backends.machines import forget_launchers, interface_with
+from pipelines.engine.backends.outcome import WorkerDiedError, guarded_call, log_tail, opened, portable_call
+from pipelines.engine.backends.search_path import portable
+
+
+def pickled_call(fn: Callable[..., Any], *args: Any) -> bytes:
+    """As ``portable_call``; cloudpickle also takes along functions of a program's main module."""
+    import ray.cloudpickle
+
+    return portable_call(fn, args, dumps=ray.cloudpickle.dumps)
+
+
+class NoPlaceError(Exception):
+    """Ranks were not started in time: the machines are busy, or one is lost."""
+
+
+def _ray_rank(config: dict[str, Any]) -> Any:
+    """What Ray Train runs in each rank. Raising is what makes it end the other ranks.
+
+    The error carries the rank's outcome as an attribute: what prints it shows a sentence, and processes of Ray Train that
+    have nothing of ours can read it.
+    """
+    outcome = guarded_call(config["call"], config["search_path"])
+    try:
+        outcome = opened(outcome)
+        opened(outcome)
+    except Exception as error:
+        failure: Any = RuntimeError(f"a rank ended with {type(error).__name__}: {error}")
+        failure.athanor_outcome = outcome
+        raise failure from None
+    return outcome
+
+
+def _prepare_rank() -> None:
+    """In each rank, before it joins the process group: use the interface of Ray's node address, whatever the hostname
+    resolves to (on Debian 127.0.1.1, unreachable from other machines), and no other launcher's variables."""
+    import ray
+
+    forget_launchers()
+    interface = interface_with(ray.util.get_node_ip_address())
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def fit(gang: Gang, local: bool) -> Any:
+    """One attempt under Ray Train: rank 0's result, or the error to raise."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    # Ray Train's own processes must unpickle this without our packages: they search the working folder first.
+    base: Any = TorchConfig().backend_cls
+    prepare_rank = portable(_prepare_rank)
+
+    class Joining(base):
+        """PyTorch's process group over Ray's node addresses."""
+
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(prepare_rank)
+            super().on_start(worker_group, backend_config)
+
+    class JoiningConfig(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return Joining
+
+    unused = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if local else set())
+
+    class Trainer(TorchTrainer):
+        """Without two processes whose imports would compete with the ranks' for the same few cores.
+
+        One hands out the blocks of Ray datasets, of which there are none; one frees a dead driver's resources, and a
+        local Ray ends with its driver.
+        """
+
+        def _create_default_callbacks(self) -> list[Any]:
+            trainer: Any = super()  # Ray's annotations show the trainer of Train v1, which has no callbacks
+            callbacks = trainer._create_default_callbacks()
+            return [each for each in callbacks if type(each).__name__ not in unused]
+
+    resources = {"CPU": gang.cpus_per_worker}
+    if gang.gpus_per_worker:
+        resources["GPU"] = gang.gpus_per_worker
+    trainer = Trainer(
+        portable(_ray_rank),
+        train_loop_config={"call": pickled_call(run_rank, gang), "search_path": sys.path},
+        torch_config=JoiningConfig(backend=gang.torch_backend),
+        scaling_config=ScalingConfig(
+            num_workers=gang.workers, use_gpu=gang.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        # No retries in here: Ray Train would retry a user's mistake too. A new name each time: a used one "continues".
+        # Nor for ranks that cannot be placed: Ray Train would retry for ever, and hold what the next attempt needs.
+        run_config=RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=str(gang.logs.parent / "ray"),
+            failure_config=FailureConfig(controller_failure_limit=0),
+        ),
+    )
+    try:
+        result: Any = trainer.fit()  # Ray's annotations still name the Result of Train v1
+        return opened(result.return_value)
+    except Exception as error:
+        return _cause(error, gang)
+
+
+def _cause(error: Exception, gang: Gang) -> Exception:
+    """The rank's own error behind what Ray Train raised; WorkerDiedError if a rank, or Ray, is gone."""
+    if type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError":
+        return NoPlaceError(str(error))
+    failures = getattr(error, "worker_failures", {})
+    user_errors = []
+    for rank, failure in sorted(failures.items()):
+        base = getattr(failure, "_base_exc", failure)  # one Ray wraps it, another hands it on as it was raised
+        outcome = getattr(base, "athanor_outcome", None)
+        if outcome is None:
+            log = log_tail(gang.logs / f"rank-{rank}.log")
+            return WorkerDiedError(f"rank {rank} was killed or its machine went away ({failure}).{log}")
+        try:
+            opened(outcome)
+        except Exception as user_error:
+            user_errors.append(user_error)
+    user_errors.sort(key=lambda user_error: not hasattr(user_error, "exit_code"))
+    return user_errors[0] if user_errors else WorkerDiedError(f"Ray Train gave up: {error}")
