@@ -23,7 +23,7 @@ from typing import Any
 from hardware import machine, write_result
 from training_loop import our_loop, random_shards
 
-from pipelines.engine.typed import to_plain
+from conf.typed import to_plain
 from pipelines.settings.compose import compose
 
 

@@ -29,13 +29,13 @@ import transformers
 import yaml
 from hardware import machine, matmul_flops, memory_bandwidth, write_result
 
+from conf.typed import from_plain
 from model.build import build_model
 from model.config import ModelConfig
 from model.costs import forward_flops, kv_cache_bytes, parameter_counts
 from model.decoding.generate import Sampling, generate
 from model.init import InitConfig
 from model.interop import load_pretrained, save_pretrained
-from pipelines.engine.typed import from_plain
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 96
 MODELS = {

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from hardware import machine, write_result
 
+from conf.typed import to_plain
 from data.loader import open_loader
 from data.rows.packing import TokenDocument, pack_stream
 from data.rows.shards import ShardSettings, write_manifest, write_shard
 from model.build import build_model
 from model.config import ModelConfig
-from pipelines.engine.typed import to_plain
 from pipelines.settings.compose import compose
 from pipelines.training.compile import compile_blocks
 from pipelines.training.job import run_rank
@@ -100,7 +100,7 @@ def our_loop(job: dict[str, Any]) -> list[float]:
 
 def plain_loop(job: dict[str, Any]) -> list[float]:
     """Seconds of each step of the loop one would write by hand."""
-    from pipelines.engine.typed import from_plain
+    from conf.typed import from_plain
 
     settings = from_plain(TrainSettings, job["train"])
     model = build_model(from_plain(ModelConfig, job["model"]), seed=settings.seed)

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
+from conf.typed import from_plain
 from model.config import LayerConfig, ModelConfig
-from pipelines.engine.typed import from_plain
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "one-block.svg"

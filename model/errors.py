@@ -1,7 +1,11 @@
 """The one exception a user of the model room can cause, and the rule that most settings share."""
 
+from __future__ import annotations
 
-class ModelError(Exception):
+from conf.refusal import Legacy
+
+
+class ModelError(Legacy):
     """An impossible model configuration or an unusable set of weights.
 
     The message names the offending value, the rule and the remedy in one paragraph.

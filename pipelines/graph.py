@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from conf.files import machine_cache
 from data.errors import DataError
 from data.rows.instructions import InstructionSettings, instruction_files
 from data.tasks.settings import check_pieces
 from data.text.corpus import CorpusSettings, corpus_files
 from data.text.sources import SourceFile
 from data.tokenizers.sentencepiece import Tokenizer
-from pipelines.engine.files import machine_cache
 from pipelines.engine.step import StageFn, Step
 from pipelines.engine.waiting import working
 from pipelines.settings.compose import Settings, corpus_key

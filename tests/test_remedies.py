@@ -26,12 +26,12 @@ from omegaconf import OmegaConf
 
 from cluster.errors import ClusterError
 from cluster.submit import KINDS
+from conf.typed import field_types
 from data.errors import DataError
 from data.tokenizers.training import TokenizerSettings, train_tokenizer
 from pipelines.__main__ import VERBS, _parse
 from pipelines.engine.backends.ray_backend import _in_lasting_thread
 from pipelines.engine.errors import EngineError
-from pipelines.engine.typed import field_types
 from pipelines.settings.compose import Settings, compose, plain, resolved, typed
 from pipelines.settings.overrides import CONF_DIR, options, points_of, types_at
 from pipelines.verbs.commands import cluster_settings

@@ -55,10 +55,10 @@ READ_BY_TRAINING = {
 INSIDE_PIPELINES = {
     "pipelines/engine": {"pipelines.engine"},
     # A job arrives as plain data, and a checkpoint's state is sealed as a shard's marker is.
-    "pipelines/training": {"pipelines.training", "pipelines.engine.typed", "pipelines.engine.store.sealed"},
+    "pipelines/training": {"pipelines.training", "pipelines.engine.store.sealed"},
     "pipelines/stages": {
         *("pipelines.stages", "pipelines.training", "pipelines.evaluation", "pipelines.inference"),
-        *("pipelines.console.charts", "pipelines.engine.step", "pipelines.engine.typed"),
+        *("pipelines.console.charts", "pipelines.engine.step"),
     },
     "pipelines/evaluation": {
         *("pipelines.evaluation", "pipelines.inference", "pipelines.engine.step"),

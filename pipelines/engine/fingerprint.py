@@ -13,8 +13,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from conf.typed import default_of
 from pipelines.engine.errors import EngineError
-from pipelines.engine.typed import default_of
 
 SHORT = 16  # hex characters of a digest in paths; manifests carry all 64 and are compared in full
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from conf.typed import to_plain
 from pipelines.engine.backends.base import Backend
 from pipelines.engine.backends.machines import Resources
 from pipelines.engine.context import CancelledError, RunContext, run_stage
@@ -29,7 +30,6 @@ from pipelines.engine.store import manifest as manifests
 from pipelines.engine.store.lease import Held, Lease, LeaseLostError
 from pipelines.engine.store.open import Store, storage_errors
 from pipelines.engine.store.work import Work
-from pipelines.engine.typed import to_plain
 
 LOOK_AGAIN_SECONDS = 0.5  # at a lease that somebody else holds
 GOODBYE_SECONDS = 25.0  # for running steps to notice an interruption

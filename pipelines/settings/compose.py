@@ -21,6 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
+from conf.typed import field_types, from_plain
 from data.mixture import MixtureSettings
 from data.order import OrderSettings
 from data.rows.shards import ShardSettings
@@ -29,11 +30,9 @@ from data.text.corpus import CorpusSettings
 from data.tokenizers.sentencepiece import tokenizer_files
 from data.tokenizers.training import TokenizerSettings
 from model.config import ModelConfig
-from pipelines.engine.errors import EngineError
 from pipelines.engine.secrets import refuse_secrets
 from pipelines.engine.store.lineage import origin
 from pipelines.engine.store.manifest import provenance
-from pipelines.engine.typed import field_types, from_plain
 from pipelines.settings.overrides import CONF_DIR, SettingsError, chosen_fields, fields_by_kind, hydra_overrides
 from pipelines.stages.evaluate import EvaluateSettings
 from pipelines.stages.export import ExportSettings
@@ -326,10 +325,7 @@ def typed(config: Mapping[str, Any]) -> Settings:
         if isinstance(section, Mapping) and key in section:
             raise SettingsError(f"{path}: set {instead} instead; it holds for every step.")
     refuse_secrets(config, "the configuration")
-    try:
-        return from_plain(Settings, config, where="")
-    except EngineError as error:
-        raise SettingsError(_without_root(error)) from error
+    return from_plain(Settings, config, where="")
 
 
 _EVERYWHERE = {
@@ -399,10 +395,7 @@ def section(cls: type[T], file: str, values: Mapping[str, str]) -> T:
         if not isinstance(place, dict):
             raise SettingsError(f"{key}: {'.'.join(above)} holds no settings of its own; set {above[0]}=….")
         place[last] = _as_typed(cls, key, text)
-    try:
-        return from_plain(cls, config, where="")
-    except EngineError as error:
-        raise SettingsError(_without_root(error)) from error
+    return from_plain(cls, config, where="")
 
 
 def _as_typed(cls: Any, key: str, text: str) -> Any:
@@ -425,11 +418,6 @@ def _as_typed(cls: Any, key: str, text: str) -> Any:
         raise SettingsError(
             f"{key}={text}: not to be read; write {what if holds_text else 'a plain value'}."
         ) from error
-
-
-def _without_root(error: EngineError) -> str:
-    """An error of `from_plain` whose paths begin at a root with an empty name."""
-    return re.sub(r"(?<![\w\].])\.(?=[a-z_])", "", str(error)).removeprefix(": ")
 
 
 def _one_line(error: Exception) -> str:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 import conf
-from pipelines.engine.typed import field_types
+from conf.refusal import Legacy
+from conf.typed import field_types
 
 CONF_DIR = Path(conf.__file__).parent
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[\w./@-]+?)(?:=(?P<value>.*))?$", re.DOTALL)
@@ -34,7 +35,7 @@ ENDLESS = (
 )
 
 
-class SettingsError(Exception):
+class SettingsError(Legacy):
     """An invalid setting: offending value, rule, remedy."""
 
     exit_code = 2

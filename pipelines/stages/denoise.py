@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from conf.typed import to_plain
 from data.rows.packing import TokenDocument, pack_stream, token_dtype
 from data.tasks.denoising import AnyObjective
 from data.tasks.objectives import Examples
@@ -28,7 +29,6 @@ from data.tasks.settings import ObjectiveChoice
 from data.text.document import Document
 from data.tokenizers.sentencepiece import Tokenizer
 from pipelines.engine.step import Artifact, Context
-from pipelines.engine.typed import to_plain
 from pipelines.evaluation import held_out
 from pipelines.evaluation.intervals import bounds, interval, resample_sums, share_interval
 from pipelines.evaluation.settings import EvaluateSettings

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from conf.typed import to_plain
 from data.order import OrderSettings
 from data.rows.instructions import InstructionSettings, count_train_conversations
 from model.adapt import LoraConfig
 from pipelines.engine.step import Artifact, Context, EngineError
-from pipelines.engine.typed import to_plain
 from pipelines.stages.instructions import ConversationRows
 from pipelines.stages.launch import ComputeSettings, train
 from pipelines.training.settings import TrainSettings

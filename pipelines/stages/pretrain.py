@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conf.typed import to_plain
 from data.mixture import MixtureSettings
 from data.order import OrderSettings
 from data.tasks.settings import NextTokenSettings, ObjectiveChoice
 from data.tokenizers.sentencepiece import Tokenizer
 from model.config import ModelConfig
 from pipelines.engine.step import Artifact, Context
-from pipelines.engine.typed import to_plain
 from pipelines.stages.launch import ComputeSettings, train
 from pipelines.training.settings import TrainSettings
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from conf.typed import to_plain
 from data.errors import DataError
 from data.tokenizers.huggingface import HuggingFaceTokenizer, config_ids
 from data.tokenizers.sentencepiece import Tokenizer, tokenizer_files
@@ -22,7 +23,6 @@ from model.config import ModelConfig
 from model.interop import checkpoint_files, config_from_hf, has_hf_class, hf_config, read_config
 from model.positions.position import LearnedPositionConfig
 from pipelines.engine.step import Artifact, Context, EngineError
-from pipelines.engine.typed import to_plain
 from pipelines.stages.checksums import check_checksums, check_published
 from pipelines.training.objective import reads_other_than_text
 

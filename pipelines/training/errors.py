@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from conf.refusal import Legacy
 
-class TrainingError(Exception):
+
+class TrainingError(Legacy):
     """A user's mistake or a run that cannot go on: the offending value, the rule, the remedy, in one paragraph."""
 
     exit_code = 2

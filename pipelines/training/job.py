@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from conf.typed import from_plain, to_plain
 from data.loader import Loader, order_over
 from data.mixture import MixtureSettings
 from data.order import OrderSettings
@@ -30,7 +31,6 @@ from model.build import build_model
 from model.config import ModelConfig
 from model.costs import FLOP_FORMULA, row_and_once_bytes
 from model.interop import adapted_weights, load_pretrained, save_adapter, save_pretrained
-from pipelines.engine.typed import from_plain, to_plain
 from pipelines.training.errors import TrainingError
 from pipelines.training.hardware import keep_freed_memory
 from pipelines.training.loop import Run, train

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from pipelines.engine.typed import default_of
+from conf.typed import default_of
 from pipelines.training.errors import TrainingError
 
 _EXECUTION: Any = {"execution": True}

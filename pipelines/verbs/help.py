@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipelines.engine.typed import field_types
+from conf.typed import field_types
 from pipelines.settings.compose import SET_ELSEWHERE, Settings, plain
 from pipelines.settings.overrides import CONF_DIR, groups, options
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from cluster.errors import ClusterError
+from conf.typed import _dataclasses_in, field_types
 from pipelines.__main__ import _parse, main
-from pipelines.engine.typed import _dataclasses_in, field_types
 from pipelines.settings.compose import Settings, compose
 from pipelines.settings.overrides import SettingsError
 from pipelines.verbs.commands import cluster_settings

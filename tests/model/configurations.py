@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
+from conf.typed import from_plain
 from model.config import LayerChange, ModelConfig
 from model.ffns.dense import FfnConfig, NoFfnConfig
 from model.ffns.experts.config import BalanceConfig, MoeConfig, RouterConfig
@@ -30,7 +31,6 @@ from model.positions.position import (
     SinusoidalPositionConfig,
     YarnScaling,
 )
-from pipelines.engine.typed import from_plain
 
 PRESETS = Path(__file__).parents[2] / "conf" / "model"
 

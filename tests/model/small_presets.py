@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from conf.typed import from_plain
 from model.config import ModelConfig
-from pipelines.engine.typed import from_plain
 from tests.model.configurations import LIVELY, preset_values
 
 SMALL = {

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conf.typed import from_plain, to_plain
 from model.adapt import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig
 from model.build import build_model
 from model.config import LayerChange, ModelConfig, ModelError
@@ -35,7 +36,6 @@ from model.positions.position import (
     RelativePositionConfig,
     RopeConfig,
 )
-from pipelines.engine.typed import from_plain, to_plain
 from tests.model.configurations import (
     ALIBI,
     BERT,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from conf.typed import from_plain
 from model.build import build_model
 from model.config import HeadConfig, ModelConfig, ModelError
 from model.costs import forward_flops, kv_cache_bytes, parameter_counts
@@ -17,7 +18,6 @@ from model.heads.classifiers import ClassifierHeadConfig, SpanHeadConfig, TokenC
 from model.heads.language import LanguageHeadConfig, NoHeadConfig
 from model.init import parameter_roles
 from model.positions.position import RelativePositionConfig
-from pipelines.engine.typed import from_plain
 from tests.model.configurations import BERT, GPT2, LLAMA, VASWANI, WIDER_ENCODER, preset_values
 from tests.model.learning import learn
 

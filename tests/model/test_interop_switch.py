@@ -9,6 +9,7 @@ import transformers
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from conf.typed import from_plain
 from model.build import build_model
 from model.config import LayerChange, ModelConfig, ModelError
 from model.costs import parameter_counts
@@ -17,7 +18,6 @@ from model.decoding.generate import Sampling, generate, unpadded
 from model.ffns.experts.layer import rebalance
 from model.ffns.experts.receipts import loads, receipts
 from model.interop import config_from_hf, family_of, hf_config
-from pipelines.engine.typed import from_plain
 from tests.model.configurations import preset, preset_values
 from tests.model.learning import learn
 from tests.model.parity import (

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from conf.typed import from_plain
 from pipelines.engine.step import Artifact
-from pipelines.engine.typed import from_plain
 
 CONF = Path(__file__).parents[2] / "conf"
 LIBRARY = Path(json.__file__).parents[1]

@@ -160,7 +160,7 @@ def trained_alone(name: str) -> list[tuple[float, float]]:
 
 def trained_by_two(name: str, stage: int) -> list[tuple[float, float]]:
     """The same, each rank with half of the rows."""
-    from pipelines.engine.typed import from_plain
+    from conf.typed import from_plain
     from pipelines.training.optim import build_optimizer
     from pipelines.training.ranks import join
     from pipelines.training.settings import AdamWSettings, BatchPlan, TrainSettings

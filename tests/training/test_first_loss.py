@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 
+from conf.typed import from_plain, to_plain
 from data.loader import Loader, order_over
 from data.rows.shard_set import ShardSet
 from data.tasks.denoising import AnyObjective, MaskedToken
 from model.errors import ModelError
 from model.interop import checkpoint_files
 from pipelines.engine.step import EngineError
-from pipelines.engine.typed import from_plain, to_plain
 from pipelines.stages import pretrain
 from pipelines.stages.pretrain import PretrainSettings
 from pipelines.stages.start import Start, run

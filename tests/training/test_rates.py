@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from conf.typed import from_plain
 from model.build import build_model
 from model.config import ModelConfig
 from model.init import InitConfig
-from pipelines.engine.typed import from_plain
 from pipelines.settings.compose import compose
 from pipelines.settings.overrides import options
 from pipelines.training.health import Health

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conf.typed import from_plain, to_plain
 from model.config import ModelConfig
 from model.costs import activation_bytes, row_and_once_bytes
-from pipelines.engine.typed import from_plain, to_plain
 from pipelines.training.errors import TrainingError
 from pipelines.training.settings import (
     BatchPlan,

@@ -71,11 +71,11 @@ def _run(shards: Path, folder: Path, world_size: int, stage: int, precision: str
 
 def _plain_loop(shards: Path, path: Path) -> None:
     """The same training in fp32 by plain PyTorch, whole batches at once: the oracle."""
+    from conf.typed import from_plain
     from data.loader import open_loader
     from model.build import build_model
     from model.config import ModelConfig
     from model.init import no_weight_decay
-    from pipelines.engine.typed import from_plain
     from pipelines.training.settings import AdamWSettings, ScheduleSettings
 
     job = make_job(shards, path.parent)

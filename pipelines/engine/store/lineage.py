@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.files import read_file
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import read_file
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.store import manifest as manifests
 from pipelines.engine.store.listed import listed

@@ -9,7 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipelines.engine.files import cache_folder, fsync, in_parallel, read_file, sha256_of, share, tree, write_json
+from conf.files import fsync, in_parallel, read_file, sha256_of, share, write_json
+from pipelines.engine.files import cache_folder, tree
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.step import Artifact
 from pipelines.engine.store import lease as leases

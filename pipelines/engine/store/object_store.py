@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from conf.files import json_bytes
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import cache_folder, json_bytes, tree
+from pipelines.engine.files import cache_folder, tree
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.step import Artifact
 from pipelines.engine.store import lease as leases

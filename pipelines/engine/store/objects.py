@@ -20,8 +20,9 @@ import fsspec
 import fsspec.asyn
 from fsspec.exceptions import FSTimeoutError
 
+from conf.files import in_parallel, read_file, sha256_of, write_json
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import cache_folder, in_parallel, locked, read_file, sha256_of, write_json
+from pipelines.engine.files import cache_folder, locked
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.store import manifest as manifests
 from pipelines.engine.store.listed import listed

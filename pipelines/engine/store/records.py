@@ -15,8 +15,9 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from conf.files import json_bytes, read_file, write_atomic
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import json_bytes, locked, read_file, write_atomic
+from pipelines.engine.files import locked
 from pipelines.engine.store.sealed import opened, sealed
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from conf.files import fsync, read_file, write_json
 from pipelines.engine.errors import EngineError
-from pipelines.engine.files import describe, fsync, read_file, tree, write_json
+from pipelines.engine.files import describe, tree
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.store import manifest
 from pipelines.engine.store.sealed import opened, sealed, unsealed

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union
 
-from pipelines.engine.errors import EngineError
+from conf.refusal import NO_VALUE, Legacy, Refusal
 
 T = TypeVar("T")
 NoneType = type(None)
@@ -26,8 +26,8 @@ NoneType = type(None)
 def from_plain(cls: type[T], mapping: Mapping[str, Any], where: str = "settings") -> T:
     """Build ``cls`` from a plain mapping.
 
-    ``where`` is the dotted path shown in errors. Raises EngineError for an unknown key (with the nearest known one), a
-    missing key, or a value of the wrong type; what ``__post_init__`` raises with an ``exit_code`` keeps its type.
+    ``where`` is the dotted key of the mapping, empty at the root. Raises Refusal for an unknown key (with the nearest
+    known one), a missing key, or a value of the wrong type; what ``__post_init__`` refuses is placed under ``where``.
     """
     return typing.cast(T, _dataclass(cls, mapping, where))
 
@@ -60,28 +60,30 @@ def _dataclass(cls: type, mapping: Any, where: str) -> Any:
         return mapping
     if not isinstance(mapping, Mapping):
         known = ", ".join(field_types(cls))
-        raise EngineError(f"{where} = {mapping!r}: expected a mapping with the keys {known}.")
+        raise Refusal(where, mapping, f"expected a mapping with the keys {known}")
     known_types = field_types(cls)
     for key in mapping:
         if key not in known_types:
-            raise EngineError(_unknown_key(cls, str(key), where))
+            raise _unknown_key(cls, str(key), where)
     required = [
         field.name for field in dataclasses.fields(cls) if field.init and default_of(field) is dataclasses.MISSING
     ]
     missing = [name for name in required if name not in mapping]
     if missing:
-        listed = ", ".join(f"{where}.{name}" for name in missing)
-        raise EngineError(f"{where}: {listed} has no value and no default; set it.")
+        listed = ", ".join(_at(where, name) for name in missing)
+        raise Refusal(listed, NO_VALUE, "has no value and no default", "set it")
     # In the order of the fields, so that of values that follow from one another the one a person sets is named first.
-    values = {key: _value(hint, mapping[key], f"{where}.{key}") for key, hint in known_types.items() if key in mapping}
+    values = {key: _value(hint, mapping[key], _at(where, key)) for key, hint in known_types.items() if key in mapping}
     try:
         return cls(**values)
-    except Exception as error:
-        if isinstance(error, ValueError):
-            raise EngineError(_placed(where, cls, error)) from error
-        if hasattr(error, "exit_code"):
-            raise type(error)(_placed(where, cls, error)) from error
-        raise
+    except Legacy as error:
+        raise type(error)(_placed(where, cls, error)) from error
+    except Refusal as refusal:
+        raise refusal.under(where) from refusal.__cause__
+
+
+def _at(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
 
 
 def _placed(where: str, cls: type, error: Exception) -> str:
@@ -104,23 +106,23 @@ def _placed(where: str, cls: type, error: Exception) -> str:
     return f"{where}.{message}" if re.match(r"\w+(\.\w+)* = ", message) else f"{where}: {message}"
 
 
-def _unknown_key(cls: type, key: str, where: str) -> str:
+def _unknown_key(cls: type, key: str, where: str) -> Refusal:
     known = list(field_types(cls))
-    near = [f"{where}.{name}" for name in difflib.get_close_matches(key, known, n=1, cutoff=0.6)]
-    deeper = [path for path in _paths(cls, where) if path.rsplit(".", 1)[1] == key]
-    vaguely = [f"{where}.{name}" for name in difflib.get_close_matches(key, known, n=1, cutoff=0.5)]
+    near = [_at(where, name) for name in difflib.get_close_matches(key, known, n=1, cutoff=0.6)]
+    deeper = [path for path in _paths(cls, where) if path.rpartition(".")[2] == key]
+    vaguely = [_at(where, name) for name in difflib.get_close_matches(key, known, n=1, cutoff=0.5)]
     guesses = near or deeper or vaguely
-    advice = f"did you mean {guesses[0]}?" if guesses else "known keys here: " + ", ".join(known) + "."
-    return f"{where}.{key}: no such key; {advice}"
+    advice = f"did you mean {guesses[0]}?" if guesses else "the keys here are " + ", ".join(known)
+    return Refusal(_at(where, key), NO_VALUE, "no such key", advice)
 
 
 def _paths(cls: type, where: str, above: tuple[type, ...] = ()) -> Iterator[str]:
     """Every dotted key under ``cls``, for suggestions; a type that holds itself is gone through once."""
     for name, hint in field_types(cls).items():
-        yield f"{where}.{name}"
+        yield _at(where, name)
         for inner in _dataclasses_in(hint):
             if inner not in (*above, cls):
-                yield from _paths(inner, f"{where}.{name}", (*above, cls))
+                yield from _paths(inner, _at(where, name), (*above, cls))
 
 
 def _dataclasses_in(hint: Any) -> list[type]:
@@ -132,14 +134,14 @@ def _dataclasses_in(hint: Any) -> list[type]:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    """``value`` as the type ``hint``, or EngineError naming ``where``."""
+    """``value`` as the type ``hint``, or Refusal naming ``where``."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint in _SCALARS:
         return _SCALARS[hint](value, where)
     if hint in (None, NoneType):
         if value is None:
             return None
-        raise EngineError(f"{where} = {value!r}: the only value here is null.")
+        raise Refusal(where, value, "the only value here is null")
     if origin is Literal:
         return _literal(arguments, value, where)
     if origin in (Union, types.UnionType):
@@ -148,17 +150,17 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return _tuple(arguments, value, where)
     if origin is dict and arguments[0] is str:
         if not isinstance(value, Mapping):
-            raise EngineError(f"{where} = {value!r}: expected a mapping of names to values.")
+            raise Refusal(where, value, "expected a mapping of names to values")
         return {str(key): _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _dataclass(hint, value, where)
-    raise TypeError(f"{where}: settings cannot have the type {hint!r} (allowed: see pipelines/engine/typed.py)")
+    raise TypeError(f"{where}: settings cannot have the type {hint!r} (allowed: see conf/typed.py)")
 
 
 def _bool(value: Any, where: str) -> bool:
     if isinstance(value, bool):
         return value
-    raise EngineError(f"{where} = {value!r}: expected true or false.")
+    raise Refusal(where, value, "expected true or false")
 
 
 def _int(value: Any, where: str) -> int:
@@ -168,13 +170,13 @@ def _int(value: Any, where: str) -> int:
     # 1e9 is how people write a billion; YAML makes a float of it.
     if number is not None and number.is_integer() and abs(number) < 2**53:
         return int(number)
-    raise EngineError(f"{where} = {value!r}: expected a whole number.")
+    raise Refusal(where, value, "expected a whole number")
 
 
 def _float(value: Any, where: str) -> float:
     number = float(value) if isinstance(value, int) and not isinstance(value, bool) else _number(value)
     if number is None or not math.isfinite(number):
-        raise EngineError(f"{where} = {value!r}: expected a finite number.")
+        raise Refusal(where, value, "expected a finite number")
     return number
 
 
@@ -193,7 +195,7 @@ def _number(value: Any) -> float | None:
 def _str(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
-    raise EngineError(f"{where} = {value!r}: expected text; put it in quotes if it is meant as text.")
+    raise Refusal(where, value, "expected text", "put it in quotes if it is meant as text")
 
 
 _SCALARS: dict[Any, Any] = {bool: _bool, int: _int, float: _float, str: _str}
@@ -207,18 +209,16 @@ def _literal(choices: tuple[Any, ...], value: Any, where: str) -> Any:
             return choice
     listed = ", ".join(str(choice) for choice in choices)
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.6)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise EngineError(f"{where} = {value!r}: must be one of {listed}.{hint}")
+    raise Refusal(where, value, f"must be one of {listed}", f"did you mean {near[0]}?" if near else "")
 
 
 def _tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if isinstance(value, str) or not isinstance(value, list | tuple):
-        listed = shlex.quote(f"{where.lstrip('.')}=[{value}]")
-        raise EngineError(f"{where} = {value!r}: expected a list; write {listed}.")
+        raise Refusal(where, value, "expected a list", f"write {shlex.quote(f'{where}=[{value}]')}")
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         return tuple(_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if len(value) != len(arguments):
-        raise EngineError(f"{where} = {value!r}: expected exactly {len(arguments)} values.")
+        raise Refusal(where, value, f"expected exactly {len(arguments)} values")
     pairs = zip(arguments, value, strict=True)
     return tuple(_value(hint, item, f"{where}[{index}]") for index, (hint, item) in enumerate(pairs))
 
@@ -235,15 +235,15 @@ def _union(arms: tuple[Any, ...], value: Any, where: str) -> Any:
     for arm in concrete:  # an exact type wins over one reached by conversion: 1 stays an int in `int | float`
         if arm is type(value):
             return value
-    errors = []
+    refusals = []
     for arm in concrete:
         if arm in classes:
             continue
         try:
             return _value(arm, value, where)
-        except EngineError as error:
-            errors.append(str(error).split(": ", 1)[1])
-    raise EngineError(f"{where} = {value!r}: " + " Or: ".join(errors))
+        except Refusal as refusal:
+            refusals.append(refusal)
+    raise Refusal(where, value, "; or: ".join(dict.fromkeys(refusal.rule for refusal in refusals)))
 
 
 def _by_kind(classes: list[type], value: Any, where: str) -> Any:
@@ -251,6 +251,6 @@ def _by_kind(classes: list[type], value: Any, where: str) -> Any:
         return value
     by_kind = {kind: cls for cls in classes for kind in typing.get_args(field_types(cls)["kind"])}
     if not isinstance(value, Mapping) or "kind" not in value:
-        raise EngineError(f"{where} = {value!r}: needs a kind, one of {', '.join(by_kind)}.")
+        raise Refusal(where, value, f"needs a kind, one of {', '.join(by_kind)}")
     kind = _literal(tuple(by_kind), value["kind"], f"{where}.kind")
     return _dataclass(by_kind[kind], value, where)

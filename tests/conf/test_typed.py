@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.engine.errors import EngineError
-from pipelines.engine.typed import from_plain, to_plain
+from conf.refusal import Refusal, field
+from conf.typed import from_plain, to_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Training:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"steps = {self.steps} must be at least 1")
+            raise Refusal("steps", self.steps, "must be at least 1", f"set {field('steps')}=1")
 
 
 def test_a_full_mapping_becomes_typed_settings() -> None:
@@ -72,31 +72,31 @@ def test_a_full_mapping_becomes_typed_settings() -> None:
 @pytest.mark.parametrize(
     ("plain", "says"),
     [
-        ({"step": 1}, "train.step: no such key; did you mean train.steps?"),
-        ({"steps": 1, "lr": 1}, "train.lr: no such key; did you mean train.optim.lr?"),
-        ({"steps": 1, "zzz": 1}, "known keys here: steps, optim, warmup"),
-        ({}, "train.steps has no value and no default; set it"),
-        ({"steps": True}, "train.steps = True: expected a whole number"),
+        ({"step": 1}, "train.step: no such key. Did you mean train.steps?"),
+        ({"steps": 1, "lr": 1}, "train.lr: no such key. Did you mean train.optim.lr?"),
+        ({"steps": 1, "zzz": 1}, "The keys here are steps, optim, warmup"),
+        ({}, "train.steps: has no value and no default. Set it."),
+        ({"steps": True}, "train.steps = true: expected a whole number"),
         ({"steps": 1.5}, "train.steps = 1.5: expected a whole number"),
         ({"steps": "many"}, "train.steps = 'many': expected a whole number"),
-        ({"steps": 0}, "train.steps = 0 must be at least 1"),
+        ({"steps": 0}, "train.steps = 0: must be at least 1. Set train.steps=1."),
         ({"steps": 1, "compile": 1}, "train.compile = 1: expected true or false"),
-        ({"steps": 1, "names": "a"}, "train.names = 'a': expected a list; write 'train.names=[a]'"),
+        ({"steps": 1, "names": "a"}, "train.names = 'a': expected a list. Write 'train.names=[a]'."),
         ({"steps": 1, "names": [3]}, "train.names[0] = 3: expected text"),
         ({"steps": 1, "precision": "bf61"}, "must be one of fp32, bf16. Did you mean bf16?"),
         ({"steps": 1, "optim": {"lr": 1}}, "needs a kind, one of adam, adamw, muon"),
         ({"steps": 1, "optim": {"kind": "mun"}}, "train.optim.kind = 'mun': must be one of adam, adamw, muon"),
-        ({"steps": 1, "optim": {"kind": "muon", "lr": 1}}, "train.optim.lr: no such key; known keys here"),
+        ({"steps": 1, "optim": {"kind": "muon", "lr": 1}}, "train.optim.lr: no such key. The keys here are"),
         ({"steps": 1, "optim": {"kind": "adam", "lr": float("nan")}}, "train.optim.lr = nan: expected a finite number"),
         ({"steps": 1, "optim": {"kind": "adam", "betas": [1]}}, "expected exactly 2 values"),
-        ({"steps": 1, "warmup": {"rl": 1}}, "train.warmup.rl: no such key; did you mean train.warmup.lr?"),
+        ({"steps": 1, "warmup": {"rl": 1}}, "train.warmup.rl: no such key. Did you mean train.warmup.lr?"),
         ({"steps": 1, "weights": {"web": "x"}}, "train.weights.web = 'x': expected a finite number"),
-        ({"steps": 1, "limit": "x"}, "expected a whole number. Or: expected a finite number"),
+        ({"steps": 1, "limit": "x"}, "expected a whole number; or: expected a finite number"),
         (3, "train = 3: expected a mapping with the keys steps"),
     ],
 )
 def test_each_mistake_is_answered_with_path_value_and_remedy(plain: dict, says: str) -> None:
-    with pytest.raises(EngineError) as error:
+    with pytest.raises(Refusal) as error:
         from_plain(Training, plain, "train")
     assert says in str(error.value)
     assert error.value.exit_code == 2
