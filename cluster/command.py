@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.errors import ClusterError
+from conf.refusal import NO_VALUE, Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,29 +22,33 @@ class Machines:
 
 
 def given_store(command: Sequence[str]) -> str | None:
-    """The value of the last `store=` override in `command`, or None. ClusterError for a relative path."""
+    """The value of the last `store=` override in `command`, or None. Raises Refusal for a relative path."""
     stores = [argument.split("=", 1)[1] for argument in command if argument.startswith("store=")]
     if not stores:
         return None
-    check_store(stores[-1], "store")
+    check_store(stores[-1])
     return stores[-1]
 
 
-def check_store(store: str, name: str) -> None:
-    """ClusterError unless `store` is an absolute path or a URL."""
+def check_store(store: str) -> None:
+    """Raise Refusal unless `store` is an absolute path or a URL."""
     if not (store.startswith("/") or "://" in store):
-        raise ClusterError(
-            f"{name}={store} is a relative path: on a cluster it would lie in the job's own folder and vanish with it. "
-            "Give an absolute path that every machine of the cluster sees, or a URL such as s3://bucket/prefix."
+        raise Refusal(
+            "store",
+            store,
+            "a relative path would lie in the job's own folder on a cluster and vanish with it",
+            "give an absolute path that every machine of the cluster sees, or a URL such as s3://bucket/prefix",
         )
 
 
 def check_command(command: Sequence[str]) -> None:
-    """ClusterError unless there is a verb to run."""
+    """Raise Refusal unless there is a verb to run."""
     if not command or "=" in command[0] or command[0].startswith("-"):
-        raise ClusterError(
-            f"{shlex.join(command) or 'nothing'} after `--`: a verb must come first. "
-            "Write: athanor submit cluster=ray address=http://HOST:8265 -- run experiment=demo"
+        raise Refusal(
+            "athanor submit",
+            NO_VALUE,
+            f"after `--` a verb must come first, and there is {shlex.join(command) or 'nothing'}",
+            "write: athanor submit cluster=ray address=http://HOST:8265 -- run experiment=demo",
         )
 
 

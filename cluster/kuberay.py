@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from cluster.command import Machines, check_command, check_store, given_store, job_name, shell_line
-from cluster.errors import ClusterError
+from conf.refusal import NO_VALUE, Refusal
 
 _RAY_DRAIN_SECONDS = 30
 """How long a Ray node that was told to end may take to hand over; a pod killed within it leaves work half done."""
@@ -26,67 +26,87 @@ _QUANTITY = re.compile(r"\d+(\.\d+)?([KMGTP]i?)?")
 
 @dataclass(frozen=True, kw_only=True)
 class KubeRaySettings:
-    """A Ray cluster on Kubernetes that lives for one run.
-
-    image: holds Athanor's dependencies, and Athanor itself unless `code` is the URL of a zip of the checkout (s3://…,
-    https://…). store: URL, or a path below `claim_path` of the volume claim `claim`; needed unless the command names
-    one. secrets: from the name of an environment variable to SECRET/KEY of a Kubernetes secret; values never stand in
-    the manifest. ray_version: the image's; null is the one installed here. auth: token needs KubeRay 1.5.1 or newer.
-    retries: fresh clusters after a failed attempt. deadline_seconds: the whole job's, retries included. kept_seconds:
-    how long the cluster stays after the end, for its logs. grace_seconds: from SIGTERM to SIGKILL.
-    """
+    """A Ray cluster on Kubernetes that lives for one run."""
 
     kind: Literal["kuberay"] = "kuberay"
+    """Kubernetes with the KubeRay operator."""
     image: str | None = None
+    """Container image with Athanor's dependencies, and Athanor itself unless `code` is given."""
     namespace: str = "default"
+    """Kubernetes namespace of the job."""
     code: str | None = None
+    """URL of a zip of the checkout (s3://…, https://…); null: the image has it."""
     store: str | None = None
+    """Where artifacts go if the command names no store: a URL, or a path below `claim_path`."""
     claim: str | None = None
+    """Volume claim that every pod mounts, writable by many pods; null: none."""
     claim_path: str = "/store"
+    """Path at which the volume claim is mounted."""
     ray_version: str | None = None
+    """Ray's version in the image; null: the version installed here."""
     auth: Literal["token", "disabled"] = "token"
+    """Whether the Ray cluster asks for a token; token needs KubeRay 1.5.1 or newer."""
     workers: int = 1
+    """Number of worker pods."""
     cpus_per_worker: int = 8
+    """CPUs of each worker pod."""
     memory_per_worker: str = "64Gi"
+    """Memory of each worker pod, a Kubernetes quantity."""
     gpus_per_worker: int = 0
+    """GPUs of each worker pod."""
     shared_memory: str = "16Gi"
+    """Size of /dev/shm in each pod, a Kubernetes quantity."""
     head_cpus: int = 4
+    """CPUs of the head pod, which runs the driver and none of the work."""
     head_memory: str = "16Gi"
+    """Memory of the head pod, a Kubernetes quantity."""
     python: str = "python"
+    """Python interpreter in the image."""
     secrets: dict[str, str] = field(default_factory=dict)
+    """Environment variables from Kubernetes secrets: VARIABLE: SECRET/KEY. The manifest holds no values."""
     node_selector: dict[str, str] = field(default_factory=dict)
+    """Labels that the pods' nodes must have: LABEL: VALUE."""
     service_account: str | None = None
+    """Kubernetes service account of the pods; null: the namespace's default."""
     retries: int = 3
+    """Number of fresh clusters after a failed attempt; each continues from the store."""
     deadline_seconds: int = 7 * 24 * 3600
+    """Longest time for the whole job in seconds, retries included."""
     kept_seconds: int = 600
+    """Seconds that the cluster stays after the end, for its logs."""
     grace_seconds: int = 120
+    """Seconds from SIGTERM to SIGKILL of a pod."""
 
     def __post_init__(self) -> None:
         for name in ("workers", "cpus_per_worker", "head_cpus", "deadline_seconds"):
             if getattr(self, name) < 1:
-                raise ClusterError(f"{name}={getattr(self, name)}: must be at least 1.")
+                raise Refusal(name, getattr(self, name), "must be at least 1")
         for name in ("gpus_per_worker", "retries", "kept_seconds"):
             if getattr(self, name) < 0:
-                raise ClusterError(f"{name}={getattr(self, name)}: must not be negative.")
+                raise Refusal(name, getattr(self, name), "must not be negative")
         if self.grace_seconds <= _RAY_DRAIN_SECONDS:
-            raise ClusterError(
-                f"grace_seconds={self.grace_seconds}: Ray takes up to {_RAY_DRAIN_SECONDS} s to leave a node; give "
-                "more than that."
+            raise Refusal(
+                "grace_seconds",
+                self.grace_seconds,
+                f"Ray takes up to {_RAY_DRAIN_SECONDS} s to leave a node",
+                "give more than that",
             )
         for name in ("memory_per_worker", "shared_memory", "head_memory"):
             if not _QUANTITY.fullmatch(getattr(self, name)):
-                raise ClusterError(f"{name}={getattr(self, name)}: a Kubernetes quantity, such as 64Gi.")
+                raise Refusal(name, getattr(self, name), "a Kubernetes quantity, such as 64Gi")
         for variable, source in self.secrets.items():
             if not (variable.isidentifier() and re.fullmatch(r"[-.a-z0-9]+/[-._a-zA-Z0-9]+", source)):
-                raise ClusterError(
-                    f"secrets.{variable}: must name a Kubernetes secret as SECRET/KEY, never hold the value itself. "
-                    "Make one: kubectl create secret generic tracking --from-literal=wandb=…, then "
-                    "secrets.WANDB_API_KEY=tracking/wandb"
+                raise Refusal(
+                    f"secrets.{variable}",
+                    NO_VALUE,
+                    "must name a Kubernetes secret as SECRET/KEY, never hold the value itself",
+                    "make one: kubectl create secret generic tracking --from-literal=wandb=…, then "
+                    "secrets.WANDB_API_KEY=tracking/wandb",
                 )
         if not _NAME.fullmatch(self.namespace):
-            raise ClusterError(f"namespace={self.namespace}: lower-case letters, digits and dashes.")
+            raise Refusal("namespace", self.namespace, "lower-case letters, digits and dashes")
         if self.store is not None:
-            check_store(self.store, "store")
+            check_store(self.store)
 
     @property
     def machines(self) -> Machines:
@@ -100,12 +120,14 @@ class KubeRaySettings:
 
 
 def submit(settings: KubeRaySettings, command: Sequence[str], *, dry_run: bool) -> int:
-    """Print the manifest. ClusterError without dry_run: a manifest is applied by hand."""
+    """Print the manifest. Raises Refusal without dry_run: a manifest is applied by hand."""
     manifest = render(settings, command)
     if not dry_run:
-        raise ClusterError(
-            "cluster=kuberay writes manifests and does not apply them. Add --dry-run, keep the output as job.yaml, "
-            "then `kubectl create -f job.yaml`."
+        raise Refusal(
+            "cluster",
+            "kuberay",
+            "this kind writes manifests and does not apply them",
+            "add --dry-run, keep the output as job.yaml, then `kubectl create -f job.yaml`",
         )
     print(manifest, end="")
     return 0
@@ -115,8 +137,11 @@ def render(settings: KubeRaySettings, command: Sequence[str]) -> str:
     """The RayJob as YAML, with a header that says how to apply, follow and remove it."""
     check_command(command)
     if settings.image is None:
-        raise ClusterError(
-            "image: not given. Name the container image that holds Athanor's dependencies: image=REGISTRY/NAME:TAG"
+        raise Refusal(
+            "image",
+            NO_VALUE,
+            "not given",
+            "name the container image that holds Athanor's dependencies: image=REGISTRY/NAME:TAG",
         )
     command = _with_store(settings, command)
     name = job_name(command)
@@ -142,14 +167,19 @@ def render(settings: KubeRaySettings, command: Sequence[str]) -> str:
 def _with_store(settings: KubeRaySettings, command: Sequence[str]) -> list[str]:
     store = given_store(command) or settings.store
     if store is None:
-        raise ClusterError(
-            "store: not given. Pods share no disk: give store=s3://bucket/prefix, or a volume claim and a path on it "
-            "(claim=NAME store=/store/runs)."
+        raise Refusal(
+            "store",
+            NO_VALUE,
+            "not given, and pods share no disk",
+            "give store=s3://bucket/prefix, or a volume claim and a path on it (claim=NAME store=/store/runs)",
         )
     if "://" not in store and (settings.claim is None or not store.startswith(settings.claim_path)):
-        raise ClusterError(
-            f"store={store} is a path inside a pod and goes when the pod goes. Give a URL, or a path below "
-            f"{settings.claim_path} together with claim=NAME of a volume that many pods can write."
+        raise Refusal(
+            "store",
+            store,
+            "a path inside a pod goes when the pod goes",
+            f"give a URL, or a path below {settings.claim_path} together with claim=NAME of a volume that many pods can "
+            "write",
         )
     return [*command] if given_store(command) else [*command, f"store={store}"]
 
@@ -158,9 +188,7 @@ def _runtime_env(settings: KubeRaySettings) -> dict[str, str]:
     if settings.code is None:
         return {}
     if "://" not in settings.code:
-        raise ClusterError(
-            f"code={settings.code}: must be a URL that the pods can fetch, such as s3://bucket/athanor.zip."
-        )
+        raise Refusal("code", settings.code, "must be a URL that the pods can fetch, such as s3://bucket/athanor.zip")
     return {"runtimeEnvYAML": yaml.safe_dump({"working_dir": settings.code})}
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.command import check_command, check_store, given_store, job_name, shell_line
-from cluster.errors import ClusterError
 from cluster.tree import Package, pack, working_tree
+from conf.refusal import NO_VALUE, Refusal
 
 ANSWER_SECONDS = 4.0
 """How long an address may take to connect and, again, to answer before it counts as dead."""
@@ -37,31 +37,33 @@ _COMMAND_NOT_FOUND = 127
 
 @dataclass(frozen=True, kw_only=True)
 class RaySettings:
-    """A running Ray cluster and what a job brings to it.
-
-    address: of its dashboard, http://HOST:8265; null asks RAY_API_SERVER_ADDRESS. python: the interpreter on the head
-    that has Athanor's dependencies. pip: packages Ray installs for the job first. tree: the checkout to ship; null is
-    this one. store: where artifacts go when the command names none; null is athanor/runs in the home of the account
-    Ray runs as, which only a cluster of one machine, or one with a shared home, can use. pass_env: names (never
-    values) of variables to hand on from this shell, such as WANDB_API_KEY.
-    """
+    """A running Ray cluster and what a job brings to it."""
 
     kind: Literal["ray"] = "ray"
+    """A Ray cluster that is running already."""
     address: str | None = None
+    """The cluster's dashboard, http://HOST:8265; null: the address in RAY_API_SERVER_ADDRESS."""
     python: str = "python"
+    """The Python interpreter on the head, with Athanor's dependencies installed."""
     pip: tuple[str, ...] = ()
+    """Packages that Ray installs for the job before it starts, as pip names them."""
     tree: str | None = None
+    """The checkout to ship; null: this one."""
     store: str | None = None
+    """Where artifacts go if the command names no store; null: athanor/runs in a home shared by all machines."""
     pass_env: tuple[str, ...] = ()
+    """Names (never values) of environment variables of this shell that the job gets, such as WANDB_API_KEY."""
 
     def __post_init__(self) -> None:
         if self.store is not None:
-            check_store(self.store, "store")
+            check_store(self.store)
         for name in self.pass_env:
             if not name.isidentifier():
-                raise ClusterError(
-                    f"pass_env={name.split('=', 1)[0]}: names of environment variables only, never values. "
-                    "Set the variable in this shell and write 'pass_env=[NAME]'."
+                raise Refusal(
+                    "pass_env",
+                    name.split("=", 1)[0],
+                    "names of environment variables only, never values",
+                    "set the variable in this shell and write 'pass_env=[NAME]'",
                 )
 
 
@@ -120,12 +122,12 @@ def stop(job: str, *, address: str | None = None) -> int:
 
 
 def status(job: str, *, address: str | None = None) -> JobStatus:
-    """What the cluster says of the job. ClusterError when it does not know it."""
+    """What the cluster says of the job. Raises Refusal when it does not know it."""
     return RayJobs(address or recall(job)).status(job)
 
 
 class RayJobs:
-    """The jobs of one cluster. ClusterError from any method when the cluster does not answer or does not know the
+    """The jobs of one cluster. Any method raises Refusal when the cluster does not answer or does not know the
     job."""
 
     def __init__(self, address: str) -> None:
@@ -179,9 +181,11 @@ class RayJobs:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while self.status(job).exit_code is None:
             if time.monotonic() > deadline:
-                raise ClusterError(
-                    f"{job} was asked to stop {PATIENCE_SECONDS:.0f} s ago and still runs on {self.address}; look at "
-                    "its dashboard, and ask again."
+                raise Refusal(
+                    job,
+                    NO_VALUE,
+                    f"still runs on {self.address}, {PATIENCE_SECONDS:.0f} s after it was asked to stop",
+                    "look at its dashboard, and stop it again",
                 )
             time.sleep(0.5)
         return (
@@ -189,7 +193,7 @@ class RayJobs:
         )
 
     def status(self, job: str) -> JobStatus:
-        """Where a job stands. Raises ClusterError for a job the cluster does not know."""
+        """Where a job stands. Raises Refusal for a job the cluster does not know."""
         details = self._asked(lambda: self._client.get_job_info(job), job)
         state = _state(details)
         return JobStatus(
@@ -217,9 +221,14 @@ class RayJobs:
                 sys.stdout.write(rest)
                 sys.stdout.flush()
                 printed, heard = printed + len(rest), time.monotonic()
-            except ClusterError as error:
+            except Refusal as refusal:
                 if time.monotonic() - heard > PATIENCE_SECONDS:
-                    raise ClusterError(f"{error} The job may go on without us: athanor logs {job}.") from error
+                    raise Refusal(
+                        job,
+                        NO_VALUE,
+                        f"{refusal} The job may go on without us",
+                        f"ask for it later: athanor logs {job}",
+                    ) from refusal
             time.sleep(1.0)
 
     async def _tail(self, job: str, printed: int) -> int:
@@ -239,28 +248,32 @@ class RayJobs:
             printed += len(new)
 
     def _asked(self, question: Callable[[], Any], job: str | None = None) -> Any:
-        """Ask the cluster, and put its refusals into words."""
+        """Ask the cluster; what it refuses is a Refusal."""
         try:
             return question()
         except (RuntimeError, OSError) as error:
             if job is not None and "status code 404" in str(error):
-                raise ClusterError(
-                    f"{job}: {self.address} knows no such job. Jobs are forgotten when a cluster is restarted; "
-                    "what a job made is in its store."
+                raise Refusal(
+                    job,
+                    NO_VALUE,
+                    f"{self.address} knows no such job. Jobs are forgotten when a cluster is restarted",
+                    "what a job made is in its store",
                 ) from error
-            raise ClusterError(f"{self.address} did not do as asked: {_first_line(error)}") from error
+            raise Refusal("address", self.address, f"the cluster refused: {_first_line(error)}") from error
 
 
 def _connect(address: str) -> Any:
-    """A client of the dashboard at `address`, or ClusterError within twice ANSWER_SECONDS."""
+    """A client of the dashboard at `address`, or Refusal within twice ANSWER_SECONDS."""
     remedy = (
-        "Check with `ray status` on the head that the cluster runs and with `curl ADDRESS/api/version` that its "
-        "dashboard can be reached from here (a tunnel: ssh -L 8265:localhost:8265 HOST)."
+        "check with `ray status` on the head that the cluster runs and with `curl ADDRESS/api/version` that its "
+        "dashboard can be reached from here (a tunnel: ssh -L 8265:localhost:8265 HOST)"
     )
     if not address.startswith(("http://", "https://")):
-        raise ClusterError(
-            f"address={address}: jobs are sent to the dashboard of the Ray head, http://HOST:8265, not to its other "
-            "ports."
+        raise Refusal(
+            "address",
+            address,
+            "jobs are sent to the dashboard of the Ray head, not to its other ports",
+            "give address=http://HOST:8265",
         )
     import requests  # Ray's own HTTP library; slow to import, like ray itself
     from ray.exceptions import AuthenticationError
@@ -274,13 +287,15 @@ def _connect(address: str) -> Any:
         with _without_environment("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
             return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise ClusterError(
-            f"address={address} asks for a token. Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file "
-            "that holds it."
+        raise Refusal(
+            "address",
+            address,
+            "this Ray cluster asks for a token",
+            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that holds it",
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
-        raise ClusterError(
-            f"address={address} does not answer as a Ray dashboard: {_first_line(error)}. {remedy}"
+        raise Refusal(
+            "address", address, f"does not answer as a Ray dashboard: {_first_line(error)}", remedy
         ) from error
 
 
@@ -297,8 +312,11 @@ def _without_environment(*names: str) -> Iterator[None]:
 def _runtime_env(settings: RaySettings, package: Package) -> dict[str, Any]:
     missing = [name for name in settings.pass_env if name not in os.environ]
     if missing:
-        raise ClusterError(
-            f"pass_env={missing}: not set in this shell, so there is nothing to hand on. Export it, or leave it out."
+        raise Refusal(
+            "pass_env",
+            missing,
+            "not set in this shell, so there is nothing to hand on",
+            "export it, or leave it out",
         )
     if settings.pass_env:
         say(
@@ -356,7 +374,9 @@ def _first_line(error: BaseException) -> str:
 def _address(address: str | None) -> str:
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not address:
-        raise ClusterError("address: no cluster named. Give the dashboard of the Ray head: address=http://HOST:8265")
+        raise Refusal(
+            "address", NO_VALUE, "no cluster named", "give the dashboard of the Ray head: address=http://HOST:8265"
+        )
     return address.rstrip("/")
 
 
@@ -375,7 +395,9 @@ def recall(job: str) -> str:
         return note.read_text().strip()
     if os.environ.get("RAY_API_SERVER_ADDRESS"):
         return _address(None)
-    raise ClusterError(f"{job}: not submitted from this account. Say where it runs: address=http://HOST:8265")
+    raise Refusal(
+        job, NO_VALUE, "not submitted from this account", "add the dashboard where it runs: address=http://HOST:8265"
+    )
 
 
 def _memory() -> Path:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.command import Machines, check_command, check_store, given_store, job_name, shell_line
-from cluster.errors import ClusterError
 from cluster.tree import working_tree
+from conf.refusal import NO_VALUE, Refusal
 
 LOST_MACHINE_EXIT_CODE = 75
 """Of a run that lost a machine, or Ray itself, and can go on (LOST_MACHINE of `pipelines/engine/errors.py`)."""
@@ -28,58 +28,68 @@ LOST_MACHINE_EXIT_CODE = 75
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmSettings:
-    """An allocation and what runs in it.
-
-    store: absolute path on the shared file system, or URL; needed unless the command names one. logs: folder of the
-    job's log; null is `logs` in a store that is a path, otherwise `.`, the folder of sbatch's call. tree: checkout on the
-    shared file system, run in place; null is this one. python: interpreter there; null is this one. setup: shell lines
-    run first on the batch node, such as `module load cuda`. memory and time_limit are in Slurm's own notation (`0` is
-    all of a node; D-HH:MM:SS). network: start of the addresses of the network Ray should use, such as 10.1.; null is
-    the first address of the node. grace_seconds: warning before the time limit, for the run to end cleanly.
-    max_requeues: after this many the job stays down.
-    """
+    """A Slurm allocation and what runs in it."""
 
     kind: Literal["slurm"] = "slurm"
+    """A Slurm cluster."""
     nodes: int = 1
+    """Number of nodes."""
     gpus_per_node: int = 0
+    """Number of GPUs of each node that the job takes."""
     cpus_per_node: int = 8
+    """Number of CPUs of each node that the job takes."""
     memory: str = "0"
+    """Memory of each node that the job takes, in Slurm's notation (64G); 0: all of it."""
     time_limit: str = "1-00:00:00"
+    """Longest time the job may run, in Slurm's notation: minutes, HH:MM:SS or D-HH:MM:SS."""
     partition: str | None = None
+    """Slurm partition; null: the cluster's default."""
     account: str | None = None
+    """Slurm account that the job is charged to; null: the user's default."""
     qos: str | None = None
+    """Slurm quality of service; null: the user's default."""
     constraint: str | None = None
+    """Features that the nodes must have, in Slurm's notation (a100&nvlink); null: any node."""
     store: str | None = None
+    """Where artifacts go if the command names no store: an absolute path on the shared file system, or a URL."""
     logs: str | None = None
+    """Folder of the job's log, `.` for that of sbatch's call; null: `logs` in the store, or `.` where that is a URL."""
     tree: str | None = None
+    """Checkout on the shared file system, which is run in place; null: this one."""
     python: str | None = None
+    """Python interpreter on the shared file system; null: this one."""
     setup: tuple[str, ...] = ()
+    """Shell lines that the first node runs before anything else, such as `module load cuda`."""
     network: str | None = None
+    """Beginning of the addresses in the network that Ray uses, such as 10.1.; null: each node's first address."""
     ready_seconds: int = 300
+    """Longest wait for Ray to start on every node, in seconds."""
     grace_seconds: int = 120
+    """Warning before the time limit in seconds, in which the run saves and ends."""
     max_requeues: int = 20
+    """Times the job goes back into the queue after a lost machine, a preemption or the time limit."""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "cpus_per_node", "ready_seconds"):
             if getattr(self, name) < 1:
-                raise ClusterError(f"{name}={getattr(self, name)}: must be at least 1.")
+                raise Refusal(name, getattr(self, name), "must be at least 1")
         for name in ("gpus_per_node", "max_requeues"):
             if getattr(self, name) < 0:
-                raise ClusterError(f"{name}={getattr(self, name)}: must not be negative.")
+                raise Refusal(name, getattr(self, name), "must not be negative")
         if self.grace_seconds < 30:
-            raise ClusterError(f"grace_seconds={self.grace_seconds}: Slurm rounds to half a minute; give at least 30.")
+            raise Refusal("grace_seconds", self.grace_seconds, "Slurm rounds to half a minute", "give at least 30")
         if not re.fullmatch(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}", self.time_limit):
-            raise ClusterError(f"time_limit={self.time_limit}: write minutes, HH:MM:SS or D-HH:MM:SS.")
+            raise Refusal(
+                "time_limit", self.time_limit, "not a time of Slurm's", "write minutes, HH:MM:SS or D-HH:MM:SS"
+            )
         if self.network is not None and not re.fullmatch(r"[0-9a-fA-F.:]+", self.network):
-            raise ClusterError(f"network={self.network}: the first characters of an address, such as 10.1.")
+            raise Refusal("network", self.network, "the first characters of an address, such as 10.1")
         for name in ("partition", "account", "qos", "constraint", "memory"):
             value = getattr(self, name)
             if value is not None and not re.fullmatch(r"[\w.,&|*\[\]()-]+", value):
-                raise ClusterError(
-                    f"{name}={value}: not a Slurm name; it would break the line of the script it stands in."
-                )
+                raise Refusal(name, value, "not a Slurm name; it would break the line of the script it stands in")
         if self.store is not None:
-            check_store(self.store, "store")
+            check_store(self.store)
 
     @property
     def machines(self) -> Machines:
@@ -93,13 +103,15 @@ class SlurmSettings:
 
 
 def submit(settings: SlurmSettings, command: Sequence[str], *, dry_run: bool) -> int:
-    """Print the script, or hand it to sbatch. ClusterError where there is no sbatch or it refuses."""
+    """Print the script, or hand it to sbatch. Raises Refusal where there is no sbatch or it refuses."""
     check_command(command)
     command = _with_store(settings, command)
     if not dry_run and shutil.which("sbatch") is None:
-        raise ClusterError(
-            "sbatch was not found: this machine does not belong to a Slurm cluster. On one that does, run the same "
-            "line; or write the script with --dry-run, carry it there, and `sbatch` it."
+        raise Refusal(
+            "sbatch",
+            NO_VALUE,
+            "was not found: this machine does not belong to a Slurm cluster",
+            "run the same line on one that does; or write the script with --dry-run, carry it there, and `sbatch` it",
         )
     settings = _with_log_folder(settings, command)
     script = render(settings, command)
@@ -108,7 +120,7 @@ def submit(settings: SlurmSettings, command: Sequence[str], *, dry_run: bool) ->
         return 0
     answer = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
-        raise ClusterError(f"sbatch refused the script: {answer.stderr.strip()}. See it whole with --dry-run.")
+        raise Refusal("sbatch", NO_VALUE, f"refused the script: {answer.stderr.strip()}", "see it whole with --dry-run")
     job = answer.stdout.strip().split(";")[0]
     log = Path.cwd() / _log_folder(settings, command) / f"{job_name(command)}-{job}.log"
     print(f"submitted Slurm job {job}\n  tail -F {log}\n  squeue -j {job}\n  scancel {job}", file=sys.stderr)
@@ -163,8 +175,11 @@ def _with_store(settings: SlurmSettings, command: Sequence[str]) -> list[str]:
     if given_store(command) is not None:
         return [*command]
     if settings.store is None:
-        raise ClusterError(
-            "store: not given. The nodes of a Slurm job share only a file system: give store=/shared/path or a URL."
+        raise Refusal(
+            "store",
+            NO_VALUE,
+            "not given, and the nodes of a Slurm job share only a file system",
+            "give store=/shared/path or a URL",
         )
     return [*command, f"store={settings.store}"]
 
@@ -195,9 +210,11 @@ def _log_folder(settings: SlurmSettings, command: Sequence[str]) -> Path:
     beside = Path(store) / "logs" if store.startswith("/") else Path()
     folder = Path(settings.logs) if settings.logs else beside
     if not (folder.is_absolute() or folder == Path()) or '"' in str(folder):
-        raise ClusterError(
-            f"logs={folder}: give an absolute path that the nodes see, without quotes in it, or . for the folder that "
-            "sbatch is called from."
+        raise Refusal(
+            "logs",
+            folder,
+            "the log lies in a folder that every node sees",
+            "give an absolute path without quotes in it, or . for the folder that sbatch is called from",
         )
     return folder
 

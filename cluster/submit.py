@@ -25,7 +25,7 @@ def submit(settings: ClusterSettings, command: Sequence[str], *, dry_run: bool =
     """Run `athanor COMMAND` where `settings` say. The job's exit code if it is followed, otherwise 0.
 
     dry_run prints what would be sent (the job, the script, the manifest) and sends nothing. Only a Ray job can be
-    followed. ClusterError for anything a person can mend.
+    followed. Raises Refusal for anything a person can mend.
     """
     match settings:
         case RaySettings():

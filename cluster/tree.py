@@ -15,7 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.errors import ClusterError
+from conf.refusal import NO_VALUE, Refusal
 
 RAY_PACKAGE_LIMIT_BYTES = 512 * 2**20
 """Ray keeps a job's package in its control store and refuses anything larger."""
@@ -35,17 +35,21 @@ class Package:
 
 
 def working_tree(root: str | None = None) -> Path:
-    """The tree to ship: `root`, or the checkout this code was loaded from. ClusterError if that is not a checkout."""
+    """The tree to ship: `root`, or the checkout this code was loaded from. Raises Refusal if that is not a checkout."""
     tree = Path(root).expanduser().absolute() if root else Path(__file__).absolute().parents[1]
     if not (tree / "pipelines" / "__main__.py").is_file():
-        raise ClusterError(
-            f"tree={tree} holds no pipelines/__main__.py: a job runs `python -m pipelines` in the shipped tree. "
-            "Give the checkout with tree=DIR."
+        raise Refusal(
+            "tree",
+            tree,
+            "holds no pipelines/__main__.py, and a job runs `python -m pipelines` in the shipped tree",
+            "give the checkout with tree=DIR",
         )
     if root is None and not (tree / "pyproject.toml").is_file():
-        raise ClusterError(
-            f"Athanor runs from {tree}, an installed copy and not a checkout, so there is no working tree to ship. "
-            "Install with `pip install -e`, or give a checkout with tree=DIR."
+        raise Refusal(
+            "tree",
+            NO_VALUE,
+            f"Athanor runs from {tree}, an installed copy and not a checkout, so there is no working tree to ship",
+            "install with `pip install -e`, or give a checkout with tree=DIR",
         )
     return tree
 
@@ -63,14 +67,14 @@ def shipped_files(tree: Path) -> list[str]:
             where = (f"--git-dir={empty}", f"--work-tree={tree}")
             listing = _git(tree, *where, "ls-files", "-z", "--others", "--exclude-standard")
     if listing.returncode != 0:
-        raise ClusterError(f"{tree}: git cannot list the files to ship: {listing.stderr.strip()}")
+        raise Refusal(tree, NO_VALUE, f"git cannot list the files to ship: {listing.stderr.strip()}")
     names = sorted({name for name in listing.stdout.split("\0") if name})
     # A deleted file is still in the index, and a submodule is a folder.
     return [name for name in names if (tree / name).is_file()]
 
 
 def pack(tree: Path, target: Path, *, limit_bytes: int = RAY_PACKAGE_LIMIT_BYTES) -> Package:
-    """Write the shipped files to the zip `target`, byte for byte reproducible. ClusterError when it passes the
+    """Write the shipped files to the zip `target`, byte for byte reproducible. Raises Refusal when it passes the
     limit."""
     names = shipped_files(tree)
     packed_bytes = 0
@@ -93,14 +97,16 @@ def pack(tree: Path, target: Path, *, limit_bytes: int = RAY_PACKAGE_LIMIT_BYTES
     return Package(path=target, digest=digest, files=len(names), bytes=size)
 
 
-def _too_large(tree: Path, names: list[str], limit_bytes: int) -> ClusterError:
+def _too_large(tree: Path, names: list[str], limit_bytes: int) -> Refusal:
     sizes = sorted(((os.path.getsize(tree / name), name) for name in names), reverse=True)
     largest = ", ".join(f"{name} ({size / _MIB:.1f} MiB)" for size, name in sizes[:5])
     total = sum(size for size, _ in sizes) / _MIB
-    return ClusterError(
-        f"{tree}: the tree to ship is {total:.0f} MiB in {len(sizes)} files and packs to more than "
-        f"{limit_bytes / _MIB:.0f} MiB, the most a Ray job may bring. Data belongs in the store or on a shared path: "
-        f"list it in .gitignore. The largest files: {largest}."
+    return Refusal(
+        tree,
+        NO_VALUE,
+        f"the tree to ship is {total:.0f} MiB in {len(sizes)} files and packs to more than {limit_bytes / _MIB:.0f} MiB, "
+        "the most a Ray job may bring. Data belongs in the store or on a shared path",
+        f"list it in .gitignore. The largest files: {largest}",
     )
 
 
@@ -108,4 +114,6 @@ def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise ClusterError("git was not found; it decides which files of the tree are shipped. Install git.") from error
+        raise Refusal(
+            "git", NO_VALUE, "was not found; it decides which files of the tree are shipped", "install git"
+        ) from error

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from conf.refusal import Refusal
 from data.errors import DataError
 from data.rows.instructions import InstructionSettings, instruction_files
 from model.errors import ModelError
-from pipelines.engine.errors import EngineError
 from pipelines.engine.files import FileHashes
 from pipelines.stages.start import Start
 from pipelines.verbs.help import settings_help
@@ -88,7 +88,7 @@ def test_a_special_file_is_refused_and_not_waited_for_wherever_files_are_read(
 ) -> None:
     for name in ("config.json", "task.yaml"):
         (tmp_path / name).symlink_to(target) if target else os.mkfifo(tmp_path / name)
-    with pytest.raises(EngineError, match=r"task\.yaml is no plain file"):
+    with pytest.raises(Refusal, match=r"task\.yaml is no plain file"):
         FileHashes(tmp_path / "hashes").of([tmp_path / "task.yaml"])
     with pytest.raises(ModelError, match=r"config\.json is no plain file"):
         Start.open("pretrain.init_from", str(tmp_path))

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from conf.refusal import Refusal
 from data.errors import DataError
 from data.rows.instructions import InstructionSettings, build_instructions, count_train_conversations
 from pipelines.engine import waiting
-from pipelines.engine.step import EngineError, Step
+from pipelines.engine.step import Step
 from pipelines.stages import rehearsal
 from tests.conftest import LOCAL, answer, complaint, tiny
 from tests.data.foreign import save
@@ -224,7 +225,7 @@ def test_a_class_that_transformers_cannot_build_is_refused_and_not_remembered(
     cache = tmp_path / "cache"
     monkeypatch.setattr(rehearsal, "hf_config", lambda _: {**described, "hidden_act": "no such activation"})
     for _ in range(2):
-        with pytest.raises(EngineError, match=r"transformers .* cannot build the model .*no such activation"):
+        with pytest.raises(Refusal, match=r"transformers .* cannot build the model .*no such activation"):
             rehearsal.rehearse(config, None, cache)
     monkeypatch.setattr(rehearsal, "hf_config", lambda _: described)
     rehearsal.rehearse(config, None, cache)

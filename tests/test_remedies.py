@@ -24,14 +24,13 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from cluster.errors import ClusterError
 from cluster.submit import KINDS
+from conf.refusal import Refusal
 from conf.typed import field_types
 from data.errors import DataError
 from data.tokenizers.training import TokenizerSettings, train_tokenizer
 from pipelines.__main__ import VERBS, _parse
 from pipelines.engine.backends.ray_backend import _in_lasting_thread
-from pipelines.engine.errors import EngineError
 from pipelines.settings.compose import Settings, compose, plain, resolved, typed
 from pipelines.settings.overrides import CONF_DIR, options, points_of, types_at
 from pipelines.verbs.commands import cluster_settings
@@ -221,7 +220,7 @@ def typed_as(line: Line, key: str, value: str) -> str:
             try:
                 for kind in kinds:
                     cluster_settings([f"cluster={kind}", f"{key}={value}"])
-            except ClusterError as error:
+            except Refusal as error:
                 return str(error)
         if kinds:
             return ""
@@ -417,7 +416,7 @@ def test_a_ray_that_does_not_start_is_no_end() -> None:
     def connect() -> None:
         raise RuntimeError("timed out")
 
-    with pytest.raises(EngineError, match=r"timed out.*compute\.backend=local") as refused:
+    with pytest.raises(Refusal, match=r"timed out.*compute\.backend=local") as refused:
         _in_lasting_thread(connect)
     [advised] = re.findall(r"compute\.\w+=\w+", str(refused.value))
     assert compose(["experiment=demo", advised]).compute.backend == "local"

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from conf.refusal import Refusal
 from data.tokenizers.sentencepiece import tokenizer_files
 from data.tokenizers.training import TokenizerSettings, train_tokenizer
 from pipelines.engine.backends.local_backend import LocalBackend
-from pipelines.engine.errors import EngineError
 from pipelines.engine.files import FileHashes
 from pipelines.engine.resolve import resolve
 from pipelines.engine.runner import run
@@ -291,11 +291,11 @@ def test_an_artifact_of_ours_brings_its_tokenizer_by_lineage(
     assert f"its tokenizer is {tokenizer}, which is not there" in said
     moved = origin(shutil.copytree(pretrained, tmp_path / "cp" / "of" / "it"))  # without the store around it
     assert moved is not None
-    with pytest.raises(EngineError, match="which is not there"):
-        moved.tokenizer("pretrain.init_from=it")
+    with pytest.raises(Refusal, match="which is not there"):
+        moved.tokenizer("pretrain.init_from")
     manifest = pretrained / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"token": 1', '"token": 2'))
-    with pytest.raises(EngineError, match="was changed after it was published"):
+    with pytest.raises(Refusal, match="was changed after it was published"):
         origin(pretrained)
 
 
@@ -311,7 +311,7 @@ def test_weights_of_our_artifact_that_are_not_as_published_are_refused(
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(EngineError, match=r"model\.safetensors is not what was published"):
+    with pytest.raises(Refusal, match=r"model\.safetensors is not what was published"):
         take(str(start.folder), tmp_path / "again", start.checksums)
 
 
@@ -324,8 +324,8 @@ def test_weights_that_a_start_step_took_without_a_tokenizer_are_refused(weights:
     [report] = run([start], store=open_store(tmp_path / "store"), backend=LocalBackend(cpus=1, gpus=0, in_process=True))
     found = origin(Path(str(report.path)))
     assert found is not None
-    with pytest.raises(EngineError, match="what step start took from elsewhere, without a tokenizer"):
-        found.tokenizer("pretrain.init_from=it")
+    with pytest.raises(Refusal, match="what step start took from elsewhere, without a tokenizer"):
+        found.tokenizer("pretrain.init_from")
 
 
 def test_a_folder_with_some_other_programs_manifest_is_as_any_other(tmp_path: Path) -> None:

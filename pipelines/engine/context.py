@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from conf.refusal import NO_VALUE
 from pipelines.engine.backends.base import Backend
 from pipelines.engine.backends.gang import Gang
 from pipelines.engine.backends.outcome import LostMachineError, WorkerDiedError
@@ -123,8 +124,10 @@ class RunContext(Context):
                 failures += 1
                 if failures > max_failures:
                     raise WorkerDiedError(
-                        f"{self.step}: gave up after {failures} attempts: {error}\nWhat is finished is kept; run the "
-                        f"same command again to continue."
+                        self.step,
+                        NO_VALUE,
+                        f"gave up after {failures} attempts. What is finished is kept",
+                        f"run the same command again to continue. The last attempt: {error}",
                     ) from error
                 self.say(f"{error} Starting all ranks again ({failures} of at most {max_failures} times).")
 

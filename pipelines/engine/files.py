@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.files import fsync, in_parallel, machine_cache, sha256_of, share, write_atomic
-from pipelines.engine.errors import EngineError
+from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.waiting import waiting
 
@@ -33,7 +33,9 @@ def tree(root: Path) -> list[str]:
             if not os.path.lexists(path):  # deleted while we look, as old checkpoints are
                 continue
             if path.is_symlink() or not path.is_file():
-                raise EngineError(f"{path}: a step may only leave plain files; copy the file instead of linking to it.")
+                raise Refusal(
+                    path, NO_VALUE, "a step may only leave plain files", "copy the file instead of linking to it"
+                )
             found.append(relative)
     return sorted(found)
 
@@ -57,7 +59,7 @@ def describe(root: Path, relpaths: Iterable[str], *, durable: bool) -> dict[str,
 def locked(path: Path, *, why: str = "changes what it guards", seconds: float = LOCK_SECONDS) -> Iterator[None]:
     """Hold an exclusive lock on a file (made if missing) among all processes and threads.
 
-    Raises EngineError after ``seconds`` of waiting for whoever holds it; ``why``: what they are at.
+    Raises Refusal after ``seconds`` of waiting for whoever holds it; ``why``: what they are at.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -78,9 +80,11 @@ def _lock(descriptor: int, path: Path, why: str, seconds: float) -> None:
                 if pause == 0.001:
                     stack.enter_context(waiting(f"the lock {path}, whose holder {why}", seconds))
             if time.monotonic() > deadline:
-                raise EngineError(
-                    f"{path} has been locked for {seconds:.0f} s by another process that {why}. See which one holds it "
-                    f"(fuser {path}), end it if it hangs, and run again."
+                raise Refusal(
+                    path,
+                    NO_VALUE,
+                    f"has been locked for {seconds:.0f} s by another process that {why}",
+                    f"see which one holds it (fuser {path}), end it if it hangs, and run again",
                 )
             time.sleep(pause)
             pause = min(2 * pause, 0.25)
@@ -89,7 +93,7 @@ def _lock(descriptor: int, path: Path, why: str, seconds: float) -> None:
 def cache_folder(store_url: str) -> Path:
     """This machine's folder for a store: hashes of files; of one in S3 also work in progress and copies of artifacts.
 
-    Raises EngineError as `machine_cache` does.
+    Raises Refusal as `machine_cache` does.
     """
     where = f"{os.environ.get('AWS_ENDPOINT_URL', '')} {store_url}"
     return machine_cache() / hashlib.sha256(where.encode()).hexdigest()[:SHORT]
@@ -117,7 +121,7 @@ class FileHashes:
                 write_atomic(cache, b"".join(_line(path, known) for path, known in self._known.items()), durable=False)
 
     def of(self, paths: Iterable[Path], *, rechecked: bool = False) -> list[str]:
-        """sha256 hex of each file; ``rechecked``: ignore the cache. Raises EngineError for one that cannot be read."""
+        """sha256 hex of each file; ``rechecked``: ignore the cache. Raises Refusal for one that cannot be read."""
         states = [_state(path) for path in paths]
         unknown = [state for state in dict.fromkeys(states) if rechecked or not self._trusts(*state)]
         if unknown:
@@ -150,9 +154,11 @@ def _state(path: Path) -> tuple[str, _State]:
     with _readable(path):
         status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise EngineError(
-            f"{path} is no plain file; a folder, FIFO, socket or device cannot be an input of a run, which may read it "
-            "again. Write its content to a file."
+        raise Refusal(
+            path,
+            NO_VALUE,
+            "is no plain file; a folder, FIFO, socket or device cannot be an input of a run, which may read it again",
+            "write its content to a file",
         )
     return os.path.realpath(path), (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
@@ -167,7 +173,12 @@ def _readable(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EngineError(f"{path} cannot be read ({error.strerror}); it is an input of this run.") from error
+        raise Refusal(
+            path,
+            NO_VALUE,
+            f"cannot be read ({error.strerror}); it is an input of this run",
+            "see that it is there and that this user may read it",
+        ) from error
 
 
 def relative_names(paths: tuple[Path, ...]) -> list[str]:

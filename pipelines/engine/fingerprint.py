@@ -13,8 +13,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from conf.refusal import NO_VALUE, Refusal
 from conf.typed import default_of
-from pipelines.engine.errors import EngineError
 
 SHORT = 16  # hex characters of a digest in paths; manifests carry all 64 and are compared in full
 
@@ -25,7 +25,7 @@ def digest(payload: Any) -> str:
 
 
 def canonical(value: Any, where: str = "settings") -> bytes:
-    """Canonical JSON bytes of plain data or dataclasses; EngineError names the path of what has no stable bytes."""
+    """Canonical JSON bytes of plain data or dataclasses; Refusal names the path of what has no stable bytes."""
     plain = identity(value, where)
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
@@ -40,7 +40,7 @@ def identity(value: Any, where: str = "settings") -> Any:
         return value
     if type(value) is float:
         if not math.isfinite(value):
-            raise EngineError(f"{where} = {value!r} has no stable bytes; use a finite number or null.")
+            raise Refusal(where, value, "has no stable bytes", "use a finite number or null")
         return int(value) if value.is_integer() and abs(value) < 2**53 else value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kept = [field for field in dataclasses.fields(value) if not (is_execution(field) or is_absent(field, value))]
@@ -48,14 +48,16 @@ def identity(value: Any, where: str = "settings") -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if type(key) is not str:
-                raise EngineError(f"{where}: the key {key!r} is not text; only text keys have stable bytes.")
+                raise Refusal(where, NO_VALUE, f"the key {key!r} is not text", "only text keys have stable bytes")
         return {key: identity(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [identity(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    raise EngineError(
-        f"{where} = {value!r} is a {type(value).__name__}, which has no stable bytes, so nothing made from it could be "
-        f"found again. Use text, numbers, lists or settings; pass files in Step.files; or declare the field "
-        f'metadata={{"execution": True}} if it does not change what is made.'
+    raise Refusal(
+        where,
+        value,
+        f"a {type(value).__name__} has no stable bytes, so nothing made from it could be found again",
+        "use text, numbers, lists or settings; pass files in Step.files; or declare the field "
+        'metadata={"execution": True} if it does not change what is made',
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.engine.errors import EngineError
+from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.files import FileHashes, relative_names
 from pipelines.engine.fingerprint import digest, identity
 from pipelines.engine.step import Step
@@ -41,7 +41,7 @@ class Graph:
 
 
 def resolve(targets: Sequence[Step], hashes: FileHashes) -> Graph:
-    """Digests of the targets and of every step they need. Raises EngineError for what has none."""
+    """Digests of the targets and of every step they need. Raises Refusal for what has none."""
     by_step: dict[Step, Node] = {}
     by_digest: dict[str, Node] = {}
 
@@ -57,9 +57,11 @@ def resolve(targets: Sequence[Step], hashes: FileHashes) -> Graph:
 
 
 def node_of(step: Step, inputs: dict[str, Node], hashes: FileHashes) -> Node:
-    """A step with its input nodes. Raises EngineError for what has no digest."""
+    """A step with its input nodes. Raises Refusal for what has no digest."""
     if not step.name or step.name.startswith(".") or "/" in step.name:
-        raise EngineError(f"{step.name!r} cannot be a step's name: it names a folder of the store.")
+        raise Refusal(
+            "step", step.name, "a step's name is a folder of the store: not empty, without a slash or a dot in front"
+        )
     sources = {name: _source(step.name, paths, hashes) for name, paths in step.files.items()}
     payload = {
         "step": step.name,
@@ -79,15 +81,17 @@ def check(step: Step) -> None:
 
 
 def check_sources(node: Node, hashes: FileHashes) -> None:
-    """Raise EngineError if a file from outside is no longer what the node's digest says it was made from."""
+    """Raise Refusal if a file from outside is no longer what the node's digest says it was made from."""
     for file_set, paths in node.step.files.items():
         now = _source(node.name, paths, hashes)
         if now != node.sources[file_set]:
             before = {tuple(entry) for entry in node.sources[file_set]}
             changed = sorted({entry[0] for entry in before ^ {tuple(entry) for entry in now}})
-            raise EngineError(
-                f"{node.name}: a file of {file_set} changed while the step was reading it ({', '.join(changed[:3])}). "
-                f"Run again: what depends on it is made from the files as they are then."
+            raise Refusal(
+                node.name,
+                NO_VALUE,
+                f"a file of {file_set} changed while the step was reading it ({', '.join(changed[:3])})",
+                "run again: what depends on it is made from the files as they are then",
             )
 
 

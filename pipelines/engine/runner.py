@@ -16,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from conf.refusal import NO_VALUE, Refusal
 from conf.typed import to_plain
 from pipelines.engine.backends.base import Backend
 from pipelines.engine.backends.machines import Resources
 from pipelines.engine.context import CancelledError, RunContext, run_stage
-from pipelines.engine.errors import EngineError
 from pipelines.engine.events import Event, OnEvent, State, StepReport
 from pipelines.engine.files import FileHashes
 from pipelines.engine.resolve import Graph, Node, check, check_sources, node_of, resolve
@@ -103,7 +103,7 @@ def _looked_at(report: StepReport, store: Store) -> StepReport:
         return report if store.holder(report.name, report.digest) is None else replace(report, state="running")
     try:
         store.check(artifact)
-    except EngineError:
+    except Refusal:
         return replace(report, state="damaged")
     return report
 
@@ -112,8 +112,7 @@ def _ends_the_run(failure: BaseException | None) -> bool:
     """Whether nothing more is started after an error: an interruption, or an error with an exit code of its own (a lost
     machine)."""
     return failure is not None and (
-        not isinstance(failure, Exception)
-        or getattr(failure, "exit_code", None) not in (None, 1, EngineError.exit_code)
+        not isinstance(failure, Exception) or getattr(failure, "exit_code", None) not in (None, 1, Refusal.exit_code)
     )
 
 
@@ -149,7 +148,7 @@ class _Run:
             self._check_claim(node, there)
             # Execution settings too: they enter no manifest, but a stage writes and logs what it is told.
             written = [node.identity, to_plain(node.step.settings)]
-            refuse_secrets(written, f"{node.name}: its settings")
+            refuse_secrets(written, f"the settings of {node.name}")
         for node in waiting:
             check(node.step)
         if any(node.step.resumes for node in waiting):  # as trainings do
@@ -182,9 +181,11 @@ class _Run:
     def _check_claim(self, node: Node, there: Resources) -> None:
         for kind, claim, total in (("GPU", node.step.gpus, there.gpus), ("CPU", node.step.cpus, there.cpus)):
             if claim > total:
-                raise EngineError(
-                    f"{node.name} asks for {claim:g} {kind}s where there are {total:g}. Ask for fewer workers, or run "
-                    f"on a larger machine or cluster."
+                raise Refusal(
+                    node.name,
+                    NO_VALUE,
+                    f"asks for {claim:g} {kind}s where there are {total:g}",
+                    "ask for fewer workers, or run on a larger machine or cluster",
                 )
 
     def _startable(self, waiting: list[Node], there: Resources) -> list[Node]:
@@ -332,7 +333,7 @@ class _Run:
         return artifact
 
     def _verify(self, node: Node, name: str, source: Node, artifact: Artifact) -> None:
-        """Raise EngineError for a damaged input; artifacts made in this run are verified only if `rechecked`."""
+        """Raise Refusal for a damaged input; artifacts made in this run are verified only if `rechecked`."""
         rechecked = tuple(p.partition("/")[2] for p in node.step.rechecked if p.partition("/")[0] == name)
         if rechecked or source.digest not in self._made:
             self._store.verify(artifact, source.step.self_checking, rechecked)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
-from pipelines.engine.errors import EngineError
+from conf.refusal import NO_VALUE, Refusal
 
 _NAME = re.compile(
     r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|BEARER|COOKIE|(?:^|_)(?:PAT|PASS|PWD|AUTH|DSN)(?:_|$)", re.IGNORECASE
@@ -51,19 +51,23 @@ _LOOKS = {
 _LOOK = re.compile("|".join(f"(?P<look{number}>(?<![A-Za-z0-9]){look})" for number, look in enumerate(_LOOKS.values())))
 
 
-def refuse_secrets(value: Any, what: str) -> None:
-    """Raise EngineError if any text in plain data holds a secret: from the environment, or by its pattern."""
+def refuse_secrets(value: Any, where: str) -> None:
+    """Raise Refusal, about ``where``, if any text in plain data holds a secret: from the environment, or by its pattern."""
     written = json.dumps(value, default=str)
     for name, secret in _of_environment().items():
         if secret.search(written):
-            raise EngineError(
-                f"{what} contains the value of the environment variable {name}. Secrets are never written to disk: "
-                f"leave it out of the settings; what needs it reads the environment itself."
+            raise Refusal(
+                where,
+                NO_VALUE,
+                f"contains the value of the environment variable {name}. Secrets are never written to disk",
+                "leave it out of the settings; what needs it reads the environment itself",
             )
     for kind, _ in _by_looks(written):
-        raise EngineError(
-            f"{what} contains {kind}. Secrets are never written to disk: leave it out of the settings, and put it into "
-            f"an environment variable of what needs it."
+        raise Refusal(
+            where,
+            NO_VALUE,
+            f"contains {kind}. Secrets are never written to disk",
+            "leave it out of the settings, and put it into an environment variable of what needs it",
         )
 
 

@@ -46,7 +46,7 @@ class Context(Protocol):
 
         ``fn`` is a module-level function that writes files under the folder it is given (they appear in the stage's
         out_dir, same relative paths, when it returns) and returns a JSON-able dict. A finished shard is never
-        redone after a kill. Other shard names than a killed attempt had under this label: EngineError. With ``scratch``
+        redone after a kill. Other shard names than a killed attempt had under this label: Refusal. With ``scratch``
         the files appear in ctx.scratch instead: intermediate results that are not published.
         """
         ...
@@ -93,7 +93,7 @@ class Context(Protocol):
         ...
 
     def still_holds(self) -> None:
-        """Raise EngineError if another process has taken this step over; cheap, call it before costly writes."""
+        """Raise Refusal if another process has taken this step over; cheap, call it before costly writes."""
         ...
 
 

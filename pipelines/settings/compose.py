@@ -138,7 +138,7 @@ class Settings:
         if ours is None:
             return Start.open(setting, self.starts_from)
         brings = bool(tokenizer_files(ours.model))
-        words = None if brings else ours.tokenizer(f"{setting}={self.starts_from}")
+        words = None if brings else ours.tokenizer(setting)
         return Start.open(setting, str(ours.model), trained_with=words, checksums=ours.checksums)
 
     def resolved_model(self) -> ModelConfig:

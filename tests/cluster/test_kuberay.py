@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.errors import ClusterError
 from cluster.kuberay import KubeRaySettings, render, submit
+from conf.refusal import Refusal
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ["run", "experiment=gpt2-124m", "corpus.paths=[s3://b/a,s3://b/c]"]
@@ -88,19 +88,19 @@ def test_code_at_a_url_becomes_the_working_folder() -> None:
         ({"store": "/tmp/runs"}, "goes when the pod goes"),
         ({"store": "runs"}, "relative path"),
         ({"secrets": {"WANDB_API_KEY": "0123456789abcdef"}}, "never hold the value"),
-        ({"grace_seconds": 30}, "grace_seconds=30"),
+        ({"grace_seconds": 30}, "grace_seconds = 30"),
         ({"memory_per_worker": "lots"}, "Kubernetes quantity"),
         ({"code": "./tree.zip"}, "must be a URL"),
-        ({"workers": 0}, "workers=0"),
+        ({"workers": 0}, "workers = 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_the_rule(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ClusterError, match=words):
+    with pytest.raises(Refusal, match=words):
         manifest(**changes)
 
 
 def test_a_value_in_place_of_a_secret_is_not_repeated() -> None:
-    with pytest.raises(ClusterError) as caught:
+    with pytest.raises(Refusal) as caught:
         settings(secrets={"WANDB_API_KEY": "0123456789abcdef"})
     assert "0123456789abcdef" not in str(caught.value)
 
@@ -108,7 +108,7 @@ def test_a_value_in_place_of_a_secret_is_not_repeated() -> None:
 def test_a_dry_run_prints_the_manifest_and_a_real_one_says_how_to_apply_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert submit(settings(), COMMAND, dry_run=True) == 0
     assert yaml.safe_load(capsys.readouterr().out)["kind"] == "RayJob"
-    with pytest.raises(ClusterError, match="kubectl create"):
+    with pytest.raises(Refusal, match="kubectl create"):
         submit(settings(), COMMAND, dry_run=False)
 
 

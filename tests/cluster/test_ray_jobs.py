@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import ClusterError
 from cluster.ray_jobs import RayJobs, RaySettings, logs, status, stop
 from cluster.submit import submit
+from conf.refusal import Refusal
 from tests.cluster.head import Head, ray_head
 from tests.conftest import athanor, tiny
 
@@ -164,5 +164,5 @@ def test_a_missing_interpreter_is_named(head: Head, tree: Path, capsys: pytest.C
 
 
 def test_a_job_the_cluster_does_not_know_is_an_error(head: Head) -> None:
-    with pytest.raises(ClusterError, match="knows no such job"):
+    with pytest.raises(Refusal, match="knows no such job"):
         logs("athanor-never-00000000", address=head.dashboard)

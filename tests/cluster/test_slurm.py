@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from cluster import member
-from cluster.errors import ClusterError
 from cluster.slurm import LOST_MACHINE_EXIT_CODE, SlurmSettings, render, submit
+from conf.refusal import Refusal
 from pipelines.engine.errors import LOST_MACHINE
 
 ROOT = Path(__file__).parents[2]
@@ -184,16 +184,16 @@ def test_a_member_whose_command_ends_by_itself_has_failed(code: int, ends_with: 
     [
         ({"store": None}, "store: not given"),
         ({"store": "runs"}, "relative path"),
-        ({"nodes": 0}, "nodes=0"),
+        ({"nodes": 0}, "nodes = 0"),
         ({"time_limit": "a day"}, "D-HH:MM:SS"),
         ({"partition": "gpu\nrm -rf /"}, "not a Slurm name"),
-        ({"network": "10.1.; rm"}, "network="),
+        ({"network": "10.1.; rm"}, "network = "),
         ({"grace_seconds": 5}, "at least 30"),
         ({"logs": "relative"}, "absolute path"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_the_rule(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ClusterError, match=words):
+    with pytest.raises(Refusal, match=words):
         script(**settings)
 
 
@@ -223,10 +223,10 @@ def test_a_log_folder_that_cannot_be_made_here_gives_way_to_the_one_sbatch_is_ca
 
 def test_where_there_is_no_sbatch_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ClusterError, match=r"sbatch was not found.*--dry-run"):
+    with pytest.raises(Refusal, match=r"sbatch: was not found.*--dry-run"):
         submit(SlurmSettings(store="/shared/runs"), COMMAND, dry_run=False)
 
 
 def test_a_command_without_a_verb_is_refused() -> None:
-    with pytest.raises(ClusterError, match="a verb must come first"):
+    with pytest.raises(Refusal, match="a verb must come first"):
         script(["experiment=demo"])

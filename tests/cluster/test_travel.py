@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import ClusterError
+from conf.refusal import Refusal
 from conf.typed import _dataclasses_in, field_types
 from pipelines.__main__ import _parse, main
 from pipelines.settings.compose import Settings, compose
@@ -53,7 +53,7 @@ def test_a_clusters_settings_are_taken_as_they_are_typed(words: list[str], field
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([*SLURM, "nodse=2"], r"^nodse: no such key; did you mean nodes\?"),
+        ([*SLURM, "nodse=2"], r"^nodse: no such key\. Did you mean nodes\?"),
         ([*SLURM, "secrets.A=b/c"], "^secrets: no such key"),
         ([*SLURM, "nodes.x=1"], "^nodes.x: nodes holds no settings"),
         ([*SLURM, "nodes=two"], "^nodes = 'two': expected a whole number"),
@@ -63,7 +63,7 @@ def test_a_clusters_settings_are_taken_as_they_are_typed(words: list[str], field
     ],
 )
 def test_a_clusters_setting_that_cannot_be_is_named(words: list[str], says: str) -> None:
-    with pytest.raises((SettingsError, ClusterError), match=says):
+    with pytest.raises((SettingsError, Refusal), match=says):
         cluster_settings(words)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import ClusterError
 from cluster.tree import pack, shipped_files, working_tree
+from conf.refusal import Refusal
 
 
 def git(tree: Path, *arguments: str) -> None:
@@ -74,7 +74,7 @@ def test_the_same_files_make_the_same_bytes(tree: Path, tmp_path: Path) -> None:
 
 def test_a_tree_too_large_names_its_largest_files(tree: Path, tmp_path: Path) -> None:
     (tree / "weights.bin").write_bytes(b"".join(i.to_bytes(4, "little") for i in range(100_000)))
-    with pytest.raises(ClusterError, match=r"weights\.bin \(0\.4 MiB\).*") as caught:
+    with pytest.raises(Refusal, match=r"weights\.bin \(0\.4 MiB\).*") as caught:
         pack(tree, tmp_path / "tree.zip", limit_bytes=50_000)
     assert ".gitignore" in str(caught.value)
 
@@ -86,5 +86,5 @@ def test_this_checkout_is_found_and_ships_itself() -> None:
 
 
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ClusterError, match=r"pipelines/__main__\.py"):
+    with pytest.raises(Refusal, match=r"pipelines/__main__\.py"):
         working_tree(str(tmp_path))

@@ -12,9 +12,9 @@ import pytest
 import worker_functions as workers
 from engine_program import count_letters
 
+from conf.refusal import Refusal
 from pipelines.engine.backends.local_backend import LocalBackend
 from pipelines.engine.backends.outcome import WorkerDiedError
-from pipelines.engine.errors import EngineError
 from pipelines.engine.events import Event
 from pipelines.engine.runner import run, status
 from pipelines.engine.step import Context, Step
@@ -76,7 +76,7 @@ def test_results_come_back_by_name_and_files_where_they_belong(store: LocalStore
 def test_finished_shards_are_not_made_again_and_other_names_are_refused(store: LocalStore) -> None:
     with pytest.raises(StopHereError):
         attempt(store, stop_after(("a", "b", "c")))
-    with pytest.raises(EngineError, match="worked on 3 shards and this one asks for 2") as error:
+    with pytest.raises(Refusal, match="worked on 3 shards and this one asks for 2") as error:
         attempt(store, shards("a", "b"))
     assert "no longer there: c" in str(error.value)
     path, events = attempt(store, shards("a", "b", "c"))
@@ -130,7 +130,7 @@ def test_a_shard_that_silently_changed_is_never_published(store: LocalStore) -> 
 
     with pytest.raises(StopHereError):
         attempt(store, stop_after(("a", "b"), flip))
-    with pytest.raises(EngineError, match="is not what its shard wrote"):
+    with pytest.raises(Refusal, match="is not what its shard wrote"):
         attempt(store, shards("a", "b"))
 
 

@@ -16,10 +16,10 @@ import pytest
 from damage import LEASES, MANIFESTS
 from test_runner import joined, letters
 
+from conf.refusal import Refusal
 from pipelines.__main__ import main
 from pipelines.engine import files, waiting
 from pipelines.engine.backends.local_backend import LocalBackend
-from pipelines.engine.errors import EngineError
 from pipelines.engine.events import Event
 from pipelines.engine.explain import why
 from pipelines.engine.files import FileHashes, cache_folder, locked
@@ -57,11 +57,11 @@ def test_a_manifest_that_is_not_the_published_one_is_one_sentence(
     manifest.write_bytes(MANIFESTS[damage](manifest.read_bytes()))
     target = joined(letters())
     for ask in (plan, status, lambda targets, store: run(targets, store=store, backend=backend)):
-        with pytest.raises(EngineError) as refused:
+        with pytest.raises(Refusal) as refused:
             ask([target], store=store)
         assert str(manifest) in str(refused.value) and "\n" not in str(refused.value)
         assert "newer one" in str(refused.value) or f"Delete {manifest.parent}" in str(refused.value)
-    with pytest.raises(EngineError, match=r"manifest\.json"):
+    with pytest.raises(Refusal, match=r"manifest\.json"):
         why(letters(times=4), store=store)
 
 
@@ -72,9 +72,9 @@ def test_a_lease_that_no_process_wrote_is_one_sentence(store: LocalStore, backen
     (folder / "manifest.json").unlink()
     lease.write_bytes(LEASES[damage](lease.read_bytes()))
     for ask in (status, lambda targets, store: run(targets, store=store, backend=backend)):
-        with pytest.raises(EngineError) as refused:
+        with pytest.raises(Refusal) as refused:
             ask([letters()], store=store)
-        assert str(refused.value).startswith(f"{lease} is damaged (") and "\n" not in str(refused.value)
+        assert str(refused.value).startswith(f"{lease}: is damaged (") and "\n" not in str(refused.value)
     lease.unlink()  # the remedy
     assert [report.state for report in run([letters()], store=store, backend=backend)] == ["made"]
 
@@ -90,12 +90,12 @@ def test_what_is_no_file_in_the_place_of_a_manifest_or_a_lease_is_one_sentence(
     folder = made(store, backend)
     [lease] = store.root.glob(".leases/*.json")
     put(folder / "manifest.json")
-    with pytest.raises(EngineError, match=r"manifest\.json is no plain file"):
+    with pytest.raises(Refusal, match=r"manifest\.json: something else is in the place of a plain file"):
         status([letters()], store=store)
     os.rename(folder, store.root / "aside")
     put(lease)
     for ask in (status, lambda targets, store: run(targets, store=store, backend=backend)):
-        with pytest.raises(EngineError, match=r"letters-\w+\.json is no plain file"):
+        with pytest.raises(Refusal, match=r"letters-\w+\.json: something else is in the place of a plain file"):
             ask([letters()], store=store)
 
 
@@ -133,7 +133,7 @@ def test_a_damaged_list_of_shards_is_one_sentence(tmp_path: Path, data: bytes) -
     work.shard_set("read").write_bytes(b'["a", "b"]')  # as it was written before seals
     assert work.finished_shards("read", ["a", "b"]) == {}
     work.shard_set("read").write_bytes(data)
-    with pytest.raises(EngineError, match=r"is damaged .* to start this step over"):
+    with pytest.raises(Refusal, match=r"is damaged .* to start this step over"):
         work.finished_shards("read", ["a", "b"])
 
 
@@ -206,7 +206,7 @@ def test_a_change_that_keeps_size_and_mtime_is_noticed(
     assert run([joined(letters())], store=store, backend=backend)[1].state == "made"  # and the hash is remembered
     assert store.file_hashes.exists()
     flip_keeping_times(folder)
-    with pytest.raises(EngineError, match=r"letters\.txt is not what was published"):
+    with pytest.raises(Refusal, match=r"letters\.txt: is not what was published"):
         run([joined(letters(), name="again")], store=store, backend=backend)
 
 
@@ -286,7 +286,7 @@ def test_what_leaves_the_store_is_compared_byte_by_byte_whatever_is_remembered(
     store.file_hashes.write_bytes(files._line(state[0], (state[1], published, time.time())))
     assert run([joined(letters(), name="believes")], store=store, backend=backend)[1].state == "made"
     export = replace(joined(letters(), name="export"), rechecked=("part0/*.txt",))
-    with pytest.raises(EngineError, match=r"letters\.txt is not what was published"):
+    with pytest.raises(Refusal, match=r"letters\.txt: is not what was published"):
         run([export], store=store, backend=backend)
 
 
@@ -327,7 +327,7 @@ def test_a_lock_that_somebody_holds_is_waited_for_aloud_and_not_for_ever(
     monkeypatch.setattr(waiting, "tell", said.append)
     monkeypatch.setattr(waiting, "LOG_AFTER_SECONDS", 0.05)
     path = tmp_path / "lock"
-    refused = pytest.raises(EngineError, match="has been locked for 0 s by another process that downloads")
+    refused = pytest.raises(Refusal, match="has been locked for 0 s by another process that downloads")
     with locked(path), refused, locked(path, why="downloads x", seconds=0.3):
         pass
     with locked(path):
@@ -349,12 +349,12 @@ def test_without_a_home_notes_go_into_a_folder_of_this_user_alone(
     folder.rmdir()
     (tmp_path / "elsewhere").mkdir()
     folder.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(EngineError, match="is not a folder of this user alone"):
+    with pytest.raises(Refusal, match="not a folder of this user alone"):
         cache_folder("store")
     folder.unlink()
     folder.mkdir()
     folder.chmod(0o777)
-    with pytest.raises(EngineError, match="is not a folder of this user alone"):
+    with pytest.raises(Refusal, match="not a folder of this user alone"):
         cache_folder("store")
 
 
@@ -394,7 +394,7 @@ def test_verify_reads_every_byte_names_the_damage_and_seals_what_is_whole(
     (folders["more"] / "letters.txt").unlink()
     lease.write_text("{")
     code, said = verified()
-    assert code == 1 and "letters.txt is missing" in said and f"{lease} is damaged" in said
+    assert code == 1 and "letters.txt: is missing" in said and f"{lease}: is damaged" in said
     assert "3 damaged" in said.splitlines()[-1]
 
 
@@ -414,11 +414,11 @@ def test_an_exported_folder_carries_checksums_that_are_compared(tmp_path: Path) 
     assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=tmp_path).returncode == 0
     flip = tmp_path / "model.safetensors"
     flip.write_text("model.safetensorz")
-    with pytest.raises(EngineError, match=r"model\.safetensors is not what was exported"):
+    with pytest.raises(Refusal, match=r"model\.safetensors is not what was exported"):
         check_checksums(tmp_path)
     flip.unlink()
-    with pytest.raises(EngineError, match=r"model\.safetensors is missing"):
+    with pytest.raises(Refusal, match=r"model\.safetensors is missing"):
         check_checksums(tmp_path)
     (tmp_path / "SHA256SUMS").write_text("garbage\n")
-    with pytest.raises(EngineError, match="is no checksum"):
+    with pytest.raises(Refusal, match="is no checksum"):
         check_checksums(tmp_path)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.engine.errors import EngineError
+from conf.refusal import Refusal
 from pipelines.engine.fingerprint import canonical, digest, identity
 
 
@@ -122,7 +122,7 @@ def test_a_default_is_part_of_the_identity() -> None:
     ],
 )
 def test_what_has_no_stable_bytes_is_refused_by_its_path(value: Any, where: str) -> None:
-    with pytest.raises(EngineError) as error:
+    with pytest.raises(Refusal) as error:
         canonical(value)
     assert str(error.value).startswith(where)
 

@@ -33,7 +33,7 @@ def test_a_full_disk_is_one_clear_error_and_the_next_run_continues(tmp_path: Pat
         pytest.skip("no mount namespaces here")
     answer = in_namespace(FILL_AND_RUN, str(tmp_path / "disk"), sys.executable, str(PROGRAM), str(free_bytes))
     first, second = (tmp_path / "disk.first").read_text(), (tmp_path / "disk.second").read_text()
-    assert "EngineError: The disk is full (store=" in first, first
+    assert ": the disk is full" in first and "Refusal: store = " in first, first
     assert "it continues" in first
     assert answer.returncode == 0, second
     assert "made walk" in second

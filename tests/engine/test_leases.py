@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import pytest
 
-from pipelines.engine.errors import EngineError
+from conf.refusal import Refusal
 from pipelines.engine.store.lease import Held, Lease, LeaseLostError, Owner, acquire, holder, this_process
 from pipelines.engine.store.records import FileRecords, Records, Seen
 
@@ -159,13 +159,13 @@ def test_committed_work_is_finished_by_the_next_one_and_never_taken(records: Fil
 def test_a_damaged_record_is_named_with_the_remedy(records: FileRecords) -> None:
     take(records).release()
     (records._folder / "x.json").write_text('{"token": ')
-    with pytest.raises(EngineError, match=r"x\.json is damaged .* Delete it, and .*\.work/x"):
+    with pytest.raises(Refusal, match=r"x\.json: is damaged .* Delete it, and .*\.work/x"):
         take(records)
 
 
 def test_two_digests_under_one_name_are_refused(records: FileRecords) -> None:
     take(records).release()
-    with pytest.raises(EngineError, match="two different digests"):
+    with pytest.raises(Refusal, match="two different digests"):
         acquire(records, "x", digest="e" * 64, finish=lambda token: False)
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import worker_functions as workers
 
+from conf.refusal import Refusal
 from pipelines.engine.backends.gang import Gang
 from pipelines.engine.backends.local_backend import LocalBackend
 from pipelines.engine.backends.outcome import WorkerDiedError
-from pipelines.engine.errors import EngineError
 
 
 @pytest.fixture
@@ -96,14 +96,14 @@ def test_a_killed_worker_is_replaced_and_its_call_tried_again(backend: LocalBack
 
 
 def test_what_cannot_be_sent_is_refused_with_the_remedy(backend: LocalBackend) -> None:
-    with pytest.raises(EngineError, match="top level of a module"):
+    with pytest.raises(Refusal, match="top level of a module"):
         list(backend.map(lambda x: x, {"x": (0,)}))
 
 
 def test_what_will_never_fit_is_refused(backend: LocalBackend, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="1 GPUs asked for where there are 0"):
+    with pytest.raises(Refusal, match="1 GPUs asked for where there are 0"):
         list(backend.map(workers.double, {"x": (0,)}, gpus=1))
-    with pytest.raises(EngineError, match="3 × 1 CPUs asked for where there are 2"):
+    with pytest.raises(Refusal, match="3 × 1 CPUs asked for where there are 2"):
         backend.gang(gang(tmp_path, workers.rank_environment, workers=3))
 
 
@@ -142,7 +142,7 @@ def test_one_rank_runs_in_the_caller_when_asked(tmp_path: Path) -> None:
 
 def test_a_user_error_in_one_rank_ends_the_others(backend: LocalBackend, tmp_path: Path) -> None:
     started = time.monotonic()
-    with pytest.raises(EngineError, match="rows = 3 cannot be shared by 2 ranks"):
+    with pytest.raises(Refusal, match="rows = 3: cannot be shared by 2 ranks"):
         backend.gang(gang(tmp_path, workers.fail_in_rank_1))
     assert time.monotonic() - started < 30
     assert "a line for the log" in (tmp_path / "logs" / "rank-1.log").read_text()
@@ -150,7 +150,7 @@ def test_a_user_error_in_one_rank_ends_the_others(backend: LocalBackend, tmp_pat
 
 @pytest.mark.slow
 def test_a_killed_rank_is_a_death_though_its_peer_complains_first(backend: LocalBackend, tmp_path: Path) -> None:
-    with pytest.raises(WorkerDiedError, match="rank 1 was killed by SIGKILL"):
+    with pytest.raises(WorkerDiedError, match="rank 1: was killed by SIGKILL"):
         backend.gang(gang(tmp_path, workers.die_once_in_a_collective, deaths=1))
     assert backend.gang(gang(tmp_path, workers.die_once_in_a_collective, deaths=1)) == {"attempt": 1, "total": 2.0}
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.backends import machines
 from pipelines.engine.backends.machines import (
     Claim,
@@ -21,7 +22,7 @@ from pipelines.engine.backends.machines import (
 )
 from pipelines.engine.backends.outcome import LostMachineError, WorkerDiedError
 from pipelines.engine.backends.ray_health import RayGoneError
-from pipelines.engine.errors import LOST_MACHINE, EngineError
+from pipelines.engine.errors import LOST_MACHINE
 
 TWO = Resources(cpus=12, gpus=2, machines=((8.0, 2.0), (4.0, 0.0)))
 ONE = Resources(cpus=8, gpus=2, machines=((8.0, 2.0),))
@@ -48,7 +49,7 @@ def test_a_process_fits_on_one_machine_or_not_at_all(cpus: float, gpus: float, f
     ],
 )
 def test_what_never_fits_is_refused_with_what_there_is(claim: Claim, says: str) -> None:
-    with pytest.raises(EngineError, match=rf"^{says}: it would wait for ever\. Ask for fewer workers"):
+    with pytest.raises(Refusal, match=rf"^compute: {says}: it would wait for ever\. Ask for fewer workers"):
         check_feasible(TWO, cpus=claim.cpus, gpus=claim.gpus, copies=claim.copies)
 
 
@@ -95,7 +96,7 @@ def test_who_waits_for_nothing_is_told_at_once(clock: Callable[[float], None]) -
 
 def test_a_lost_machine_and_a_lost_ray_have_a_code_of_their_own() -> None:
     assert LostMachineError.exit_code == RayGoneError.exit_code == LOST_MACHINE == 75
-    assert WorkerDiedError.exit_code == EngineError.exit_code == 2
+    assert WorkerDiedError.exit_code == Refusal.exit_code == 2
 
 
 def test_a_broken_connection_is_told_from_a_ranks_own_mistake() -> None:
@@ -104,7 +105,7 @@ def test_a_broken_connection_is_told_from_a_ranks_own_mistake() -> None:
     in_torch.add_note('in a worker process:\n  File "/x/torch/distributed/distributed_c10d.py", line 1')
     assert lost_connection(broken) and lost_connection(in_torch)
     assert not lost_connection(ValueError("a learning rate of -1"))
-    assert not lost_connection(EngineError("connection: a user's mistake"))
+    assert not lost_connection(Refusal("connection", NO_VALUE, "a user's mistake"))
 
 
 def test_other_launchers_words_are_forgotten_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,13 +18,13 @@ import worker_functions as workers
 from engine_program import graph, make
 from test_engine_kills import lines_until, made_by, marked, start, wait_until, wait_until_gone
 
+from conf.refusal import Refusal
 from pipelines.engine.backends import ray_address
 from pipelines.engine.backends.gang import Gang
 from pipelines.engine.backends.local_backend import LocalBackend
 from pipelines.engine.backends.outcome import LostMachineError, WorkerDiedError
 from pipelines.engine.backends.ray_address import check_same
 from pipelines.engine.backends.ray_backend import RayBackend
-from pipelines.engine.errors import EngineError
 from pipelines.engine.runner import run
 from pipelines.engine.step import Context, Step
 from pipelines.engine.store.open import open_store
@@ -56,9 +56,9 @@ def test_calls_come_back_errors_are_themselves_and_killed_workers_are_replaced(
     assert dict(backend.map(workers.die_until, {"x": (str(tmp_path), 2)})) == {"x": "lived"}
     with pytest.raises(WorkerDiedError, match="x: its worker process died"):
         list(backend.map(workers.die_until, {"x": (str(tmp_path), 99)}))
-    with pytest.raises(EngineError, match="1 GPUs asked for where there are 0"):
+    with pytest.raises(Refusal, match="1 GPUs asked for where there are 0"):
         list(backend.map(workers.double, {"x": (0,)}, gpus=1))
-    with pytest.raises(EngineError, match="3 × 1 CPUs asked for where there are 2"):
+    with pytest.raises(Refusal, match="3 × 1 CPUs asked for where there are 2"):
         backend.gang(gang(tmp_path, workers.rank_environment, workers=3))
     with pytest.raises(
         LostMachineError, match="a machine was lost, and no other came within 0 s"
@@ -102,12 +102,12 @@ def test_a_gang_whose_rank_was_killed_is_started_again_and_finishes(backend: Ray
     step = Step(name="gang", run=stage, version=1, settings={}, cpus=2)
     (report,) = run([step], store=open_store(tmp_path), backend=backend, on_event=lambda event: said.append(event.line))
     assert report.metrics == {"attempt": 1, "total": 2.0}
-    assert any("rank 1 was killed" in line and "Starting all ranks again" in line for line in said)
+    assert any("rank 1: was killed" in line and "Starting all ranks again" in line for line in said)
 
 
 @pytest.mark.slow
 def test_a_user_error_in_one_rank_ends_the_others_and_arrives_as_itself(backend: RayBackend, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"^rows = 3 cannot be shared by 2 ranks") as raised:
+    with pytest.raises(Refusal, match=r"^rows = 3: cannot be shared by 2 ranks") as raised:
         backend.gang(gang(tmp_path, workers.fail_in_rank_1))
     assert not isinstance(raised.value, WorkerDiedError)  # which is tried again
 
@@ -146,17 +146,15 @@ def test_workers_of_an_existing_cluster_get_this_code_and_its_token_is_asked_for
     program = (
         "import inspect, sys\n"
         "from pipelines.engine.backends.ray_backend import RayBackend\n"
-        "from pipelines.engine.errors import EngineError\n"
+        "from pipelines.engine.errors import Refusal\n"
         "backend = RayBackend(sys.argv[1])\n"
-        "print(backend.resources().cpus, *backend.map(inspect.getfile, {'x': (EngineError,)})); backend.close()\n"
+        "print(backend.resources().cpus, *backend.map(inspect.getfile, {'x': (Refusal,)})); backend.close()\n"
     )
     try:
         wait_until(lambda: _answers(port), 60)
         time.sleep(1)
         began = time.monotonic()
-        with pytest.raises(
-            EngineError, match=r"asks for a token, and .* Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
-        ):
+        with pytest.raises(Refusal, match=r"asks for a token, and .* Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"):
             RayBackend(f"127.0.0.1:{port}").resources()
         assert time.monotonic() - began < 15
         answer = subprocess.run(
@@ -188,7 +186,7 @@ def test_a_port_where_something_else_listens_is_said_soon(monkeypatch: pytest.Mo
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
         started = time.monotonic()
-        with pytest.raises(EngineError, match="no Ray cluster answers there"):
+        with pytest.raises(Refusal, match="no Ray cluster answers there"):
             RayBackend(f"127.0.0.1:{deaf.getsockname()[1]}").resources()
         assert time.monotonic() - started < 10
 
@@ -198,13 +196,13 @@ def test_an_address_is_not_ignored_where_ray_runs_already(backend: RayBackend) -
     backend.resources()
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
-        with pytest.raises(EngineError, match="no Ray cluster answers there"):
+        with pytest.raises(Refusal, match="no Ray cluster answers there"):
             RayBackend(f"127.0.0.1:{deaf.getsockname()[1]}").resources()
     import ray
 
     here = ray.get_runtime_context().gcs_address
     assert RayBackend(here).resources().cpus == 2
-    with pytest.raises(EngineError, match="already belongs to the Ray cluster"):
+    with pytest.raises(Refusal, match="already belongs to the Ray cluster"):
         check_same("127.0.0.1:1", here)
 
 
@@ -218,7 +216,7 @@ def test_an_address_is_not_ignored_where_ray_runs_already(backend: RayBackend) -
 )
 def test_an_address_that_does_not_answer_is_said_soon(tmp_path: Path, address: str, says: str) -> None:
     started = time.monotonic()
-    with pytest.raises(EngineError, match=says):
+    with pytest.raises(Refusal, match=says):
         run(graph(), store=open_store(tmp_path), backend=RayBackend(address))
     assert time.monotonic() - started < 15
     assert not list(tmp_path.iterdir())

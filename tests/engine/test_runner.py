@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from conf.refusal import Refusal
 from pipelines.engine import files
 from pipelines.engine.backends.base import Backend
 from pipelines.engine.backends.local_backend import LocalBackend
-from pipelines.engine.errors import EngineError
 from pipelines.engine.events import Event
 from pipelines.engine.explain import why
 from pipelines.engine.runner import plan, run, status
@@ -148,7 +148,7 @@ def test_files_enter_by_content_and_name_not_by_place(store: LocalStore, tmp_pat
     assert digests(step("two", "a.txt", "hello"), store) == first
     assert digests(step("one", "a.md", "hello"), store) != first
     assert digests(step("one", "a.txt", "hellO"), store) != first
-    with pytest.raises(EngineError, match="cannot be read"):
+    with pytest.raises(Refusal, match="cannot be read"):
         digests(replace(letters(), files={"corpus": (tmp_path / "none.txt",)}), store)
 
 
@@ -163,7 +163,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_published_as_what_it_was(
         return {}
 
     step = replace(letters(run=read), files={"corpus": (path,)})
-    with pytest.raises(EngineError, match=r"changed while the step was reading it \(corpus.txt\)"):
+    with pytest.raises(Refusal, match=r"changed while the step was reading it \(corpus.txt\)"):
         run([step], store=store, backend=backend)
     assert run([step], store=store, backend=backend)[0].state == "made"
 
@@ -199,7 +199,7 @@ def test_independent_steps_run_side_by_side_within_the_cpus(store: LocalStore, b
 
 def test_more_than_there_is_is_refused_before_anything_runs(store: LocalStore, backend: Backend) -> None:
     target = joined(letters(), name="hungry", gpus=1)
-    with pytest.raises(EngineError, match="hungry asks for 1 GPUs where there are 0"):
+    with pytest.raises(Refusal, match="hungry: asks for 1 GPUs where there are 0"):
         run([target], store=store, backend=backend)
     assert status([target], store=store)[0].state == "to make"
 
@@ -222,7 +222,7 @@ def test_an_error_leaves_what_is_finished_and_continues(store: LocalStore, backe
 
 
 def failing(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
-    raise EngineError("no such luck")
+    raise Refusal("luck", 0, "no such luck")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +253,7 @@ def test_a_failed_step_takes_only_what_needs_it_and_a_summary_says_so(store: Loc
     needs_bad = joined(bad, name="needs-bad")
     target = summary(good=letters("good"), bad=bad, needs_bad=needs_bad, late=joined(letters("later"), name="late"))
     events: list[Event] = []
-    with pytest.raises(EngineError, match="no such luck"):
+    with pytest.raises(Refusal, match="no such luck"):
         run([target, needs_bad], store=store, backend=backend, on_event=events.append)
     states = {report.name: report.state for report in status([target], store=store)}
     assert states == {
@@ -267,7 +267,7 @@ def test_a_failed_step_takes_only_what_needs_it_and_a_summary_says_so(store: Loc
     [made] = store.root.glob("summary/*/summary.json")
     assert json.loads(made.read_text()) == [
         ["good", "late"],
-        {"bad": "no such luck", "needs_bad": "not made: it needs part0"},
+        {"bad": "luck = 0: no such luck.", "needs_bad": "not made: it needs part0"},
     ]
     lines = [event.line for event in events if event.kind == "said"]
     assert lines == ["not made: it needs part0, which is not there", f"made without bad, needs_bad: {made.parent}"]
@@ -285,7 +285,7 @@ def test_where_nothing_is_made_there_is_no_summary_and_an_error_with_a_code_of_i
     def gone(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
         raise GoneError("the machine is taken away")
 
-    with pytest.raises(EngineError):
+    with pytest.raises(Refusal):
         run([summary(bad=replace(letters("bad"), run=failing))], store=store, backend=backend)
     target = summary(gone=replace(letters("gone"), run=gone), after=joined(letters("good"), name="after"))
     with pytest.raises(GoneError):
@@ -295,10 +295,10 @@ def test_where_nothing_is_made_there_is_no_summary_and_an_error_with_a_code_of_i
 
 def test_what_a_step_would_refuse_is_refused_before_any_other_runs(store: LocalStore, backend: Backend) -> None:
     def refuse() -> None:
-        raise EngineError("cannot be")
+        raise Refusal("this", 1, "cannot be")
 
     target = replace(joined(letters()), check=refuse)
-    with pytest.raises(EngineError, match="cannot be"):
+    with pytest.raises(Refusal, match="cannot be"):
         run([target], store=store, backend=backend)
     assert [report.state for report in status([target], store=store)] == ["to make", "to make"]
 
@@ -412,7 +412,7 @@ def test_a_manifest_tells_everything_and_no_secret(
     assert manifest["versions"]["ray"]
     assert manifest["token"] == 1
     assert manifest["started"] <= manifest["finished"]
-    with pytest.raises(EngineError, match="SOME_API_KEY"):
+    with pytest.raises(Refusal, match="SOME_API_KEY"):
         run([letters(letter='sk-"quoted"-0123456789')], store=store, backend=backend)
 
 
@@ -452,7 +452,7 @@ def test_a_full_disk_is_one_clear_error_and_work_is_kept(store: LocalStore, back
         with open("/dev/full", "w") as full:
             full.write("x")
 
-    with pytest.raises(EngineError, match="The disk is full"):
+    with pytest.raises(Refusal, match="the disk is full"):
         run([stage_that(fill)], store=store, backend=backend)
     (report,) = status([stage_that(fill)], store=store)
     assert Path(str(report.path), "out", "kept.txt").exists()
@@ -460,7 +460,7 @@ def test_a_full_disk_is_one_clear_error_and_work_is_kept(store: LocalStore, back
 
 def test_a_store_that_cannot_be_written_is_one_clear_error(backend: Backend, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(EngineError, match="cannot be written"):
+    with pytest.raises(Refusal, match="cannot be written"):
         run([letters()], store=open_store(tmp_path / "file" / "store"), backend=backend)
 
 
@@ -477,7 +477,7 @@ def test_other_files_a_step_may_not_leave_are_refused(store: LocalStore, backend
         return {"path": out_dir}
 
     for number, (stage, says) in enumerate([(link, "plain files"), (own_manifest, "subfolder"), (no_json, "JSON")]):
-        with pytest.raises(EngineError, match=says):
+        with pytest.raises(Refusal, match=says):
             run([letters(f"bad{number}", run=stage)], store=store, backend=backend)
 
 
@@ -485,5 +485,5 @@ def test_a_damaged_artifact_is_named_and_not_used(store: LocalStore, backend: Ba
     (report,) = run([letters()], store=store, backend=backend)
     Path(str(report.path), "letters.txt").write_text("a")
     assert [report.state for report in status([letters()], store=store)] == ["damaged"]
-    with pytest.raises(EngineError, match="has 1 bytes instead of 3: the artifact is damaged"):
+    with pytest.raises(Refusal, match="has 1 bytes instead of 3: the artifact is damaged"):
         run([joined(letters())], store=store, backend=backend)

@@ -17,9 +17,9 @@ from test_engine_kills import lines_until, made_by, start
 from test_leases import paused, take
 from test_runner import letters
 
+from conf.refusal import Refusal
 from pipelines.engine import waiting
 from pipelines.engine.backends.local_backend import LocalBackend
-from pipelines.engine.errors import EngineError
 from pipelines.engine.runner import plan, run, status
 from pipelines.engine.store import objects
 from pipelines.engine.store.lease import LeaseLostError
@@ -164,11 +164,11 @@ def test_a_download_that_is_not_what_was_published_is_refused(
     on_another_machine(tmp_path, monkeypatch)
     artifact = open_store(f"{bucket}/store").find("letters", letters.digest)
     assert artifact is not None
-    with pytest.raises(EngineError, match="checksum"):
+    with pytest.raises(Refusal, match="checksum"):
         _ = artifact.path
     files.rm(key)
     shutil.rmtree(tmp_path / "machine2")
-    with pytest.raises(EngineError, match=r"summary\.txt is missing: the artifact is damaged"):
+    with pytest.raises(Refusal, match=r"summary\.txt: is missing: the artifact is damaged"):
         open_store(f"{bucket}/store").check(artifact)
 
 
@@ -187,7 +187,7 @@ def test_a_manifest_or_a_lease_that_is_not_as_it_was_written_is_one_sentence(
         good = stored.read(place)
         for damage in kinds:
             stored.write(place, kinds[damage](good))
-            with pytest.raises(EngineError) as refused:
+            with pytest.raises(Refusal) as refused:
                 status([letters()], store=store)
             assert str(refused.value).startswith(folder) and "\n" not in str(refused.value), damage
         stored.delete(place)  # and without a manifest, the lease is looked at
@@ -206,7 +206,7 @@ def test_an_index_of_kept_files_that_is_not_as_it_was_written_is_one_sentence(bu
     lease.release()
     store._objects.write(f".work/{work.root.parent.name}/{work.root.name}/kept.json", index)  # type: ignore[attr-defined]
     again = paused(store.acquire("x", digest))  # type: ignore[arg-type]
-    with pytest.raises(EngineError, match=r"kept\.json is damaged .* the step begins anew"):
+    with pytest.raises(Refusal, match=r"kept\.json: is damaged .* the step begins anew"):
         store.open_work(again, "x", digest, resumes=True)
 
 
@@ -235,7 +235,7 @@ def test_a_server_that_takes_connections_and_never_answers_is_one_sentence_in_a_
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         begun = time.monotonic()
-        with pytest.raises(EngineError, match=f"store={bucket}/silent: {url} takes connections and gave no answer"):
+        with pytest.raises(Refusal, match=f"store = '{bucket}/silent': {url} takes connections and gave no answer"):
             status([letters()], store=open_store(f"{bucket}/silent"))
         assert time.monotonic() - begun < 10
     assert [line.partition(" to answer")[0] for line in said] == [f"waiting for {url}"]
@@ -257,18 +257,18 @@ def test_a_damaged_copy_on_this_machine_is_fetched_again_before_anything_is_buil
 
 
 def test_a_bucket_that_is_not_there_is_one_clear_error(bucket: str, backend: LocalBackend) -> None:
-    with pytest.raises(EngineError, match="store=s3://no-such-bucket/x"):
+    with pytest.raises(Refusal, match="store = 's3://no-such-bucket/x'"):
         run(graph()[:1], store=open_store("s3://no-such-bucket/x"), backend=backend)
 
 
 def test_other_urls_are_refused_with_the_remedy() -> None:
-    with pytest.raises(EngineError, match="a store is a folder or s3://bucket/prefix"):
+    with pytest.raises(Refusal, match="a store is a folder or s3://bucket/prefix"):
         open_store("gs://bucket/store")
 
 
 def test_a_server_that_is_not_there_is_one_clear_error(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(EngineError, match="Could not connect to the endpoint"):
+    with pytest.raises(Refusal, match="Could not connect to the endpoint"):
         plan(graph(), store=open_store(f"{bucket}/elsewhere"))
 
 

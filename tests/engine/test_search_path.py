@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import cloudpickle
 import pytest
 
+from conf.refusal import Refusal
 from pipelines.engine.backends import ray_train
 from pipelines.engine.backends.gang import Gang
 from pipelines.engine.backends.outcome import guarded, portable_call
 from pipelines.engine.backends.search_path import PACKAGES, ROOT, portable, rooted
-from pipelines.engine.errors import EngineError
 
 
 @pytest.fixture
@@ -61,14 +61,14 @@ def test_only_what_shadows_is_overtaken(crowded: Path, monkeypatch: pytest.Monke
 def test_a_ranks_error_reads_as_a_sentence_and_is_a_users_again_in_the_driver(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as raised:
         ray_train._ray_rank({"call": portable_call(guarded, (refuse,)), "search_path": []})
-    assert str(raised.value) == "a rank ended with EngineError: rows = 0: at least one."
+    assert str(raised.value) == "a rank ended with Refusal: rows = 0: at least one."
     # A process of Ray Train has nothing of ours to read it with.
     wire = pickle.dumps(raised.value)
     assert wire[:60].count(b"builtins") == wire[:60].count(b"RuntimeError") == 1
     gang = Gang(fn=print, config={}, workers=1, logs=tmp_path)
     cause = ray_train._cause(SimpleNamespace(worker_failures={0: pickle.loads(wire)}), gang)  # type: ignore[arg-type]
-    assert (type(cause), str(cause)) == (EngineError, "rows = 0: at least one.")
+    assert (type(cause), str(cause)) == (Refusal, "rows = 0: at least one.")
 
 
 def refuse() -> None:
-    raise EngineError("rows = 0: at least one.")
+    raise Refusal("rows", 0, "at least one")

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from pipelines.engine.errors import EngineError
+from conf.refusal import Refusal
 from pipelines.engine.secrets import refuse_secrets, without_secrets
 
 OURS = {
@@ -42,7 +42,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_environments_secrets_are_refused_and_blotted_out(name: str, text: str) -> None:
-    with pytest.raises(EngineError, match=name):
+    with pytest.raises(Refusal, match=name):
         refuse_secrets({"a": [text]}, "pretrain: its settings")
     assert f"<{name}>" in without_secrets({"a": text})["a"]
 
@@ -67,7 +67,7 @@ def test_the_environments_secrets_are_refused_and_blotted_out(name: str, text: s
     ids=lambda value: "x",  # pytest puts the parameters into the environment
 )
 def test_values_that_look_like_secrets_are_refused_whatever_the_environment_says(kind: str, text: str) -> None:
-    with pytest.raises(EngineError, match=kind):
+    with pytest.raises(Refusal, match=kind):
         refuse_secrets({"prompts": [f"see {text} there"]}, "evaluate: its settings")
     blotted = without_secrets({"x": f"see {text} there"})["x"]
     assert f"<{kind}>" in blotted and text not in blotted

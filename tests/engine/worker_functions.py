@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines.engine.errors import EngineError
+from conf.refusal import Refusal
 
 
 class PickyError(Exception):
@@ -103,7 +103,7 @@ def fail_in_rank_1(config: dict[str, Any]) -> None:
     """One rank finds a user's mistake; the other waits for it for ever."""
     print("a line for the log", flush=True)
     if os.environ["RANK"] == "1":
-        raise EngineError("rows = 3 cannot be shared by 2 ranks")
+        raise Refusal("rows", 3, "cannot be shared by 2 ranks")
     time.sleep(600)
 
 

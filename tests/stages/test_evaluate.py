@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conf.refusal import Refusal
 from data.text.document import Document, write_documents
 from data.tokenizers.sentencepiece import Tokenizer
-from pipelines.engine.step import EngineError
 from pipelines.evaluation import held_out
 from pipelines.evaluation.baselines import gzip_bytes, token_counts, unigram_nats, xz_bytes
 from pipelines.evaluation.intervals import interval, resample_sums, share_interval, wilson
@@ -238,13 +238,13 @@ def test_a_cap_takes_the_documents_with_the_lowest_hashes(small_run):
 
 def test_windows_beyond_the_model_are_refused(small_run, tmp_path, in_process):
     for setting, message in (({"context_tokens": 4096}, "choose at most"), ({"stride_tokens": 500}, "would skip some")):
-        with pytest.raises(EngineError, match=message):
+        with pytest.raises(Refusal, match=message):
             evaluate.run(evaluate.EvaluateSettings(**setting), small_run, tmp_path, in_process(tmp_path))
 
 
 def test_a_corpus_without_held_out_documents_is_an_error_that_says_what_to_raise(tmp_path):
     write_documents(tmp_path / "heldout" / "00000.parquet", [])
-    with pytest.raises(EngineError, match=r"held_out\.fraction"):
+    with pytest.raises(Refusal, match=r"held_out\.fraction"):
         held_out.choose(tmp_path, evaluate.EvaluateSettings())
 
 

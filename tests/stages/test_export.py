@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conf.refusal import Refusal
 from data.tokenizers.sentencepiece import Tokenizer
-from pipelines.engine.step import EngineError
 from pipelines.inference.weights import load_model
 from pipelines.stages import export
 from tests.data.foreign import save
@@ -71,7 +71,7 @@ def test_a_chat_template_that_writes_the_date_is_compared_on_one_day(tmp_path):
     ours = Tokenizer.load(folder)
     assert check_tokens(ours, AutoTokenizer.from_pretrained(folder), texts)["compared_conversations"] == 2
     template.write_text(template.read_text().replace("%b", "%m"))
-    with pytest.raises(EngineError, match=r"chat template's tokens part"):
+    with pytest.raises(Refusal, match=r"chat template's tokens part"):
         check_tokens(ours, AutoTokenizer.from_pretrained(folder), texts)
 
 
@@ -85,7 +85,7 @@ def test_a_corpus_that_spells_control_pieces_is_text_in_the_check(small_run, exp
     texts = [" = Robert <unk> = \n <unk> </s><|end|> \n" * 20, ">knu< >s< <s>"]
     assert check_tokens(ours, theirs, texts)["compared_conversations"] == 2
     theirs.chat_template = ours.chat_template  # as it is here, where messages are protected otherwise
-    with pytest.raises(EngineError, match="chat template's tokens part"):
+    with pytest.raises(Refusal, match="chat template's tokens part"):
         check_tokens(ours, theirs, texts)
 
 
@@ -116,7 +116,7 @@ def test_a_faulty_export_is_refused(small_run, exported, tmp_path, fault):
         tensors["model.layers.1.self_attn.k_proj.weight"] = tensors["model.layers.1.self_attn.k_proj.weight"].flip(0)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(EngineError, match="does not compute what was trained"):
+    with pytest.raises(Refusal, match="does not compute what was trained"):
         export.compare(settings, small_run["finetune"], small_run["tokenizer"], [small_run["corpus"]], folder)
 
 
@@ -126,11 +126,11 @@ def test_a_faulty_tokenizer_is_refused(small_run, exported, tmp_path):
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["model"]["merges"] = content["model"]["merges"][100:]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(EngineError, match="tokenizer differs"):
+    with pytest.raises(Refusal, match="tokenizer differs"):
         export.compare(settings, small_run["finetune"], small_run["tokenizer"], [small_run["corpus"]], tmp_path)
 
 
 def test_asking_for_weights_that_the_experiment_lacks_says_so(small_run, tmp_path, in_process):
     inputs = {name: artifact for name, artifact in small_run.items() if name != "finetune"}
-    with pytest.raises(EngineError, match="no such step"):
+    with pytest.raises(Refusal, match="no such step"):
         export.run(export.ExportSettings(weights="finetune"), inputs, tmp_path, in_process(tmp_path))

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conf.refusal import Refusal
 from data.tokenizers.chat import encode_chat
 from data.tokenizers.sentencepiece import Tokenizer
 from model.adapt.quantize import QuantizedLinear
 from pipelines.__main__ import main
-from pipelines.engine.step import EngineError
 from pipelines.inference.generator import GenerateSettings, TextGenerator, TextStream
 
 
@@ -102,7 +102,7 @@ def test_a_chat_prompt_is_the_chat_templates(generator, tokenizer):
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(generator):
-    with pytest.raises(EngineError, match="shorten the prompt"):
+    with pytest.raises(Refusal, match="shorten the prompt"):
         generator.generate("word " * 400, GenerateSettings())
 
 

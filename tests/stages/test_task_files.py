@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.engine.step import EngineError
+from conf.refusal import Refusal
 from pipelines.evaluation import harness_tasks
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.task_files import TASKS, read_tasks
@@ -116,7 +116,7 @@ def test_groups_hold_names_tags_overrides_and_tasks_and_groups_of_their_own(fold
 def test_a_task_asked_for_alone_and_with_a_groups_settings_is_refused(folder: Path):
     write(folder, "one", task="one", **CHOICE)
     write(folder, "all", group="all", task=["one"], num_fewshot=1)
-    with pytest.raises(EngineError, match="'one' is requested twice with different settings"):
+    with pytest.raises(Refusal, match="'one' is requested twice with different settings"):
         read(folder, "all", "one")
 
 
@@ -166,17 +166,17 @@ def test_what_cannot_be_run_is_refused_in_a_sentence_that_names_the_file(folder:
         (folder / "bad.yaml").write_text(config)
     else:
         write(folder, "bad", **{"task": "bad", **CHOICE, **config})
-    with pytest.raises(EngineError, match=said) as refused:
+    with pytest.raises(Refusal, match=said) as refused:
         read(folder, "bad")
     assert "bad" in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_an_unknown_task_is_answered_with_those_there_are_and_with_what_could_not_be_read(folder: Path):
-    with pytest.raises(EngineError, match=r"did you mean 'next_line'.*close_bracket, held_out_rolling, next_line"):
+    with pytest.raises(Refusal, match=r"did you mean 'next_line'.*close_bracket, held_out_rolling, next_line"):
         read_tasks(["next_lin"], ())
     (folder / "broken.yaml").write_text("")
     (folder / "latin.yaml").write_bytes(b"task: caf\xe9\n")
-    with pytest.raises(EngineError, match=r"broken.yaml could not be read: .*latin.yaml could not be read"):
+    with pytest.raises(Refusal, match=r"broken.yaml could not be read: .*latin.yaml could not be read"):
         read(folder, "mine")
 
 
@@ -212,7 +212,7 @@ def test_every_task_is_built_and_tried_before_anything_trains(folder: Path, said
     rest = {"aggregate_metric_list": [{"metric": "f1"}]} if "group" in config else {"task": "bad", **CHOICE}
     path = write(folder, "bad", **{**rest, **config})
     settings = EvaluateSettings(tasks=("bad",), task_folders=(str(folder),))
-    with pytest.raises(EngineError, match=said) as refused:
+    with pytest.raises(Refusal, match=said) as refused:
         evaluate.check_tasks(settings, (128, 64))
     assert str(path) in str(refused.value) and "\n" not in str(refused.value)
 

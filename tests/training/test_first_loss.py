@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 
+from conf.refusal import Refusal
 from conf.typed import from_plain, to_plain
 from data.loader import Loader, order_over
 from data.rows.shard_set import ShardSet
 from data.tasks.denoising import AnyObjective, MaskedToken
 from model.errors import ModelError
 from model.interop import checkpoint_files
-from pipelines.engine.step import EngineError
 from pipelines.stages import pretrain
 from pipelines.stages.pretrain import PretrainSettings
 from pipelines.stages.start import Start, run
@@ -175,7 +175,7 @@ def test_rotary_positions_go_further_and_learned_ones_end(tmp_path: Path) -> Non
     rotary, learned = (Start.open("pretrain.init_from", str(tmp_path / name)) for name in ("llama", "gpt2"))
     assert rotary.model(rotary.config, 2 * SEQ_LEN).max_seq_len == 2 * SEQ_LEN
     assert learned.model(learned.config, SEQ_LEN // 2).max_seq_len == SEQ_LEN
-    with pytest.raises(EngineError, match=f"use shards.seq_len={SEQ_LEN}"):
+    with pytest.raises(Refusal, match=f"use shards.seq_len={SEQ_LEN}"):
         learned.model(learned.config, 2 * SEQ_LEN)
 
 
@@ -187,5 +187,5 @@ def test_a_model_chosen_by_hand_agrees_or_is_refused_with_both_values(tmp_path: 
     begun.check_model(replace(begun.config, vocab_size=None, dropout=0.1), ["vocab_size", *preset])
     wider = replace(begun.config, d_model=48)
     begun.check_model(wider, ["n_layers"])  # what nobody chose is the folder's
-    with pytest.raises(EngineError, match=r"model.d_model = 48, and pretrain.init_from=.* has 64"):
+    with pytest.raises(Refusal, match=r"model.d_model = 48, and pretrain.init_from=.* has 64"):
         begun.check_model(wider, ["n_layers", "d_model"])

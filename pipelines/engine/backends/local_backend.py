@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from conf.refusal import NO_VALUE
 from pipelines.engine.backends.base import MAX_RETRIES, Backend, Poll, Say
 from pipelines.engine.backends.gang import SAVING_SECONDS, Gang, run_rank
 from pipelines.engine.backends.machines import Resources, check_feasible
@@ -233,8 +234,10 @@ def _share_out(
             if deaths[name] > MAX_RETRIES:
                 how = describe_exit(worker.process.exitcode)
                 raise WorkerDiedError(
-                    f"{name}: its worker process {how}, {deaths[name]} times. What is finished is kept; give it more "
-                    f"memory or fewer workers and run again."
+                    name,
+                    NO_VALUE,
+                    f"its worker process {how}, {deaths[name]} times. What is finished is kept",
+                    "give it more memory or fewer workers and run again",
                 )
             waiting[name] = calls[name]
             workers[workers.index(worker)] = _Worker(_environment_of(threads))
@@ -257,7 +260,7 @@ def _first_result(ranks: list[_Worker], gang: Gang, poll: Poll) -> Any:
             if outcome is None:
                 ranks[number].process.join()
                 how = describe_exit(ranks[number].process.exitcode)
-                raise WorkerDiedError(f"rank {number} {how}.{log_tail(gang.logs / f'rank-{number}.log')}")
+                raise WorkerDiedError(f"rank {number}", NO_VALUE, how, log_tail(gang.logs / f"rank-{number}.log"))
             results[number] = opened(opened(outcome))
     return results[0]
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.backends.outcome import LostMachineError
-from pipelines.engine.errors import EngineError
 
 LOOK_SECONDS = 2.0
 """Between two looks at the cluster's resources."""
@@ -57,13 +57,15 @@ class Claim:
 
 
 def check_feasible(available: Resources, *, cpus: float, gpus: float, copies: int = 1) -> int:
-    """How many such processes fit at once, at most 1024. Raises EngineError if ``copies`` of them never will."""
+    """How many such processes fit at once, at most 1024. Raises Refusal if ``copies`` of them never will."""
     missing = Claim(cpus=cpus, gpus=gpus, copies=copies).missing(available)
     if missing:
         what = "GPUs" if "GPU" in missing else "CPUs"
-        raise EngineError(
-            f"{missing}: it would wait for ever. Ask for fewer workers, or for fewer {what} each, or run on a larger "
-            "cluster."
+        raise Refusal(
+            "compute",
+            NO_VALUE,
+            f"{missing}: it would wait for ever",
+            f"ask for fewer workers, or for fewer {what} each, or run on a larger cluster",
         )
     return min(available.fits(cpus=cpus, gpus=gpus), 1024)
 
@@ -99,9 +101,11 @@ class Patience:
                 )
         if now - self._short_since >= self._wait_seconds:
             raise LostMachineError(
-                f"{missing}: a machine was lost, and no other came within {self._wait_seconds:g} s "
-                "(compute.wait_seconds). What is finished is kept; run the same command again when there are machines, "
-                "or with a smaller compute.ranks."
+                "compute.wait_seconds",
+                self._wait_seconds,
+                f"{missing}: a machine was lost, and no other came within {self._wait_seconds:g} s. What is finished is "
+                "kept",
+                "run the same command again when there are machines, or with a smaller compute.ranks",
             )
         return False
 

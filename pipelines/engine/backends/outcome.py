@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipelines.engine.errors import LOST_MACHINE, EngineError
+from conf.refusal import NO_VALUE, Refusal
+from pipelines.engine.errors import LOST_MACHINE
 
 LOG_TAIL_BYTES = 2000
 
 
-class WorkerDiedError(EngineError):
+class WorkerDiedError(Refusal):
     """A worker process ended without a word: killed, out of memory, or its machine went away."""
 
 
@@ -80,13 +81,15 @@ def _portable(error: Exception) -> Exception:
 
 
 def portable_call(fn: Callable[..., Any], args: tuple[Any, ...], dumps: Callable[[Any], bytes] = pickle.dumps) -> bytes:
-    """``(fn, args)`` pickled; EngineError if that is impossible."""
+    """``(fn, args)`` pickled; Refusal if that is impossible."""
     try:
         return dumps((fn, args))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise EngineError(
-            f"{getattr(fn, '__qualname__', fn)} cannot be sent to a worker process ({error}). Use a function at the "
-            f"top level of a module, and plain data, paths or dataclasses as its arguments."
+        raise Refusal(
+            str(getattr(fn, "__qualname__", fn)),
+            NO_VALUE,
+            f"cannot be sent to a worker process ({error})",
+            "use a function at the top level of a module, and plain data, paths or dataclasses as its arguments",
         ) from error
 
 
@@ -99,11 +102,11 @@ def describe_exit(exit_code: int | None) -> str:
 
 
 def log_tail(path: Path) -> str:
-    """The end of a worker's log, for an error message; empty if it wrote nothing."""
+    """The end of a worker's log, for the remedy of a refusal; empty if it wrote nothing."""
     try:
         with open(path, "rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
             text = log.read().decode(errors="replace").strip()
     except OSError:
         return ""
-    return f"\nEnd of {path}:\n{text}" if text else ""
+    return f"see the end of {path}:\n{text}" if text else ""

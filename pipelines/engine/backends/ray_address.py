@@ -6,20 +6,23 @@ import logging
 import os
 import socket
 
-from pipelines.engine.errors import EngineError
+from conf.refusal import Refusal
 
 ANSWER_SECONDS = 6.0  # to connect, and as long again to greet
 
 
 def check_address(address: str) -> None:
-    """Raise EngineError unless a Ray head answers there; ``ray.init`` alone waits for minutes, then ends the process."""
+    """Raise Refusal unless a Ray head answers there; ``ray.init`` alone waits for minutes, then ends the process."""
     if address == "auto":
         address = _running_here()
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
-        raise EngineError(
-            f"compute.address={address}: expected host:port of a Ray head (usually port 6379). To reach a cluster from "
-            f"outside, send the whole command there: athanor submit cluster=ray address=http://HOST:8265 -- run ..."
+        raise Refusal(
+            "compute.address",
+            address,
+            "expected host:port of a Ray head (usually port 6379)",
+            "to reach a cluster from outside, send the whole command there: athanor submit cluster=ray "
+            "address=http://HOST:8265 -- run …",
         )
     try:
         with socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS) as connection:
@@ -27,9 +30,12 @@ def check_address(address: str) -> None:
                 _expect_grpc(connection)
                 _expect_admission(address)
     except OSError as error:
-        raise EngineError(
-            f"compute.address={address}: no Ray cluster answers there ({error.strerror or error}). Check that it runs (ray "
-            f"status) and that this machine may reach it, or leave compute.address out to start Ray on this machine."
+        raise Refusal(
+            "compute.address",
+            address,
+            f"no Ray cluster answers there ({error.strerror or error})",
+            "check that it runs (ray status) and that this machine may reach it, or leave compute.address out to start Ray "
+            "on this machine",
         ) from error
 
 
@@ -42,15 +48,17 @@ def _running_here() -> str:
     except ConnectionError:
         found = None
     if not found:
-        raise EngineError(
-            "compute.address=auto: no Ray runs on this machine. Start one (ray start --head), give the head's host:port, or "
-            "leave compute.address out."
+        raise Refusal(
+            "compute.address",
+            "auto",
+            "no Ray runs on this machine",
+            "start one (ray start --head), give the head's host:port, or leave compute.address out",
         )
     return str(found)
 
 
 def _expect_admission(address: str) -> None:
-    """Raise EngineError if the head requires a token that this process does not have: Ray would retry for most of a minute,
+    """Raise Refusal if the head requires a token that this process does not have: Ray would retry for most of a minute,
     then report that it failed to connect."""
     import grpc
     from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
@@ -66,19 +74,23 @@ def _expect_admission(address: str) -> None:
             if error.code() != grpc.StatusCode.UNAUTHENTICATED:
                 return  # Ray itself reports other errors better
             has = "it is not the token that this process has" if headers else "this process has none"
-            raise EngineError(
-                f"compute.address={address}: this Ray cluster asks for a token, and {has}. Set RAY_AUTH_MODE=token and "
-                "RAY_AUTH_TOKEN_PATH=FILE, the file that holds the cluster's token (on its head: ~/.ray/auth_token, or what "
-                "RAY_AUTH_TOKEN_PATH says there)."
+            raise Refusal(
+                "compute.address",
+                address,
+                f"this Ray cluster asks for a token, and {has}",
+                "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE, the file that holds the cluster's token (on its "
+                "head: ~/.ray/auth_token, or what RAY_AUTH_TOKEN_PATH says there)",
             ) from error
 
 
 def check_same(address: str, joined: str) -> None:
-    """Raise EngineError if this process already belongs to another cluster than the configured one."""
+    """Raise Refusal if this process already belongs to another cluster than the configured one."""
     if address != "auto" and address.rpartition(":")[2] != joined.rpartition(":")[2]:
-        raise EngineError(
-            f"compute.address={address}: this process already belongs to the Ray cluster at {joined}, and Ray allows one. "
-            "Leave compute.address out to use that one, or start the command by itself."
+        raise Refusal(
+            "compute.address",
+            address,
+            f"this process already belongs to the Ray cluster at {joined}, and Ray allows one",
+            "leave compute.address out to use that one, or start the command by itself",
         )
 
 

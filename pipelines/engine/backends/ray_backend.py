@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.backends.base import MAX_RETRIES, Backend, Poll, Say
 from pipelines.engine.backends.gang import SAVING_SECONDS, Gang
 from pipelines.engine.backends.machines import (
@@ -38,10 +39,10 @@ from pipelines.engine.backends.ray_health import (
     RayGoneError,
     end_local_ray,
     leave_at_once,
+    ray_gone,
 )
 from pipelines.engine.backends.ray_train import NoPlaceError, fit, pickled_call
 from pipelines.engine.backends.search_path import PACKAGES, portable
-from pipelines.engine.errors import EngineError
 
 POLL_SECONDS = 0.2
 LOSS_SECONDS = 75.0  # Ray's five health checks of at most 10 s, 3 s apart, and a margin
@@ -137,8 +138,10 @@ class RayBackend(Backend):
         except ray.exceptions.RayError as error:
             self._check_ray()
             raise WorkerDiedError(
-                f"{name}: its worker process died {MAX_RETRIES + 1} times ({error}). What is finished is kept; give it "
-                f"more memory or fewer workers and run again."
+                name,
+                NO_VALUE,
+                f"its worker process died {MAX_RETRIES + 1} times ({error}). What is finished is kept",
+                "give it more memory or fewer workers and run again",
             ) from error
 
     def expect_gang(self) -> None:
@@ -189,7 +192,7 @@ class RayBackend(Backend):
             raise
         self._check_ray()
         if not answer:
-            raise WorkerDiedError("the gang ended without an answer.")
+            raise WorkerDiedError("the ranks", NO_VALUE, "ended without a result")
         return answer[0]
 
     def _alive(self) -> set[str]:
@@ -207,7 +210,7 @@ class RayBackend(Backend):
             self._check_ray()
             if (self._head is None or self._head.connects()) and machines - self._alive():
                 first = str(error).partition("\n")[0]
-                raise WorkerDiedError(f"a machine went away under its ranks ({first}).") from error
+                raise WorkerDiedError("the ranks", NO_VALUE, f"a machine went away under them ({first})") from error
             time.sleep(1)
 
     def _patience(self, claim: Claim, say: Say) -> Patience:
@@ -234,21 +237,19 @@ class RayBackend(Backend):
         """Raise RayGoneError if Ray itself, and not one of its workers, has ended: left alone it would end this process
         after a minute, without a word that helps."""
         if self._gone:
-            raise RayGoneError(self._gone)
+            raise ray_gone(self._gone)
         import ray._private.worker
 
         node = ray._private.worker._global_node
         if self._owned and self._address is None and node is not None:
             if dead := [kind for kind, _ in node.dead_processes() if kind in RAY_ITSELF]:
-                self._gone = f"Ray itself went away (its {' and '.join(dead)} ended)"
+                self._gone = f"its {' and '.join(dead)} ended"
                 end_local_ray(node)
         elif self._head is not None and not self._head.answers():
-            self._gone = (
-                f"Ray itself went away (its head at {self._head.address} has not answered for {SILENT_SECONDS} s)"
-            )
+            self._gone = f"its head at {self._head.address} has not answered for {SILENT_SECONDS:.0f} s"
         if self._gone:
             atexit.register(leave_at_once)
-            raise RayGoneError(self._gone)
+            raise ray_gone(self._gone)
 
     def _ray(self) -> Any:
         """The ray module, started."""
@@ -322,15 +323,22 @@ def _in_lasting_thread(connect: Callable[[], None]) -> None:
 
     threading.Thread(target=run, name="keeps Ray", daemon=True).start()
     if not done.wait(90):
-        raise EngineError(
-            "Ray did not start in 90 s. Look in /tmp/ray/session_latest/logs, or use compute.backend=local."
+        raise Refusal(
+            "compute.backend",
+            "ray",
+            "Ray did not start in 90 s",
+            "look in /tmp/ray/session_latest/logs, or use compute.backend=local",
         )
     if errors:
         error = errors[0]
-        if isinstance(error, EngineError):
+        if isinstance(error, Refusal):
             raise error
-        rest = "Try again, or do without Ray on this machine alone: compute.backend=local."
-        raise EngineError(f"Ray could not be started or joined: {error} {rest}") from error
+        raise Refusal(
+            "compute.backend",
+            "ray",
+            f"Ray could not be started or joined: {error}",
+            "try again, or do without Ray on this machine alone: compute.backend=local",
+        ) from error
 
 
 def _take_back_sigterm() -> None:

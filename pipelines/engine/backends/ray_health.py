@@ -15,20 +15,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines.engine.errors import LOST_MACHINE, EngineError
+from conf.refusal import Refusal
+from pipelines.engine.errors import LOST_MACHINE
 
 SILENT_SECONDS = 30.0  # of a cluster's head, until it counts as gone
 RAY_ITSELF = ("gcs_server", "raylet")
 """Processes of a local Ray that nothing works without."""
 
 
-class RayGoneError(EngineError):
+class RayGoneError(Refusal):
     """Ray ended under this process, which has to end too and can be started again."""
 
     exit_code = LOST_MACHINE
 
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what}. What is finished is kept; run the same command again to continue.")
+
+def ray_gone(how: str) -> RayGoneError:
+    """What to raise once Ray itself went away; ``how``: which part of it ended."""
+    return RayGoneError(
+        "compute.backend",
+        "ray",
+        f"Ray itself went away ({how}). What is finished is kept",
+        "run the same command again to continue",
+    )
 
 
 class Head:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from conf.refusal import NO_VALUE
 from pipelines.engine.backends.gang import Gang, run_rank
 from pipelines.engine.backends.machines import forget_launchers, interface_with
 from pipelines.engine.backends.outcome import WorkerDiedError, guarded_call, log_tail, opened, portable_call
@@ -123,11 +124,11 @@ def _cause(error: Exception, gang: Gang) -> Exception:
         base = getattr(failure, "_base_exc", failure)  # one Ray wraps it, another hands it on as it was raised
         outcome = getattr(base, "athanor_outcome", None)
         if outcome is None:
-            log = log_tail(gang.logs / f"rank-{rank}.log")
-            return WorkerDiedError(f"rank {rank} was killed or its machine went away ({failure}).{log}")
+            how = f"was killed or its machine went away ({failure})"
+            return WorkerDiedError(f"rank {rank}", NO_VALUE, how, log_tail(gang.logs / f"rank-{rank}.log"))
         try:
             opened(outcome)
         except Exception as user_error:
             user_errors.append(user_error)
     user_errors.sort(key=lambda user_error: not hasattr(user_error, "exit_code"))
-    return user_errors[0] if user_errors else WorkerDiedError(f"Ray Train gave up: {error}")
+    return user_errors[0] if user_errors else WorkerDiedError("Ray Train", NO_VALUE, f"gave up: {error}")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines.engine.errors import EngineError
+from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.files import FileHashes, describe, tree
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.step import Artifact
@@ -59,7 +59,7 @@ class Store(ABC):
     def publish(self, lease: Lease, work: Work, manifest: dict[str, Any]) -> Artifact:
         """Publish what is in ``work.out``: whole, once, and only if the lease is still held.
 
-        ``manifest`` comes with everything but its format and the files. Raises LeaseLostError, or EngineError for a file
+        ``manifest`` comes with everything but its format and the files. Raises LeaseLostError, or Refusal for a file
         that is not what its shard wrote.
         """
         step, digest = manifest["step"], manifest["digest"]
@@ -82,21 +82,26 @@ class Store(ABC):
         lease.release(published=True)
         artifact = self.find(step, digest)
         if artifact is None:
-            raise EngineError(f"{step} {digest[:SHORT]} was deleted from {self.url} while it was being published.")
+            raise Refusal(self.address(step, digest), NO_VALUE, "was deleted while it was being published", "run again")
         return artifact
 
     def _describe(self, work: Work) -> dict[str, dict[str, Any]]:
         names = tree(work.out)
         if manifests.NAME in names:
-            raise EngineError(
-                f"a step may not write {manifests.NAME} itself: the name is the engine's; use a subfolder."
+            raise Refusal(
+                work.out / manifests.NAME,
+                NO_VALUE,
+                "a step may not write this file itself: its name is the engine's",
+                "use a subfolder",
             )
         files = describe(work.out, names, durable=True)
         for path, entry in work.finished_files().items():
             if files.get(path, entry) != entry:  # a stage may delete what its shards wrote, not change it
-                raise EngineError(
-                    f"{work.out / path} is not what its shard wrote (checksums differ): the disk lost it or something "
-                    f"changed it. Delete {work.root} and run again."
+                raise Refusal(
+                    work.out / path,
+                    NO_VALUE,
+                    "is not what its shard wrote (checksums differ): the disk lost it or something changed it",
+                    f"delete {work.root} and run again",
                 )
         return files
 
@@ -105,43 +110,35 @@ class Store(ABC):
         return f"{self.url}/{step}/{digest[:SHORT]}"
 
     def find(self, step: str, digest: str) -> Artifact | None:
-        """The published artifact, or None. Raises EngineError for a manifest that is damaged or of another artifact."""
+        """The published artifact, or None. Raises Refusal for a manifest that is damaged or of another artifact."""
         data = self.manifest_bytes(step, digest[:SHORT])
         if data is None:
             return None
         url = self.address(step, digest)
         manifest = self.read_manifest(data, url)
         if (manifest["step"], manifest["digest"]) != (step, digest):
-            raise EngineError(
-                f"{url} holds {manifest['step']} {manifest['digest']}, not {step} {digest}: it was moved there by hand; "
-                "delete it."
+            raise Refusal(
+                url,
+                NO_VALUE,
+                f"holds {manifest['step']} {manifest['digest']}, not {step} {digest}: it was moved there by hand",
+                "delete it",
             )
         return Artifact(step=step, digest=digest, url=url, manifest=manifest)
 
     def read_manifest(self, data: bytes, place: str) -> dict[str, Any]:
-        """The manifest in the bytes of `place`/manifest.json. Raises EngineError for one that is damaged.
-
-        An unsealed one of format 1 whose lease is sealed is damaged, too: the program that seals leases seals manifests.
-        """
-        manifest = manifests.read(data, place)
-        if not manifests.is_sealed(manifest):
-            seen = leases.read(self.records, work_name(manifest["step"], manifest["digest"]))
-            if seen is not None and seen.sealed and seen.value["floor"] == manifest["token"] + 1:
-                raise manifests.damaged(place, "it has no seal, and was published by a program that seals")
-        return manifest
+        """The manifest in the bytes of `place`/manifest.json. Raises Refusal for one that is damaged."""
+        return leases.read_manifest(data, place, self.records)
 
     def check(self, artifact: Artifact) -> None:
-        """Sizes only, which are cheap to query. Raises EngineError for a file that is missing or of another size."""
+        """Sizes only, which are cheap to query. Raises Refusal for a file that is missing or of another size."""
         sizes = self._sizes(artifact)
         for path, entry in artifact.manifest["files"].items():
             if sizes.get(path) != entry["bytes"]:
                 state = f"has {sizes[path]} bytes instead of {entry['bytes']}" if path in sizes else "is missing"
-                raise EngineError(
-                    f"{artifact.url}/{path} {state}: the artifact is damaged. Delete {artifact.url} to have it made again."
-                )
+                raise damaged_file(artifact, f"{artifact.url}/{path}", state)
 
     def verify(self, artifact: Artifact, self_checking: tuple[str, ...], rechecked: tuple[str, ...] = ()) -> None:
-        """Raise EngineError if a file of an artifact is not what was published, before another step builds on it.
+        """Raise Refusal if a file of an artifact is not what was published, before another step builds on it.
 
         Files that match `self_checking` are looked at by size only. Hashes of unchanged files are remembered on this
         machine for a while; not trusted for those that match `rechecked`.
@@ -149,7 +146,7 @@ class Store(ABC):
         self.check(artifact)
         damage = self._damage(artifact, Path(artifact.url), self_checking, rechecked)
         if damage is not None:
-            raise EngineError(f"{damage}: the artifact is damaged. Delete {artifact.url} to have it made again.")
+            raise damage
 
     def strangers(self, artifact: Artifact) -> list[str]:
         """Relative paths of files in the artifact's folder that its manifest does not list, if readers would see them."""
@@ -157,8 +154,8 @@ class Store(ABC):
 
     def _damage(
         self, artifact: Artifact, folder: Path, self_checking: tuple[str, ...], rechecked: tuple[str, ...] = ()
-    ) -> str | None:
-        """What is wrong with a file of an artifact in `folder`; None where every one is what was published."""
+    ) -> Refusal | None:
+        """What to raise about a file of an artifact in `folder`; None where every one is what was published."""
         files = {
             path: e["sha256"] for path, e in artifact.manifest["files"].items() if not _matches(path, self_checking)
         }
@@ -168,7 +165,8 @@ class Store(ABC):
             found = hashes.of([folder / path for path in entries], rechecked=distrust)
             for (path, expected), sha256 in zip(entries.items(), found, strict=True):
                 if sha256 != expected:
-                    return f"{folder / path} is not what was published (its sha256 is {sha256} and was {expected})"
+                    state = f"is not what was published (its sha256 is {sha256} and was {expected})"
+                    return damaged_file(artifact, folder / path, state)
         return None
 
     def all_manifests(self, step: str) -> list[dict[str, Any]]:
@@ -236,46 +234,58 @@ class Store(ABC):
         """Make staged and committed work visible; harmless when repeated. Whether the artifact is there afterwards."""
 
 
+def damaged_file(artifact: Artifact, file: str | Path, state: str) -> Refusal:
+    """What to raise for a file of an artifact that is not as it was published; ``state``: what is wrong with it."""
+    return Refusal(file, NO_VALUE, f"{state}: the artifact is damaged", f"delete {artifact.url} to have it made again")
+
+
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 @contextlib.contextmanager
 def storage_errors(store: Store) -> Iterator[None]:
-    """Turn a full or unwritable disk, wherever it showed, into an EngineError with the remedy."""
+    """Turn a full or unwritable disk, wherever it showed, into a Refusal with the remedy."""
     try:
         yield
-    except EngineError:
+    except Refusal:
         raise
     except Exception as error:
-        message = _explain(error, store)
-        if message is None:
+        refusal = _storage_refusal(error, store)
+        if refusal is None:
             raise
-        raise EngineError(message) from error
+        raise refusal from error
 
 
-def _explain(error: BaseException, store: Store) -> str | None:
+def _storage_refusal(error: BaseException, store: Store) -> Refusal | None:
     cause: BaseException | None = error
     while cause is not None:
         number = cause.errno if isinstance(cause, OSError) else None
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
-            return (
-                f"The disk is full (store={store.url}). Everything finished so far is kept: free some space and run the "
-                f"same command again, and it continues."
+            return Refusal(
+                "store",
+                store.url,
+                "the disk is full. Everything finished so far is kept",
+                "free some space and run the same command again, and it continues",
             )
         path = str(getattr(cause, "filename", None) or "")
         refused = number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
         refused |= number == errno.ENOENT and not Path(store.url).exists()  # a folder that cannot be made, as in /proc
         if refused and path.startswith(store.url) and isinstance(cause, OSError):
-            return (
-                f"store={store.url}: {path} cannot be written ({cause.strerror}). Give this user the right to write "
-                f"there, or choose another store."
+            return Refusal(
+                "store",
+                store.url,
+                f"{path} cannot be written ({cause.strerror})",
+                "give this user the right to write there, or choose another store",
             )
         remote = "://" in store.url
         if remote and (type(cause).__module__.startswith("botocore") or isinstance(cause, PermissionError)):
-            return (
-                f"store={store.url}: {cause}. Check the bucket, the credentials in the environment and, for a server "
-                f"other than Amazon's, AWS_ENDPOINT_URL."
+            return Refusal(
+                "store",
+                store.url,
+                str(cause),
+                "check the bucket, the credentials in the environment and, for a server other than Amazon's, "
+                "AWS_ENDPOINT_URL",
             )
         cause = cause.__cause__ or cause.__context__
     return None

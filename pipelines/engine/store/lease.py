@@ -18,19 +18,21 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.engine.errors import EngineError
+from conf.refusal import NO_VALUE, Refusal
+from pipelines.engine.store import manifest as manifests
 from pipelines.engine.store.records import Records, Seen
+from pipelines.engine.store.work import work_name
 
 TTL_SECONDS = 60.0
 FORMAT = 2  # leases without a format may be older than seals
 
 
-class LeaseLostError(EngineError):
+class LeaseLostError(Refusal):
     """Another process has taken the step over; this one must stop writing."""
 
 
@@ -81,8 +83,11 @@ class Lease:
         """Raise LeaseLostError if another process is known to have taken over."""
         if self.lost.is_set():
             raise LeaseLostError(
-                f"{self._name}: this process did not renew its lease for {self._ttl_seconds:.0f} s (paused? cut off "
-                f"from the store?) and another took the step over. Nothing is lost; run again to use its result."
+                self._name,
+                NO_VALUE,
+                f"this process did not renew its lease for {self._ttl_seconds:.0f} s (paused? cut off from the store?) "
+                "and another took the step over. Nothing is lost",
+                "run again to use its result",
             )
 
     def look(self) -> None:
@@ -159,7 +164,7 @@ def acquire(
     else:
         previous = seen.value
         if previous["digest"] != digest:
-            raise EngineError(f"{name} stands for two different digests, {digest} and {previous['digest']}.")
+            raise Refusal(name, NO_VALUE, f"stands for two different digests, {digest} and {previous['digest']}")
         if previous["state"] == "held" and not _may_be_taken(seen, ttl_seconds):
             return Held(owner=Owner(**previous["owner"]), age_seconds=seen.age_seconds)
         if previous["state"] == "committed":
@@ -189,12 +194,33 @@ def holder(records: Records, name: str, ttl_seconds: float = TTL_SECONDS) -> Own
 
 
 def read(records: Records, name: str) -> Seen | None:
-    """The record of a lease. Raises EngineError for a malformed one."""
+    """The record of a lease. Raises Refusal for a malformed one."""
     seen = records.read(name)
     wrong = None if seen is None else _malformed(seen.value)
     if wrong is not None:
         raise records.damaged(name, wrong)
     return seen
+
+
+def read_manifest(data: bytes, place: str, records: Records) -> dict[str, Any]:
+    """The manifest in the bytes of `place`/manifest.json, in whose store the leases are `records`.
+
+    Raises Refusal for one that is damaged, as one of format 1, without a seal, is where it was published with one.
+    """
+    manifest = manifests.read(data, place)
+    if not manifests.is_sealed(manifest) and _was_sealed(records, manifest):
+        raise manifests.damaged(place, "it has no seal, and was published by a program that seals")
+    return manifest
+
+
+def _was_sealed(records: Records, manifest: Mapping[str, Any]) -> bool:
+    """Whether an artifact's lease is sealed: the program that seals leases seals manifests."""
+    seen = read(records, work_name(manifest["step"], manifest["digest"]))
+    if seen is None or not seen.sealed:
+        return False
+    published = seen.value["floor"] == manifest["token"] + 1
+    committed = seen.value["state"] == "committed" and seen.value["token"] == manifest["token"]
+    return published or committed
 
 
 def _malformed(value: dict[str, Any]) -> str | None:

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.engine.errors import EngineError
+from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.store.manifest import NAME
 
 
 def listed(folder: Path, manifest: Mapping[str, Any]) -> Path:
-    """``folder``, or a folder of links to what the manifest lists. Raises EngineError where links cannot be made."""
+    """``folder``, or a folder of links to what the manifest lists. Raises Refusal where links cannot be made."""
     foreign = strangers(folder, manifest)
     if not foreign:
         return folder
@@ -27,9 +27,12 @@ def listed(folder: Path, manifest: Mapping[str, Any]) -> Path:
         try:
             _link(folder, manifest, view)
         except OSError as error:
-            raise EngineError(
-                f"{folder / foreign[0]} is no part of the artifact in whose folder it lies, and no folder without it can be "
-                f"made ({error.strerror}: {view}). Move it out of {folder}."
+            raise Refusal(
+                folder / foreign[0],
+                NO_VALUE,
+                "is no part of the artifact in whose folder it lies, and no folder without it can be made "
+                f"({error.strerror}: {view})",
+                f"move it out of {folder}",
             ) from error
     return view
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipelines.engine.errors import EngineError
+from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.fingerprint import digest
 from pipelines.engine.store.sealed import SEAL, opened, sealed
 
@@ -31,7 +31,7 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 def read(data: bytes, place: str) -> dict[str, Any]:
     """The manifest in the bytes of `place`/manifest.json, its seal still in it if it has one: see `is_sealed`.
 
-    Raises EngineError, one sentence, for what is no manifest, or not the one that was published.
+    Raises Refusal for what is no manifest, or not the one that was published.
     """
     try:
         manifest, was_sealed = opened(data)
@@ -39,25 +39,36 @@ def read(data: bytes, place: str) -> dict[str, Any]:
     except ValueError as error:
         was_sealed, wrong = False, str(error)
     if wrong is None and manifest["format"] > FORMAT:
-        raise EngineError(
-            f"{place}/{NAME} has format {_shown(manifest['format'])} and this program knows up to {FORMAT}: it was "
-            "published by a newer one. Use that one, or another store."
+        raise Refusal(
+            f"{place}/{NAME}",
+            NO_VALUE,
+            f"has format {_shown(manifest['format'])} and this program knows up to {FORMAT}: it was published by a newer "
+            "one",
+            "use that one, or another store",
         )
     if wrong is not None:
         raise damaged(place, wrong)
     return sealed(manifest) if was_sealed else manifest
 
 
-def damaged(place: str, why: str) -> EngineError:
-    """The error to raise for a damaged manifest."""
-    return EngineError(
-        f"{place}/{NAME} is damaged, or was changed after it was published ({why}). Delete {place} to have it made again."
+def damaged(place: str, why: str) -> Refusal:
+    """What to raise for a damaged manifest."""
+    return Refusal(
+        f"{place}/{NAME}",
+        NO_VALUE,
+        f"is damaged, or was changed after it was published ({why})",
+        f"delete {place} to have it made again",
     )
 
 
 def is_sealed(manifest: Mapping[str, Any]) -> bool:
     """False for one that was published before manifests were sealed."""
     return SEAL in manifest
+
+
+def without_seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a manifest but its seal."""
+    return {name: value for name, value in manifest.items() if name != SEAL}
 
 
 def _malformed(manifest: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.files import json_bytes
-from pipelines.engine.errors import EngineError
+from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.files import cache_folder, tree
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.step import Artifact
@@ -146,7 +146,7 @@ class ObjectStore(Store):
         marker = work.marker(label, name)
         entries = unsealed(marker)
         if entries is None:
-            raise EngineError(f"{marker} is gone or was changed since its shard was finished. Run again.")
+            raise Refusal(marker, NO_VALUE, "is gone or was changed since its shard was finished", "run again")
         files = [work.folder(entries["folder"]) / path for path in entries["files"]]
         paths = [path.relative_to(work.root).as_posix() for path in (*files, work.shard_set(label), marker)]
         self._keep(work, instead_of=None, paths=paths, now=False)
@@ -177,7 +177,7 @@ class ObjectStore(Store):
         return self._opened_index(attempts[max(usable)], found[attempts[max(usable)]]) if usable else {}
 
     def _opened_index(self, path: str, data: bytes) -> Entries:
-        """Raises EngineError for a damaged index."""
+        """Raises Refusal for a damaged index."""
         try:
             kept, _ = opened(data)
             for entry in kept.values():
@@ -185,8 +185,11 @@ class ObjectStore(Store):
                     raise ValueError(f"{entry!r:.60} is no entry of it")
         except (ValueError, LookupError, TypeError) as error:
             folder = f"{self.url}/{path.removesuffix(f'/{INDEX}')}"
-            raise EngineError(
-                f"{self.url}/{path} is damaged ({error}). Delete {folder}; then run again: the step begins anew."
+            raise Refusal(
+                f"{self.url}/{path}",
+                NO_VALUE,
+                f"is damaged ({error})",
+                f"delete {folder}; then run again: the step begins anew",
             ) from error
         return kept
 
@@ -206,7 +209,7 @@ class ObjectStore(Store):
             if before.get("sha256") == entry["sha256"]:
                 self._objects.copy(before["at"], f"{data}/{path}", entry["bytes"])
             elif self._objects.upload(work.out / path, f"{data}/{path}") != entry:
-                raise EngineError(f"{work.out / path} changed while it was being published; run again.")
+                raise Refusal(work.out / path, NO_VALUE, "changed while it was being published", "run again")
         folder = f".work/{work_name(manifest['step'], manifest['digest'])}/{attempt_name(lease.token)}"
         self._objects.write(f"{folder}/{manifests.NAME}", json_bytes(manifest))
 
@@ -215,7 +218,7 @@ class ObjectStore(Store):
         attempt = f"{folder}/{attempt_name(token)}"
         data = self._objects.read(f"{attempt}/{manifests.NAME}")
         if data is not None:
-            manifests.read(data, f"{self.url}/{attempt}")  # raises if damaged
+            self.read_manifest(data, f"{self.url}/{attempt}")  # raises if damaged
             self._objects.write(f"{step}/{digest[:SHORT]}/{manifests.NAME}", data)
         if self.find(step, digest) is None:
             return False

@@ -21,7 +21,7 @@ import fsspec.asyn
 from fsspec.exceptions import FSTimeoutError
 
 from conf.files import in_parallel, read_file, sha256_of, write_json
-from pipelines.engine.errors import EngineError
+from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.files import cache_folder, locked
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.store import manifest as manifests
@@ -104,16 +104,19 @@ class Objects:
         return self._wait(path, getattr(self.filesystem, method), *args, size=size, **options)
 
     def _wait(self, path: str, function: Callable[..., Any], *args: Any, size: int = 0, **options: Any) -> Any:
-        """The server's response. Raises EngineError past the time limit."""
+        """The server's response. Raises Refusal past the time limit."""
         seconds = ANSWER_SECONDS + size / SLOWEST_BYTES_PER_SECOND
         server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "S3"
         try:
             with waiting(f"{server} to answer about {self.url}/{path}", seconds):
                 return fsspec.asyn.sync(self.filesystem.loop, function, *args, timeout=seconds, **options)
         except FSTimeoutError as error:
-            raise EngineError(
-                f"store={self.url}: {server} takes connections and gave no answer about {path} in {seconds:.0f} s. Check "
-                "that AWS_ENDPOINT_URL names an S3 server and that it is well, then run again: what is finished is kept."
+            raise Refusal(
+                "store",
+                self.url,
+                f"{server} takes connections and gave no answer about {path} in {seconds:.0f} s",
+                "check that AWS_ENDPOINT_URL names an S3 server and that it is well, then run again: what is finished is "
+                "kept",
             ) from error
 
     def upload(self, source: Path, path: str) -> dict[str, Any] | None:
@@ -137,7 +140,7 @@ class Objects:
             return None
 
     def download(self, paths: Mapping[str, str], expected: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-        """Fetch {path in the folder: path here}; EngineError if a checksum is not the expected one."""
+        """Fetch {path in the folder: path here}; Refusal if a checksum is not the expected one."""
         for name in paths:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if paths:
@@ -146,13 +149,15 @@ class Objects:
             try:
                 self._ask(f"{len(keys)} files", "_get", keys, [str(folder / name) for name in paths], size=size)
             except FileNotFoundError as error:
-                raise EngineError(
-                    f"{self.url}: an object is missing ({error}). Run again: what lacks it is refused."
+                raise Refusal(
+                    self.url, NO_VALUE, f"an object is missing ({error})", "run again: what lacks it is refused"
                 ) from error
         sums = in_parallel([folder / name for name in paths], sha256_of)
         for (name, path), sha256 in zip(paths.items(), sums, strict=True):
             if sha256 != expected[name]["sha256"]:
-                raise EngineError(f"{self.url}/{path} is not what was uploaded (checksum): delete it and run again.")
+                raise Refusal(
+                    f"{self.url}/{path}", NO_VALUE, "is not what was uploaded (checksum)", "delete it and run again"
+                )
 
     def key(self, path: str) -> str:
         """bucket/key of a relative path."""
@@ -184,13 +189,14 @@ def fetch(url: str, manifest: Mapping[str, Any]) -> Path:
 
 
 def is_copy(folder: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether a folder's manifest is this artifact's; a remade artifact has other files under the same digest."""
+    """Whether a folder's manifest is this artifact's, but for its seal; a remade artifact has another under the same
+    digest."""
     try:
         data = read_file(folder / manifests.NAME)
         there = manifests.read(data, str(folder)) if data is not None else {}
-    except EngineError:
+    except Refusal:
         return False
-    return all(there.get(name) == manifest[name] for name in ("digest", "files"))
+    return manifests.without_seal(there) == manifests.without_seal(manifest)
 
 
 def move_into_cache(source: Path, store_url: str, manifest: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipelines.engine.errors import EngineError
+from conf.refusal import Refusal
 from pipelines.engine.store.base import Store, storage_errors
 from pipelines.engine.store.lease import TTL_SECONDS
 from pipelines.engine.store.local import LocalStore
@@ -23,7 +23,10 @@ def open_store(url: str | Path, *, ttl_seconds: float = TTL_SECONDS) -> Store:
         from pipelines.engine.store.object_store import ObjectStore  # fsspec is slow to import
 
         return ObjectStore(text, ttl_seconds=ttl_seconds)
-    raise EngineError(
-        f"store={text}: a store is a folder or s3://bucket/prefix. Leases need writes that depend on what is there, "
-        f"and {scheme}:// is not known to have them; mount it as a folder, or use its S3 interface."
+    raise Refusal(
+        "store",
+        text,
+        "a store is a folder or s3://bucket/prefix. Leases need writes that depend on what is there, and "
+        f"{scheme}:// is not known to have them",
+        "mount it as a folder, or use its S3 interface",
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from conf.files import json_bytes, read_file, write_atomic
-from pipelines.engine.errors import EngineError
+from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.files import locked
 from pipelines.engine.store.sealed import opened, sealed
 
@@ -37,8 +37,8 @@ class Seen:
 class Records(Protocol):
     """Named records with compare-and-swap."""
 
-    def damaged(self, name: str, why: str) -> EngineError:
-        """The error to raise for a damaged record."""
+    def damaged(self, name: str, why: str) -> Refusal:
+        """What to raise for a damaged record."""
         ...
 
     def names(self) -> list[str]:
@@ -46,7 +46,7 @@ class Records(Protocol):
         ...
 
     def read(self, name: str) -> Seen | None:
-        """The record, or None if there is none. Raises EngineError for one that is damaged."""
+        """The record, or None if there is none. Raises Refusal for one that is damaged."""
         ...
 
     def write(self, name: str, value: dict[str, Any], expected: str | None) -> str | None:
@@ -55,7 +55,7 @@ class Records(Protocol):
 
 
 def opened_record(records: Records, name: str, data: bytes) -> tuple[dict[str, Any], bool]:
-    """The value of a record from its bytes, wherever they were, and whether it is sealed. Raises EngineError for other
+    """The value of a record from its bytes, wherever they were, and whether it is sealed. Raises Refusal for other
     bytes than were written.
 
     One that was written before records were sealed has no format: it is taken as it is, and the next write seals it.
@@ -67,6 +67,11 @@ def opened_record(records: Records, name: str, data: bytes) -> tuple[dict[str, A
         return value, was_sealed
     except ValueError as error:
         raise records.damaged(name, str(error)) from error
+
+
+def _damaged(record: str | Path, why: str, work: str | Path) -> Refusal:
+    remedy = f"delete it, and {work} if it is there; then run again: the step begins anew"
+    return Refusal(record, NO_VALUE, f"is damaged ({why})", remedy)
 
 
 class FileRecords(Records):
@@ -86,12 +91,9 @@ class FileRecords(Records):
             age_seconds = self._now() - self._path(name).stat().st_mtime
         return Seen(value=value, version=_version(data), age_seconds=age_seconds, sealed=was_sealed)
 
-    def damaged(self, name: str, why: str) -> EngineError:
+    def damaged(self, name: str, why: str) -> Refusal:
         work = self._folder.parent / ".work" / name
-        return EngineError(
-            f"{self._path(name)} is damaged ({why}). Delete it, and {work} if it is there; then run again: the step begins "
-            "anew."
-        )
+        return _damaged(self._path(name), why, work)
 
     def names(self) -> list[str]:
         return sorted(path.stem for path in self._folder.glob("*.json"))
@@ -140,12 +142,9 @@ class S3Records(Records):
         value, was_sealed = opened_record(self, name, data)
         return Seen(value=value, version=answer["ETag"], age_seconds=age_seconds, sealed=was_sealed)
 
-    def damaged(self, name: str, why: str) -> EngineError:
+    def damaged(self, name: str, why: str) -> Refusal:
         url = self._objects.url
-        return EngineError(
-            f"{url}/{self._path(name)} is damaged ({why}). Delete it, and {url}/.work/{name} if it is there; then run "
-            "again: the step begins anew."
-        )
+        return _damaged(f"{url}/{self._path(name)}", why, f"{url}/.work/{name}")
 
     def names(self) -> list[str]:
         return sorted(

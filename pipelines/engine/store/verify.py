@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipelines.engine.errors import EngineError
+from conf.refusal import Refusal
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.step import Artifact
 from pipelines.engine.store import lease as leases
 from pipelines.engine.store import manifest as manifests
-from pipelines.engine.store.base import Store
+from pipelines.engine.store.base import Store, damaged_file
 from pipelines.engine.store.records import Seen
 
 
@@ -47,11 +47,11 @@ def findings(store: Store, *, seal: bool = False) -> Iterator[Finding]:
 
 def _artifact(store: Store, step: str, name: str, seal: bool) -> Finding:
     place = f"{store.url}/{step}/{name}"
+    data = store.manifest_bytes(step, name)
     try:
-        data = store.manifest_bytes(step, name)
         manifest = store.read_manifest(data or b"", place)
-    except EngineError as error:
-        return Finding(place=place, damage=[str(error)])
+    except Refusal as refusal:
+        return Finding(place=place, damage=[str(refusal)])
     if (manifest["step"], manifest["digest"][:SHORT]) != (step, name):
         return Finding(
             place=place, damage=[f"{place} is a copy of {manifest['step']}/{manifest['digest'][:SHORT]}: delete it."]
@@ -65,7 +65,7 @@ def _artifact(store: Store, step: str, name: str, seal: bool) -> Finding:
                 if sha256 is None
                 else f"is not what was published (its sha256 is {sha256} and was {published})"
             )
-            damage.append(f"{place}/{path} {state}. Delete {place} to have it made again.")
+            damage.append(str(damaged_file(artifact, f"{place}/{path}", state)))
     notes = [f"{place}/{path}: no part of the artifact, never read" for path in store.strangers(artifact)]
     unsealed = not manifests.is_sealed(manifest)
     if unsealed and seal and not damage:
@@ -84,8 +84,8 @@ def _lease(store: Store, name: str, seal: bool) -> Finding:
     place = f"{store.url}/.leases/{name}"
     try:
         seen = leases.read(store.records, name)
-    except EngineError as error:
-        return Finding(place=place, kind="lease", damage=[str(error)])
+    except Refusal as refusal:
+        return Finding(place=place, kind="lease", damage=[str(refusal)])
     if seal and seen is not None and not seen.sealed and seen.value["state"] == "free":
         return Finding(place=place, kind="lease", notes=_seal_lease(store, name, seen))
     return Finding(place=place, kind="lease")

@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import quote
 
 from conf.files import fsync, read_file, write_json
-from pipelines.engine.errors import EngineError
+from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.files import describe, tree
 from pipelines.engine.fingerprint import SHORT
 from pipelines.engine.store import manifest
@@ -97,13 +97,13 @@ class Work:
         return found
 
     def finished_shards(self, label: str, names: list[str]) -> dict[str, dict[str, Any]]:
-        """Results of the shards that are done. Raises EngineError if the set of shards is another than before."""
+        """Results of the shards that are done. Raises Refusal if the set of shards is another than before."""
         set_path = self.shard_set(label)
         before = self._set_before(set_path)
         if before is None:
             write_json(set_path, sealed({"names": names}))
         elif before != names:
-            raise EngineError(_changed_set(label, before, names, self.root))
+            raise _changed_set(label, before, names, self.root)
         done = {}
         for name in names:
             marker = unsealed(self.marker(label, name))
@@ -123,9 +123,8 @@ class Work:
                 raise ValueError("it has no seal")
             return sorted(map(str, value["names"]))
         except (ValueError, LookupError, TypeError) as error:
-            raise EngineError(
-                f"{path} is damaged ({error}). Delete {self.root.parent} to start this step over."
-            ) from error
+            remedy = f"delete {self.root.parent} to start this step over"
+            raise Refusal(path, NO_VALUE, f"is damaged ({error})", remedy) from error
 
     def _intact(self, marker: Mapping[str, Any]) -> bool:
         # Size only: the content is compared with the marker's checksum when the artifact is published.
@@ -178,9 +177,11 @@ def run_shard(shard: Shard, fn: Callable[[Any, Path], dict[str, Any]], payload: 
     """Make one shard (in a worker process): build aside, force to disk, move in, mark as done."""
     work = shard.work
     if not work.out.is_dir():
-        raise EngineError(
-            f"{work.out} does not exist on this machine, where a worker was started. Put the store on a file system "
-            f"that all machines of the cluster share, or on s3://."
+        raise Refusal(
+            work.out,
+            NO_VALUE,
+            "does not exist on this machine, where a worker was started",
+            "put the store on a file system that all machines of the cluster share, or on s3://",
         )
     building = work.root / "engine" / "tmp" / uuid.uuid4().hex
     building.mkdir(parents=True)
@@ -198,7 +199,7 @@ def run_shard(shard: Shard, fn: Callable[[Any, Path], dict[str, Any]], payload: 
 
 
 def as_json(value: Any, what: str) -> dict[str, Any]:
-    """``value`` as it reads back from JSON; EngineError if it is not such a mapping.
+    """``value`` as it reads back from JSON; Refusal if it is not such a mapping.
 
     Tuples become lists, NaN becomes null, and keys are sorted as in a marker: what a stage writes from a result must not
     tell whether the result was made now or before a kill.
@@ -206,17 +207,19 @@ def as_json(value: Any, what: str) -> dict[str, Any]:
     try:
         plain = json.loads(json.dumps(value, sort_keys=True), parse_constant=lambda _: None)
     except (TypeError, ValueError) as error:
-        raise EngineError(f"{what} must be a mapping of names to JSON values ({error}).") from error
+        raise Refusal(what, NO_VALUE, f"must be a mapping of names to JSON values ({error})") from error
     if not isinstance(plain, dict):
-        raise EngineError(f"{what} must be a mapping of names to JSON values, not {value!r:.200}.")
+        raise Refusal(what, value, "must be a mapping of names to JSON values")
     return plain
 
 
-def _changed_set(label: str, before: list[str], now: list[str], root: Path) -> str:
+def _changed_set(label: str, before: list[str], now: list[str], root: Path) -> Refusal:
     gone, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
-    return (
-        f"{label}: an earlier attempt worked on {len(before)} shards and this one asks for {len(now)} "
-        f"(no longer there: {', '.join(gone[:3]) or 'none'}; new: {', '.join(new[:3]) or 'none'}). Mixing them would "
-        f"publish something no single run makes. Ask for the former set of shards again, or delete {root.parent} to "
-        f"start this step over."
+    return Refusal(
+        label,
+        NO_VALUE,
+        f"an earlier attempt worked on {len(before)} shards and this one asks for {len(now)} (no longer there: "
+        f"{', '.join(gone[:3]) or 'none'}; new: {', '.join(new[:3]) or 'none'}). Mixing them would publish something no "
+        "single run makes",
+        f"ask for the former set of shards again, or delete {root.parent} to start this step over",
     )
