@@ -59,7 +59,8 @@ if __name__ == "__main__":
     kind, store, gangs, *overrides = sys.argv[1:]
     settings = {"gangs": gangs, "cpus": compose(overrides).compute.cpus}
     backend = RayBackend() if kind == "ray" else LocalBackend(in_process=True)
-    runner.run([Step(name="nothing", run=run, version=1, settings=settings)], store=open_store(store), backend=backend)
+    nothing = Step(name="nothing", kind="nothing", run=run, version=1, settings=settings)
+    runner.run([nothing], store=open_store(store), backend=backend)
     backend.close()
 """
 

@@ -39,7 +39,7 @@ def execute(settings: Settings, targets: Sequence[Step], *, quiet: bool = False)
 
 def _needed(targets: Sequence[Step]) -> set[str]:
     """Names of the targets and of every step they depend on."""
-    return {target.name for target in targets}.union(*(_needed(list(target.inputs.values())) for target in targets))
+    return {target.name for target in targets}.union(*(_needed(list(target.sources.values())) for target in targets))
 
 
 def make_backend(settings: Settings) -> Backend:

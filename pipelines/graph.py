@@ -8,7 +8,6 @@ Each step is a plain function in `stages/`; what it is made from (settings, inpu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from data.tasks.settings import check_pieces
 from data.text.corpus import CorpusSettings, corpus_files
 from data.text.sources import SourceFile
 from data.tokenizers.sentencepiece import Tokenizer
-from pipelines.engine.step import StageFn, Step
+from pipelines.engine.step import Groups, StageFn, Step
 from pipelines.engine.waiting import working
+from pipelines.evaluation.measure import BASE
 from pipelines.settings.compose import Settings, corpus_key
 from pipelines.stages import (
     corpus,
@@ -40,8 +40,10 @@ from pipelines.stages import (
 )
 from pipelines.stages.launch import VOLATILE
 
-LEAVES = ("tokenizer/*", "pretrain/model/*", "finetune/model/*")
-"""Files that an export publishes; every byte is verified first."""
+LEAVES = ("tokenizer/*/*", "model/*/model/*")
+"""Files that an export publishes, by group, input and file; every byte is verified first."""
+LABELS = {"finetune": "finetuned"}
+"""What evaluation calls the model of a training; the first model is its base."""
 
 
 def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step]:
@@ -51,33 +53,51 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
     """
     steps: dict[str, Step] = {}
 
-    def add(name: str, run: StageFn, settings: Any, inputs: Mapping[str, Step], **more: Any) -> Step:
-        steps[name] = Step(name=name, run=run, settings=settings, inputs=inputs, **{"version": 1, **more})
+    def add(name: str, kind: str, run: StageFn, settings: Any, inputs: Groups, **more: Any) -> Step:
+        steps[name] = Step(name=name, kind=kind, run=run, settings=settings, inputs=inputs, **{"version": 1, **more})
         return steps[name]
 
     corpora = {
-        name: add(name, corpus.run, source, {}, version=2, files={"text": text_of(name, source, corpus_may_be_missing)})
+        name: add(
+            name,
+            "corpus",
+            corpus.run,
+            source,
+            {},
+            version=2,
+            files={"text": text_of(name, source, corpus_may_be_missing)},
+        )
         for name, source in s.corpora().items()
     }
     begun = {}
     if s.start is not None:
-        begun["start"] = add("start", start.run, s.start.settings, {}, files={"weights": s.start.weights})
+        begun["start"] = add("start", "start", start.run, s.start.settings, {}, files={"weights": s.start.weights})
     brought = None
     if s.start is not None and s.start.tokenizer:
         brought = Tokenizer.load(s.start.tokenizer_folder)
         taken = tokenizer.TakenTokenizer(folder=str(s.start.tokenizer_folder), config_ids=s.start.config_ids)
         check_pieces(s.objective, brought, s.shards.seq_len)
-        words = add("tokenizer", tokenizer.take, taken, {}, files={"tokenizer": s.start.tokenizer})
+        pieces = add("tokenizer", "tokenizer", tokenizer.take, taken, {}, files={"tokenizer": s.start.tokenizer})
     else:
-        words = add("tokenizer", tokenizer.run, s.resolved_tokenizer(), corpora)
+        pieces = add("tokenizer", "tokenizer", tokenizer.run, s.resolved_tokenizer(), {"corpus": corpora})
+    of_tokenizer = {"tokenizer": {"tokenizer": pieces}}
     rows = {
-        name: add(name, shards.run, s.shards, {"corpus": step, "tokenizer": words}, version=2, self_checking=("*.tar",))
-        for name, step in (("shards" + name.removeprefix("corpus"), step) for name, step in corpora.items())
+        source_of(name): add(
+            "shards" + name.removeprefix("corpus"),
+            "rows",
+            shards.run,
+            s.shards,
+            {"corpus": {"corpus": step}, **of_tokenizer},
+            keys={"corpus/corpus": "corpus"},
+            version=2,
+            self_checking=("*.tar",),
+        )
+        for name, step in corpora.items()
     }
     training = {"volatile": VOLATILE, "resumes": True, "cpus": s.compute.cpus, "gpus": s.compute.gpus}
     if s.pretrains:
-        sources = {**rows, "tokenizer": words, **begun}
-        models = {"pretrain": add("pretrain", pretrain.run, s.pretraining(), sources, **training)}
+        sources = {"rows": rows, **of_tokenizer, "begin": begun}
+        models = {"pretrain": add("pretrain", "model", pretrain.run, s.pretraining(), sources, **training)}
     else:
         s.resolved_model()  # raises where folder, rows and tokenizer do not fit
         models = {"pretrain": begun["start"]}
@@ -85,23 +105,27 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
     if s.finetune is not None:
         chats = add(
             "instructions",
+            "conversations",
             instructions.run,
             s.finetune.rows(s.shards.seq_len),
-            {**(corpora if s.finetune.data.kind == "functions" else {}), "tokenizer": words},
+            {"corpus": corpora if s.finetune.data.kind == "functions" else {}, **of_tokenizer},
             version=2,
             files={"conversations": conversations_of(s.finetune.data)},
             self_checking=("*.tar",),
         )
-        pair = {"pretrain": models["pretrain"], "instructions": chats, "tokenizer": words}
+        sources = {"rows": {"conversations": chats}, **of_tokenizer, "begin": {"pretrain": models["pretrain"]}}
         enough = partial(finetune.check_conversations, s.finetune, s.shards.seq_len)
-        models["finetune"] = add("finetune", finetune.run, s.finetuning(), pair, check=enough, **training)
+        training |= {"keys": {"begin/pretrain": "pretrain"}, "check": enough}
+        models["finetune"] = add("finetune", "model", finetune.run, s.finetuning(), sources, **training)
 
-    held_out = {**corpora, **rows, "tokenizer": words, **models}
-    held_out |= {"instructions": chats} if s.finetune is not None else {}
+    held_out: dict[str, dict[str, Step]] = {"corpus": corpora, "rows": rows, **of_tokenizer}
+    held_out["model"] = {LABELS.get(name, BASE): step for name, step in models.items()}
+    held_out["conversations"] = {"instructions": chats} if s.finetune is not None else {}
+    as_pretrain = {"keys": {f"model/{name}": "pretrain" for name in ("pretrain", BASE)}}
     if corpora and not s.writes_from_left_to_right():
         asked = denoise.DenoiseSettings(evaluate=s.evaluating(), objective=s.objective, seq_len=s.shards.seq_len)
-        given = {**corpora, "tokenizer": words, **models}
-        add("evaluate", denoise.run, asked, given, version=2, volatile=tracked.VOLATILE)
+        given = {group: held_out[group] for group in ("corpus", "tokenizer", "model")}
+        add("evaluate", "evaluation", denoise.run, asked, given, version=2, volatile=tracked.VOLATILE, **as_pretrain)
     elif corpora or s.finetune is not None:
         tasks = {"tasks": evaluate.task_files(s.evaluate)}
 
@@ -112,6 +136,7 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
 
         add(
             "evaluate",
+            "evaluation",
             evaluate.run,
             s.evaluating(),
             held_out,
@@ -119,6 +144,7 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
             files=tasks,
             volatile=tracked.VOLATILE,
             check=check_evaluation,
+            **as_pretrain,
         )
     export.check_source(s.export, models)
     foreign = None
@@ -129,11 +155,28 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
             s.start.tokenizer_folder if s.start.tokenizer else None,
             machine_cache(),
         )
-    proof = {**corpora, "tokenizer": words, **models}
-    add("export", export.run, s.export, proof, version=2, rechecked=LEAVES, check=foreign)
+    proof = {"corpus": corpora, **of_tokenizer, "model": models}
+    add("export", "export", export.run, s.export, proof, version=2, rechecked=LEAVES, check=foreign, **as_pretrain)
+    by_kind: dict[str, dict[str, Step]] = {}
+    for step in steps.values():
+        by_kind.setdefault(step.kind, {})[step.name] = step
     # Volatile, as it shows seconds. A report is made after failures too, and lists them.
-    add("report", report.run, s.report, dict(steps), version=2, volatile=("report.html",), despite=s.report.without)
+    add(
+        "report",
+        "report",
+        report.run,
+        s.report,
+        by_kind,
+        version=2,
+        volatile=("report.html",),
+        despite=s.report.without,
+    )
     return steps
+
+
+def source_of(corpus_step: str) -> str:
+    """The source of a corpus step, as `mixture` names it: `corpus-books` → books, `corpus` → corpus."""
+    return corpus_step.removeprefix("corpus-")
 
 
 def text_of(step: str, source: CorpusSettings, may_be_missing: bool) -> tuple[Path, ...]:

@@ -124,9 +124,16 @@ def test_listing_and_hashing_files_say_how_far_they_are_in_every_verb(
 
 def test_the_last_table_tells_step_state_seconds_size_figure_and_path(capsys: pytest.CaptureFixture[str]) -> None:
     done = StepReport(
-        name="shards", digest="d", state="made", seconds=3.2, metrics={"rows": 12_901}, path="/a/b", bytes=3 << 20
+        name="shards",
+        kind="rows",
+        digest="d",
+        state="made",
+        seconds=3.2,
+        metrics={"rows": 12_901},
+        path="/a/b",
+        bytes=3 << 20,
     )
-    console().print(summary([done, StepReport(name="pretrain", digest="e", state="to make")]))
+    console().print(summary([done, StepReport(name="pretrain", kind="model", digest="e", state="to make")]))
     header, made, waiting = (re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines())
     assert header == ["step", "state", "seconds", "size", "key figure", "path"]
     assert made == ["shards", "made", "3.2s", "3.0 MiB", "12,901 rows", "/a/b"]
@@ -175,8 +182,8 @@ def test_sizes_round_into_the_next_unit(value: float, text: str) -> None:
 
 def test_a_step_with_warnings_is_marked_and_they_stand_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     figures = {"loss": 10.3, "warnings": ["diverged in step 61: the loss is 27.00, and it began at 8.30"]}
-    report = StepReport(name="pretrain", digest="d", state="cached", metrics=figures)
-    print_steps([report, StepReport(name="export", digest="e", state="to make")])
+    report = StepReport(name="pretrain", kind="model", digest="d", state="cached", metrics=figures)
+    print_steps([report, StepReport(name="export", kind="export", digest="e", state="to make")])
     said = capsys.readouterr().out
     assert "loss 10.300 (!)" in said and said.count("(!)") == 1
     assert said.splitlines()[-1] == f"pretrain: WARNING {figures['warnings'][0]}"
@@ -186,7 +193,9 @@ def test_what_to_type_next_is_whole_commands_that_a_shell_takes_as_they_are() ->
     words = ["experiment=text", "corpus.paths=[/a book/**/*.txt,'b c']", "store=s3://bucket/prefix", "optim.lr=3e-4"]
     words += [f"evaluate.samples.prompts=['{'word ' * 20}']"]
     reports = [
-        StepReport(name=name, digest="d", state="made", path=f"/s t/{name}")
+        StepReport(
+            name=name, kind="model" if name == "pretrain" else name, digest="d", state="made", path=f"/s t/{name}"
+        )
         for name in ("pretrain", "export", "report")
     ]
     lines = [line.split(maxsplit=1) for line in _next_words(words, ["--until", "export"], reports, "it's").splitlines()]

@@ -141,7 +141,9 @@ def test_what_a_step_tries_before_it_runs_is_told_where_it_lasts(monkeypatch: py
     told: list[str] = []
     monkeypatch.setattr(waiting, "tell", told.append)
     monkeypatch.setattr(waiting, "LOG_AFTER_SECONDS", 0.02)
-    check(Step(name="export", run=lambda *_: {}, version=1, settings=None, check=lambda: time.sleep(0.1)))
+    check(
+        Step(name="export", kind="export", run=lambda *_: {}, version=1, settings=None, check=lambda: time.sleep(0.1))
+    )
     assert told and told[0].startswith("export: what it would refuse later is tried now")
 
 

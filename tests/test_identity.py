@@ -212,7 +212,7 @@ def followers(name: str, names: set[str]) -> set[str]:
     """The steps and everything made from them."""
     found = set(names)
     for step in build(base(name)).values():  # in order: inputs first
-        if any(parent.name in found for parent in step.inputs.values()):
+        if any(parent.name in found for parent in step.sources.values()):
             found.add(step.name)
     return found
 

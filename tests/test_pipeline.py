@@ -111,6 +111,7 @@ def test_what_plan_says_before_a_run_is_what_the_run_then_takes(finished: dict[s
     made = {
         name: StepReport(
             name=name,
+            kind={"shards": "rows", "instructions": "conversations", "pretrain": "model"}.get(name, name),
             digest="",
             state="cached",
             metrics=manifest["metrics"],
@@ -158,7 +159,9 @@ def test_the_steps_of_tuning_on_a_file_are_guessed_within_a_half(
     tokenizer = Artifact(step="tokenizer", digest=words_of["digest"], url=str(vocabulary), manifest=words_of)
     assert settings.finetune is not None
     rows = make(settings.finetune.rows(64), [], tokenizer, tmp_path / "made")
-    truth = estimate(settings, [StepReport(name="instructions", digest="i", state="cached", metrics=rows)])["finetune"]
+    truth = estimate(
+        settings, [StepReport(name="instructions", kind="conversations", digest="i", state="cached", metrics=rows)]
+    )["finetune"]
     tuned = settings.finetuning()
     assert tuned is not None
     made = Artifact(step="instructions", digest="i", url=str(tmp_path / "made"), manifest={"metrics": rows})

@@ -62,7 +62,7 @@ INSIDE_PIPELINES = {
     },
     "pipelines/evaluation": {
         *("pipelines.evaluation", "pipelines.inference", "pipelines.engine.step"),
-        *("pipelines.stages.inputs", "pipelines.training.settings"),  # until inputs come in groups
+        "pipelines.training.settings",  # tracking
     },
     "pipelines/inference": {"pipelines.inference", "pipelines.engine.step"},
     "pipelines/console": {"pipelines.console", "pipelines.engine"},

@@ -71,7 +71,7 @@ def test_fine_tuning_of_a_folder_pretrains_nothing(corpus_dir: Path, weights: Pa
     words = [word for word in tiny(corpus_dir, tmp_path, f"finetune.init_from={weights}") if word != "model=tiny"]
     steps = build(compose(words))
     assert "pretrain" not in steps
-    assert steps["finetune"].inputs["pretrain"] is steps["evaluate"].inputs["pretrain"] is steps["start"]
+    assert steps["finetune"].sources["pretrain"] is steps["evaluate"].sources["pretrain"] is steps["start"]
 
 
 def test_mistakes_are_told_with_the_value_and_the_remedy(
@@ -266,8 +266,10 @@ def of_ours(corpus_dir: Path, weights: Path, store: Path) -> dict[str, Path]:
         texts = (path.read_text() for path in sorted(corpus_dir.iterdir()))
         return train_tokenizer(texts, TokenizerSettings(vocab_size=512), out_dir)
 
-    tokenizer = Step(name="tokenizer", run=words, version=1, settings={})
-    pretrain = Step(name="pretrain", run=train, version=1, settings={}, inputs={"tokenizer": tokenizer})
+    tokenizer = Step(name="tokenizer", kind="tokenizer", run=words, version=1, settings={})
+    pretrain = Step(
+        name="pretrain", kind="model", run=train, version=1, settings={}, inputs={"tokenizer": {"tokenizer": tokenizer}}
+    )
     reports = run([pretrain], store=open_store(store), backend=LocalBackend(cpus=1, gpus=0, in_process=True))
     return {report.name: Path(str(report.path)) for report in reports}
 
@@ -320,7 +322,7 @@ def test_weights_that_a_start_step_took_without_a_tokenizer_are_refused(weights:
         shutil.copytree(weights, out_dir / "model")
         return {}
 
-    start = Step(name="start", run=copied, version=1, settings={})
+    start = Step(name="start", kind="start", run=copied, version=1, settings={})
     [report] = run([start], store=open_store(tmp_path / "store"), backend=LocalBackend(cpus=1, gpus=0, in_process=True))
     found = origin(Path(str(report.path)))
     assert found is not None

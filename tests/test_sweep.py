@@ -92,7 +92,7 @@ def test_a_sweep_in_which_nothing_is_valid_is_one_clear_error(
         main(["run", *words(corpus_dir, tmp_path, "optim.lrr=1,2")])
     said = capsys.readouterr().err
     assert left.value.code == 2, said
-    assert "did you mean optim.lr?" in said
+    assert "Did you mean optim.lr?" in said
     assert "Traceback" not in said
 
 

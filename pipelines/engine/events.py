@@ -36,6 +36,7 @@ class StepReport:
     """Where one step stands."""
 
     name: str
+    kind: str
     digest: str
     state: State
     """unfinished: an interrupted attempt's work is kept and will be continued; not needed: nothing asks for it."""

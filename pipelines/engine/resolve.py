@@ -47,7 +47,7 @@ def resolve(targets: Sequence[Step], hashes: FileHashes) -> Graph:
 
     def visit(step: Step) -> Node:
         if step not in by_step:
-            inputs = {name: visit(source) for name, source in step.inputs.items()}
+            inputs = {name: visit(source) for name, source in step.sources.items()}
             node = node_of(step, inputs, hashes)
             by_step[step] = by_digest.setdefault(node.digest, node)
         return by_step[step]

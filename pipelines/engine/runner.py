@@ -76,6 +76,7 @@ def _report(node: Node, store: Store, *, needed: bool) -> StepReport:
     if artifact is not None:
         return StepReport(
             name=artifact.step,
+            kind=node.step.kind,
             digest=artifact.digest,
             state="cached",
             seconds=artifact.manifest["seconds"],
@@ -86,7 +87,9 @@ def _report(node: Node, store: Store, *, needed: bool) -> StepReport:
         )
     kept = store.unfinished(node.name, node.digest)
     state: State = "not needed" if not needed else "unfinished" if kept else "to make"
-    return StepReport(name=node.name, digest=node.digest, state=state, path=kept, metrics=_last_failure(kept))
+    return StepReport(
+        name=node.name, kind=node.step.kind, digest=node.digest, state=state, path=kept, metrics=_last_failure(kept)
+    )
 
 
 def _last_failure(kept: str | None) -> dict[str, Any]:
@@ -217,9 +220,8 @@ class _Run:
                     node, "said", line=f"not made: it needs {needs}, which {'are' if len(lost) > 1 else 'is'} not there"
                 )
             else:
-                inputs = {name: node.step.inputs[name] for name in there}
                 settings = node.step.despite(without_secrets(lost))
-                partial = node_of(replace(node.step, settings=settings, inputs=inputs), there, self._hashes)
+                partial = node_of(replace(node.step.only(there), settings=settings), there, self._hashes)
                 self._partial[partial.digest] = list(lost)
                 kept.append(partial)
         return kept
@@ -309,7 +311,7 @@ class _Run:
         for name, source in node.inputs.items():
             self._verify(node, name, source, inputs[name])
         try:
-            metrics = run_stage(context, node.step.run, node.step.settings, inputs)
+            metrics = run_stage(context, node.step.run, node.step.settings, node.step.grouped(inputs))
         except Exception as error:
             with contextlib.suppress(OSError):  # another process may own the folder now, or the disk is full
                 work.failure.write_text(f"{error}\n", encoding="utf-8")
@@ -334,7 +336,7 @@ class _Run:
 
     def _verify(self, node: Node, name: str, source: Node, artifact: Artifact) -> None:
         """Raise Refusal for a damaged input; artifacts made in this run are verified only if `rechecked`."""
-        rechecked = tuple(p.partition("/")[2] for p in node.step.rechecked if p.partition("/")[0] == name)
+        rechecked = node.step.rechecked_files(name)
         if rechecked or source.digest not in self._made:
             self._store.verify(artifact, source.step.self_checking, rechecked)
         foreign = self._store.strangers(artifact)

@@ -1,6 +1,7 @@
-"""What a stage author needs: Step, Artifact, Context. Everything else in the engine serves these three.
+"""What a stage author needs: Step, Artifact, Inputs, Context. Everything else in the engine serves these four.
 
     def run(settings, inputs, out_dir, ctx) -> dict      # a stage: writes files under out_dir, returns its metrics
+        inputs["rows"]["books"], inputs.one("tokenizer")    # artifacts, in the groups that the graph gave them
 
 A step's identity is what it is made from: its name and ``version``, the identity fields of its settings, the digests of
 its inputs and the contents of its files. Where and how fast it runs never enters.
@@ -8,15 +9,16 @@ its inputs and the contents of its files. Where and how fast it runs never enter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.engine.errors import EngineError
 from pipelines.engine.store.listed import listed
 
-__all__ = ["Artifact", "Context", "EngineError", "StageFn", "Step"]
+__all__ = ["Artifact", "Context", "EngineError", "Groups", "Inputs", "StageFn", "Step"]
 
 
 class Context(Protocol):
@@ -97,7 +99,9 @@ class Context(Protocol):
         ...
 
 
-StageFn = Callable[[Any, Mapping[str, "Artifact"], Path, Context], dict[str, Any]]
+Groups = Mapping[str, Mapping[str, "Step"]]
+"""Group → name in the group → step."""
+StageFn = Callable[[Any, "Inputs", Path, Context], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,11 +109,17 @@ class Step:
     """One node of the graph. Identity: name, version, settings, inputs, files. The rest is execution."""
 
     name: str
+    """What people see; names a folder of the store."""
+    kind: str
+    """What code asks for: steps of one kind make the same sort of artifact."""
     run: StageFn
     version: int
     """Raised by whoever changes what the stage makes."""
     settings: Any
-    inputs: Mapping[str, Step] = field(default_factory=dict)
+    inputs: Groups = field(default_factory=dict)
+    """Group → name in the group → step. Only the steps' digests are hashed, each under its `key`."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """GROUP/NAME → the key under which an input is hashed and listed in manifests, where that is not its step's name."""
     files: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     """Sets of files from outside the graph. They enter by content and by name relative to the set's common folder."""
     volatile: tuple[str, ...] = ()
@@ -117,8 +127,8 @@ class Step:
     self_checking: tuple[str, ...] = ()
     """Glob patterns of files whose readers check every byte they use: not hashed again before another step uses them."""
     rechecked: tuple[str, ...] = ()
-    """Glob patterns of INPUT/FILE: files of inputs whose every byte is compared with its checksum before the step begins,
-    whatever hash of them is remembered. For what leaves the store."""
+    """Glob patterns of GROUP/NAME/FILE: files of inputs whose every byte is compared with its checksum before the step
+    begins, whatever hash of them is remembered. For what leaves the store."""
     resumes: bool = False
     """True: the stage finds in out_dir whatever a killed attempt left. False: it finds finished shards only."""
     despite: Callable[[Mapping[str, str]], Any] | None = None
@@ -130,6 +140,70 @@ class Step:
     cpus: float = 1
     gpus: float = 0
     """What the step uses altogether while it runs; steps whose sum fits run side by side."""
+
+    @property
+    def sources(self) -> dict[str, Step]:
+        """Every input by its key."""
+        return {self._key(group, name): step for group, steps in self.inputs.items() for name, step in steps.items()}
+
+    def only(self, keys: Collection[str]) -> Step:
+        """The same step with these inputs alone."""
+        kept = {
+            group: {name: step for name, step in steps.items() if self._key(group, name) in keys}
+            for group, steps in self.inputs.items()
+        }
+        return replace(self, inputs=kept)
+
+    def grouped(self, artifacts: Mapping[str, Artifact]) -> Inputs:
+        """Artifacts by key as the stage receives them."""
+        return Inputs(
+            {
+                group: {name: artifacts[self._key(group, name)] for name in steps}
+                for group, steps in self.inputs.items()
+            },
+            artifacts,
+        )
+
+    def rechecked_files(self, key: str) -> tuple[str, ...]:
+        """Patterns of `rechecked` for the files of one input."""
+        places = [f"{g}/{name}" for g, steps in self.inputs.items() for name in steps if self._key(g, name) == key]
+        patterns = [pattern.split("/", 2) for pattern in self.rechecked]
+        return tuple(
+            file for group, name, file in patterns for place in places if fnmatchcase(place, f"{group}/{name}")
+        )
+
+    def _key(self, group: str, name: str) -> str:
+        return self.keys.get(f"{group}/{name}", self.inputs[group][name].name)
+
+
+class Inputs(Mapping[str, Mapping[str, "Artifact"]]):
+    """What a stage is made from: groups of artifacts by name. A group that the graph filled with nothing is empty."""
+
+    def __init__(
+        self, groups: Mapping[str, Mapping[str, Artifact]], by_key: Mapping[str, Artifact] | None = None
+    ) -> None:
+        self._groups = {group: dict(artifacts) for group, artifacts in groups.items() if artifacts}
+        every = (artifact for artifacts in self._groups.values() for artifact in artifacts.values())
+        self.by_key = dict(by_key) if by_key is not None else {artifact.step: artifact for artifact in every}
+        """Every artifact by the key that manifests list it under, its step's name where none is given."""
+
+    def __getitem__(self, group: str) -> Mapping[str, Artifact]:
+        return self._groups.get(group, {})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._groups)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def one(self, group: str) -> Artifact:
+        """The only artifact of a group."""
+        (artifact,) = self[group].values()
+        return artifact
+
+    def first(self, group: str) -> Artifact | None:
+        """The first artifact of a group, or None where it is empty."""
+        return next(iter(self[group].values()), None)
 
 
 @dataclass(frozen=True, kw_only=True)

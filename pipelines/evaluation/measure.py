@@ -6,7 +6,7 @@ them: they cost seconds, and the stage itself is imported by every command that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,19 +18,16 @@ from data.rows.shard_set import ShardSet
 from data.text.document import Document
 from data.tokenizers.lost_text import lost_bits
 from data.tokenizers.sentencepiece import Tokenizer
-from pipelines.engine.step import Artifact
+from pipelines.engine.step import Artifact, Inputs
 from pipelines.evaluation import held_out
 from pipelines.evaluation.baselines import COMPRESSORS, token_counts, unigram_nats
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.inference.generator import TextGenerator
-from pipelines.stages.inputs import named
 
 if TYPE_CHECKING:
     from model.architecture import Transformer
 
 BASE, FINETUNED = "base", "finetuned"
-MODELS = {BASE: "pretrain", FINETUNED: "finetune"}
-"""The models of a run and the step that made each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +50,7 @@ class Work:
 
 def plan_work(
     settings: EvaluateSettings,
-    inputs: Mapping[str, Artifact],
-    models: Mapping[str, Artifact],
+    inputs: Inputs,
     ids: Sequence[str],
     groups: Sequence[Sequence[int]],
     conversation_groups: Sequence[Sequence[str]],
@@ -63,18 +59,18 @@ def plan_work(
 
     `groups`: places in `ids` of the documents that are scored together; `conversation_groups`: ids of conversations.
     """
-    shards = tuple(named(inputs, "shards").values())
+    shards = tuple(inputs["rows"].values())
     baselines = Work(
         kind="baselines",
         settings=settings,
-        tokenizer=inputs["tokenizer"],
-        corpora=tuple(named(inputs, "corpus").values()),
+        tokenizer=inputs.one("tokenizer"),
+        corpora=tuple(inputs["corpus"].values()),
         shards=shards,
         ids=tuple(ids),
         trained_tokens=max((ShardSet.open(artifact.path).seq_len for artifact in shards), default=None),
     )
     work: dict[str, Work] = {}
-    for name, model in models.items():
+    for name, model in inputs["model"].items():
         of_model = replace(baselines, model=model, shards=())
         if settings.tasks:
             work[f"tasks-{name}"] = replace(of_model, kind="tasks", folder=f"tasks/{name}")
@@ -83,9 +79,9 @@ def plan_work(
             work[f"score-{name}-{number:03d}"] = replace(of_model, kind="score", ids=scored)
         for number, chats in enumerate(conversation_groups):
             work[f"conversations-{name}-{number:03d}"] = replace(
-                of_model, kind="conversations", instructions=inputs["instructions"], ids=tuple(chats)
+                of_model, kind="conversations", instructions=inputs.one("conversations"), ids=tuple(chats)
             )
-    for name, model in models.items():
+    for name, model in inputs["model"].items():
         work[f"samples-{name}"] = replace(baselines, kind="samples", model=model, shards=(), ids=())
     return work | ({"baselines": baselines} if ids else {})
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data.text.corpus import CorpusSettings, build_corpus
-from pipelines.engine.step import Artifact, Context
+from pipelines.engine.step import Context, Inputs
 
 
-def run(settings: CorpusSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
+def run(settings: CorpusSettings, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Writes train/*.parquet, heldout/*.parquet and card.json (what came in, what stayed, why the rest went)."""
     card = build_corpus(settings, out_dir, ctx.map_shards, scratch=ctx.scratch)
     for repair, times in card["repaired"].items():

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +27,10 @@ from data.tasks.objectives import Examples
 from data.tasks.settings import ObjectiveChoice
 from data.text.document import Document
 from data.tokenizers.sentencepiece import Tokenizer
-from pipelines.engine.step import Artifact, Context
+from pipelines.engine.step import Artifact, Context, Inputs
 from pipelines.evaluation import held_out
 from pipelines.evaluation.intervals import bounds, interval, resample_sums, share_interval
 from pipelines.evaluation.settings import EvaluateSettings
-from pipelines.stages.inputs import named
 from pipelines.stages.tracked import track_scores
 
 if TYPE_CHECKING:
@@ -59,10 +57,10 @@ class Work:
     ids: tuple[str, ...]
 
 
-def run(settings: DenoiseSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
-    """Inputs: corpus (or several, corpus-NAME), tokenizer, pretrain. Returns the figures of results.json."""
+def run(settings: DenoiseSettings, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
+    """Inputs: corpora, tokenizer, the model. Returns the figures of results.json."""
     asked = settings.evaluate
-    corpora = named(inputs, "corpus")
+    corpora = dict(sorted(inputs["corpus"].items()))
     chosen = {name: held_out.choose(artifact.path, asked) for name, artifact in corpora.items()}
     if line := held_out.unscored(chosen.values()):
         ctx.say(line)
@@ -71,8 +69,8 @@ def run(settings: DenoiseSettings, inputs: Mapping[str, Artifact], out_dir: Path
     work = {
         f"hidden-{number:03d}": Work(
             settings=settings,
-            tokenizer=inputs["tokenizer"],
-            model=inputs["pretrain"],
+            tokenizer=inputs.one("tokenizer"),
+            model=inputs.one("model"),
             corpora=tuple(corpora.values()),
             ids=tuple(documents[place].id for place in group),
         )

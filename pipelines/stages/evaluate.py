@@ -14,15 +14,13 @@ conversation), tasks/ (each harness example with its answers), samples.json and,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.engine.step import Artifact, Context
+from pipelines.engine.step import Context, Inputs
 from pipelines.evaluation.settings import EvaluateSettings, SampleSettings, task_files
 from pipelines.evaluation.task_files import read_tasks
-from pipelines.stages.inputs import named
 from pipelines.stages.tracked import track_scores
 
 if TYPE_CHECKING:
@@ -31,26 +29,24 @@ if TYPE_CHECKING:
 __all__ = ["EvaluateSettings", "SampleSettings", "check_tasks", "run", "task_files"]
 
 
-def run(settings: EvaluateSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
-    """Inputs: tokenizer, pretrain (or the start that stands for it); optionally corpus (or several, corpus-NAME), shards (or
-    several), from which the unigram baseline learns, finetune, and instructions. Returns the figures of results.json, flat.
-    """
+def run(settings: EvaluateSettings, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
+    """Inputs: tokenizer, models by the names they are scored under; optionally corpora, rows (the unigram baseline learns
+    from them) and conversations. Returns the figures of results.json, flat."""
     from pipelines.evaluation import held_out, summary
-    from pipelines.evaluation.measure import MODELS, measure, plan_work
+    from pipelines.evaluation.measure import measure, plan_work
 
-    models = {name: inputs[step] for name, step in MODELS.items() if step in inputs}
-    chosen = {name: held_out.choose(artifact.path, settings) for name, artifact in named(inputs, "corpus").items()}
+    models, talks = inputs["model"], inputs.first("conversations")
+    corpora = sorted(inputs["corpus"].items())
+    chosen = {name: held_out.choose(artifact.path, settings) for name, artifact in corpora}
     if line := held_out.unscored(chosen.values()):
         ctx.say(line)
     documents = list({document.id: document for part in chosen.values() for document in part.documents}.values())
     groups = held_out.group_by_bytes([len(d.text.encode("utf-8")) for d in documents], settings.bytes_per_shard)
     groups = groups if documents else []
-    chats, available = (
-        held_out.choose_conversations(inputs["instructions"].path, settings) if "instructions" in inputs else ([], 0)
-    )
+    chats, available = held_out.choose_conversations(talks.path, settings) if talks is not None else ([], 0)
     chat_groups = held_out.group_by_bytes([held_out.text_bytes(chat) for chat in chats], settings.bytes_per_shard)
     ids_of_chats = [[chats[place].id for place in group] for group in chat_groups if group]
-    work = plan_work(settings, inputs, models, [document.id for document in documents], groups, ids_of_chats)
+    work = plan_work(settings, inputs, [document.id for document in documents], groups, ids_of_chats)
     done = ctx.map_shards(measure, work, label="measurements", gpus=settings.gpus_per_task)
 
     columns = summary.collect_columns(documents, groups, models, done)

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines.engine.step import Artifact, Context, EngineError
+from pipelines.engine.step import Artifact, Context, EngineError, Inputs
 from pipelines.stages.checksums import write_checksums
-from pipelines.stages.inputs import named
 
 if TYPE_CHECKING:
     from data.tokenizers.sentencepiece import Tokenizer
@@ -39,15 +38,15 @@ class ExportSettings:
                 raise ValueError(f"{name} = {getattr(self, name)}: without a sample nothing is proven; at least 1.")
 
 
-def run(settings: ExportSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
-    """Inputs: corpus (or several), tokenizer, pretrain, optionally finetune. Returns the figures of conformance.json.
+def run(settings: ExportSettings, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
+    """Inputs: corpora, tokenizer, the models by training. Returns the figures of conformance.json.
 
     Raises EngineError where transformers gives other tokens, logits or continuations.
     """
-    source = _source(settings, inputs)
-    corpora = list(named(inputs, "corpus").values())
-    ctx.call(write_model, settings, source, inputs["tokenizer"], out_dir / "model")
-    report = ctx.call(compare, settings, source, inputs["tokenizer"], corpora, out_dir / "model")
+    source = _source(settings, inputs["model"])
+    corpora, tokenizer = [corpus for _, corpus in sorted(inputs["corpus"].items())], inputs.one("tokenizer")
+    ctx.call(write_model, settings, source, tokenizer, out_dir / "model")
+    report = ctx.call(compare, settings, source, tokenizer, corpora, out_dir / "model")
     if "compared_positions" not in report:
         ctx.say(
             "no Hugging Face class computes this model: exported in this program's own format, without transformers"
@@ -123,11 +122,11 @@ def _begins(tokenizer: Tokenizer) -> str:
     )
 
 
-def _source(settings: ExportSettings, inputs: Mapping[str, Artifact]) -> Artifact:
+def _source(settings: ExportSettings, models: Mapping[str, Artifact]) -> Artifact:
     if settings.weights == "last":
-        return inputs.get("finetune", inputs["pretrain"])
-    check_source(settings, inputs)
-    return inputs[settings.weights]
+        return list(models.values())[-1]
+    check_source(settings, models)
+    return models[settings.weights]
 
 
 def check_source(settings: ExportSettings, steps: Iterable[str]) -> None:

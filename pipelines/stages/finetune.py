@@ -5,7 +5,6 @@ All weights, or LoRA adapters on the weights that `lora.targets` names; either w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from conf.typed import to_plain
 from data.order import OrderSettings
 from data.rows.instructions import InstructionSettings, count_train_conversations
 from model.adapt import LoraConfig
-from pipelines.engine.step import Artifact, Context, EngineError
+from pipelines.engine.step import Artifact, Context, EngineError, Inputs
 from pipelines.stages.instructions import ConversationRows
 from pipelines.stages.launch import ComputeSettings, train
 from pipelines.training.settings import TrainSettings
@@ -61,21 +60,21 @@ class FinetuneRun:
     compute: ComputeSettings = field(metadata={"execution": True})
 
 
-def run(settings: FinetuneRun, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
-    """Inputs: pretrain (or the start that stands for it), instructions, tokenizer. Writes model/ (adapters merged),
-    adapter/ with LoRA, metrics.jsonl."""
-    rows = inputs["instructions"]
+def run(settings: FinetuneRun, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
+    """Inputs: begin (the model that is tuned), rows of conversations, tokenizer. Writes model/ (adapters merged), adapter/
+    with LoRA, metrics.jsonl."""
+    rows = inputs.one("rows")
     job = {
         "label": "finetune",
         "train": to_plain(shortened(settings, rows)),
         "model": None,
-        "init": str(inputs["pretrain"].path / "model"),
+        "init": str(inputs.one("begin").path / "model"),
         "lora": to_plain(settings.lora) if settings.lora else None,
         "freeze": list(settings.freeze),
         "order": to_plain(settings.order),
         "shards": {"conversations": str(rows.path / "rows")},
-        "digests": {name: artifact.digest for name, artifact in inputs.items()},
-        "inputs": {name: artifact.url for name, artifact in inputs.items()},
+        "digests": {key: artifact.digest for key, artifact in inputs.by_key.items()},
+        "inputs": {key: artifact.url for key, artifact in inputs.by_key.items()},
         "out_dir": str(out_dir),
     }
     tokens = job["train"]["total_tokens"]

@@ -7,14 +7,14 @@ the assistant's tokens are targets.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data.rows.instructions import Conversation, InstructionSettings
 from data.text.readers import ReaderSettings
-from pipelines.engine.step import Artifact, Context
+from pipelines.engine.step import Artifact, Context, Inputs
 
 if TYPE_CHECKING:
     from data.rows.packing import TokenDocument
@@ -31,10 +31,10 @@ class ConversationRows:
     """What happens to a conversation longer than a row: cut at the end, or left out; counted either way."""
 
 
-def run(settings: ConversationRows, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
+def run(settings: ConversationRows, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Inputs: tokenizer and every corpus. Writes train.jsonl, heldout.jsonl and rows/ (shards with a target mask)."""
-    corpora = [inputs[name] for name in sorted(inputs) if name.startswith("corpus")]
-    metrics: dict[str, Any] = ctx.call(make, settings, corpora, inputs["tokenizer"], out_dir)
+    corpora = [corpus for _, corpus in sorted(inputs["corpus"].items())]
+    metrics: dict[str, Any] = ctx.call(make, settings, corpora, inputs.one("tokenizer"), out_dir)
     if cut := metrics["counts"].get("conversation_truncated"):
         ctx.say(f"{cut:,} conversations cut to a row of {settings.seq_len} tokens (finetune.too_long=truncate)")
     return metrics

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.console import charts
-from pipelines.engine.step import Artifact, Context
+from pipelines.engine.step import Artifact, Context, Inputs
 from pipelines.evaluation.settings import TASK_INTERVALS
-from pipelines.stages.inputs import named
 
 TEMPLATE = "report.html.jinja"
-COUNTED = ("tokenizer", "shards", "instructions")
-"""Steps whose figures stand beside the corpus's card."""
+COUNTED = ("tokenizer", "rows", "conversations")
+"""Kinds of steps whose figures stand beside the corpus's card."""
 SMOOTHING_SHARE = 0.02
 """Part of the training that the bold loss curve averages over."""
 
@@ -42,8 +41,8 @@ class PartialReportSettings(ReportSettings):
     failed: dict[str, str]
 
 
-def run(settings: ReportSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
-    """Inputs: any artifacts, by step name; a section appears for each that is there."""
+def run(settings: ReportSettings, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
+    """Inputs: any artifacts, by kind and step; a section appears for each that is there."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -54,37 +53,39 @@ def run(settings: ReportSettings, inputs: Mapping[str, Artifact], out_dir: Path,
         lstrip_blocks=True,
     )
     environment.filters |= {"count": charts.count, "bytes": bytes_text, "seconds": seconds_text, "figure": figure}
-    evaluated = inputs["evaluate"].metrics if "evaluate" in inputs else {}
+    scored, exported = inputs.first("evaluation"), inputs.first("export")
+    artifacts = inputs.by_key
     page = environment.get_template(TEMPLATE).render(
         title=settings.title,
         tiles=tiles(inputs),
-        warnings=[(name, text) for name, a in inputs.items() for text in a.metrics.get("warnings", ())],
-        trainings=[training(name, inputs[name]) for name in ("pretrain", "finetune") if name in inputs],
-        corpora=[corpus(name, artifact) for name, artifact in named(inputs, "corpus").items()],
-        counts={name: numbers(inputs[name].metrics) for name in inputs if name.split("-")[0] in COUNTED},
-        evaluation=evaluation(inputs["evaluate"])
-        if "scored_documents" in evaluated and "hidden_token_loss" not in evaluated
+        warnings=[(name, text) for name, a in artifacts.items() for text in a.metrics.get("warnings", ())],
+        trainings=[training(name, artifact) for name, artifact in inputs["model"].items()],
+        corpora=[corpus(name, artifact) for name, artifact in sorted(inputs["corpus"].items())],
+        counts={name: numbers(a.metrics) for kind in COUNTED for name, a in inputs[kind].items()},
+        evaluation=evaluation(scored)
+        if scored is not None and "scored_documents" in scored.metrics and "hidden_token_loss" not in scored.metrics
         else None,
-        export=inputs["export"].metrics if "export" in inputs else None,
-        lineage=[lineage(name, artifact) for name, artifact in inputs.items()],
+        export=exported.metrics if exported is not None else None,
+        lineage=[lineage(name, artifact) for name, artifact in artifacts.items()],
         failed=settings.failed if isinstance(settings, PartialReportSettings) else {},
-        environment=next((artifact.manifest for artifact in inputs.values()), {}),
+        environment=next((artifact.manifest for artifact in artifacts.values()), {}),
     )
     (out_dir / "report.html").write_text(page, encoding="utf-8")
     return {"bytes": len(page.encode("utf-8"))}
 
 
-def tiles(inputs: Mapping[str, Artifact]) -> list[dict[str, str]]:
+def tiles(inputs: Inputs) -> list[dict[str, str]]:
     """The key figures on top of the page: name, value, remark."""
     found: list[dict[str, str]] = []
 
     def tile(name: str, value: str, remark: str = "") -> None:
         found.append({"name": name, "value": value, "remark": remark})
 
-    scores = inputs["evaluate"].metrics if "evaluate" in inputs else {}
-    if "bits_per_byte" in scores:
+    scored, trained, exported = (inputs.first(kind) for kind in ("evaluation", "model", "export"))
+    scores = scored.metrics if scored is not None else {}
+    if scored is not None and "bits_per_byte" in scores:
         tile("bits per byte, held out", f"{scores['bits_per_byte']:.3f}", between(scores, "bits_per_byte"))
-        tile(*verdict(json.loads((inputs["evaluate"].path / "results.json").read_text(encoding="utf-8"))["scores"]))
+        tile(*verdict(json.loads((scored.path / "results.json").read_text(encoding="utf-8"))["scores"]))
         tile("perplexity", f"{scores['perplexity']:.1f}", "per token")
     for name in ("finetuned_conversation_loss", "conversation_loss"):
         if name in scores:
@@ -94,17 +95,17 @@ def tiles(inputs: Mapping[str, Artifact]) -> list[dict[str, str]]:
         remark = f"nats, held out; {between(scores, 'hidden_token_loss')}"
         tile("loss of a hidden token", f"{scores['hidden_token_loss']:.3f}", remark)
         tile("hidden tokens found", f"{scores['hidden_token_accuracy']:.1%}", f"of {scores['scored_targets']:,}")
-    trained = inputs["pretrain"].metrics if "pretrain" in inputs else {}
-    if "parameters" in trained:
-        tile("parameters", charts.count(trained["parameters"]))
-    if "tokens" in trained:
-        speed = trained.get("tokens_per_second")
-        tile("tokens trained on", charts.count(trained["tokens"]), f"{charts.count(speed)}/s" if speed else "")
-    exported = inputs["export"].metrics if "export" in inputs else {}
-    if "max_logit_error" in exported:
-        tile("export against transformers", "equal", f"largest logit difference {exported['max_logit_error']:.1g}")
-    seconds = sum(artifact.manifest.get("seconds", 0) for artifact in inputs.values())
-    tile("made in", seconds_text(seconds), f"{len(inputs)} steps, some side by side")
+    figures = trained.metrics if trained is not None else {}
+    if "parameters" in figures:
+        tile("parameters", charts.count(figures["parameters"]))
+    if "tokens" in figures:
+        speed = figures.get("tokens_per_second")
+        tile("tokens trained on", charts.count(figures["tokens"]), f"{charts.count(speed)}/s" if speed else "")
+    if exported is not None and "max_logit_error" in exported.metrics:
+        error = exported.metrics["max_logit_error"]
+        tile("export against transformers", "equal", f"largest logit difference {error:.1g}")
+    seconds = sum(artifact.manifest.get("seconds", 0) for artifact in inputs.by_key.values())
+    tile("made in", seconds_text(seconds), f"{len(inputs.by_key)} steps, some side by side")
     return found
 
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.rows.shards import ShardSettings
-from pipelines.engine.step import Artifact, Context
+from pipelines.engine.step import Artifact, Context, Inputs
 
 
-def run(settings: ShardSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
+def run(settings: ShardSettings, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Writes shard tars, offset indexes, document tables and shards.json over them."""
     from data.rows.shard_tasks import CHANGED, plan_shards
     from data.rows.shards import write_manifest
     from data.tokenizers.sentencepiece import Tokenizer
 
-    corpus, tokenizer = inputs["corpus"], inputs["tokenizer"]
+    corpus, tokenizer = inputs.one("corpus"), inputs.one("tokenizer")
     tasks = {
         task.name: _Payload(task=task, corpus=corpus, tokenizer=tokenizer, settings=settings)
         for task in plan_shards(corpus.path / "train", settings)

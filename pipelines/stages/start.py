@@ -22,7 +22,7 @@ from data.tokenizers.sentencepiece import Tokenizer, tokenizer_files
 from model.config import ModelConfig
 from model.interop import checkpoint_files, config_from_hf, has_hf_class, hf_config, read_config
 from model.positions.position import LearnedPositionConfig
-from pipelines.engine.step import Artifact, Context, EngineError
+from pipelines.engine.step import Context, EngineError, Inputs
 from pipelines.stages.checksums import check_checksums, check_published
 from pipelines.training.objective import reads_other_than_text
 
@@ -167,7 +167,7 @@ def as_told(config: ModelConfig, like: ModelConfig) -> ModelConfig:
     return config_from_hf(hf_config(config)) if has_hf_class(config) else config
 
 
-def run(settings: StartSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
+def run(settings: StartSettings, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Writes model/. Raises ModelError listing the tensors that are missing, not expected or of another shape."""
     ctx.say(
         f"the tokenizer is that of {settings.folder}; none is trained, whatever tokenizer.* says"

@@ -6,18 +6,18 @@ Or, where training starts from a folder of weights that brings its tokenizer, th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.tokenizers.training import TokenizerSettings
-from pipelines.engine.step import Artifact, Context
+from pipelines.engine.step import Artifact, Context, Inputs
 
 
-def run(settings: TokenizerSettings, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
+def run(settings: TokenizerSettings, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Writes the model, its vocabulary and the chat template. Several corpora are read one after the other."""
-    return dict(ctx.call(train, settings, [inputs[name] for name in sorted(inputs)], out_dir))
+    return dict(ctx.call(train, settings, [corpus for _, corpus in sorted(inputs["corpus"].items())], out_dir))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ PROBES = {
 """Samples of text that must survive encoding and decoding."""
 
 
-def take(settings: TakenTokenizer, inputs: Mapping[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
+def take(settings: TakenTokenizer, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Copies the tokenizer that belongs to weights from outside; what their configuration says of ids becomes a file."""
     import shutil
 

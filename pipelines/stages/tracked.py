@@ -13,13 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.engine.step import Artifact, Context
+from pipelines.engine.step import Artifact, Context, Inputs
 from pipelines.training.errors import TrainingError
 from pipelines.training.metrics import RUN_ID, RunName, Table, wandb_run
 from pipelines.training.settings import TrackingSettings
 
-MODELS = {"pretrain": "base", "finetune": "finetuned"}
-"""Training step to evaluation's name for its model."""
 VOLATILE = ("logs/*",)
 """What tracking leaves in the artifact; it stays out of the content digest."""
 
@@ -27,49 +25,45 @@ VOLATILE = ("logs/*",)
 def track_scores(
     settings: TrackingSettings,
     figures: Mapping[str, float],
-    inputs: Mapping[str, Artifact],
+    inputs: Inputs,
     out_dir: Path,
     ctx: Context,
 ) -> None:
     """Send `figures` and the tables below `out_dir`. A failure is logged, not raised: the scores are in the artifact too."""
     if settings.mode == "off":
         return
-    models = {name: inputs[name] for name in MODELS if name in inputs}
+    models = inputs["model"]
     tracked = {name: artifact for name, artifact in models.items() if (artifact.path / "logs" / RUN_ID).exists()}
-    config = {name: _training(artifact) for name, artifact in models.items()}
-    digests = {name: artifact.digest for name, artifact in inputs.items()}
+    config = {artifact.step: _training(artifact) for artifact in models.values()}
+    digests = {key: artifact.digest for key, artifact in inputs.by_key.items()}
     try:
         for name, artifact in tracked.items():
-            run_name = RunName.kept(artifact.path / "logs", label=name, url=artifact.url)
-            own_config = {"evaluate": ctx.url, **config[name]}
-            with wandb_run(
-                settings, name=run_name, folder=out_dir / "logs" / name, config=own_config, say=ctx.say
-            ) as run:
+            run_name = RunName.kept(artifact.path / "logs", label=artifact.step, url=artifact.url)
+            own_config = {"evaluate": ctx.url, **config[artifact.step]}
+            folder = out_dir / "logs" / artifact.step
+            with wandb_run(settings, name=run_name, folder=folder, config=own_config, say=ctx.say) as run:
                 if run is not None:
-                    run.tables(tables(out_dir, MODELS[name]), step=int(artifact.metrics.get("steps", 0)) + 1)
-                    run.summary({f"eval/{key}": value for key, value in _of(name, figures).items()})
+                    run.tables(tables(out_dir, name), step=int(artifact.metrics.get("steps", 0)) + 1)
+                    shown = _without_later(figures, list(models), name)
+                    run.summary({f"eval/{key}": value for key, value in shown.items()})
                     run.lineage(ctx.url, inputs={}, digests=digests)
         if not tracked:
             own = RunName.kept(out_dir / "logs", label="evaluate", url=ctx.url)
             with wandb_run(settings, name=own, folder=out_dir / "logs", config=config, say=ctx.say) as run:
                 if run is not None:
-                    run.tables(
-                        {key: t for model in MODELS.values() for key, t in tables(out_dir, model).items()}, step=1
-                    )
+                    run.tables({key: t for name in models for key, t in tables(out_dir, name).items()}, step=1)
                     run.summary({f"eval/{key}": value for key, value in figures.items() if value is not None})
-                    used = {name: artifact.url for name, artifact in models.items()}
+                    used = {artifact.step: artifact.url for artifact in models.values()}
                     run.lineage(ctx.url, inputs=used, digests=digests)
     except TrainingError as error:
         ctx.say(f"WARNING the scores are not at Weights & Biases: {error}")
 
 
-def _of(step: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures for a step's run: pretraining's without the finetuned ones, finetuning's with both, to compare."""
-    other = "finetuned_" if step == "pretrain" else None
+def _without_later(figures: Mapping[str, Any], models: list[str], name: str) -> dict[str, Any]:
+    """Figures for the run of one model: its own and those of the models before it, to compare."""
+    later = tuple(f"{other}_" for other in models[models.index(name) + 1 :])
     return {
-        name: value
-        for name, value in figures.items()
-        if isinstance(value, int | float) and not (other and name.startswith(other))
+        key: value for key, value in figures.items() if isinstance(value, int | float) and not key.startswith(later)
     }
 
 

@@ -119,12 +119,12 @@ def say(line: str) -> None:
 
 
 def _make_inputs(settings: Settings, steps: dict[str, Step]) -> None:
-    execute(settings, list(steps["pretrain"].inputs.values()))
+    execute(settings, list(steps["pretrain"].sources.values()))
 
 
 def _share_inputs(settings: Settings, steps: dict[str, Step], store: Path) -> None:
     """The finished inputs under another store: links, so that nothing is made or copied twice."""
-    for report in runner.plan(list(steps["pretrain"].inputs.values()), store=open_store(settings.store)):
+    for report in runner.plan(list(steps["pretrain"].sources.values()), store=open_store(settings.store)):
         if report.path is None:
             continue
         link = store / report.name / Path(report.path).name

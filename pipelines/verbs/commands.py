@@ -67,11 +67,12 @@ ENDINGS = {
 def _next_words(overrides: Sequence[str], until: Sequence[str], reports: Sequence[StepReport], prompt: str) -> str:
     """What to type next, whole commands for a shell; `prompt` is empty for a model that continues none."""
     paths = {report.name: console.shown_path(report.path) for report in reports}
+    models = [report.name for report in reports if report.kind == "model"]
     same = shlex.join(overrides)
     lines = []
     if "report" in paths:
         lines.append(f"open     {shlex.quote(paths['report'] + '/report.html')}")
-    if prompt and ("pretrain" in paths or "finetune" in paths):
+    if prompt and models:
         lines.append(f"try      athanor generate {same} --prompt {shlex.quote(prompt)}")
     if "pretrain" in paths:
         lines.append(f"look     athanor trace {same} --step 1")
@@ -194,7 +195,7 @@ def _model_folders(arguments: argparse.Namespace) -> tuple[str | None, Path, Pat
         )
     settings = compose(arguments.overrides)
     steps = build(settings)
-    trained = [name for name in ("finetune", "pretrain") if name in steps]
+    trained = [name for name, step in steps.items() if step.kind == "model"][::-1]
     wanted = arguments.source or next((name for name in trained if found(settings, steps[name])), trained[-1])
     words = arguments.overrides
     model = made(settings, named(steps, wanted), words, rechecked=("model/*",)) / "model"
@@ -227,15 +228,14 @@ def trace(arguments: argparse.Namespace) -> int:
     from data.rows.shard_set import ShardSet
     from data.tokenizers.sentencepiece import Tokenizer
     from data.trace import trace_step
-    from pipelines.stages.pretrain import source_of
 
     settings, words = compose(arguments.overrides), arguments.overrides
     steps = build(settings)
     pretrain_step, run_settings = named(steps, "pretrain"), settings.pretraining()
-    rows_steps = {name: step for name, step in pretrain_step.inputs.items() if name.startswith("shards")}
-    shard_sets = {source_of(name): ShardSet.open(made(settings, step, words)) for name, step in rows_steps.items()}
+    rows_steps = pretrain_step.inputs["rows"]
+    shard_sets = {source: ShardSet.open(made(settings, step, words)) for source, step in rows_steps.items()}
     corpora = {
-        source_of(name): made(settings, step.inputs["corpus"], words) / "train" for name, step in rows_steps.items()
+        source: made(settings, step.inputs["corpus"]["corpus"], words) / "train" for source, step in rows_steps.items()
     }
     tokens_per_step = run_settings.train.global_batch_tokens
     if arguments.step > (last := run_settings.train.total_tokens // tokens_per_step):

@@ -106,7 +106,7 @@ def tuning(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any] 
     finetuning = settings.finetuning()
     if finetuning is None or settings.finetune is None:
         return None
-    counted = next((r.metrics for r in reports if r.name == "instructions" and "rows" in (r.metrics or {})), None)
+    counted = next((r.metrics for r in reports if r.kind == "conversations" and "rows" in (r.metrics or {})), None)
     if counted is not None:
         there, basis = float(counted["rows"] * settings.shards.seq_len), "counted"
     else:
@@ -175,7 +175,7 @@ _GPU_BYTES = 80 * 10**9
 
 def data(settings: Settings, tokens: int, reports: Sequence[StepReport]) -> dict[str, Any]:
     """Tokens and shards there are, counted where the steps are made, else guessed from the corpus files' sizes."""
-    made = [r.metrics for r in reports if r.name.startswith("shards") and r.metrics]
+    made = [r.metrics for r in reports if r.kind == "rows" and r.metrics]
     if made and len(made) == len(settings.corpora()):
         there = sum(int(metrics["tokens"]) for metrics in made)
         shards = sum(int(metrics["shards"]) for metrics in made)
@@ -223,7 +223,7 @@ def disk(parameters: int, train: TrainSettings, reports: Sequence[StepReport]) -
 def rows_bytes(there: dict[str, Any], vocab_size: int, reports: Sequence[StepReport]) -> int:
     """Bytes of all shards: counted where they exist, else their tokens' and a fifth more for provenance."""
     if there["basis"] == "counted":
-        return sum(report.bytes or 0 for report in reports if report.name.startswith("shards"))
+        return sum(report.bytes or 0 for report in reports if report.kind == "rows")
     return round(int(there["tokens"] or 0) * (2 if vocab_size < 2**16 else 4) * 1.2)
 
 

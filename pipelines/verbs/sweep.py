@@ -30,13 +30,13 @@ from pipelines.settings.compose import Settings, compose, multirun, resolved, ty
 from pipelines.settings.overrides import SettingsError, hydra_overrides, points_of
 
 METRICS = (
-    ("evaluate", "bits_per_byte"),
-    ("evaluate", "hidden_token_loss"),
-    ("evaluate", "finetuned_conversation_loss"),
-    ("finetune", "loss"),
-    ("pretrain", "loss"),
+    ("evaluation", "bits_per_byte"),
+    ("evaluation", "hidden_token_loss"),
+    ("evaluation", "finetuned_conversation_loss"),
+    ("model", "loss"),
 )
-"""(step, figure) a sweep is sorted by: the first in which the trials differ; smaller is better."""
+"""(kind of step, figure) a sweep is sorted by: the first in which the trials differ, the last training's first; smaller
+is better."""
 
 LOST = "not finished: its process or that of another trial died, and the launcher gave up."
 
@@ -209,21 +209,24 @@ def watching(points: Sequence[Combination]) -> Iterator[None]:
 
 def figures(settings: Settings) -> dict[str, float]:
     """METRICS that a configuration's artifacts have, in that order, each with the ends of its interval."""
-    reports = {r.name: r for r in runner.plan(list(build(settings).values()), store=open_store(settings.store))}
+    reports = runner.plan(list(build(settings).values()), store=open_store(settings.store))
     result: dict[str, float] = {}
-    for step, name in METRICS:
-        metrics = reports[step].metrics if step in reports else {}
-        label = name if step == "evaluate" else f"{step} {name}"
-        if metrics.get(name) is not None:
-            ends = {f"{label}{end}": metrics.get(f"{name}{end}") for end in ("_low", "_high")}
-            result |= {label: float(metrics[name])} | {end: float(at) for end, at in ends.items() if at is not None}
+    for kind, name in METRICS:
+        for report in [r for r in reversed(reports) if r.kind == kind and r.metrics.get(name) is not None]:
+            label = name if kind == "evaluation" else f"{report.name} {name}"
+            ends = {f"{label}{end}": report.metrics.get(f"{name}{end}") for end in ENDS}
+            result |= {label: float(report.metrics[name])}
+            result |= {end: float(at) for end, at in ends.items() if at is not None}
     return result
+
+
+ENDS = ("_low", "_high")
+"""Behind a figure's name: the ends of its interval."""
 
 
 def sorted_by(outcomes: Sequence[Outcome]) -> str:
     """The first metric in which the trials differ (trials of fine-tuning share bits per byte); else the first available."""
-    names = [name for step, metric in METRICS for name in [metric if step == "evaluate" else f"{step} {metric}"]]
-    available = [name for name in names if any(name in outcome.figures for outcome in outcomes)]
+    available = list(dict.fromkeys(name for outcome in outcomes for name in outcome.figures if not name.endswith(ENDS)))
     differ = [
         name for name in available if len({outcome.figures.get(name) for outcome in outcomes if outcome.figures}) > 1
     ]

@@ -14,7 +14,7 @@ from pipelines.engine.backends.local_backend import LocalBackend
 from pipelines.engine.backends.ray_backend import RayBackend
 from pipelines.engine.events import Event
 from pipelines.engine.runner import run
-from pipelines.engine.step import Artifact, Context, Step
+from pipelines.engine.step import Context, Inputs, Step
 from pipelines.engine.store.open import Store, open_store
 
 
@@ -38,12 +38,12 @@ def shards_stage(settings: Any, inputs: Any, out_dir: Path, ctx: Context) -> dic
     return {"letters": total}
 
 
-def steps_stage(settings: Any, inputs: dict[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
+def steps_stage(settings: Any, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
     """A loop that continues by itself from the checkpoints it finds."""
     checkpoints = out_dir / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     done = max((int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()), default=0)
-    state = int((checkpoints / str(done)).read_text()) if done else inputs["letters"].metrics["letters"]
+    state = int((checkpoints / str(done)).read_text()) if done else inputs.one("letters").metrics["letters"]
     for step in range(done + 1, settings["steps"] + 1):
         state = (state * 31 + step) % 1_000_003
         time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
@@ -67,7 +67,7 @@ def rank(config: dict[str, Any]) -> dict[str, Any]:
     return {"world_size": int(os.environ["WORLD_SIZE"])}
 
 
-def gang_stage(settings: Any, inputs: dict[str, Artifact], out_dir: Path, ctx: Context) -> dict[str, Any]:
+def gang_stage(settings: Any, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Two ranks at once."""
     seconds = float(os.environ.get("GANG_SECONDS", "0"))
     return dict(ctx.gang(rank, {"folder": str(out_dir), "seconds": seconds}, workers=2))
@@ -75,17 +75,26 @@ def gang_stage(settings: Any, inputs: dict[str, Artifact], out_dir: Path, ctx: C
 
 def graph(shards: int = 4, steps: int = 5) -> list[Step]:
     """letters → walk, and beside it a gang."""
-    letters = Step(name="letters", run=shards_stage, version=1, settings={"shards": shards})
+    letters = Step(name="letters", kind="letters", run=shards_stage, version=1, settings={"shards": shards})
     walk = Step(
         name="walk",
+        kind="walk",
         run=steps_stage,
         version=1,
         settings={"steps": steps},
-        inputs={"letters": letters},
+        inputs={"letters": {"letters": letters}},
         volatile=("log.txt",),
         resumes=True,
     )
-    gang = Step(name="gang", run=gang_stage, version=1, settings={}, inputs={"letters": letters}, cpus=2)
+    gang = Step(
+        name="gang",
+        kind="gang",
+        run=gang_stage,
+        version=1,
+        settings={},
+        inputs={"letters": {"letters": letters}},
+        cpus=2,
+    )
     return [walk, gang]
 
 

@@ -27,7 +27,7 @@ def step(body: Body, name: str = "stage") -> Step:
     def stage(settings: Any, inputs: Mapping[str, Any], out_dir: Path, ctx: Context) -> dict[str, Any]:
         return body(out_dir, ctx)
 
-    return Step(name=name, run=stage, version=1, settings={})
+    return Step(name=name, kind="test", run=stage, version=1, settings={})
 
 
 def attempt(store: LocalStore, body: Body, *, in_process: bool = True) -> tuple[Path, list[Event]]:

@@ -99,7 +99,7 @@ def test_a_gang_whose_rank_was_killed_is_started_again_and_finishes(backend: Ray
         return dict(ctx.gang(workers.die_once_in_a_collective, config, workers=2, max_failures=1))
 
     said: list[str] = []
-    step = Step(name="gang", run=stage, version=1, settings={}, cpus=2)
+    step = Step(name="gang", kind="gang", run=stage, version=1, settings={}, cpus=2)
     (report,) = run([step], store=open_store(tmp_path), backend=backend, on_event=lambda event: said.append(event.line))
     assert report.metrics == {"attempt": 1, "total": 2.0}
     assert any("rank 1: was killed" in line and "Starting all ranks again" in line for line in said)

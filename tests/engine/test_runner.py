@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from pipelines.engine.backends.local_backend import LocalBackend
 from pipelines.engine.events import Event
 from pipelines.engine.explain import why
 from pipelines.engine.runner import plan, run, status
-from pipelines.engine.step import Step
+from pipelines.engine.step import Inputs, Step
 from pipelines.engine.store.lease import Lease
 from pipelines.engine.store.local import LocalStore
 from pipelines.engine.store.open import open_store
@@ -32,25 +32,35 @@ class Settings:
     workers: int = field(default=1, metadata={"execution": True})
 
 
-def write_letters(settings: Settings, inputs: Mapping[str, Any], out_dir: Path, ctx: Any) -> dict[str, Any]:
+def write_letters(settings: Settings, inputs: Inputs, out_dir: Path, ctx: Any) -> dict[str, Any]:
     text = settings.letter * settings.times
     (out_dir / "letters.txt").write_text(text)
     return {"characters": len(text), "workers": settings.workers}
 
 
-def join(settings: Any, inputs: Mapping[str, Any], out_dir: Path, ctx: Any) -> dict[str, Any]:
-    text = "".join((artifact.path / "letters.txt").read_text() for artifact in inputs.values())
+def join(settings: Any, inputs: Inputs, out_dir: Path, ctx: Any) -> dict[str, Any]:
+    text = "".join((artifact.path / "letters.txt").read_text() for artifact in inputs.by_key.values())
     (out_dir / "letters.txt").write_text(text)
     return {"characters": len(text)}
 
 
 def letters(name: str = "letters", *, run: Any = write_letters, version: int = 1, **settings: Any) -> Step:
-    return Step(name=name, run=run, version=version, settings=Settings(**settings))
+    return Step(name=name, kind="letters", run=run, version=version, settings=Settings(**settings))
 
 
 def joined(*inputs: Step, name: str = "joined", **more: Any) -> Step:
     sources = {f"part{number}": step for number, step in enumerate(inputs)}
-    return Step(name=name, run=join, version=1, settings={"sep": ""}, inputs=sources, **more)
+    keys = {f"parts/{part}": part for part in sources}
+    return Step(
+        name=name,
+        kind="letters",
+        run=join,
+        version=1,
+        settings={"sep": ""},
+        inputs={"parts": sources},
+        keys=keys,
+        **more,
+    )
 
 
 def digests(step: Step, store: LocalStore) -> dict[str, str]:
@@ -232,18 +242,20 @@ class Summary:
     without: dict[str, str] = field(default_factory=dict)
 
 
-def summarize(settings: Summary, inputs: Mapping[str, Any], out_dir: Path, ctx: Any) -> dict[str, Any]:
-    (out_dir / "summary.json").write_text(json.dumps([sorted(inputs), settings.without]))
+def summarize(settings: Summary, inputs: Inputs, out_dir: Path, ctx: Any) -> dict[str, Any]:
+    (out_dir / "summary.json").write_text(json.dumps([sorted(inputs.by_key), settings.without]))
     return {}
 
 
 def summary(**inputs: Step) -> Step:
     return Step(
         name="summary",
+        kind="summary",
         run=summarize,
         version=1,
         settings=Summary(),
-        inputs=inputs,
+        inputs={"all": inputs},
+        keys={f"all/{name}": name for name in inputs},
         despite=lambda lost: Summary(without=lost),
     )
 
@@ -271,9 +283,9 @@ def test_a_failed_step_takes_only_what_needs_it_and_a_summary_says_so(store: Loc
     ]
     lines = [event.line for event in events if event.kind == "said"]
     assert lines == ["not made: it needs part0, which is not there", f"made without bad, needs_bad: {made.parent}"]
-    better = {**target.inputs, "bad": letters("bad"), "needs_bad": joined(letters("bad"), name="needs-bad")}
+    better = {**target.sources, "bad": letters("bad"), "needs_bad": joined(letters("bad"), name="needs-bad")}
     reports = run([replace(target, inputs=better)], store=store, backend=backend)
-    assert json.loads((Path(str(reports[-1].path)) / "summary.json").read_text()) == [sorted(target.inputs), {}]
+    assert json.loads((Path(str(reports[-1].path)) / "summary.json").read_text()) == [sorted(target.sources), {}]
 
 
 def test_where_nothing_is_made_there_is_no_summary_and_an_error_with_a_code_of_its_own_ends_the_run(

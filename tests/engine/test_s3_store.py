@@ -247,7 +247,7 @@ def test_a_damaged_copy_on_this_machine_is_fetched_again_before_anything_is_buil
     walk = graph()[0]
     undisturbed = make(open_store(tmp_path / "store"), backend, [walk])
     store = open_store(f"{bucket}/store")
-    make(store, backend, [walk.inputs["letters"]])
+    make(store, backend, [walk.sources["letters"]])
     [summary] = (tmp_path / "machine1").rglob("artifacts/letters/*/summary.txt")
     good = summary.read_bytes()
     summary.write_bytes(bytes([good[0] ^ 1]) + good[1:])

@@ -15,6 +15,7 @@ import yaml
 
 from conf.typed import from_plain
 from pipelines.engine.step import Artifact
+from tests.stages.grouping import by_kind
 
 CONF = Path(__file__).parents[2] / "conf"
 LIBRARY = Path(json.__file__).parents[1]
@@ -73,7 +74,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     def make(name: str, stage: Any, settings: Any) -> None:
         out_dir = root / name
         out_dir.mkdir()
-        made[name] = artifact(name, out_dir, stage.run(settings, made, out_dir, InProcess(out_dir)))
+        made[name] = artifact(name, out_dir, stage.run(settings, by_kind(made), out_dir, InProcess(out_dir)))
 
     make("corpus", corpus, CorpusSettings(paths=(str(root / "text"),), held_out=HeldOutSettings(fraction=0.2)))
     make("tokenizer", tokenizer, TokenizerSettings(vocab_size=1024))

@@ -26,6 +26,7 @@ from pipelines.inference.generator import GenerateSettings
 from pipelines.inference.weights import load_model
 from pipelines.stages import evaluate
 from tests.stages.conftest import artifact
+from tests.stages.grouping import scored
 
 
 @given(tokens=st.integers(1, 200), context=st.integers(1, 40), data=st.data())
@@ -133,7 +134,7 @@ def test_a_share_of_none_or_all_has_wilsons_interval():
 def evaluated(small_run, tmp_path_factory, in_process):
     """The stage run once with everything on: (metrics, out_dir)."""
     out_dir = tmp_path_factory.mktemp("evaluate")
-    return evaluate.run(SETTINGS, small_run, out_dir, in_process(out_dir)), out_dir
+    return evaluate.run(SETTINGS, scored(small_run), out_dir, in_process(out_dir)), out_dir
 
 
 SETTINGS = evaluate.EvaluateSettings(
@@ -202,7 +203,7 @@ def test_the_documents_file_adds_up_to_the_result(evaluated):
 def test_the_harness_rolling_task_agrees_with_the_stages_own_score(small_run, evaluated, tmp_path, in_process):
     metrics, _ = evaluated
     alike = replace(SETTINGS, stride_tokens=128, tasks=(), samples=evaluate.SampleSettings())
-    own = evaluate.run(alike, small_run, tmp_path, in_process(tmp_path))
+    own = evaluate.run(alike, scored(small_run), tmp_path, in_process(tmp_path))
     columns = pq.read_table(tmp_path / "documents.parquet").to_pydict()
     # The harness leaves </s> out: at most its nats, about 15 bits a document here, can lie between the two.
     between = 20 * len(columns["id"]) / sum(columns["bytes"])
@@ -211,13 +212,13 @@ def test_the_harness_rolling_task_agrees_with_the_stages_own_score(small_run, ev
 
 def test_scores_do_not_depend_on_how_the_work_was_cut(small_run, evaluated, tmp_path, in_process):
     cut = replace(SETTINGS, bytes_per_shard=7_000, tokens_per_batch=600, tasks=(), samples=evaluate.SampleSettings())
-    metrics = evaluate.run(cut, small_run, tmp_path, in_process(tmp_path))
+    metrics = evaluate.run(cut, scored(small_run), tmp_path, in_process(tmp_path))
     assert metrics["bits_per_byte"] == pytest.approx(evaluated[0]["bits_per_byte"], rel=1e-6)
 
 
 def test_running_it_again_gives_the_same_bytes(small_run, evaluated, tmp_path, in_process):
     _, out_dir = evaluated
-    evaluate.run(SETTINGS, small_run, tmp_path, in_process(tmp_path))
+    evaluate.run(SETTINGS, scored(small_run), tmp_path, in_process(tmp_path))
     files = sorted(path.relative_to(out_dir) for path in out_dir.rglob("*") if path.is_file())
     assert len(files) > 8
     for file in files:
@@ -239,7 +240,7 @@ def test_a_cap_takes_the_documents_with_the_lowest_hashes(small_run):
 def test_windows_beyond_the_model_are_refused(small_run, tmp_path, in_process):
     for setting, message in (({"context_tokens": 4096}, "choose at most"), ({"stride_tokens": 500}, "would skip some")):
         with pytest.raises(Refusal, match=message):
-            evaluate.run(evaluate.EvaluateSettings(**setting), small_run, tmp_path, in_process(tmp_path))
+            evaluate.run(evaluate.EvaluateSettings(**setting), scored(small_run), tmp_path, in_process(tmp_path))
 
 
 def test_a_corpus_without_held_out_documents_is_an_error_that_says_what_to_raise(tmp_path):
@@ -280,7 +281,9 @@ def with_conversations(small_run, tmp_path_factory, in_process):
     data = InstructionSettings(kind="files", paths=(str(folder / "chats.jsonl"),), held_out_fraction=0.5)
     out_dir = folder / "instructions"
     out_dir.mkdir()
-    metrics = instructions.run(ConversationRows(data=data, seq_len=128), small_run, out_dir, in_process(out_dir))
+    metrics = instructions.run(
+        ConversationRows(data=data, seq_len=128), scored(small_run), out_dir, in_process(out_dir)
+    )
     return {**small_run, "instructions": artifact("instructions", out_dir, metrics)}
 
 
@@ -293,7 +296,7 @@ def test_held_out_conversations_are_scored_by_the_loss_of_the_answers(with_conve
     settings = evaluate.EvaluateSettings(bootstrap_resamples=100, tokens_per_batch=600)
     without_corpus = {name: with_conversations[name] for name in ("tokenizer", "pretrain", "finetune", "instructions")}
     context = in_process(tmp_path)
-    metrics = evaluate.run(settings, without_corpus, tmp_path, context)
+    metrics = evaluate.run(settings, scored(without_corpus), tmp_path, context)
     tokenizer = Tokenizer.load(with_conversations["tokenizer"].path)
     held_out_chats = load_conversations(with_conversations["instructions"].path / "heldout.jsonl")
     assert metrics["scored_conversations"] == len(held_out_chats) >= 5
@@ -341,7 +344,7 @@ def test_a_conversation_that_the_template_refuses_is_counted_and_the_others_are_
     out_dir = tmp_path / "evaluate"
     out_dir.mkdir()
     context = in_process(out_dir)
-    metrics = evaluate.run(evaluate.EvaluateSettings(bootstrap_resamples=20), made, out_dir, context)
+    metrics = evaluate.run(evaluate.EvaluateSettings(bootstrap_resamples=20), scored(made), out_dir, context)
     assert metrics["scored_conversations"] == len(chats) - 1
     assert "not scored: 1 of the held-out conversations, refused by the chat template; the first: " in context.said[0]
     assert "chats.jsonl at " in context.said[0] and "not this" in context.said[0]
@@ -350,7 +353,7 @@ def test_a_conversation_that_the_template_refuses_is_counted_and_the_others_are_
 
 def test_one_held_out_document_has_no_interval_and_that_is_said(small_run, tmp_path, in_process):
     context = in_process(tmp_path)
-    metrics = evaluate.run(evaluate.EvaluateSettings(max_documents=1), small_run, tmp_path, context)
+    metrics = evaluate.run(evaluate.EvaluateSettings(max_documents=1), scored(small_run), tmp_path, context)
     assert metrics["bits_per_byte"] > 0 and not [name for name in metrics if name.endswith(("_low", "_high"))]
     assert "no intervals: 1 document, and an interval takes at least 5" in context.said[-1]
     table = (tmp_path / "results.md").read_text()

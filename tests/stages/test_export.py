@@ -15,13 +15,14 @@ from data.tokenizers.sentencepiece import Tokenizer
 from pipelines.inference.weights import load_model
 from pipelines.stages import export
 from tests.data.foreign import save
+from tests.stages.grouping import by_kind
 
 
 @pytest.fixture(scope="module")
 def exported(small_run, tmp_path_factory, in_process):
     """(metrics, folder) of the fine-tuned model's export."""
     out_dir = tmp_path_factory.mktemp("export")
-    return export.run(export.ExportSettings(), small_run, out_dir, in_process(out_dir)), out_dir / "model"
+    return export.run(export.ExportSettings(), by_kind(small_run), out_dir, in_process(out_dir)), out_dir / "model"
 
 
 def test_transformers_computes_the_same_with_the_exported_folder(exported):
@@ -54,7 +55,7 @@ def test_the_export_is_also_a_model_and_a_tokenizer_of_ours(exported, small_run)
 
 def test_bf16_weights_are_compared_as_rounded(small_run, tmp_path, in_process):
     settings = export.ExportSettings(precision="bf16", weights="pretrain", sample_documents=1, generated_tokens=4)
-    metrics = export.run(settings, small_run, tmp_path, in_process(tmp_path))
+    metrics = export.run(settings, by_kind(small_run), tmp_path, in_process(tmp_path))
     assert metrics["max_logit_error"] <= metrics["tolerance"]
     assert load_file(tmp_path / "model" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
@@ -133,4 +134,4 @@ def test_a_faulty_tokenizer_is_refused(small_run, exported, tmp_path):
 def test_asking_for_weights_that_the_experiment_lacks_says_so(small_run, tmp_path, in_process):
     inputs = {name: artifact for name, artifact in small_run.items() if name != "finetune"}
     with pytest.raises(Refusal, match="no such step"):
-        export.run(export.ExportSettings(weights="finetune"), inputs, tmp_path, in_process(tmp_path))
+        export.run(export.ExportSettings(weights="finetune"), by_kind(inputs), tmp_path, in_process(tmp_path))

@@ -12,6 +12,7 @@ from pipelines.evaluation import harness, harness_tasks, held_out
 from pipelines.evaluation.task_data import make_examples
 from pipelines.inference.weights import load_model
 from pipelines.stages import evaluate, export
+from tests.stages.grouping import by_kind
 
 LONG = "".join(f"value_{i} = compute({i}, other={i * i})\n" for i in range(40))
 PAIRS = [
@@ -31,7 +32,9 @@ def models(small_run, tmp_path_factory, in_process):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out_dir = tmp_path_factory.mktemp("export")
-    export.run(export.ExportSettings(weights="pretrain", sample_documents=1), small_run, out_dir, in_process(out_dir))
+    export.run(
+        export.ExportSettings(weights="pretrain", sample_documents=1), by_kind(small_run), out_dir, in_process(out_dir)
+    )
     theirs = AutoModelForCausalLM.from_pretrained(out_dir / "model", dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(out_dir / "model")
     ours = harness.HarnessModel(load_model(out_dir / "model"), Tokenizer.load(out_dir / "model"), tokens_per_batch=600)

@@ -14,6 +14,7 @@ from pipelines.console import charts
 from pipelines.inference.generator import GenerateSettings
 from pipelines.stages import evaluate, export, report
 from tests.stages.conftest import artifact
+from tests.stages.grouping import by_kind, scored
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,7 @@ def finished(small_run, tmp_path_factory, in_process):
     for name, (stage, chosen) in stages.items():
         out_dir = root / name
         out_dir.mkdir()
-        metrics = stage.run(chosen, small_run, out_dir, in_process(out_dir))
+        metrics = stage.run(chosen, (scored if stage is evaluate else by_kind)(small_run), out_dir, in_process(out_dir))
         made[name] = artifact(name, out_dir, metrics)
     for name in ("pretrain", "finetune"):
         rows = [
@@ -64,7 +65,7 @@ def finished(small_run, tmp_path_factory, in_process):
         made[name] = replace(small_run[name], url=str(folder), manifest=manifest)
     out_dir = root / "report"
     out_dir.mkdir()
-    report.run(report.ReportSettings(title="A run"), made, out_dir, in_process(out_dir))
+    report.run(report.ReportSettings(title="A run"), by_kind(made), out_dir, in_process(out_dir))
     return made, (out_dir / "report.html").read_text()
 
 
@@ -123,19 +124,21 @@ def test_the_page_says_what_the_artifacts_say(finished):
 
 def test_equal_artifacts_give_equal_pages(finished, tmp_path, in_process):
     made, page = finished
-    report.run(report.ReportSettings(title="A run"), made, tmp_path, in_process(tmp_path))
+    report.run(report.ReportSettings(title="A run"), by_kind(made), tmp_path, in_process(tmp_path))
     assert (tmp_path / "report.html").read_text() == page
 
 
 def test_a_run_without_finetuning_or_evaluation_has_a_report_too(small_run, tmp_path, in_process):
     inputs = {name: small_run[name] for name in ("corpus", "tokenizer")}
-    report.run(report.ReportSettings(), inputs, tmp_path, in_process(tmp_path))
+    report.run(report.ReportSettings(), by_kind(inputs), tmp_path, in_process(tmp_path))
     assert "Lineage" in (tmp_path / "report.html").read_text()
 
 
 def test_a_run_with_a_failed_step_has_a_report_that_says_which(small_run, tmp_path, in_process):
     settings = report.ReportSettings(title="A run").without({"export": "no template <|x|> here", "extra": "not made"})
-    report.run(settings, {name: small_run[name] for name in ("corpus", "tokenizer")}, tmp_path, in_process(tmp_path))
+    report.run(
+        settings, by_kind({name: small_run[name] for name in ("corpus", "tokenizer")}), tmp_path, in_process(tmp_path)
+    )
     page = (tmp_path / "report.html").read_text()
     assert "What failed" in page and "no template &lt;|x|&gt; here" in page
     parser = Balance()

@@ -22,6 +22,7 @@ from pipelines.stages import shards
 from pipelines.stages.tokenizer import TakenTokenizer, take
 from tests.data.foreign import save
 from tests.stages.conftest import artifact
+from tests.stages.grouping import by_kind
 
 TEXTS = [Path(argparse.__file__).read_text()[:40_000]]
 
@@ -65,7 +66,7 @@ def test_documents_that_do_not_come_back_are_counted_in_rows_and_charged_in_scor
     folder = save("bert", TEXTS, tmp_path / "weights")
     inputs = {**small_run, "tokenizer": artifact("tokenizer", folder, {})}
     ctx = in_process(tmp_path / "rows")
-    metrics = shards.run(ShardSettings(seq_len=128), inputs, tmp_path / "rows", ctx)
+    metrics = shards.run(ShardSettings(seq_len=128), by_kind(inputs), tmp_path / "rows", ctx)
     assert metrics["counts"][CHANGED] == small_run["corpus"].metrics["train_documents"]
     assert "the tokenizer loses text" in ctx.said[0]
 

@@ -18,6 +18,7 @@ from data.rows.shard_set import ShardSet
 from data.tasks.denoising import AnyObjective, MaskedToken
 from model.errors import ModelError
 from model.interop import checkpoint_files
+from pipelines.engine.step import Inputs
 from pipelines.stages import pretrain
 from pipelines.stages.pretrain import PretrainSettings
 from pipelines.stages.start import Start, run
@@ -75,7 +76,8 @@ def test_the_first_loss_is_that_of_transformers_under_every_zero_stage(
         model=begun.model(begun.config, SEQ_LEN), train=from_plain(TrainSettings, train, "train")
     )
     inputs = {"shards": artifact("shards", shards, {}), "start": artifact("start", tmp_path / "start", figures)}
-    run_rank(pretrain.job(settings, inputs, tmp_path / "out"))
+    groups = {"rows": {"corpus": inputs["shards"]}, "begin": {"start": inputs["start"]}}
+    run_rank(pretrain.job(settings, Inputs(groups), tmp_path / "out"))
     [first] = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert first["loss"] == pytest.approx(expected_loss(theirs, shards), rel=1e-5)
 

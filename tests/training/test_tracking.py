@@ -17,6 +17,7 @@ from pipelines.training.job import run_rank
 from pipelines.training.metrics import RUN_ID
 from pipelines.training.settings import TrackingSettings
 from tests.stages.conftest import InProcess, artifact
+from tests.stages.grouping import scored
 from tests.training.test_metrics import wandb_records
 
 Make = Callable[..., dict[str, Any]]
@@ -69,7 +70,7 @@ def test_scores_go_into_the_runs_they_judge_with_tables(tmp_path: Path) -> None:
     (out_dir / "results.json").write_text(json.dumps(results))
     (out_dir / "samples.json").write_text(json.dumps(samples))
     figures = {"bits_per_byte": 1.5, "finetuned_bits_per_byte": 1.4, "bits_per_byte_low": None}
-    track_scores(OFFLINE, figures, models, out_dir, InProcess(out_dir))  # type: ignore[arg-type]
+    track_scores(OFFLINE, figures, scored(models), out_dir, InProcess(out_dir))  # type: ignore[arg-type]
     found = {}
     for name in models:
         [file] = (out_dir / "logs" / name).rglob("*.wandb")
@@ -96,9 +97,13 @@ def test_scores_of_a_training_that_was_not_tracked_are_a_run_of_their_own(tmp_pa
     out_dir = tmp_path / "evaluate"
     out_dir.mkdir()
     track_scores(
-        replace(OFFLINE, mode="off"), {"bits_per_byte": 1.5}, {"pretrain": pretrained}, out_dir, InProcess(out_dir)
+        replace(OFFLINE, mode="off"),
+        {"bits_per_byte": 1.5},
+        scored({"pretrain": pretrained}),
+        out_dir,
+        InProcess(out_dir),
     )
     assert not list(out_dir.rglob("*"))
-    track_scores(OFFLINE, {"bits_per_byte": 1.5}, {"pretrain": pretrained}, out_dir, InProcess(out_dir))
+    track_scores(OFFLINE, {"bits_per_byte": 1.5}, scored({"pretrain": pretrained}), out_dir, InProcess(out_dir))
     [file] = out_dir.rglob("*.wandb")
     assert run_of(wandb_records(file)).job_type == "evaluate"
