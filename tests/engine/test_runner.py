@@ -284,7 +284,7 @@ def test_a_failed_step_takes_only_what_needs_it_and_a_summary_says_so(store: Loc
     lines = [event.line for event in events if event.kind == "said"]
     assert lines == ["not made: it needs part0, which is not there", f"made without bad, needs_bad: {made.parent}"]
     better = {**target.sources, "bad": letters("bad"), "needs_bad": joined(letters("bad"), name="needs-bad")}
-    reports = run([replace(target, inputs=better)], store=store, backend=backend)
+    reports = run([replace(target, inputs={"all": better})], store=store, backend=backend)
     assert json.loads((Path(str(reports[-1].path)) / "summary.json").read_text()) == [sorted(target.sources), {}]
 
 
