@@ -25,7 +25,7 @@ def test_a_misspelled_experiment_is_answered_with_the_nearest(capsys: pytest.Cap
 
 
 def test_a_misspelled_setting_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "did you mean optim.lr?" in complaint(capsys, "plan", "experiment=demo", "optim.lrr=1")
+    assert "Did you mean optim.lr?" in complaint(capsys, "plan", "experiment=demo", "optim.lrr=1")
     assert "did you mean pretrain.total_tokens?" in complaint(
         capsys, "plan", "experiment=demo", "pretrain.total_tokns=1"
     )
@@ -88,7 +88,7 @@ def test_a_special_file_is_refused_and_not_waited_for_wherever_files_are_read(
 ) -> None:
     for name in ("config.json", "task.yaml"):
         (tmp_path / name).symlink_to(target) if target else os.mkfifo(tmp_path / name)
-    with pytest.raises(Refusal, match=r"task\.yaml is no plain file"):
+    with pytest.raises(Refusal, match=r"task\.yaml: is no plain file"):
         FileHashes(tmp_path / "hashes").of([tmp_path / "task.yaml"])
     with pytest.raises(ModelError, match=r"config\.json is no plain file"):
         Start.open("pretrain.init_from", str(tmp_path))
@@ -227,7 +227,7 @@ def test_a_secret_in_a_setting_that_enters_no_digest_is_refused_too(
     monkeypatch.setenv("WANDB_API_KEY", secret)
     words = tiny(corpus_dir, tmp_path / "store", LOCAL, f"tracking.name=mine-{secret}")
     said = complaint(capsys, "run", *words, "--until", "pretrain")
-    assert "tracking.name=… contains the value of the environment variable WANDB_API_KEY" in said
+    assert "tracking.name=…: contains the value of the environment variable WANDB_API_KEY" in said
     assert secret not in said
     assert not list((tmp_path / "store").glob("corpus/*"))
 
@@ -321,7 +321,7 @@ def test_a_damaged_input_is_found_before_it_is_used(
     damaged = min(tmp_path.glob("corpus/*/train/*.parquet"))
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-200] + bytes([whole[-200] ^ 1]) + whole[-199:])
-    assert f"{damaged} is not what was published" in complaint(capsys, "run", *overrides, "--until", "tokenizer")
+    assert f"{damaged}: is not what was published" in complaint(capsys, "run", *overrides, "--until", "tokenizer")
     damaged.write_bytes(whole)
     answer(capsys, "run", *overrides, "--until", "tokenizer")
 

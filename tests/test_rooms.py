@@ -29,7 +29,7 @@ FORBIDDEN: dict[str, set[str]] = {
 DOORS = {
     "pipelines/engine/backends/ray_backend.py": {"ray"},
     "pipelines/engine/backends/ray_train.py": {"ray"},
-    "pipelines/engine/backends/ray_address.py": {"ray"},  # its token
+    "pipelines/engine/backends/ray_private.py": {"ray"},
     "pipelines/training/zero.py": {"deepspeed"},
     "pipelines/settings/compose.py": {"hydra", "omegaconf"},
     "pipelines/settings/overrides.py": {"hydra"},

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conf.refusal import NO_VALUE, Refusal
 from data.text.document import Document
-from pipelines.engine.step import EngineError
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.task_data import make_examples
 from pipelines.evaluation.task_files import TASKS, GroupFile, TaskFile, TaskSet, read_tasks
@@ -55,14 +55,16 @@ TRIED_EXAMPLES = 2000
 
 
 def generation_options(options: Mapping[str, Any], context_tokens: int) -> dict[str, Any]:
-    """A request's options with the harness's defaults filled in. Raises EngineError where no room is left for a prompt."""
+    """A request's options with the harness's defaults filled in. Raises Refusal where no room is left for a prompt."""
     filled = dict(normalize_gen_kwargs(dict(options), MOST_NEW_TOKENS))
     if not isinstance(filled["until"], list) or not all(isinstance(text, str) for text in filled["until"]):
-        raise EngineError(f"generation_kwargs: until {filled['until']!r}: texts to end before, in a list.")
+        raise Refusal("generation_kwargs.until", filled["until"], "texts to end before, in a list")
     if (new_tokens := int(filled["max_gen_toks"])) >= context_tokens:
-        raise EngineError(
-            f"A task requests {new_tokens} new tokens where a window holds {context_tokens}: no room is left for its prompt."
-            f" Set generation_kwargs: {{max_gen_toks: …}} in the task's file to less than {context_tokens}."
+        raise Refusal(
+            "generation_kwargs.max_gen_toks",
+            new_tokens,
+            f"a window holds {context_tokens} tokens, so no room is left for a prompt",
+            f"set generation_kwargs: {{max_gen_toks: …}} in the task's file to less than {context_tokens}",
         )
     return filled
 
@@ -108,7 +110,7 @@ def _results(
 def try_tasks(settings: EvaluateSettings, context_tokens: int) -> None:
     """Build every task that does not come with this program, and run it on a stub model.
 
-    Raises EngineError for a task that could not be scored: its data, templates, filters, metrics or room for prompts.
+    Raises Refusal for a task that could not be scored: its data, templates, filters, metrics or room for prompts.
     """
     chosen = read_tasks(settings.tasks, settings.task_folders)
     if not chosen.has_foreign():
@@ -161,7 +163,7 @@ class BuiltTasks:
 def build_tasks(
     chosen: TaskSet, documents: Sequence[Document], settings: EvaluateSettings, scratch: Path
 ) -> BuiltTasks:
-    """Build every task of a set, with its data. Raises EngineError for what the harness cannot build."""
+    """Build every task of a set, with its data. Raises Refusal for what the harness cannot build."""
     built = BuiltTasks()
     for name, task in chosen.tasks.items():
         config = json.loads(json.dumps(task.config, default=str))  # a copy: the harness modifies its configuration
@@ -193,7 +195,7 @@ def build_tasks(
 
 
 def _check_registered(task: TaskFile) -> None:
-    """Raise EngineError for a metric or aggregation unknown to the harness, which would look for it on a network."""
+    """Raise Refusal for a metric or aggregation unknown to the harness, which would look for it on a network."""
     for metric in task.config.get("metric_list", ()):
         registered = {"metric": (metric["metric"], metric_registry)}
         if "aggregation" in metric:
@@ -201,40 +203,46 @@ def _check_registered(task: TaskFile) -> None:
         for kind, (name, registry) in registered.items():
             if name not in registry:
                 known = ", ".join(sorted(registry.keys()))
-                raise EngineError(f"{task.path}: metric_list: the harness has no {kind} {name!r}; it has {known}.")
+                raise Refusal(f"{task.path}: metric_list", name, f"the harness has no such {kind}; it has {known}")
 
 
 def _check_metrics(path: Path, task: ConfigurableTask, output: Mapping[str, Any]) -> None:
-    """Raise EngineError for a requested metric without a result: the harness drops those of other output types."""
+    """Raise Refusal for a requested metric without a result: the harness drops those of other output types."""
     computed = {key.partition(",")[0] for key in output if "," in key}
     missing, more = set(task._metric_fn_list) - computed, computed - set(task._metric_fn_list)
     if missing and not {key for key in more if not key.endswith("_stderr")}:
-        raise EngineError(
-            f"{path}: metric_list: {', '.join(sorted(missing))}: the harness does not compute it for output_type "
-            f"{task.OUTPUT_TYPE}; leave it out, or use another output_type."
+        raise Refusal(
+            f"{path}: metric_list",
+            ", ".join(sorted(missing)),
+            f"the harness does not compute it for output_type {task.OUTPUT_TYPE}",
+            "leave it out, or use another output_type",
         )
 
 
 def _check_answers(task: ConfigurableTask) -> None:
-    """Raise EngineError for a target that is none of the choices: the harness would count every answer as wrong."""
+    """Raise Refusal for a target that is none of the choices: the harness would count every answer as wrong."""
     if task.OUTPUT_TYPE == "multiple_choice":
         for _, doc in task.doc_iterator(limit=TRIED_EXAMPLES):
             if not right_choices(task, doc):
-                raise EngineError(
-                    f"doc_to_target: {task.doc_to_target(doc)!r} is none of the choices {task.doc_to_choice(doc)!r}, nor "
-                    "the number of one from 0."
+                raise Refusal(
+                    "doc_to_target",
+                    task.doc_to_target(doc),
+                    f"none of the choices {task.doc_to_choice(doc)!r}, nor the number of one from 0",
                 )
 
 
 def _check_averages(group: GroupFile, output: Mapping[str, Any]) -> None:
-    """Raise EngineError for an averaged metric that no task of the group has; the harness silently drops it."""
+    """Raise Refusal for an averaged metric that no task of the group has; the harness silently drops it."""
     for entry in group.config["aggregate_metric_list"]:
         computed = {key.partition(",")[2] for key in output if key.partition(",")[0] == entry["metric"]}
         filters = entry.get("filter_list") or sorted(computed)
         if not computed or not set([filters] if isinstance(filters, str) else filters) <= computed:
-            raise EngineError(
-                f"{group.path}: aggregate_metric_list: {entry['metric']}: no task of the group {group.name!r} has this "
-                f"metric{f' under every filter of {filters}' if computed else ''}; name one of theirs."
+            raise Refusal(
+                f"{group.path}: aggregate_metric_list",
+                entry["metric"],
+                f"no task of the group {group.name!r} has this metric"
+                f"{f' under every filter of {filters}' if computed else ''}",
+                "name one of theirs",
             )
 
 
@@ -259,18 +267,21 @@ class _StubModel(LM):
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn any error of the harness, jinja or `datasets` into one EngineError with the file's path."""
+    """Turn any error of the harness, jinja or `datasets` into one Refusal with the file's path."""
     try:
         yield
-    except EngineError as error:
-        raise EngineError(f"{path}: {error}") from error
+    except Refusal as refusal:
+        raise Refusal(f"{path}: {refusal.where}", refusal.value, refusal.rule, refusal.remedy) from refusal
     except Exception as error:
         cause = error.__cause__ or error  # `datasets` hides the reason in its error's cause
         shown = " ".join(f"{type(cause).__name__}: {cause}".split())
         shown = shown if len(shown) <= 600 else shown[:600] + " …"
-        raise EngineError(
-            f"{path}: the harness cannot run this task ({shown}). Check its fields against its data: templates name columns,"
-            " doc_to_target names a choice or its number, and every split has examples."
+        raise Refusal(
+            path,
+            NO_VALUE,
+            f"the harness cannot run this task ({shown})",
+            "check its fields against its data: templates name columns, doc_to_target names a choice or its number, and "
+            "every split has examples",
         ) from error
 
 

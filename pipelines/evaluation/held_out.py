@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conf.refusal import NO_VALUE, Refusal
 from data.text.document import Document, read_documents
-from pipelines.engine.step import EngineError
 from pipelines.evaluation.settings import EvaluateSettings
 
 if TYPE_CHECKING:
@@ -36,13 +36,15 @@ def choose(corpus: Path, settings: EvaluateSettings) -> HeldOut:
     """The held-out documents to score, in the order of their ids.
 
     An id hashes the text, so a cap takes a fixed part that has nothing to do with where a document stood: the longest
-    run of ids whose text fits, one document at least. Raises EngineError when nothing was held out.
+    run of ids whose text fits, one document at least. Raises Refusal when nothing was held out.
     """
     available = sorted(read_documents(corpus / "heldout"), key=lambda document: document.id)
     if not available:
-        raise EngineError(
-            f"{corpus} has no held-out documents, so there is nothing to evaluate on. Raise corpus.held_out.fraction "
-            "or give a larger corpus."
+        raise Refusal(
+            corpus,
+            NO_VALUE,
+            "has no held-out documents, so there is nothing to evaluate on",
+            "raise corpus.held_out.fraction or give a larger corpus",
         )
     chosen: list[Document] = []
     room = settings.max_bytes if settings.max_bytes is not None else math.inf

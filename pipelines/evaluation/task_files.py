@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipelines.engine.step import EngineError
+from conf.refusal import NO_VALUE, Refusal
 from pipelines.evaluation.task_schema import (
     CODE,
     FIELDS,
@@ -84,7 +84,7 @@ class TaskSet:
 
 
 def read_tasks(names: Sequence[str], folders: Sequence[str]) -> TaskSet:
-    """Tasks by name from the user's folders, then from conf/evaluate/tasks. Raises EngineError for what cannot be run."""
+    """Tasks by name from the user's folders, then from conf/evaluate/tasks. Raises Refusal for what cannot be run."""
     return _Reader([*(Path(folder).expanduser() for folder in folders), TASKS]).read(names)
 
 
@@ -106,7 +106,7 @@ class _Reader:
     def _add(self, name: str, overrides: Mapping[str, Any], above: tuple[str, ...]) -> list[str]:
         """Add the task, the group or the tag's tasks called `name`, with a group's overrides on top; the added names."""
         if name in above:
-            raise EngineError(f"evaluate.tasks: the group {name!r} contains itself, by way of {' → '.join(above)}.")
+            raise Refusal("evaluate.tasks", name, f"this group contains itself, by way of {' → '.join(above)}")
         path = self._file(name)
         if path is not None:
             config, files = _load(path)
@@ -134,12 +134,14 @@ class _Reader:
         near = difflib.get_close_matches(name, known, n=1)
         unread = "".join(f" {path} could not be read: {why}" for path, why in self._index.unread.items())
         unread += "".join(f" evaluate.task_folders: {f} is no folder." for f in self._folders if not f.is_dir())
-        remedy = f", did you mean {near[0]!r}?" if near else "."
-        raise EngineError(
-            f"evaluate.tasks: no task named {name!r}{remedy} A task is a harness YAML file in conf/evaluate/tasks or in one "
-            f"of evaluate.task_folders, named by its file or by its task, group or tag field; there are "
-            f"{', '.join(known)}. A task that comes with the harness needs a network: put its YAML and its data into a "
-            f"folder and add 'evaluate.task_folders=[DIR]'.{unread}"
+        raise Refusal(
+            "evaluate.tasks",
+            name,
+            f"no task has this name{f', did you mean {near[0]!r}?' if near else '.'} A task is a harness YAML file in "
+            "conf/evaluate/tasks or in one of evaluate.task_folders, named by its file or by its task, group or tag field; "
+            f"there are {', '.join(known)}",
+            "a task that comes with the harness needs a network: put its YAML and its data into a folder and add "
+            f"'evaluate.task_folders=[DIR]'.{unread}",
         )
 
     def _task(self, name: str, path: Path, config: dict[str, Any]) -> str:
@@ -153,9 +155,11 @@ class _Reader:
             config["dataset_kwargs"] = {**config["dataset_kwargs"], "data_files": by_split}
         task = TaskFile(name=name, path=path, config=config, made_from=maker)
         if self._set.tasks.setdefault(name, task) != task:
-            raise EngineError(
-                f"evaluate.tasks: {name!r} is requested twice with different settings, last by {path}; give one of them "
-                "another name (include: its file, and another task:)."
+            raise Refusal(
+                "evaluate.tasks",
+                name,
+                f"requested twice with different settings, last by {path}",
+                "give one of them another name (include: its file, and another task:)",
             )
         return name
 
@@ -167,16 +171,22 @@ class _Reader:
         check_fields(path, own, GROUP_FIELDS)
         check_fields(path, for_members, FIELDS)
         if isinstance(own.get("task"), str) and "dataset_path" in config:
-            refuse(path, f"group: {own['group']!r} beside a dataset is the old spelling of tag; write tag: instead")
+            refuse(
+                path,
+                "group",
+                "beside a dataset it is the old spelling of tag",
+                "write tag: instead",
+                value=own["group"],
+            )
         listed = own.get("task") or []
         members: list[str] = []
         for member in [listed] if isinstance(listed, str) else listed:
             members += self._member(name, path, member, for_members, (*above, name))
         if not members:
-            refuse(path, "task: a group names its tasks in a list; this one has none")
+            refuse(path, "task", "a group names its tasks in a list; this one has none")
         if len(set(members)) < len(members):
             twice = next(member for member in members if members.count(member) > 1)
-            refuse(path, f"task: {twice!r} stands twice in the group {name!r}; name each task once")
+            refuse(path, "task", f"stands twice in the group {name!r}", "name each task once", value=twice)
         averaged = own.get("aggregate_metric_list") or []
         shown: dict[str, Any] = {key: own[key] for key in ("group_alias", "metadata") if key in own}
         shown["aggregate_metric_list"] = check_averages(path, [averaged] if isinstance(averaged, dict) else averaged)
@@ -192,7 +202,8 @@ class _Reader:
         if isinstance(member, str):
             return self._add(member, overrides, above)
         if not isinstance(member, dict) or not isinstance(member.get("group") or member.get("task"), str):
-            refuse(path, f"task: {member!r} is no member of a group; write a name, or a mapping with task: or group:")
+            remedy = "write a name, or a mapping with task: or group:"
+            refuse(path, "task", "no member of a group", remedy, value=member)
         if "group" in member:
             name = member["group"]
             if self._exists(name):
@@ -223,8 +234,8 @@ class _Index:
         for path in (path for folder in folders for path in _yaml_files(folder)):
             try:
                 config, _ = _load(path)
-            except EngineError as error:
-                index.unread[path] = str(error)
+            except Refusal as refusal:
+                index.unread[path] = str(refusal)
                 continue
             name = config.get("group") if "group" in config else config.get("task")
             if not isinstance(name, str):
@@ -247,19 +258,19 @@ def _load(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], lis
     import yaml
 
     if path.resolve() in above:
-        refuse(path, f"include: the file includes itself, by way of {' → '.join(str(file) for file in above)}")
+        refuse(path, "include", f"the file includes itself, by way of {' → '.join(str(file) for file in above)}")
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
     except (OSError, UnicodeDecodeError) as error:
-        raise EngineError(
-            f"{path}: this task file cannot be read ({error}). Give a harness YAML file in UTF-8."
+        raise Refusal(
+            path, NO_VALUE, f"this task file cannot be read ({error})", "give a harness YAML file in UTF-8"
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         shown = " ".join(str(error).split())
-        raise EngineError(f"{path}: this task file is not plain YAML ({shown}).") from error
+        raise Refusal(path, NO_VALUE, f"this task file is not plain YAML ({shown})") from error
     if not isinstance(config, dict):
         what = "is empty" if config is None else f"holds a {type(config).__name__}"
-        refuse(path, f"the file {what}; a task is a mapping, beginning with task: and dataset_path:")
+        raise Refusal(path, NO_VALUE, f"the file {what}; a task is a mapping, beginning with task: and dataset_path:")
     if isinstance(data := config.get("dataset_kwargs"), dict) and data.get("data_files"):
         config["dataset_kwargs"] = {**data, "data_files": _beside(path, data["data_files"])}
     included = config.pop("include", None) or []
@@ -268,7 +279,7 @@ def _load(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], lis
     for name in [included] if isinstance(included, str) else included:
         other = path.parent / str(name)
         if not other.is_file():
-            refuse(path, f"include: {name!r}: there is no such file beside it")
+            refuse(path, "include", "there is no such file beside it", value=name)
         config_there, files_there = _load(other, (*above, path.resolve()))
         config_there.pop("task_list", None)
         merged.update(config_there)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipelines.engine.step import EngineError
+from conf.refusal import NO_VALUE, Refusal
 
 MAKERS = ("next_line", "close_bracket", "rolling_text")
 """Values of `made_from`; `task_data.py` makes these examples."""
@@ -74,62 +74,56 @@ REFUSED: Mapping[str, str] = {
 
 
 def check_fields(path: Path, config: Mapping[Any, Any], known: Mapping[str, tuple[type, ...]]) -> None:
-    """Raise EngineError for an unknown field or a value of the wrong type."""
+    """Raise Refusal for an unknown field or a value of the wrong type."""
     for key, value in config.items():
         if key in REFUSED:
-            refuse(path, f"{key}: {REFUSED[key]}")
+            refuse(path, key, REFUSED[key])
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            refuse(path, f"{key}: the harness has no such field; {hint}")
+            refuse(path, key, "the harness has no such field", hint)
         types = known[key]
         is_flag = isinstance(value, bool) and bool not in types  # bool is an int in Python
         if value is not None and object not in types and (is_flag or not isinstance(value, types)):
-            refuse(path, f"{key}: {_short(value)} is not {' or '.join(NAMES[kind] for kind in types)}")
+            refuse(path, key, f"expected {' or '.join(NAMES[kind] for kind in types)}", value=value)
 
 
 def check_task(path: Path, config: dict[str, Any], maker: str | None) -> dict[str, Any]:
-    """A task's configuration, checked as far as possible without its data. Raises EngineError."""
+    """A task's configuration, checked as far as possible without its data. Raises Refusal."""
     if config.get("unsafe_code"):
-        refuse(path, f"unsafe_code: {CODE}")
+        refuse(path, "unsafe_code", CODE)
     if maker is not None and maker not in MAKERS:
-        refuse(path, f"made_from: {maker!r}: examples are made from held-out documents by {', '.join(MAKERS)}")
+        refuse(path, "made_from", f"examples are made from held-out documents by {', '.join(MAKERS)}", value=maker)
     output = config.get("output_type", "generate_until")
     if output not in OUTPUTS:
-        refuse(path, f"output_type: {output!r}: known are {', '.join(OUTPUTS)}")
+        refuse(path, "output_type", f"known are {', '.join(OUTPUTS)}", value=output)
     if not (config.get("test_split") or config.get("validation_split")):
-        refuse(path, "test_split: name the split to evaluate (test_split: test, or validation_split: …)")
+        refuse(path, "test_split", "missing", "name the split to evaluate (test_split: test, or validation_split: …)")
     for key in ("doc_to_text", "doc_to_target", *(("doc_to_choice",) if output == "multiple_choice" else ())):
         if key not in config:
-            refuse(path, f"{key}: missing; a task of output_type {output} needs a prompt and a right answer")
+            refuse(path, key, f"missing; a task of output_type {output} needs a prompt and a right answer")
     for key, least in (("num_fewshot", 0), ("repeats", 1)):
         if config.get(key, least) < least:
-            refuse(path, f"{key}: {config[key]}: must be at least {least}")
+            refuse(path, key, f"must be at least {least}", value=config[key])
     choices = config.get("doc_to_choice")
     if isinstance(choices, list | dict) and not all(
         isinstance(choice, str) for choice in (choices.values() if isinstance(choices, dict) else choices)
     ):
-        refuse(
-            path,
-            f"doc_to_choice: {_short(choices)}: choices are texts; put quotes around them (YAML takes yes for true)",
-        )
+        remedy = "put quotes around them (YAML takes yes for true)"
+        refuse(path, "doc_to_choice", "choices are texts", remedy, value=choices)
     if config.get("metric_list") == []:
-        refuse(path, "metric_list: names no metric; leave it out for those of its output_type")
+        refuse(path, "metric_list", "names no metric", "leave it out for those of its output_type")
     for metric in config.get("metric_list", ()):
         if not isinstance(metric, dict) or not isinstance(metric.get("metric"), str):
-            refuse(path, f"metric_list: {_short(metric)}: each entry is a mapping with metric: NAME")
+            refuse(path, "metric_list", "each entry is a mapping with metric: NAME", value=metric)
         if metric["metric"] == "bypass":
-            refuse(path, "metric_list: bypass measures nothing (the harness writes 999); leave it out")
+            refuse(path, "metric_list", "bypass measures nothing (the harness writes 999)", "leave it out")
         if metric.get("hf_evaluate"):
-            refuse(
-                path,
-                f"metric_list: {metric['metric']}: hf_evaluate fetches code from a network; use a metric of the harness",
-            )
+            remedy = "use a metric of the harness"
+            refuse(path, "metric_list", "hf_evaluate fetches code from a network", remedy, value=metric["metric"])
     for rule in config.get("filter_list", ()):
         if not isinstance(rule, dict) or not isinstance(rule.get("filter"), list) or "name" not in rule:
-            refuse(
-                path, f"filter_list: {_short(rule)}: each entry is a mapping with name: and filter: [{{function: …}}]"
-            )
+            refuse(path, "filter_list", "each entry is a mapping with name: and filter: [{function: …}]", value=rule)
     return config
 
 
@@ -137,14 +131,16 @@ def check_averages(path: Path, averaged: Sequence[Any]) -> list[dict[str, Any]]:
     """A group's checked `aggregate_metric_list`."""
     for entry in averaged:
         if not isinstance(entry, dict) or not isinstance(entry.get("metric"), str):
-            refuse(path, f"aggregate_metric_list: {_short(entry)}: each entry is a mapping with metric: NAME")
+            refuse(path, "aggregate_metric_list", "each entry is a mapping with metric: NAME", value=entry)
         if unknown := set(entry) - {"metric", "filter_list", "aggregation", "weight_by_size"}:
-            refuse(
-                path, f"aggregate_metric_list: {', '.join(sorted(map(str, unknown)))}: the harness has no such field"
-            )
+            names = ", ".join(sorted(map(str, unknown)))
+            refuse(path, "aggregate_metric_list", f"{names}: the harness has no such field", "leave it out")
         if entry.get("aggregation", "mean") != "mean":
             refuse(
-                path, f"aggregate_metric_list: aggregation {entry['aggregation']!r}: the harness supports mean alone"
+                path,
+                "aggregate_metric_list.aggregation",
+                "the harness supports mean alone",
+                value=entry["aggregation"],
             )
     return [dict(entry) for entry in averaged]
 
@@ -158,12 +154,14 @@ def data_files_of(path: Path, config: Mapping[str, Any]) -> dict[str, list[str]]
     if config.get("dataset_path") not in FORMATS:
         refuse(
             path,
-            f"dataset_path: {config.get('dataset_path')!r} would be fetched from a network, and its content could not enter "
-            f"a digest; put the data beside the file and write dataset_path: json (or {', '.join(FORMATS[1:])}) and "
-            "dataset_kwargs: {data_files: NAME}",
+            "dataset_path",
+            "would be fetched from a network, and its content could not enter a digest",
+            f"put the data beside the file and write dataset_path: json (or {', '.join(FORMATS[1:])}) and dataset_kwargs: "
+            "{data_files: NAME}",
+            value=config.get("dataset_path"),
         )
     if dataset_kwargs.get("streaming") or "data_dir" in dataset_kwargs or not dataset_kwargs.get("data_files"):
-        refuse(path, "dataset_kwargs: name the task's own files, as in {data_files: {test: NAME.jsonl}}")
+        refuse(path, "dataset_kwargs", "name the task's own files, as in {data_files: {test: NAME.jsonl}}")
     evaluated = config.get("test_split") or config["validation_split"]
     data_files = dataset_kwargs["data_files"]
     by_split = data_files if isinstance(data_files, dict) else {evaluated: data_files}
@@ -173,7 +171,7 @@ def data_files_of(path: Path, config: Mapping[str, Any]) -> dict[str, list[str]]
         ("fewshot_config", few_shot)
     ]:
         if split is not None and split not in files_by_split:
-            refuse(path, f"{key}: {split!r} has no data; data_files gives {', '.join(files_by_split)}")
+            refuse(path, key, f"this split has no data; data_files gives {', '.join(files_by_split)}", value=split)
     return files_by_split
 
 
@@ -182,24 +180,18 @@ def _expanded(path: Path, names: Any) -> list[str]:
     files: list[str] = []
     for name in [names] if isinstance(names, str) else names if isinstance(names, list) else [None]:
         if not isinstance(name, str):
-            refuse(path, f"data_files: {_short(names)}: give a file's name, a list of them, or one a split")
+            refuse(path, "data_files", "give a file's name, a list of them, or one a split", value=names)
         if "://" in name:
-            refuse(
-                path, f"data_files: {name}: data lie on this disk, so that they can enter a digest; download the file"
-            )
+            rule = "data lie on this disk, so that they can enter a digest"
+            refuse(path, "data_files", rule, "download the file", value=name)
         place = path.parent / Path(name).expanduser()
         matches = [place] if place.is_file() else [p for p in sorted(place.parent.glob(place.name)) if p.is_file()]
         if not matches:
-            refuse(path, f"data_files: {name}: no such file beside it")
+            refuse(path, "data_files", "no such file beside it", value=name)
         files += [str(match.absolute()) for match in matches]
     return files
 
 
-def refuse(path: Path, why: str) -> NoReturn:
-    """Raise EngineError about a task file."""
-    raise EngineError(f"{path}: {why}.")
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+def refuse(path: Path, field: str, rule: str, remedy: str = "", *, value: object = NO_VALUE) -> NoReturn:
+    """Raise Refusal about a field of a task file."""
+    raise Refusal(f"{path}: {field}", value, rule, remedy)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from conf.refusal import Refusal
 from pipelines.engine.step import EngineError
 
 if TYPE_CHECKING:
@@ -31,24 +32,27 @@ class GenerateSettings:
     """How to continue: the same prompt, settings and seed give the same text."""
 
     max_new_tokens: int = 128
+    """Longest completion in tokens."""
     temperature: float = 0.8
-    """0: always the likeliest token."""
+    """Divisor of the logits before sampling; 0: always the most likely token."""
     top_k: int | None = None
-    """0 and null keep every token."""
+    """Number of most likely tokens that are sampled from; 0 and null: every token."""
     top_p: float | None = 0.95
+    """Share of probability whose most likely tokens are sampled from; null: every token."""
     seed: int = 0
+    """Seed of the sampling."""
     stop: tuple[str, ...] = ()
     """Texts that end the completion; they are not part of it."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens = {self.max_new_tokens}: ask for at least one token.")
+            raise Refusal("max_new_tokens", self.max_new_tokens, "must be at least 1")
         if self.temperature < 0:
-            raise ValueError(f"temperature = {self.temperature}: 0 is greedy, 1 the model's own; not below 0.")
+            raise Refusal("temperature", self.temperature, "must not be below 0; 0 is greedy, 1 the model's own")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p}: a probability above 0, at most 1; null keeps every token.")
+            raise Refusal("top_p", self.top_p, "a probability above 0, at most 1; null keeps every token")
         if "" in self.stop:
-            raise ValueError("stop contains an empty text, which would end every completion at once; remove it.")
+            raise Refusal("stop", self.stop, "an empty text would end every completion at once", "remove it")
 
 
 @dataclass(frozen=True, kw_only=True)

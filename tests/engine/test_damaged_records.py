@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import time
@@ -24,6 +25,7 @@ from pipelines.engine.events import Event
 from pipelines.engine.explain import why
 from pipelines.engine.files import FileHashes, cache_folder, locked
 from pipelines.engine.runner import plan, run, status
+from pipelines.engine.store.lineage import origin
 from pipelines.engine.store.local import LocalStore
 from pipelines.engine.store.sealed import sealed
 from pipelines.engine.store.work import Work
@@ -39,7 +41,8 @@ def age(folder: Path) -> None:
     """Make an artifact and its lease what they were before seals."""
     path, lease_path = folder / "manifest.json", lease_of(folder)
     manifest, lease = json.loads(path.read_bytes()), json.loads(lease_path.read_bytes())
-    del manifest["sha256"], lease["sha256"], lease["format"]
+    for value, name in ((manifest, "sha256"), (lease, "sha256"), (lease, "format")):
+        value.pop(name, None)
     path.write_text(json.dumps({**manifest, "format": 1}))
     lease_path.write_text(json.dumps(lease))
 
@@ -422,3 +425,37 @@ def test_an_exported_folder_carries_checksums_that_are_compared(tmp_path: Path) 
     (tmp_path / "SHA256SUMS").write_text("garbage\n")
     with pytest.raises(Refusal, match="is no checksum"):
         check_checksums(tmp_path)
+
+
+def downgrade(manifest: Path) -> None:
+    """Make a manifest pass for one from before seals."""
+    value = json.loads(manifest.read_bytes())
+    del value["sha256"]
+    manifest.write_text(json.dumps({**value, "format": 1}))
+
+
+def test_a_manifest_downgraded_to_format_1_is_refused_outside_its_store_too(
+    store: LocalStore, backend: LocalBackend, tmp_path: Path
+) -> None:
+    def with_tokenizer(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
+        (out_dir / "model").mkdir()
+        (out_dir / "model" / "config.json").write_text("{}")
+        return {}
+
+    tokenizer = letters("tokenizer")
+    weights = replace(joined(), name="pretrain", run=with_tokenizer, inputs={"tokenizer": tokenizer})
+    folders = {r.name: Path(str(r.path)) for r in run([weights], store=store, backend=backend)}
+    found = origin(folders["pretrain"] / "model")
+    assert found is not None and found.tokenizer("pretrain.init_from") == folders["tokenizer"]
+    for name, ask in (
+        ("tokenizer", lambda: found.tokenizer("pretrain.init_from")),
+        ("pretrain", lambda: origin(folders["pretrain"])),
+    ):
+        downgrade(folders[name] / "manifest.json")
+        with pytest.raises(Refusal, match=r"published by a program that seals\)\. Delete "):
+            ask()
+    copy = shutil.copytree(folders["pretrain"], tmp_path / "copies" / "of" / folders["pretrain"].name)
+    assert origin(copy) is not None  # no lease there says how it was published
+    for folder in folders.values():
+        age(folder)
+    assert origin(folders["pretrain"]) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -24,8 +25,9 @@ from pipelines.engine.runner import plan, run, status
 from pipelines.engine.store import objects
 from pipelines.engine.store.lease import LeaseLostError
 from pipelines.engine.store.object_store import ObjectStore
-from pipelines.engine.store.objects import Objects
+from pipelines.engine.store.objects import Objects, is_copy
 from pipelines.engine.store.open import open_store
+from pipelines.engine.store.verify import findings
 
 pytestmark = pytest.mark.slow
 
@@ -293,3 +295,33 @@ def test_what_is_kept_of_a_growing_or_vanishing_file_is_what_its_checksum_says(b
         done.set()
         thread.join()
     assert there.upload(tmp_path / "none", "none") is None
+
+
+def test_verify_reads_a_bucket_names_its_strays_and_refuses_a_downgraded_manifest(
+    bucket: str, backend: LocalBackend
+) -> None:
+    store = open_store(f"{bucket}/store")
+    make(store, backend, [letters()])
+    stored = store._objects  # type: ignore[attr-defined]
+    artifact = store.find("letters", plan([letters()], store=store)[0].digest)
+    assert artifact is not None
+    stored.write("notes.txt", b"x")
+    stored.write("letters/notes.txt", b"x")
+    stored.write("letters/0123456789abcdef/t000001/letters.txt", b"x")  # of an upload that was never published
+    intact = list(findings(store))
+    assert [finding.damage for finding in intact] == [[]] * 5
+    assert [finding.notes[0] for finding in intact if finding.kind == "stray"] == [
+        f"{store.url}/{path}: no artifact, never read"
+        for path in ("letters/0123456789abcdef/t000001/letters.txt", "letters/notes.txt", "notes.txt")
+    ]
+    copy = artifact.path
+    for place in (artifact.url.removeprefix(f"{store.url}/"), copy):
+        path = f"{place}/manifest.json"
+        value = json.loads(stored.read(path) if isinstance(place, str) else Path(path).read_bytes())
+        del value["sha256"]
+        data = json.dumps({**value, "format": 1}).encode()
+        stored.write(path, data) if isinstance(place, str) else Path(path).write_bytes(data)
+    [damaged] = [finding for finding in findings(store) if finding.damage]
+    assert damaged.place == artifact.url and "published by a program that seals" in damaged.damage[0]
+    assert not is_copy(copy, artifact.manifest)
+    assert artifact.path == copy and is_copy(copy, artifact.manifest)  # fetched again

@@ -238,7 +238,7 @@ def test_a_cap_takes_the_documents_with_the_lowest_hashes(small_run):
 
 
 def test_windows_beyond_the_model_are_refused(small_run, tmp_path, in_process):
-    for setting, message in (({"context_tokens": 4096}, "choose at most"), ({"stride_tokens": 500}, "would skip some")):
+    for setting, message in (({"context_tokens": 4096}, "Choose at most"), ({"stride_tokens": 500}, "would skip some")):
         with pytest.raises(Refusal, match=message):
             evaluate.run(evaluate.EvaluateSettings(**setting), scored(small_run), tmp_path, in_process(tmp_path))
 

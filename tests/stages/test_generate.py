@@ -115,7 +115,7 @@ def test_a_completion_stays_inside_the_models_context(generator):
     "wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"stop": ("",)}]
 )
 def test_settings_that_cannot_be_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(Refusal, match=next(iter(wrong))):
         GenerateSettings(**wrong)
 
 

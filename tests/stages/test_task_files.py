@@ -116,7 +116,7 @@ def test_groups_hold_names_tags_overrides_and_tasks_and_groups_of_their_own(fold
 def test_a_task_asked_for_alone_and_with_a_groups_settings_is_refused(folder: Path):
     write(folder, "one", task="one", **CHOICE)
     write(folder, "all", group="all", task=["one"], num_fewshot=1)
-    with pytest.raises(Refusal, match="'one' is requested twice with different settings"):
+    with pytest.raises(Refusal, match="'one': requested twice with different settings"):
         read(folder, "all", "one")
 
 
@@ -125,36 +125,36 @@ REFUSALS = {
     "the file holds a list": "- a\n- b\n",
     "not plain YAML": "task: [a\n",
     "!function utils.prepare runs code": "task: x\nprocess_docs: !function utils.prepare\n",
-    "include: 'no.yaml': there is no such file": {"include": "no.yaml"},
+    "include = 'no.yaml': there is no such file": {"include": "no.yaml"},
     "include: the file includes itself": {"include": "bad.yaml"},
-    "did you mean 'doc_to_text'": {"doc_to_txt": "x"},
-    "num_fewshot: 'two' is not a number": {"num_fewshot": "two"},
-    "repeats: True is not a number": {"repeats": True},
-    "metric_list: 'acc' is not a list": {"metric_list": "acc"},
+    "Did you mean 'doc_to_text'": {"doc_to_txt": "x"},
+    "num_fewshot = 'two': expected a number": {"num_fewshot": "two"},
+    "repeats = true: expected a number": {"repeats": True},
+    "metric_list = 'acc': expected a list": {"metric_list": "acc"},
     "each entry is a mapping with metric": {"metric_list": ["acc"]},
-    "num_fewshot: -1: must be at least 0": {"num_fewshot": -1},
+    "num_fewshot = -1: must be at least 0": {"num_fewshot": -1},
     "names no metric": {"metric_list": []},
-    "choices are texts; put quotes around them": {"doc_to_choice": [True, False]},
+    "choices are texts. Put quotes around them": {"doc_to_choice": [True, False]},
     "bypass measures nothing": {"metric_list": [{"metric": "bypass"}]},
     "hf_evaluate fetches code": {"metric_list": [{"metric": "rouge", "hf_evaluate": True}]},
-    "output_type: 'choices'": {"output_type": "choices"},
-    "test_split: name the split": {"test_split": None},
-    "training_split: 'train' has no data; data_files gives test": {"training_split": "train"},
-    "fewshot_config: 'dev' has no data": {"fewshot_config": {"split": "dev"}},
+    "output_type = 'choices'": {"output_type": "choices"},
+    "test_split: missing. Name the split": {"test_split": None},
+    "training_split = 'train': this split has no data; data_files gives test": {"training_split": "train"},
+    "fewshot_config = 'dev': this split has no data": {"fewshot_config": {"split": "dev"}},
     "doc_to_choice: missing": {"doc_to_choice": None},
-    "data_files: .*none.jsonl: no such file": {"dataset_kwargs": {"data_files": "none.jsonl"}},
+    "data_files = .*none.jsonl': no such file": {"dataset_kwargs": {"data_files": "none.jsonl"}},
     "data lie on this disk": {"dataset_kwargs": {"data_files": "https://example.org/x.jsonl"}},
     "would be fetched from a network": {"dataset_path": "Rowan/hellaswag"},
     "name the task's own files": {"dataset_kwargs": {"data_dir": "."}},
     "process_results: runs code": {"process_results": "x"},
     "doc_to_image: prompts with images": {"doc_to_image": "x"},
     "unsafe_code: runs code": {"unsafe_code": True},
-    "made_from: 'poems'": {"made_from": "poems"},
+    "made_from = 'poems'": {"made_from": "poems"},
     "the old spelling of tag": {"group": "bad", "task": "x"},
     "this one has none": "group: bad\ntask: []\n",
-    "the group 'bad' contains itself": "group: bad\ntask: [bad]\n",
-    "'next_line' stands twice": "group: bad\ntask: [next_line, next_line]\n",
-    "is no member of a group": "group: bad\ntask: [3]\n",
+    "'bad': this group contains itself": "group: bad\ntask: [bad]\n",
+    "'next_line': stands twice": "group: bad\ntask: [next_line, next_line]\n",
+    "no member of a group": "group: bad\ntask: [3]\n",
     "the harness supports mean alone": "group: bad\ntask: [next_line]\n"
     "aggregate_metric_list: [{metric: acc, aggregation: max}]\n",
 }
@@ -183,16 +183,16 @@ def test_an_unknown_task_is_answered_with_those_there_are_and_with_what_could_no
 @pytest.mark.parametrize(
     ("said", "config"),
     [
-        ("the harness has no metric 'accuracy'; it has acc, ", {"metric_list": [{"metric": "accuracy"}]}),
+        ("'accuracy': the harness has no such metric; it has acc, ", {"metric_list": [{"metric": "accuracy"}]}),
         (
-            "has no aggregation 'average'; it has bits_per",
+            "'average': the harness has no such aggregation; it has bits_per",
             {"metric_list": [{"metric": "acc", "aggregation": "average"}]},
         ),
         ("does not compute it for output_type", {"metric_list": [{"metric": "acc"}, {"metric": "word_perplexity"}]}),
         ("TypeError", {"metric_list": [{"metric": "likelihood"}]}),
         ("'nothing' is undefined", {"doc_to_text": "{{nothing}}"}),
         ("Sample larger than population|sample", {"num_fewshot": 100}),
-        (r"doc_to_target: 'Rome' is none of the choices \['France', 'Peru'\]", {"doc_to_target": "Rome"}),
+        (r"doc_to_target = 'Rome': none of the choices \['France', 'Peru'\]", {"doc_to_target": "Rome"}),
         ("JSON parse error", {"dataset_kwargs": {"data_files": "broken.jsonl"}}),
         (
             "until .* texts to end before",
@@ -202,7 +202,7 @@ def test_an_unknown_task_is_answered_with_those_there_are_and_with_what_could_no
         ("cannot run this task", {"doc_to_choice": "{{q}}"}),
         ("extract", {"filter_list": [{"name": "f", "filter": [{"function": "extract"}]}]}),
         ("cannot run this task", {"dataset_kwargs": {"data_files": "empty.jsonl"}}),
-        ("requests 256 new tokens where a window holds 128", {"output_type": "generate_until", "metric_list": None}),
+        ("= 256: a window holds 128 tokens", {"output_type": "generate_until", "metric_list": None}),
     ],
 )
 def test_every_task_is_built_and_tried_before_anything_trains(folder: Path, said: str, config):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 
 from conf.refusal import Refusal
+from pipelines.engine.backends import ray_private
 
 ANSWER_SECONDS = 6.0  # to connect, and as long again to greet
 
@@ -41,35 +41,26 @@ def check_address(address: str) -> None:
 
 def _running_here() -> str:
     """Address of this machine's Ray cluster, as `auto` resolves it."""
-    from ray._private.services import canonicalize_bootstrap_address
-
-    try:
-        found = canonicalize_bootstrap_address("auto")
-    except ConnectionError:
-        found = None
-    if not found:
+    address = ray_private.address_here()
+    if address is None:
         raise Refusal(
             "compute.address",
             "auto",
             "no Ray runs on this machine",
             "start one (ray start --head), give the head's host:port, or leave compute.address out",
         )
-    return str(found)
+    return address
 
 
 def _expect_admission(address: str) -> None:
     """Raise Refusal if the head requires a token that this process does not have: Ray would retry for most of a minute,
     then report that it failed to connect."""
     import grpc
-    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
-    logging.getLogger("ray._private.authentication.http_token_authentication").setLevel(logging.ERROR)
-    headers = {name.lower(): value for name, value in get_auth_headers_if_auth_enabled({}).items()}
+    headers = ray_private.token_headers()
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:
-            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(
-                b"", timeout=ANSWER_SECONDS, metadata=tuple(headers.items())
-            )
+            channel.unary_unary(ray_private.CHECK_ALIVE)(b"", timeout=ANSWER_SECONDS, metadata=tuple(headers.items()))
         except grpc.RpcError as error:
             if error.code() != grpc.StatusCode.UNAUTHENTICATED:
                 return  # Ray itself reports other errors better

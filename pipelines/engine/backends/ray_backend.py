@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.refusal import NO_VALUE, Refusal
+from pipelines.engine.backends import ray_private
 from pipelines.engine.backends.base import MAX_RETRIES, Backend, Poll, Say
 from pipelines.engine.backends.gang import SAVING_SECONDS, Gang
 from pipelines.engine.backends.machines import (
@@ -33,11 +34,9 @@ from pipelines.engine.backends.machines import (
 from pipelines.engine.backends.outcome import WorkerDiedError, guarded_call, opened
 from pipelines.engine.backends.ray_address import check_address, check_same
 from pipelines.engine.backends.ray_health import (
-    RAY_ITSELF,
     SILENT_SECONDS,
     Head,
     RayGoneError,
-    end_local_ray,
     leave_at_once,
     ray_gone,
 )
@@ -47,23 +46,6 @@ from pipelines.engine.backends.search_path import PACKAGES, portable
 POLL_SECONDS = 0.2
 LOSS_SECONDS = 75.0  # Ray's five health checks of at most 10 s, 3 s apart, and a margin
 OBJECT_STORE_BYTES = 128 * 2**20  # results only; Ray's default would claim 30 % of the memory
-
-# Ray Train: stay in the driver's working folder, and start none of the actors that feed a dashboard. Each process of
-# Ray's wakes 100 times a second whatever it does, which costs 0.8 % of a core; two ranks of a gang have ten of them
-# beside them.
-#
-# Workers keep their priority: at Ray's niceness of 15, one busy process beside a rank of two threads starved one of them
-# and made a training step thirty times slower, where sharing fairly costs a factor of two.
-RAY_ENVIRONMENT = {
-    "RAY_worker_niceness": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
 
 PASSED_ON = ("WANDB_MODE", "WANDB_DISABLED", "WANDB_BASE_URL")
 """Variables passed from this shell to workers of an existing cluster: tracking mode, no keys."""
@@ -238,13 +220,11 @@ class RayBackend(Backend):
         after a minute, without a word that helps."""
         if self._gone:
             raise ray_gone(self._gone)
-        import ray._private.worker
-
-        node = ray._private.worker._global_node
+        node = ray_private.own_node()
         if self._owned and self._address is None and node is not None:
-            if dead := [kind for kind, _ in node.dead_processes() if kind in RAY_ITSELF]:
+            if dead := ray_private.dead_processes(node):
                 self._gone = f"its {' and '.join(dead)} ended"
-                end_local_ray(node)
+                ray_private.end_node(node)
         elif self._head is not None and not self._head.answers():
             self._gone = f"its head at {self._head.address} has not answered for {SILENT_SECONDS:.0f} s"
         if self._gone:
@@ -254,7 +234,7 @@ class RayBackend(Backend):
     def _ray(self) -> Any:
         """The ray module, started."""
         with self._start:
-            for name, value in RAY_ENVIRONMENT.items():
+            for name, value in ray_private.ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
             import ray
 
@@ -296,12 +276,12 @@ class RayBackend(Backend):
 
     def _runtime_env(self) -> dict[str, Any]:
         """This package, for the workers of a cluster that may not have it, or have an older one."""
-        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # a job submitted with its code already
+        if ray_private.SUBMITTED_JOB in os.environ:  # a job submitted with its code already
             return {}
         specs = [importlib.util.find_spec(name) for name in self._packages]
         folders = [str(Path(spec.origin).parent) for spec in specs if spec is not None and spec.origin]
         passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-        return {"py_modules": folders, "env_vars": {**RAY_ENVIRONMENT, **passed}}
+        return {"py_modules": folders, "env_vars": {**ray_private.ENVIRONMENT, **passed}}
 
 
 def _in_lasting_thread(connect: Callable[[], None]) -> None:

@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import sys
 import threading
 import time
-from pathlib import Path
-from typing import Any
 
 from conf.refusal import Refusal
 from pipelines.engine.errors import LOST_MACHINE
 
 SILENT_SECONDS = 30.0  # of a cluster's head, until it counts as gone
-RAY_ITSELF = ("gcs_server", "raylet")
-"""Processes of a local Ray that nothing works without."""
 
 
 class RayGoneError(Refusal):
@@ -65,22 +60,6 @@ class Head:
         with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=1):
             return True
         return False
-
-
-def end_local_ray(node: Any) -> None:
-    """End what is left of a Ray of this machine. What a raylet has started, or was starting as it died, would look for it
-    for up to a minute."""
-    raylets = {str(info.process.pid) for kind in node.all_processes for info in node.all_processes[kind]}
-    doomed = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-            if parent in raylets or f"/{node.session_name}/".encode() in (folder / "cmdline").read_bytes():
-                doomed.append(int(folder.name))
-    node.kill_all_processes(check_alive=False, allow_graceful=False)
-    for pid in doomed:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def leave_at_once() -> None:

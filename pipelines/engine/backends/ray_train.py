@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from conf.refusal import NO_VALUE
+from pipelines.engine.backends import ray_private
 from pipelines.engine.backends.gang import Gang, run_rank
 from pipelines.engine.backends.machines import forget_launchers, interface_with
 from pipelines.engine.backends.outcome import WorkerDiedError, guarded_call, log_tail, opened, portable_call
@@ -57,45 +58,18 @@ def _prepare_rank() -> None:
 def fit(gang: Gang, local: bool) -> Any:
     """One attempt under Ray Train: rank 0's result, or the error to raise."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
-    # Ray Train's own processes must unpickle this without our packages: they search the working folder first.
-    base: Any = TorchConfig().backend_cls
-    prepare_rank = portable(_prepare_rank)
-
-    class Joining(base):
-        """PyTorch's process group over Ray's node addresses."""
-
-        def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(prepare_rank)
-            super().on_start(worker_group, backend_config)
-
-    class JoiningConfig(TorchConfig):
-        @property
-        def backend_cls(self) -> Any:
-            return Joining
-
-    unused = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if local else set())
-
-    class Trainer(TorchTrainer):
-        """Without two processes whose imports would compete with the ranks' for the same few cores.
-
-        One hands out the blocks of Ray datasets, of which there are none; one frees a dead driver's resources, and a
-        local Ray ends with its driver.
-        """
-
-        def _create_default_callbacks(self) -> list[Any]:
-            trainer: Any = super()  # Ray's annotations show the trainer of Train v1, which has no callbacks
-            callbacks = trainer._create_default_callbacks()
-            return [each for each in callbacks if type(each).__name__ not in unused]
-
+    # Two processes less, whose imports would compete with the ranks' for the same few cores: there are no Ray datasets, and
+    # a local Ray ends with its driver.
+    unused = {ray_private.DATASETS_CALLBACK} | ({ray_private.CLEANER_CALLBACK} if local else set())
+    torch_config = ray_private.joining_after(portable(_prepare_rank))
     resources = {"CPU": gang.cpus_per_worker}
     if gang.gpus_per_worker:
         resources["GPU"] = gang.gpus_per_worker
-    trainer = Trainer(
+    trainer = ray_private.trainer_without(unused)(
         portable(_ray_rank),
         train_loop_config={"call": pickled_call(run_rank, gang), "search_path": sys.path},
-        torch_config=JoiningConfig(backend=gang.torch_backend),
+        torch_config=torch_config(backend=gang.torch_backend),
         scaling_config=ScalingConfig(
             num_workers=gang.workers, use_gpu=gang.gpus_per_worker > 0, resources_per_worker=resources
         ),
@@ -116,13 +90,11 @@ def fit(gang: Gang, local: bool) -> Any:
 
 def _cause(error: Exception, gang: Gang) -> Exception:
     """The rank's own error behind what Ray Train raised; WorkerDiedError if a rank, or Ray, is gone."""
-    if type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError":
+    if ray_private.is_unplaced(error):
         return NoPlaceError(str(error))
-    failures = getattr(error, "worker_failures", {})
     user_errors = []
-    for rank, failure in sorted(failures.items()):
-        base = getattr(failure, "_base_exc", failure)  # one Ray wraps it, another hands it on as it was raised
-        outcome = getattr(base, "athanor_outcome", None)
+    for rank, failure in ray_private.rank_failures(error).items():
+        outcome = getattr(failure, "athanor_outcome", None)
         if outcome is None:
             how = f"was killed or its machine went away ({failure})"
             return WorkerDiedError(f"rank {rank}", NO_VALUE, how, log_tail(gang.logs / f"rank-{rank}.log"))
