@@ -146,7 +146,7 @@ def test_workers_of_an_existing_cluster_get_this_code_and_its_token_is_asked_for
     program = (
         "import inspect, sys\n"
         "from pipelines.engine.backends.ray_backend import RayBackend\n"
-        "from pipelines.engine.errors import Refusal\n"
+        "from conf.refusal import Refusal\n"
         "backend = RayBackend(sys.argv[1])\n"
         "print(backend.resources().cpus, *backend.map(inspect.getfile, {'x': (Refusal,)})); backend.close()\n"
     )
