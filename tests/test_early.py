@@ -115,7 +115,7 @@ def test_prompts_that_no_tokenizer_makes_short_enough_are_refused_at_once(
     for key in ("prompts", "questions"):
         for verb in ("plan", "run"):
             said = complaint(capsys, verb, *words, f"evaluate.samples.{key}=['{'word ' * longest}']")
-            assert f"evaluate.samples.{key}[0] has" in said and "shorten the prompt" in said
+            assert f"evaluate.samples.{key}[0]: has" in said and "Shorten the prompt" in said
     assert not list(tmp_path.glob("store/*/*"))
     answer(capsys, "plan", *words, f"evaluate.samples.prompts=['{'a' * longest}']")
 
@@ -240,4 +240,4 @@ def test_prompts_are_counted_by_the_tokenizer_that_weights_bring(
     folder = folder_of("gpt2", tmp_path / "weights", texts)
     words = with_weights(corpus_dir, folder, f"store={tmp_path / 'store'}", LOCAL)
     said = complaint(capsys, "plan", *words, f"evaluate.samples.prompts=['ok','{'文' * 60}']")
-    assert "evaluate.samples.prompts[1] has 181 tokens and the model was made for 128" in said
+    assert "evaluate.samples.prompts[1]: has 181 tokens and the model was made for 128" in said

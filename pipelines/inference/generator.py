@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from conf.refusal import Refusal
-from pipelines.engine.step import EngineError
+from conf.refusal import NO_VALUE, Refusal
 
 if TYPE_CHECKING:
     from data.tokenizers.sentencepiece import Tokenizer
@@ -88,9 +87,11 @@ class TextGenerator:
 
         model = load_model(model_dir, precision=precision, device=device)
         if not model.config.causal or model.config.encoder is not None:
-            raise EngineError(
-                f"{model_dir} holds an encoder, or a decoder with one: it fills in what is hidden and continues no prompt. "
-                "Load its export with transformers, or generate with a decoder."
+            raise Refusal(
+                model_dir,
+                NO_VALUE,
+                "holds an encoder, or a decoder with one: it fills in what is hidden and continues no prompt",
+                "load its export with transformers, or generate with a decoder",
             )
         return cls(model, Tokenizer.load(tokenizer_dir or model_dir))
 
@@ -120,7 +121,7 @@ class TextGenerator:
         """Continue `prompt`, or with `chat` answer it as a user's message.
 
         `on_text` is called with each piece of text as soon as it is certain: whole characters, and nothing that could
-        still turn out to be the beginning of a stop text. Raises EngineError for a prompt that leaves no room.
+        still turn out to be the beginning of a stop text. Raises Refusal for a prompt that leaves no room.
         """
         from model.decoding.generate import Sampling, generate
 
@@ -154,7 +155,7 @@ class TextGenerator:
         return Completion(text=stream.text, tokens=len(new_ids), seconds=seconds, finish=finish)
 
     def room(self, prompt: str, *, chat: bool = False) -> int:
-        """How many tokens may follow a prompt. Raises EngineError for one that leaves no room."""
+        """How many tokens may follow a prompt. Raises Refusal for one that leaves no room."""
         return self._room(self.prompt_ids(prompt, chat=chat))
 
     def _room(self, ids: Sequence[int]) -> int:
@@ -181,12 +182,14 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, *, chat: bool = False, system:
     return encode_chat(tokenizer, messages, generation_prompt=True)[0]
 
 
-def check_room(tokens: int, max_seq_len: int, what: str = "The prompt") -> int:
-    """How many tokens may follow a prompt. Raises EngineError if it leaves no room."""
+def check_room(tokens: int, max_seq_len: int, where: str = "the prompt") -> int:
+    """How many tokens may follow a prompt. Raises Refusal if it leaves no room."""
     if tokens >= max_seq_len:
-        raise EngineError(
-            f"{what} has {tokens:,} tokens and the model was made for {max_seq_len:,}, its answer included: shorten the "
-            "prompt."
+        raise Refusal(
+            where,
+            NO_VALUE,
+            f"has {tokens:,} tokens and the model was made for {max_seq_len:,}, its answer included",
+            "shorten the prompt",
         )
     return max_seq_len - tokens
 

@@ -102,7 +102,7 @@ def test_a_chat_prompt_is_the_chat_templates(generator, tokenizer):
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(generator):
-    with pytest.raises(Refusal, match="shorten the prompt"):
+    with pytest.raises(Refusal, match="Shorten the prompt"):
         generator.generate("word " * 400, GenerateSettings())
 
 
