@@ -30,13 +30,13 @@ from pipelines.stages import (
     export,
     finetune,
     instructions,
-    pretrain,
     rehearsal,
     report,
     shards,
     start,
     tokenizer,
     tracked,
+    train,
 )
 from pipelines.stages.launch import VOLATILE
 
@@ -97,7 +97,7 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
     training = {"volatile": VOLATILE, "resumes": True, "cpus": s.compute.cpus, "gpus": s.compute.gpus}
     if s.pretrains:
         sources = {"rows": rows, **of_tokenizer, "begin": begun}
-        models = {"pretrain": add("pretrain", "model", pretrain.run, s.pretraining(), sources, **training)}
+        models = {"pretrain": add("pretrain", "model", train.run, s.pretraining(), sources, **training)}
     else:
         s.resolved_model()  # raises where folder, rows and tokenizer do not fit
         models = {"pretrain": begun["start"]}
@@ -113,10 +113,10 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
             files={"conversations": conversations_of(s.finetune.data)},
             self_checking=("*.tar",),
         )
-        sources = {"rows": {"conversations": chats}, **of_tokenizer, "begin": {"pretrain": models["pretrain"]}}
+        sources = {"conversations": {"conversations": chats}, **of_tokenizer, "begin": {"pretrain": models["pretrain"]}}
         enough = partial(finetune.check_conversations, s.finetune, s.shards.seq_len)
         training |= {"keys": {"begin/pretrain": "pretrain"}, "check": enough}
-        models["finetune"] = add("finetune", "model", finetune.run, s.finetuning(), sources, **training)
+        models["finetune"] = add("finetune", "model", train.run, s.finetuning(), sources, **training)
 
     held_out: dict[str, dict[str, Step]] = {"corpus": corpora, "rows": rows, **of_tokenizer}
     held_out["model"] = {LABELS.get(name, BASE): step for name, step in models.items()}

@@ -20,8 +20,8 @@ import pytest
 from pipelines.engine.events import StepReport
 from pipelines.engine.step import Artifact
 from pipelines.settings.compose import compose
-from pipelines.stages.finetune import shortened
 from pipelines.stages.instructions import make
+from pipelines.stages.train import shortened
 from pipelines.verbs.plan import estimate
 from tests.conftest import LOCAL, METRICS_KEYS, ROOT, TINY, answer, athanor, complaint, crowded, tiny
 
@@ -163,9 +163,9 @@ def test_the_steps_of_tuning_on_a_file_are_guessed_within_a_half(
         settings, [StepReport(name="instructions", kind="conversations", digest="i", state="cached", metrics=rows)]
     )["finetune"]
     tuned = settings.finetuning()
-    assert tuned is not None
+    assert tuned is not None and tuned.tuning is not None
     made = Artifact(step="instructions", digest="i", url=str(tmp_path / "made"), manifest={"metrics": rows})
-    assert truth["tokens"] == shortened(tuned, made).total_tokens
+    assert truth["tokens"] == shortened(tuned.train, tuned.tuning, made).total_tokens
     assert guessed["steps"] == pytest.approx(truth["steps"], rel=0.5), (guessed, truth)
 
 

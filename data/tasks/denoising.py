@@ -7,7 +7,7 @@ whichever rank reads it, after any restart, and something else each time the run
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -184,13 +184,6 @@ class TextInfilling:
 
 
 AnyObjective = NextToken | MaskedToken | SpanDenoising | TextInfilling
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveSettings:
-    """Which objective a run has."""
-
-    objective: AnyObjective = field(default_factory=NextToken)
 
 
 def _seq2seq(sources: list[Ints], targets: list[Ints], start_id: int, source_len: int, target_len: int) -> Examples:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.identity import identity
 from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.files import FileHashes, relative_names
-from pipelines.engine.fingerprint import digest, identity
+from pipelines.engine.fingerprint import digest
 from pipelines.engine.step import Step
 from pipelines.engine.waiting import working
 

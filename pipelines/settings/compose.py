@@ -36,11 +36,11 @@ from pipelines.engine.store.manifest import provenance
 from pipelines.settings.overrides import CONF_DIR, SettingsError, chosen_fields, fields_by_kind, hydra_overrides
 from pipelines.stages.evaluate import EvaluateSettings
 from pipelines.stages.export import ExportSettings
-from pipelines.stages.finetune import FinetuneRun, FinetuneSettings
+from pipelines.stages.finetune import FinetuneSettings
 from pipelines.stages.launch import ComputeSettings
-from pipelines.stages.pretrain import PretrainSettings
 from pipelines.stages.report import ReportSettings
 from pipelines.stages.start import Start
+from pipelines.stages.train import TrainingSettings, Tuning
 from pipelines.training.errors import TrainingError
 from pipelines.training.objective import check_suits
 from pipelines.training.rates import derived
@@ -171,7 +171,7 @@ class Settings:
         mask = given.mask_piece or self.objective.needs_mask
         return replace(given, mask_piece=mask, sentinel_pieces=sentinels)
 
-    def pretraining(self) -> PretrainSettings:
+    def pretraining(self) -> TrainingSettings:
         """What the pretrain step is told: the groups that stand beside `pretrain` put in their places.
 
         Raises TrainingError where the objective does not suit the model.
@@ -180,7 +180,8 @@ class Settings:
         check_suits(self.objective.kind, model)
         optim = derived(self.optim, model, trained_before=self.pretrain.init_from is not None)
         train = self.pretrain.run(optim=optim, schedule=self.schedule, **self._everywhere())
-        return PretrainSettings(
+        return TrainingSettings(
+            label="pretrain",
             model=model,
             train=train,
             order=self.order,
@@ -194,7 +195,7 @@ class Settings:
         tuning = None if self.pretrains else self.finetuning()
         return ("pretrain", self.pretraining().train) if tuning is None else ("finetune", tuning.train)
 
-    def finetuning(self) -> FinetuneRun | None:
+    def finetuning(self) -> TrainingSettings | None:
         """What the finetune step is told, or None where there is none."""
         if self.finetune is None:
             return None
@@ -206,11 +207,11 @@ class Settings:
             )
         model, adapted = self.resolved_model(), self.finetune.lora is not None
         optim = derived(self.finetune.train.optim, model, trained_before=True, adapted=adapted)
-        return FinetuneRun(
-            train=replace(self.finetune.train, optim=optim, **self._everywhere()),
-            epochs=self.finetune.epochs,
-            lora=self.finetune.lora,
-            freeze=self.finetune.freeze,
+        chosen = self.finetune
+        return TrainingSettings(
+            label="finetune",
+            train=replace(chosen.train, optim=optim, **self._everywhere()),
+            tuning=Tuning(epochs=chosen.epochs, lora=chosen.lora, freeze=chosen.freeze),
             order=self.order,
             compute=self.compute,
         )

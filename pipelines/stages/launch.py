@@ -65,7 +65,7 @@ VOLATILE = ("metrics.jsonl", "logs/*", "ds_config.json", "run.json", "checkpoint
 """What training writes that is true of one run only (timings, world size, paths); it stays out of the content digest."""
 
 
-def train(job: dict[str, Any], compute: ComputeSettings, out_dir: Path, ctx: Context) -> dict[str, Any]:
+def train_in_ranks(job: dict[str, Any], compute: ComputeSettings, out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Run a training job in `compute.ranks` processes, telling progress; returns rank 0's result.
 
     The job is also written to run.json, with which `torchrun -m pipelines.training run.json` does the same by hand.

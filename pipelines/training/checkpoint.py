@@ -18,7 +18,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,15 @@ SCALARS = ("step",)  # what optimizers count for each tensor; all else they keep
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run: `keep` of them, for a run that is made from what `digests` name."""
+    """The checkpoints of one run: `keep` of them, for a run that is made from what `digests` name.
+
+    earlier: the same things' digests as earlier versions of this program took them.
+    """
 
     folder: Path
     ranks: Ranks
     digests: Mapping[str, str]
+    earlier: Mapping[str, str] = field(default_factory=dict)
     keep: int = 2
     on_saved: Callable[[Path], None] | None = None
 
@@ -134,7 +138,7 @@ class Checkpoints:
     def _refuse_others(self, path: Path, saved: Mapping[str, str]) -> None:
         for name in sorted({*saved, *self.digests}):
             here, there = self.digests.get(name), saved.get(name)
-            if here != there:
+            if there not in (here, self.earlier.get(name, here)):
                 raise TrainingError(
                     f"{path} is of another run: its {name} has the digest {there}, and this run's is "
                     f"{here}. Give the {name} that it began with, or begin a new run in another folder."

@@ -1,30 +1,25 @@
-"""One rank of a training run, from a plain dict: the same under Ray, under torchrun and alone.
-
-{"train": {…}, "out_dir": "…", "shards": {"corpus": "…"}, "order": {…}, "mixture": {…},
-  "model": {…} | null, "init": "folder of weights" | null, "lora": {…} | null, "freeze": [patterns],
-  "objective": {"kind": …} | null, "digests": {"shards": "…", "tokenizer": "…"}, "label": "pretrain",
-  "url": "where out_dir will be", "inputs": {"shards": "where they are"}}
-
-With `model` and `init`, these weights in that model.
-"""
+"""One rank of a training run, from a plain dict: the same under Ray, under torchrun and alone."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from conf.identity import identity
 from conf.typed import from_plain, to_plain
 from data.loader import Loader, order_over
 from data.mixture import MixtureSettings
 from data.order import OrderSettings
 from data.rows.shard_set import ShardSet
-from data.tasks.denoising import AnyObjective, ObjectiveSettings, SpanDenoising, TextInfilling
+from data.tasks.denoising import AnyObjective, SpanDenoising, TextInfilling
+from data.tasks.objectives import NextToken
 from model.adapt import LoraConfig, attach_lora, freeze, merged
 from model.architecture import Transformer
 from model.build import build_model
@@ -38,28 +33,59 @@ from pipelines.training.objective import check_suits, flops_per_token
 from pipelines.training.settings import BatchPlan, TrainSettings, largest_rows
 
 
-def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Train as `job` says, as the rank that the environment says this process is; returns the key figures."""
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """What every rank of a training receives; `run.json` is its plain form."""
+
+    label: str = "train"
+    """Name of the step, for logs and trackers."""
+    train: TrainSettings
+    """How it is trained."""
+    model: ModelConfig | None = None
+    """Null: the model that the folder `init` describes."""
+    init: str | None = None
+    """Folder of the weights it begins with; null: random ones."""
+    objective: AnyObjective | None = None
+    """What a row asks; null: the next token."""
+    order: OrderSettings = field(default_factory=OrderSettings)
+    """In which order rows come."""
+    mixture: MixtureSettings | None = None
+    """How much of each source; null: all of them alike."""
+    shards: dict[str, str]
+    """Folder of packed rows of each source."""
+    lora: LoraConfig | None = None
+    """Null: all weights are trained."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters that stay as they are."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of the artifacts it is made from; a checkpoint of others is refused."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Where these artifacts are published."""
+    out_dir: str
+    """Folder that everything is written to."""
+    url: str | None = None
+    """Where that folder will be published; null: nowhere."""
+
+
+def run_rank(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Train as a TrainJob in plain form says, as the rank that the environment says this process is; returns the key
+    figures."""
     keep_freed_memory()
-    settings = from_plain(TrainSettings, job["train"], "train")
-    shard_sets = {name: ShardSet.open(Path(folder)) for name, folder in job["shards"].items()}
-    order = order_over(
-        shard_sets,
-        order=from_plain(OrderSettings, job.get("order") or {}, "order"),
-        mixture=from_plain(MixtureSettings, job.get("mixture") or {}, "mixture"),
-    )
+    job = from_plain(TrainJob, plain, "")
+    settings = job.train
+    shard_sets = {name: ShardSet.open(Path(folder)) for name, folder in job.shards.items()}
+    order = order_over(shard_sets, order=job.order, mixture=job.mixture or MixtureSettings())
     seq_len = next(iter(shard_sets.values())).seq_len
-    model = _starting_model(job, settings)
-    objective = _objective(job, model.config)
+    model = _starting_model(job)
+    objective = job.objective or NextToken()
+    check_suits(objective.kind, model.config)
     two_sided = objective if isinstance(objective, SpanDenoising | TextInfilling) else None
     widths = None if two_sided is None else two_sided.widths(seq_len)
-    lora = from_plain(LoraConfig, job["lora"], "lora") if job.get("lora") else None
-    if lora is not None:
-        adapted_weights(
-            attach_lora(model, lora, seed=settings.seed), model.config
-        )  # refuses now what could not be saved
-    if job.get("freeze"):
-        freeze(model, job["freeze"])
+    if (lora := job.lora) is not None:
+        attached = attach_lora(model, lora, seed=settings.seed)
+        adapted_weights(attached, model.config)  # refuses now what could not be saved
+    if job.freeze:
+        freeze(model, job.freeze)
 
     def loader_factory(plan: BatchPlan, rank: int) -> Loader:
         """This rank's loader, once the batch plan is known."""
@@ -81,56 +107,48 @@ def run_rank(job: Mapping[str, Any]) -> dict[str, Any]:
         begins = {} if two_sided is None else {"decoder_start_token_id": two_sided.start_id}
         save_pretrained(_finished(state, model.config, settings), model.config, folder, extra=begins)
 
-    digests, label = _digests(job, settings, model.config, objective), job.get("label") or "train"
     run = Run(
-        out_dir=Path(job["out_dir"]),
+        out_dir=Path(job.out_dir),
         seq_len=seq_len,
         save_model=save_model,
-        digests=digests,
-        label=label,
-        url=job.get("url") or job["out_dir"],
-        inputs=job.get("inputs") or {},
+        digests=_digests(job, model.config, identity),
+        earlier_digests=_digests(job, model.config, to_plain),
+        label=job.label,
+        url=job.url or job.out_dir,
+        inputs=job.inputs,
         flops_per_token=flops_per_token(model.config, widths, seq_len, _mean_piece_tokens(shard_sets))
         * (1 if lora is None else 2 / 3),  # frozen weights have no gradient of their own, a third of the work
         flop_formula=FLOP_FORMULA + ("" if lora is None else "; of that 2/3, as only adapters are trained"),
         largest_rows=_largest_rows(model.config, settings, seq_len),
         uniform_loss=math.log(model.config.vocab_size) if model.config.vocab_size else None,
-        config={name: job[name] for name in ("train", "model", "order", "mixture", "digests") if name in job},
+        config={name: plain[name] for name in ("train", "model", "order", "mixture", "digests") if name in plain},
     )
     return train(model=model, loader_factory=loader_factory, settings=settings, run=run)
 
 
-def _starting_model(job: Mapping[str, Any], settings: TrainSettings) -> Transformer:
-    if job.get("init"):
-        config, state = load_pretrained(Path(job["init"]))
-        model = build_model(
-            from_plain(ModelConfig, job["model"], "model") if job.get("model") else config, device="meta"
-        )
+def _starting_model(job: TrainJob) -> Transformer:
+    if job.init is not None:
+        config, state = load_pretrained(Path(job.init))
+        model = build_model(job.model or config, device="meta")
         model.load_state_dict({name: x.float() for name, x in state.items()}, assign=True)
         model.tie_weights()
         return model
-    if not job.get("model"):
+    if job.model is None:
         raise TrainingError("A training run needs `model`, a configuration, or `init`, a folder of weights; set one.")
-    return build_model(from_plain(ModelConfig, job["model"], "model"), seed=settings.seed)
+    return build_model(job.model, seed=job.train.seed)
 
 
-def _objective(job: Mapping[str, Any], config: ModelConfig) -> AnyObjective:
-    """What the rows ask, if it suits the model."""
-    asked = {"objective": job["objective"]} if job.get("objective") else {}
-    objective = from_plain(ObjectiveSettings, asked, "job").objective
-    check_suits(objective.kind, config)
-    return objective
+def _digests(job: TrainJob, config: ModelConfig, payload: Callable[[Any], Any]) -> dict[str, str]:
+    """Of everything that a checkpoint is only good for: what the job was given, and what it makes of it.
 
-
-def _digests(
-    job: Mapping[str, Any], settings: TrainSettings, config: ModelConfig, objective: AnyObjective
-) -> dict[str, str]:
-    """Of everything that a checkpoint is only good for: what the job was given, and what it makes of it."""
-    parts = {"model": to_plain(config), "settings": to_plain(settings.identity())}
-    if job.get("objective"):
-        parts["objective"] = to_plain(objective)
-    parts |= {name: job[name] for name in ("lora", "freeze") if job.get(name)}
-    return {**job.get("digests", {}), **{name: _digest(plain) for name, plain in parts.items()}}
+    payload: `identity`, so that a new setting at its default refuses no checkpoint; earlier versions took `to_plain`.
+    """
+    parts = {"model": payload(config), "settings": payload(job.train.identity())}
+    if job.objective is not None:
+        parts["objective"] = payload(job.objective)
+    parts |= {"lora": payload(job.lora)} if job.lora is not None else {}
+    parts |= {"freeze": list(job.freeze)} if job.freeze else {}
+    return {**job.digests, **{name: _digest(plain) for name, plain in parts.items()}}
 
 
 def _finished(state: dict[str, torch.Tensor], config: ModelConfig, settings: TrainSettings) -> dict[str, torch.Tensor]:

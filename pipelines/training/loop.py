@@ -137,6 +137,7 @@ class Run:
     seq_len: int
     save_model: Callable[[dict[str, torch.Tensor], Path], None]
     digests: Mapping[str, str] = field(default_factory=dict)
+    earlier_digests: Mapping[str, str] = field(default_factory=dict)
     label: str = "train"
     url: str = ""
     inputs: Mapping[str, str] = field(default_factory=dict)
@@ -169,6 +170,7 @@ def train(
             folder=run.out_dir / "checkpoints",
             ranks=ranks,
             digests={**run.digests, "data": loader.state()["digest"]},
+            earlier=run.earlier_digests,
             keep=settings.checkpoint.keep,
             on_saved=on_checkpoint,
         )

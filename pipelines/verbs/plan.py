@@ -25,7 +25,7 @@ from pipelines.console.display import count, duration, size
 from pipelines.engine.events import StepReport
 from pipelines.engine.waiting import working
 from pipelines.settings.compose import Settings, corpus_key
-from pipelines.stages.finetune import tuning_tokens
+from pipelines.stages.train import tuning_tokens
 from pipelines.training.health import few_steps
 from pipelines.training.objective import flops_per_token
 from pipelines.training.settings import BatchPlan, TrainSettings, largest_rows
@@ -115,13 +115,14 @@ def tuning(settings: Settings, reports: Sequence[StepReport]) -> dict[str, Any] 
         # The share of functions with docstrings is known only after reading them.
         at_most = "at most, " if settings.finetune.data.kind == "functions" else ""
         basis = f"{at_most}guessed at {per_token} bytes a token"
-    tokens = tuning_tokens(finetuning, there)
+    epochs = settings.finetune.epochs
+    tokens = tuning_tokens(finetuning.train, epochs, there)
     batch = finetuning.train.global_batch_tokens
     return {
         "tokens": tokens,
         "tokens_per_step": batch,
         "steps": tokens // batch,
-        "epochs": finetuning.epochs,
+        "epochs": epochs,
         "basis": basis if there else "no conversations yet",
     }
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conf.identity import identity
 from conf.refusal import Refusal
-from pipelines.engine.fingerprint import canonical, digest, identity
+from pipelines.engine.fingerprint import canonical, digest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,8 @@ from data.tasks.denoising import AnyObjective, MaskedToken
 from model.errors import ModelError
 from model.interop import checkpoint_files
 from pipelines.engine.step import Inputs
-from pipelines.stages import pretrain
-from pipelines.stages.pretrain import PretrainSettings
 from pipelines.stages.start import Start, run
+from pipelines.stages.train import TrainingSettings, job
 from pipelines.training.job import run_rank
 from pipelines.training.metrics import read_metrics
 from pipelines.training.settings import TrainSettings
@@ -72,12 +71,12 @@ def test_the_first_loss_is_that_of_transformers_under_every_zero_stage(
     figures = run(begun.settings, {}, tmp_path / "start", InProcess(tmp_path / "start"))
     assert figures["parameters"] == sum(weight.numel() for weight in theirs.parameters())
     train = make_job(shards, tmp_path / "out", steps=1, precision="fp32", zero={"stage": stage})["train"]
-    settings = PretrainSettings(
-        model=begun.model(begun.config, SEQ_LEN), train=from_plain(TrainSettings, train, "train")
+    settings = TrainingSettings(
+        label="pretrain", model=begun.model(begun.config, SEQ_LEN), train=from_plain(TrainSettings, train, "train")
     )
     inputs = {"shards": artifact("shards", shards, {}), "start": artifact("start", tmp_path / "start", figures)}
     groups = {"rows": {"corpus": inputs["shards"]}, "begin": {"start": inputs["start"]}}
-    run_rank(pretrain.job(settings, Inputs(groups), tmp_path / "out"))
+    run_rank(job(settings, Inputs(groups), tmp_path / "out"))
     [first] = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert first["loss"] == pytest.approx(expected_loss(theirs, shards), rel=1e-5)
 
