@@ -78,7 +78,7 @@ class JobStatus:
     message: str
 
 
-def say(line: str) -> None:
+def log_line(line: str) -> None:
     """To the person; the job's own log goes to standard output."""
     print(line, file=sys.stderr, flush=True)
 
@@ -86,12 +86,14 @@ def say(line: str) -> None:
 def submit(settings: RaySettings, command: Sequence[str], *, dry_run: bool, follow: bool) -> int:
     """Ship the tree, start the job, follow its log. The job's exit code, or 0 when only submitted."""
     check_command(command)
-    name, entrypoint = job_name(command, _store_words(settings, command)), _entrypoint(settings, command)
+    name, entrypoint = job_name(command, _store_text(settings, command)), _entrypoint(settings, command)
     tree = working_tree(settings.tree)
     with tempfile.TemporaryDirectory(prefix="athanor-") as scratch:
         package = pack(tree, Path(scratch) / "tree.zip")
-        say(f"tree: {package.files} files of {tree}, {package.bytes / 2**20:.1f} MiB packed, {package.digest[:12]}")
-        say(f"store: {_store_words(settings, command)}")
+        log_line(
+            f"tree: {package.files} files of {tree}, {package.bytes / 2**20:.1f} MiB packed, {package.digest[:12]}"
+        )
+        log_line(f"store: {_store_text(settings, command)}")
         if dry_run:
             print(
                 f"job: {name}\nentrypoint: {entrypoint}\npip: {list(settings.pip)}\npass_env: {list(settings.pass_env)}"
@@ -99,14 +101,14 @@ def submit(settings: RaySettings, command: Sequence[str], *, dry_run: bool, foll
             return 0
         jobs = RayJobs(_address(settings.address))
         job = jobs.start(name, entrypoint, _runtime_env(settings, package), package.digest)
-    remember(job, jobs.address)
-    say(f"  athanor logs {job} address={jobs.address}\n  athanor stop {job} address={jobs.address}")
+    save_address(job, jobs.address)
+    log_line(f"  athanor logs {job} address={jobs.address}\n  athanor stop {job} address={jobs.address}")
     return jobs.follow(job) if follow else 0
 
 
 def logs(job: str, *, address: str | None = None, follow: bool = True) -> int:
     """Print the job's log from its beginning, and go on until it ends if `follow`. Its exit code; 0 while it runs."""
-    jobs = RayJobs(address or recall(job))
+    jobs = RayJobs(address or saved_address(job))
     if follow:
         return jobs.follow(job)
     status = jobs.status(job)
@@ -116,14 +118,14 @@ def logs(job: str, *, address: str | None = None, follow: bool = True) -> int:
 
 def stop(job: str, *, address: str | None = None) -> int:
     """Ask the job to end and wait until it did. 0, also when it had ended before."""
-    jobs = RayJobs(address or recall(job))
-    say(jobs.stop(job))
+    jobs = RayJobs(address or saved_address(job))
+    log_line(jobs.stop(job))
     return 0
 
 
 def status(job: str, *, address: str | None = None) -> JobStatus:
     """What the cluster says of the job. Raises Refusal when it does not know it."""
-    return RayJobs(address or recall(job)).status(job)
+    return RayJobs(address or saved_address(job)).status(job)
 
 
 class RayJobs:
@@ -136,23 +138,25 @@ class RayJobs:
 
     def start(self, name: str, entrypoint: str, runtime_env: dict[str, Any], tree_digest: str) -> str:
         """The job's id. The same command already under way is joined, not started twice."""
-        known = {details.submission_id: details for details in self._asked(self._client.list_jobs)}
+        known = {details.submission_id: details for details in self._request(self._client.list_jobs)}
         attempt, job = 1, name
         while job in known:
             if _state(known[job]) in _UNDER_WAY:
                 other = (known[job].metadata or {}).get("tree") != tree_digest
-                say(f"{job} is already under way on {self.address} with the same command: following that one.")
+                log_line(f"{job} is already under way on {self.address} with the same command: following that one.")
                 if other:
-                    say(f"  It runs the tree as it was then. To run today's: athanor stop {job}, then submit again.")
+                    log_line(
+                        f"  It runs the tree as it was then. To run today's: athanor stop {job}, then submit again."
+                    )
                 return job
             attempt += 1
             job = f"{name}-{attempt}"
-        self._asked(
+        self._request(
             lambda: self._client.submit_job(
                 entrypoint=entrypoint, submission_id=job, runtime_env=runtime_env, metadata={"tree": tree_digest}
             )
         )
-        say(f"submitted {job} to {self.address}")
+        log_line(f"submitted {job} to {self.address}")
         return job
 
     def follow(self, job: str) -> int:
@@ -161,15 +165,17 @@ class RayJobs:
         try:
             printed = self._print_until_end(job)
         except KeyboardInterrupt:
-            say(f"\n{job} goes on without us.\n  athanor logs {job} address={self.address}\n  athanor stop {job} …")
+            log_line(
+                f"\n{job} goes on without us.\n  athanor logs {job} address={self.address}\n  athanor stop {job} …"
+            )
             return 130
         ended = self.status(job)
         sys.stdout.write(self.log(job)[printed:])
         sys.stdout.flush()
-        said = _advice(ended)
+        advice = _advice(ended)
         if ended.exit_code and "ModuleNotFoundError: No module named" in self.log(job):
-            said += "\n  The head's `python` lacks a package: give python=/path/to/python of one that has Athanor's."
-        say(f"{job}: {ended.state.lower()}, exit code {ended.exit_code}{said}")
+            advice += "\n  The head's `python` lacks a package: give python=/path/to/python of one that has Athanor's."
+        log_line(f"{job}: {ended.state.lower()}, exit code {ended.exit_code}{advice}")
         return ended.exit_code or 0
 
     def stop(self, job: str) -> str:
@@ -177,7 +183,7 @@ class RayJobs:
         before = self.status(job)
         if before.exit_code is not None:
             return f"{job} had already ended: {before.state.lower()}, exit code {before.exit_code}."
-        self._asked(lambda: self._client.stop_job(job))
+        self._request(lambda: self._client.stop_job(job))
         deadline = time.monotonic() + PATIENCE_SECONDS
         while self.status(job).exit_code is None:
             if time.monotonic() > deadline:
@@ -194,7 +200,7 @@ class RayJobs:
 
     def status(self, job: str) -> JobStatus:
         """Where a job stands. Raises Refusal for a job the cluster does not know."""
-        details = self._asked(lambda: self._client.get_job_info(job), job)
+        details = self._request(lambda: self._client.get_job_info(job), job)
         state = _state(details)
         return JobStatus(
             job=job,
@@ -206,11 +212,11 @@ class RayJobs:
 
     def log(self, job: str) -> str:
         """Everything the job printed so far."""
-        return str(self._asked(lambda: self._client.get_job_logs(job), job))
+        return str(self._request(lambda: self._client.get_job_logs(job), job))
 
     def _print_until_end(self, job: str) -> int:
         """Print the log while the job lives; how many characters were printed. Survives a connection that breaks."""
-        printed, heard = 0, time.monotonic()
+        printed, last_answer_at = 0, time.monotonic()
         while True:
             printed = asyncio.run(self._tail(job, printed))
             try:
@@ -220,9 +226,9 @@ class RayJobs:
                 rest = self.log(job)[printed:]
                 sys.stdout.write(rest)
                 sys.stdout.flush()
-                printed, heard = printed + len(rest), time.monotonic()
+                printed, last_answer_at = printed + len(rest), time.monotonic()
             except Refusal as refusal:
-                if time.monotonic() - heard > PATIENCE_SECONDS:
+                if time.monotonic() - last_answer_at > PATIENCE_SECONDS:
                     raise Refusal(
                         job,
                         NO_VALUE,
@@ -247,10 +253,10 @@ class RayJobs:
             sys.stdout.flush()
             printed += len(new)
 
-    def _asked(self, question: Callable[[], Any], job: str | None = None) -> Any:
+    def _request(self, request: Callable[[], Any], job: str | None = None) -> Any:
         """Ask the cluster; what it refuses is a Refusal."""
         try:
-            return question()
+            return request()
         except (RuntimeError, OSError) as error:
             if job is not None and "status code 404" in str(error):
                 raise Refusal(
@@ -319,7 +325,7 @@ def _runtime_env(settings: RaySettings, package: Package) -> dict[str, Any]:
             "export it, or leave it out",
         )
     if settings.pass_env:
-        say(
+        log_line(
             f"environment: {', '.join(settings.pass_env)} go with the job. Ray itself keeps the values with the job's "
             "record and in the head's log, for whoever can reach the dashboard or that disk. Setting them where the "
             "cluster's Ray is started avoids this."
@@ -340,7 +346,7 @@ def _entrypoint(settings: RaySettings, command: Sequence[str]) -> str:
     return f"{shell_line(settings.python, command)} {_HOME_STORE}"
 
 
-def _store_words(settings: RaySettings, command: Sequence[str]) -> str:
+def _store_text(settings: RaySettings, command: Sequence[str]) -> str:
     return given_store(command) or settings.store or "$HOME/athanor/runs on the head (several machines need store=…)"
 
 
@@ -380,17 +386,17 @@ def _address(address: str | None) -> str:
     return address.rstrip("/")
 
 
-def remember(job: str, address: str) -> None:
+def save_address(job: str, address: str) -> None:
     """Note where the job went, so that `athanor logs JOB` needs no address. Not when the address carries a password."""
     if "@" not in address:
-        folder = _memory()
+        folder = _address_folder()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / job).write_text(address + "\n")
 
 
-def recall(job: str) -> str:
-    """The address `remember` noted, or the one in RAY_API_SERVER_ADDRESS."""
-    note = _memory() / Path(job).name
+def saved_address(job: str) -> str:
+    """The address `save_address` noted, or the one in RAY_API_SERVER_ADDRESS."""
+    note = _address_folder() / Path(job).name
     if note.is_file():
         return note.read_text().strip()
     if os.environ.get("RAY_API_SERVER_ADDRESS"):
@@ -400,5 +406,5 @@ def recall(job: str) -> str:
     )
 
 
-def _memory() -> Path:
+def _address_folder() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "athanor" / "jobs"

@@ -78,7 +78,7 @@ def found(settings: Settings, step: Step, rechecked: tuple[str, ...] = ()) -> Pa
     if artifact is None:
         return None
     store.verify(artifact, step.self_checking, rechecked)
-    lines = [f"{artifact.url}/{path}: no part of that artifact, left out" for path in store.strangers(artifact)]
+    lines = [f"{artifact.url}/{path}: no part of that artifact, left out" for path in store.unlisted(artifact)]
     if not is_sealed(artifact.manifest):
         lines.append(runner.unsealed_line([artifact.url], store.url))
     for line in lines:

@@ -19,7 +19,7 @@ from pipelines.engine.store.lease import Lease
 from pipelines.engine.store.open import Store
 from pipelines.engine.store.work import Shard, Work, as_json, run_shard
 
-LOOK_SECONDS = 1.0  # between two calls of while_waiting
+WAITING_CALL_SECONDS = 1.0  # between two calls of while_waiting
 
 
 class CancelledError(BaseException):
@@ -69,7 +69,7 @@ class RunContext(Context):
             if name not in done
         }
         self.progress(label, len(done), len(payloads), "shards")
-        results = self.backend.map(run_shard, calls, cpus=cpus, gpus=gpus, poll=self.still_holds, say=self.say)
+        results = self.backend.map(run_shard, calls, cpus=cpus, gpus=gpus, poll=self.still_holds, log=self.say)
         with contextlib.closing(results):  # an error here ends the workers now, not when its traceback is forgotten
             for name, result in results:
                 done[name] = result
@@ -79,7 +79,7 @@ class RunContext(Context):
 
     def call(self, fn: Callable[..., Any], *args: Any, cpus: float = 1, gpus: float = 0) -> Any:
         name = getattr(fn, "__name__", "call")
-        results = self.backend.map(fn, {name: args}, cpus=cpus, gpus=gpus, poll=self.still_holds, say=self.say)
+        results = self.backend.map(fn, {name: args}, cpus=cpus, gpus=gpus, poll=self.still_holds, log=self.say)
         return dict(results)[name]
 
     def gang(
@@ -95,14 +95,14 @@ class RunContext(Context):
         while_waiting: Callable[[], None] | None = None,
     ) -> Any:
         """Ranks that die are started again, all together, `max_failures` times; an error of their own is raised at once."""
-        looked = time.monotonic()
+        last_call = time.monotonic()
 
         def poll() -> None:
-            nonlocal looked
+            nonlocal last_call
             self.still_holds()
-            if while_waiting is not None and time.monotonic() - looked >= LOOK_SECONDS:
+            if while_waiting is not None and time.monotonic() - last_call >= WAITING_CALL_SECONDS:
                 while_waiting()
-                looked = time.monotonic()
+                last_call = time.monotonic()
 
         failures = 0
         while True:
@@ -116,7 +116,7 @@ class RunContext(Context):
                 logs=self._new_logs(),
             )
             try:
-                return self.backend.gang(gang, poll=poll, say=self.say, again=failures > 0)
+                return self.backend.gang(gang, poll=poll, log=self.say, again=failures > 0)
             except LostMachineError:
                 raise  # a replacement was waited for already
             except WorkerDiedError as error:

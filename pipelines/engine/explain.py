@@ -126,23 +126,25 @@ def _names(entries: set[tuple[str, ...]], total: int) -> str:
     return f"{', '.join(names[:SHOWN]) or 'none of these'}{more} (of {total})"
 
 
-def _lines(answer: Why, told: set[tuple[str, str | None]] | None = None) -> list[str]:
+def _lines(answer: Why, explained: set[tuple[str, str | None]] | None = None) -> list[str]:
     """What changed, each step explained where it is met first: inputs of several steps are met again."""
-    told = set() if told is None else told
+    explained = set() if explained is None else explained
     name = f"{answer.step} {answer.digest[:SHORT]}"
     if answer.path is not None:
         return [f"{name} is there: {answer.path}"]
     if answer.against is None:
         return [f"{name} was never made in this store"]
-    if (answer.digest, answer.against) in told:
-        return [f"{name} differs from {answer.against[:SHORT]} as told above"]
-    told.add((answer.digest, answer.against))
+    if (answer.digest, answer.against) in explained:
+        return [f"{name} differs from {answer.against[:SHORT]} as explained above"]
+    explained.add((answer.digest, answer.against))
     lines = [f"{name} differs from {answer.against[:SHORT]} ({answer.made}) in:"]
     for change in answer.changes:
         if change.field.startswith("inputs."):
             lines.append(f"  {change.field}")
             inner = (
-                _lines(change.because, told) if change.because else [f"another one; {change.before} is no longer there"]
+                _lines(change.because, explained)
+                if change.because
+                else [f"another one; {change.before} is no longer there"]
             )
             lines += [f"    {line}" for line in inner]
         else:

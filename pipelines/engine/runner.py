@@ -31,8 +31,8 @@ from pipelines.engine.store.lease import Held, Lease, LeaseLostError
 from pipelines.engine.store.open import Store, storage_errors
 from pipelines.engine.store.work import Work
 
-LOOK_AGAIN_SECONDS = 0.5  # at a lease that somebody else holds
-GOODBYE_SECONDS = 25.0  # for running steps to notice an interruption
+LEASE_POLL_SECONDS = 0.5  # at a lease that somebody else holds
+CANCEL_SECONDS = 25.0  # for running steps to notice an interruption
 
 
 def run(
@@ -59,7 +59,7 @@ def status(targets: Sequence[Step], *, store: Store) -> list[StepReport]:
     """As ``plan``; steps some process is working on now are "running", those with files gone or cut short "damaged"."""
     reports = plan(targets, store=store)
     with storage_errors(store):
-        return [_looked_at(report, store) for report in reports]
+        return [_checked(report, store) for report in reports]
 
 
 def _needed(graph: Graph, store: Store) -> set[str]:
@@ -100,7 +100,7 @@ def _last_failure(kept: str | None) -> dict[str, Any]:
     return {"warnings": [f"the last attempt ended: {failure.read_text(encoding='utf-8').strip()}"]}
 
 
-def _looked_at(report: StepReport, store: Store) -> StepReport:
+def _checked(report: StepReport, store: Store) -> StepReport:
     artifact = store.find(report.name, report.digest)
     if artifact is None:
         return report if store.holder(report.name, report.digest) is None else replace(report, state="running")
@@ -126,7 +126,7 @@ class _Run:
         self._hashes = FileHashes(store.file_hashes)
         graph = resolve(targets, self._hashes)
         self._nodes, self._store, self._backend = graph.nodes, store, backend
-        self._on_event, self._telling = on_event, threading.Lock()
+        self._on_event, self._event_lock = on_event, threading.Lock()
         self._artifacts: dict[str, Artifact] = {}
         self._lost: dict[str, str] = {}
         """Node digest to why it is not made in this run: its own error, or that of an input."""
@@ -144,12 +144,12 @@ class _Run:
         """Make what is missing, in parallel where resources allow; the first error is raised at the end."""
         waiting = [node for node in self._nodes if node.digest in self._needed and not self._is_cached(node)]
         if self._unsealed:
-            self._tell(self._nodes[-1], "said", line=unsealed_line([a.url for a in self._unsealed], self._store.url))
+            self._send(self._nodes[-1], "said", line=unsealed_line([a.url for a in self._unsealed], self._store.url))
         error: BaseException | None = None
         there = self._backend.resources() if waiting else Resources(cpus=0, gpus=0)
         for node in waiting:
             self._check_claim(node, there)
-            # Execution settings too: they enter no manifest, but a stage writes and logs what it is told.
+            # Execution settings too: they enter no manifest, but a stage writes and logs what it is configured with.
             written = [node.identity, to_plain(node.step.settings)]
             refuse_secrets(written, f"the settings of {node.name}")
         for node in waiting:
@@ -177,7 +177,7 @@ class _Run:
             return False
         self._store.check(artifact)
         self._artifacts[node.digest] = artifact
-        self._tell(node, "cached", metrics=artifact.metrics)
+        self._send(node, "cached", metrics=artifact.metrics)
         self._unsealed += [] if manifests.is_sealed(artifact.manifest) else [artifact]
         return True
 
@@ -216,7 +216,7 @@ class _Run:
             elif node.step.despite is None or not there:
                 needs = " and ".join(lost)
                 self._lost[node.digest] = f"not made: it needs {needs}"
-                self._tell(
+                self._send(
                     node, "said", line=f"not made: it needs {needs}, which {'are' if len(lost) > 1 else 'is'} not there"
                 )
             else:
@@ -249,22 +249,22 @@ class _Run:
             if isinstance(outcome, Artifact):
                 self._artifacts[node.digest] = outcome
                 if node.digest in self._partial:
-                    self._tell(
+                    self._send(
                         node, "said", line=f"made without {', '.join(self._partial[node.digest])}: {outcome.url}"
                     )
                 return None
-            self._tell(node, "failed", line=str(outcome))
+            self._send(node, "failed", line=str(outcome))
             name = "" if hasattr(outcome, "exit_code") else f"{type(outcome).__name__}: "
             self._lost[node.digest] = f"{name}{outcome}"
             return outcome
 
     def _make(self, node: Node) -> Artifact:
         """The node's artifact: made here, or by whoever holds its lease."""
-        told = False
+        has_logged = False
         while True:
             artifact = self._store.find(node.name, node.digest)
             if artifact is not None:
-                self._tell(node, "cached", metrics=artifact.metrics)
+                self._send(node, "cached", metrics=artifact.metrics)
                 return artifact
             lease = self._store.acquire(node.name, node.digest)
             if isinstance(lease, Lease):
@@ -272,18 +272,18 @@ class _Run:
                 try:
                     return self._build_while_held(node, lease)
                 except LeaseLostError as error:
-                    self._tell(node, "said", line=str(error))
+                    self._send(node, "said", line=str(error))
                 finally:
                     lease.release()
             elif isinstance(lease, Held):
-                if not told:
+                if not has_logged:
                     line = (
                         f"{lease.owner} is making it; waiting for its result, or until nothing is heard of it for "
                         f"{self._store.ttl_seconds:.0f} s"
                     )
-                    self._tell(node, "waiting", line=line)
-                told = True
-                if self._cancelled.wait(LOOK_AGAIN_SECONDS):
+                    self._send(node, "waiting", line=line)
+                has_logged = True
+                if self._cancelled.wait(LEASE_POLL_SECONDS):
                     raise CancelledError
 
     def _build_while_held(self, node: Node, lease: Lease) -> Artifact:
@@ -294,7 +294,7 @@ class _Run:
             raise
 
     def _build(self, node: Node, lease: Lease) -> Artifact:
-        self._tell(node, "started")
+        self._send(node, "started")
         started = manifests.now()
         work = self._store.open_work(lease, node.name, node.digest, resumes=node.step.resumes)
         context = RunContext(
@@ -331,7 +331,7 @@ class _Run:
         }
         artifact = self._store.publish(lease, work, manifest)
         self._made.add(node.digest)
-        self._tell(node, "finished", seconds=artifact.manifest["seconds"], metrics=artifact.metrics)
+        self._send(node, "finished", seconds=artifact.manifest["seconds"], metrics=artifact.metrics)
         return artifact
 
     def _verify(self, node: Node, name: str, source: Node, artifact: Artifact) -> None:
@@ -339,18 +339,20 @@ class _Run:
         rechecked = node.step.rechecked_files(name)
         if rechecked or source.digest not in self._made:
             self._store.verify(artifact, source.step.self_checking, rechecked)
-        foreign = self._store.strangers(artifact)
-        if foreign:
-            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-            self._tell(node, "said", line=f"{artifact.url}/{foreign[0]}{more}: no part of that artifact, left out")
+        unlisted_files = self._store.unlisted(artifact)
+        if unlisted_files:
+            more = f" and {len(unlisted_files) - 1} more" if len(unlisted_files) > 1 else ""
+            self._send(
+                node, "said", line=f"{artifact.url}/{unlisted_files[0]}{more}: no part of that artifact, left out"
+            )
 
     def _abandon(self) -> None:
         """After Ctrl-C: let running steps notice, then give their leases back so that the next run starts at once."""
         self._cancelled.set()
         for node, _ in self._running.values():
             if node.step.resumes:
-                self._tell(node, "said", line="saving before it leaves; Ctrl-C again leaves at once")
-        deadline = time.monotonic() + GOODBYE_SECONDS
+                self._send(node, "said", line="saving before it leaves; Ctrl-C again leaves at once")
+        deadline = time.monotonic() + CANCEL_SECONDS
         for _, thread in self._running.values():
             thread.join(max(0.0, deadline - time.monotonic()))
         for lease in self._leases.values():
@@ -362,11 +364,11 @@ class _Run:
             self._store.tidy(node.name, node.digest)
         return replace(report, state="made") if node.digest in self._made else report
 
-    def _tell(self, node: Node, kind: Any, **more: Any) -> None:
+    def _send(self, node: Node, kind: Any, **more: Any) -> None:
         self._emit(Event(kind=kind, step=node.name, digest=node.digest, **more))
 
     def _emit(self, event: Event) -> None:
-        with self._telling:
+        with self._event_lock:
             self._on_event(event)
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from pipelines.console import display as console
 from pipelines.engine import runner
-from pipelines.engine.backends.base import Poll, Say
+from pipelines.engine.backends.base import Log, Poll
 from pipelines.engine.backends.gang import Gang
 from pipelines.engine.backends.local_backend import LocalBackend
 from pipelines.engine.store.open import open_store
@@ -34,7 +34,7 @@ INPUTS_MAY_TAKE = timedelta(days=2)  # how long the other ranks wait while rank 
 class TorchrunBackend(LocalBackend):
     """The local backend, whose gang is the processes that are there already."""
 
-    def gang(self, gang: Gang, *, poll: Poll = lambda: None, say: Say = lambda line: None, again: bool = False) -> Any:
+    def gang(self, gang: Gang, *, poll: Poll = lambda: None, log: Log = lambda line: None, again: bool = False) -> Any:
         """Run this process's own rank: torchrun has started the others."""
         dist.broadcast_object_list([gang.fn, gang.config], src=0, device=torch.device("cpu"))
         return gang.fn(gang.config)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.ray_jobs import RaySettings, recall, status
+from cluster.ray_jobs import RaySettings, saved_address, status
 from cluster.submit import submit
 from conf.refusal import Refusal
 from tests.cluster.head import free_ports
@@ -88,4 +88,4 @@ def test_an_unknown_job_asks_for_its_address(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     with pytest.raises(Refusal, match="address="):
-        recall("athanor-demo-00000000")
+        saved_address("athanor-demo-00000000")

@@ -150,7 +150,7 @@ def test_folders_that_are_no_attempts_are_not_taken_for_some(store: LocalStore, 
 
 def all_files(settings: Any, inputs: Any, out_dir: Path, ctx: Any) -> dict[str, Any]:
     """What a stage finds in its input's folder, by patterns, by walking and by asking for a name."""
-    folder = inputs["part0"].path
+    folder = inputs["parts"]["part0"].path
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {"found": found, "tokenizer": (folder / "tokenizer.json").exists()}
 
@@ -288,7 +288,7 @@ def test_what_leaves_the_store_is_compared_byte_by_byte_whatever_is_remembered(
     published = json.loads((folder / "manifest.json").read_bytes())["files"]["letters.txt"]["sha256"]
     store.file_hashes.write_bytes(files._line(state[0], (state[1], published, time.time())))
     assert run([joined(letters(), name="believes")], store=store, backend=backend)[1].state == "made"
-    export = replace(joined(letters(), name="export"), rechecked=("part0/*.txt",))
+    export = replace(joined(letters(), name="export"), rechecked=("parts/part0/*.txt",))
     with pytest.raises(Refusal, match=r"letters\.txt: is not what was published"):
         run([export], store=store, backend=backend)
 
@@ -443,7 +443,13 @@ def test_a_manifest_downgraded_to_format_1_is_refused_outside_its_store_too(
         return {}
 
     tokenizer = letters("tokenizer")
-    weights = replace(joined(), name="pretrain", run=with_tokenizer, inputs={"tokenizer": tokenizer})
+    weights = replace(
+        joined(),
+        name="pretrain",
+        run=with_tokenizer,
+        inputs={"tokenizer": {"tokenizer": tokenizer}},
+        keys={"tokenizer/tokenizer": "tokenizer"},
+    )
     folders = {r.name: Path(str(r.path)) for r in run([weights], store=store, backend=backend)}
     found = origin(folders["pretrain"] / "model")
     assert found is not None and found.tokenizer("pretrain.init_from") == folders["tokenizer"]

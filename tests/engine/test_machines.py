@@ -12,8 +12,8 @@ import pytest
 from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.backends import machines
 from pipelines.engine.backends.machines import (
+    CapacityWait,
     Claim,
-    Patience,
     Resources,
     check_feasible,
     forget_launchers,
@@ -62,35 +62,35 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 def test_a_lost_machine_is_waited_for_and_said_once_and_its_return_too(clock: Callable[[float], None]) -> None:
     there, said = [TWO], list[str]()
-    patience = Patience(Claim(cpus=4, gpus=0, copies=3), lambda: there[0], wait_seconds=60, say=said.append)
-    assert patience.enough()
+    capacity = CapacityWait(Claim(cpus=4, gpus=0, copies=3), lambda: there[0], wait_seconds=60, log=said.append)
+    assert capacity.fits_now()
     there[0] = ONE
-    assert patience.enough()  # not asked again within LOOK_SECONDS
+    assert capacity.fits_now()  # not asked again within LOOK_SECONDS
     for _ in range(5):
         clock(10)
-        assert not patience.enough()
+        assert not capacity.fits_now()
     assert said == [
         "3 × 4 CPUs asked for where there are 8: a machine was lost. Waiting at most 60 s for it, or for another "
         "(compute.wait_seconds)."
     ]
     there[0] = TWO
     clock(3)
-    assert patience.enough()
+    assert capacity.fits_now()
     assert said[1:] == ["the machines are back after 43 s."]
     there[0] = ONE
     clock(100)
-    assert not patience.enough()  # the time to wait begins anew
+    assert not capacity.fits_now()  # the time to wait begins anew
     clock(60)
     with pytest.raises(LostMachineError, match="no other came within 60 s") as lost:
-        patience.enough()
+        capacity.fits_now()
     assert lost.value.exit_code == LOST_MACHINE
 
 
 def test_who_waits_for_nothing_is_told_at_once(clock: Callable[[float], None]) -> None:
     said: list[str] = []
-    patience = Patience(Claim(cpus=9, gpus=0), lambda: ONE, wait_seconds=0, say=said.append)
+    capacity = CapacityWait(Claim(cpus=9, gpus=0), lambda: ONE, wait_seconds=0, log=said.append)
     with pytest.raises(LostMachineError):
-        patience.enough()
+        capacity.fits_now()
     assert said == []
 
 

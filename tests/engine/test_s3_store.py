@@ -221,7 +221,7 @@ def test_a_stranger_in_this_machines_copy_is_not_read(bucket: str, backend: Loca
     (copy / "stranger.parquet").write_text("x")
     assert artifact.path != copy and not (artifact.path / "stranger.parquet").exists()
     assert (artifact.path / "letters.txt").read_text() == "aaa"
-    assert store.strangers(artifact) == ["stranger.parquet"]
+    assert store.unlisted(artifact) == ["stranger.parquet"]
 
 
 def test_a_server_that_takes_connections_and_never_answers_is_one_sentence_in_a_stated_time(

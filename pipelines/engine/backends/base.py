@@ -10,7 +10,7 @@ from pipelines.engine.backends.machines import Resources
 
 Poll = Callable[[], None]
 """Called several times a second while a backend waits; raising from it ends what runs and what waits."""
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 """Logs a line about what a backend waits for."""
 
 MAX_RETRIES = 3  # of a call whose worker died
@@ -31,7 +31,7 @@ class Backend(Protocol):
         cpus: float = 1,
         gpus: float = 0,
         poll: Poll = ...,
-        say: Say = ...,
+        log: Log = ...,
     ) -> Generator[tuple[str, Any], None, None]:
         """Run ``fn(*args)`` for each call in worker processes; (name, result) in the order they finish.
 
@@ -44,7 +44,7 @@ class Backend(Protocol):
         """Ranks will be asked for: prepare what can be prepared beside the steps before them."""
         ...
 
-    def gang(self, gang: Gang, *, poll: Poll = ..., say: Say = ..., again: bool = False) -> Any:
+    def gang(self, gang: Gang, *, poll: Poll = ..., log: Log = ..., again: bool = False) -> Any:
         """Run all ranks once and return rank 0's result. Raises a rank's error; WorkerDiedError if one was killed.
 
         again: after a worker's death, possibly with its machine; then missing machines are waited for.

@@ -79,11 +79,11 @@ def _end_with(logs: Path, every_seconds: float = 1.0) -> None:
     """
 
     def watch() -> None:
-        asked_at: float | None = None
-        while logs.is_dir() and (asked_at is None or time.monotonic() - asked_at < SAVING_SECONDS):
+        stop_requested_at: float | None = None
+        while logs.is_dir() and (stop_requested_at is None or time.monotonic() - stop_requested_at < SAVING_SECONDS):
             time.sleep(every_seconds)
-            if asked_at is None and (logs / STOP).exists():
-                asked_at = time.monotonic()
+            if stop_requested_at is None and (logs / STOP).exists():
+                stop_requested_at = time.monotonic()
         os._exit(1)
 
     threading.Thread(target=watch, name="ends with the work folder", daemon=True).start()

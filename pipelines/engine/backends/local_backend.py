@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from conf.refusal import NO_VALUE
-from pipelines.engine.backends.base import MAX_RETRIES, Backend, Poll, Say
+from pipelines.engine.backends.base import MAX_RETRIES, Backend, Log, Poll
 from pipelines.engine.backends.gang import SAVING_SECONDS, Gang, run_rank
 from pipelines.engine.backends.machines import Resources, check_feasible
 from pipelines.engine.backends.outcome import (
@@ -66,7 +66,7 @@ class LocalBackend(Backend):
         cpus: float = 1,
         gpus: float = 0,
         poll: Poll = lambda: None,
-        say: Say = lambda line: None,
+        log: Log = lambda line: None,
     ) -> Generator[tuple[str, Any], None, None]:
         """Worker processes of this machine, as many as its cores allow; in one process the calls take turns."""
         at_once = check_feasible(self._resources, cpus=cpus, gpus=gpus)
@@ -81,7 +81,7 @@ class LocalBackend(Backend):
         workers = [self._worker(cpus) for _ in range(min(at_once, len(waiting)))]
         running: dict[_Worker, str] = {}
         try:
-            yield from _share_out(waiting, workers, running, cpus, poll)
+            yield from _distribute(waiting, workers, running, cpus, poll)
         finally:
             _end_each(list(running))
             self._idle += [worker for worker in workers if worker not in running]
@@ -89,11 +89,11 @@ class LocalBackend(Backend):
     def expect_gang(self) -> None:
         """Nothing to prepare."""
 
-    def gang(self, gang: Gang, *, poll: Poll = lambda: None, say: Say = lambda line: None, again: bool = False) -> Any:
+    def gang(self, gang: Gang, *, poll: Poll = lambda: None, log: Log = lambda line: None, again: bool = False) -> Any:
         """One process for each rank, joined by torch.distributed on loopback; a lone rank may run in this process."""
         check_feasible(self._resources, cpus=gang.cpus_per_worker, gpus=gang.gpus_per_worker, copies=gang.workers)
         if self._in_process and gang.workers == 1:
-            return _beside(gang, poll)
+            return _run_in_thread(gang, poll)
         call = portable_call(run_rank, (gang,))
         _end_each(self._idle)
         port = _free_port()
@@ -124,22 +124,22 @@ class LocalBackend(Backend):
         return _Worker(environment)
 
 
-def _beside(gang: Gang, poll: Poll) -> Any:
+def _run_in_thread(gang: Gang, poll: Poll) -> Any:
     """One rank in a thread of this process, while the caller polls; raising from ``poll`` leaves the thread alone."""
-    ended: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
+    outcomes: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
 
     def body() -> None:
         try:
-            ended.put((gang.fn(gang.config), None))
+            outcomes.put((gang.fn(gang.config), None))
         except BaseException as error:
-            ended.put((None, error))
+            outcomes.put((None, error))
 
     with _environment(_rank_environment(0, _free_port(), gang)):
         threading.Thread(target=body, name="rank 0", daemon=True).start()
         while True:
             poll()
             with contextlib.suppress(queue.Empty):
-                result, error = ended.get(timeout=POLL_SECONDS)
+                result, error = outcomes.get(timeout=POLL_SECONDS)
                 if error is not None:
                     raise error
                 return result
@@ -149,12 +149,14 @@ class _Worker:
     """A process that runs calls sent to it, and never outlives this one."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        self.pipe, theirs = SPAWN.Pipe()
+        self.pipe, child_pipe = SPAWN.Pipe()
         self.environment = environment
-        self.process = SPAWN.Process(target=_serve, args=(theirs, environment))  # not daemonic: it may have children
+        self.process = SPAWN.Process(
+            target=_serve, args=(child_pipe, environment)
+        )  # not daemonic: it may have children
         self.process.start()
         _alive.add(self)
-        theirs.close()
+        child_pipe.close()
 
     def send(self, call: bytes) -> None:
         with contextlib.suppress(OSError):  # it died: its sentinel tells
@@ -210,7 +212,7 @@ def _serve(pipe: Connection, environment: dict[str, str]) -> None:
         pipe.send_bytes(guarded_call(call, []))  # spawning has brought the search path along
 
 
-def _share_out(
+def _distribute(
     waiting: dict[str, bytes], workers: list[_Worker], running: dict[_Worker, str], threads: float, poll: Poll
 ) -> Iterator[tuple[str, Any]]:
     """Give calls to idle workers, noted in `running`, and yield results as they come; a call whose worker died is tried

@@ -70,17 +70,17 @@ def check_feasible(available: Resources, *, cpus: float, gpus: float, copies: in
     return min(available.fits(cpus=cpus, gpus=gpus), 1024)
 
 
-class Patience:
+class CapacityWait:
     """Waits for lost machines: logs once, and gives up after ``wait_seconds``."""
 
     def __init__(
-        self, claim: Claim, resources: Callable[[], Resources], *, wait_seconds: float, say: Callable[[str], None]
+        self, claim: Claim, resources: Callable[[], Resources], *, wait_seconds: float, log: Callable[[str], None]
     ) -> None:
-        self._claim, self._resources, self._wait_seconds, self._say = claim, resources, wait_seconds, say
+        self._claim, self._resources, self._wait_seconds, self._log = claim, resources, wait_seconds, log
         self._short_since: float | None = None
         self._looked = -math.inf
 
-    def enough(self) -> bool:
+    def fits_now(self) -> bool:
         """Whether the claim fits now; queries the cluster every LOOK_SECONDS. Raises LostMachineError when time is up."""
         now = time.monotonic()
         if now - self._looked < LOOK_SECONDS:
@@ -89,13 +89,13 @@ class Patience:
         missing = self._claim.missing(self._resources())
         if not missing:
             if self._short_since is not None:
-                self._say(f"the machines are back after {now - self._short_since:.0f} s.")
+                self._log(f"the machines are back after {now - self._short_since:.0f} s.")
             self._short_since = None
             return True
         if self._short_since is None:
             self._short_since = now
             if self._wait_seconds:
-                self._say(
+                self._log(
                     f"{missing}: a machine was lost. Waiting at most {self._wait_seconds:g} s for it, or for another "
                     "(compute.wait_seconds)."
                 )

@@ -22,11 +22,11 @@ from typing import Any
 
 from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.backends import ray_private
-from pipelines.engine.backends.base import MAX_RETRIES, Backend, Poll, Say
+from pipelines.engine.backends.base import MAX_RETRIES, Backend, Log, Poll
 from pipelines.engine.backends.gang import SAVING_SECONDS, Gang
 from pipelines.engine.backends.machines import (
+    CapacityWait,
     Claim,
-    Patience,
     Resources,
     check_feasible,
     lost_connection,
@@ -87,13 +87,13 @@ class RayBackend(Backend):
         cpus: float = 1,
         gpus: float = 0,
         poll: Poll = lambda: None,
-        say: Say = lambda line: None,
+        log: Log = lambda line: None,
     ) -> Generator[tuple[str, Any], None, None]:
         """Tasks of Ray, two for every free slot so that no worker waits for this loop; what has not ended is cancelled."""
         ray = self._ray()
         self._check_ray()
         at_once = check_feasible(self.resources(), cpus=cpus, gpus=gpus)
-        patience = self._patience(Claim(cpus=cpus, gpus=gpus), say)
+        capacity = self._capacity_wait(Claim(cpus=cpus, gpus=gpus), log)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(portable(guarded_call))
         waiting = [(name, pickled_call(fn, *args)) for name, args in calls.items()][::-1]
         running: dict[Any, str] = {}
@@ -104,7 +104,7 @@ class RayBackend(Backend):
                     running[task.remote(call, sys.path)] = name
                 poll()
                 self._check_ray()
-                patience.enough()
+                capacity.fits_now()
                 ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
                 for reference in ready:
                     name = running.pop(reference)
@@ -131,35 +131,35 @@ class RayBackend(Backend):
         self._ray()
         threading.Thread(target=importlib.import_module, args=("ray.train.torch",), name="imports Ray Train").start()
 
-    def gang(self, gang: Gang, *, poll: Poll = lambda: None, say: Say = lambda line: None, again: bool = False) -> Any:
+    def gang(self, gang: Gang, *, poll: Poll = lambda: None, log: Log = lambda line: None, again: bool = False) -> Any:
         """Run the ranks in one `TorchTrainer`; retried if not placed in time (busy cluster, lost machine)."""
         self._ray()
         self._check_ray()
         claim = Claim(cpus=gang.cpus_per_worker, gpus=gang.gpus_per_worker, copies=gang.workers)
         if not again:
             check_feasible(self.resources(), cpus=claim.cpus, gpus=claim.gpus, copies=claim.copies)
-        patience = self._patience(claim, say)
+        capacity = self._capacity_wait(claim, log)
         while True:
-            while not patience.enough():
+            while not capacity.fits_now():
                 poll()
                 self._check_ray()
                 time.sleep(POLL_SECONDS)
             machines = self._alive()
-            answer = self._attempt(gang, poll)
-            if isinstance(answer, NoPlaceError):
+            outcome = self._attempt(gang, poll)
+            if isinstance(outcome, NoPlaceError):
                 continue
-            if isinstance(answer, BaseException):
-                if len(machines) > 1 and lost_connection(answer):
-                    self._expect_loss(machines, answer, poll, say)
-                raise answer
-            return answer
+            if isinstance(outcome, BaseException):
+                if len(machines) > 1 and lost_connection(outcome):
+                    self._raise_if_machine_lost(machines, outcome, poll, log)
+                raise outcome
+            return outcome
 
     def _attempt(self, gang: Gang, poll: Poll) -> Any:
         """Result of one attempt, run in a second thread while this one polls: Ray Train's fit() blocks, and in the main
         thread it would take over Ctrl-C."""
-        answer: list[Any] = []
+        outcome: list[Any] = []
         local = self._address is None
-        thread = threading.Thread(target=lambda: answer.append(fit(gang, local)), name="gang", daemon=True)
+        thread = threading.Thread(target=lambda: outcome.append(fit(gang, local)), name="gang", daemon=True)
         thread.start()
         try:
             while thread.is_alive():
@@ -173,17 +173,17 @@ class RayBackend(Backend):
             thread.join(SAVING_SECONDS + POLL_SECONDS)
             raise
         self._check_ray()
-        if not answer:
+        if not outcome:
             raise WorkerDiedError("the ranks", NO_VALUE, "ended without a result")
-        return answer[0]
+        return outcome[0]
 
     def _alive(self) -> set[str]:
         return {str(node["NodeID"]) for node in self._ray().nodes() if node["Alive"]}
 
-    def _expect_loss(self, machines: set[str], error: BaseException, poll: Poll, say: Say) -> None:
+    def _raise_if_machine_lost(self, machines: set[str], error: BaseException, poll: Poll, log: Log) -> None:
         """Raise WorkerDiedError if a machine is lost: its peers' connections break at once, and Ray itself notices after
         five failed health checks."""
-        say(
+        log(
             f"a rank lost its connection to another; Ray has {LOSS_SECONDS:.0f} s to find out whether a machine is lost."
         )
         deadline = time.monotonic() + LOSS_SECONDS
@@ -195,17 +195,17 @@ class RayBackend(Backend):
                 raise WorkerDiedError("the ranks", NO_VALUE, f"a machine went away under them ({first})") from error
             time.sleep(1)
 
-    def _patience(self, claim: Claim, say: Say) -> Patience:
-        there = self.resources()
+    def _capacity_wait(self, claim: Claim, log: Log) -> CapacityWait:
+        known = self.resources()
 
         def look() -> Resources:
             """The last known resources while the head is unreachable: Ray would wait longer than we do (`_check_ray`)."""
-            nonlocal there
+            nonlocal known
             if self._head is None or self._head.connects():
-                there = self.resources()
-            return there
+                known = self.resources()
+            return known
 
-        return Patience(claim, look, wait_seconds=self._wait_seconds, say=say)
+        return CapacityWait(claim, look, wait_seconds=self._wait_seconds, log=log)
 
     def close(self) -> None:
         with self._start:

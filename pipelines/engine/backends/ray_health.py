@@ -39,20 +39,20 @@ class Head:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._asked = self._answered = time.monotonic()
-        self._turn = threading.Lock()
+        self._checked_at = self._answered_at = time.monotonic()
+        self._lock = threading.Lock()
 
     def answers(self) -> bool:
         """False once it has not answered for SILENT_SECONDS: heads may be started again, and Ray waits a minute for them."""
-        with self._turn:
+        with self._lock:
             now = time.monotonic()
-            if now - self._asked > SILENT_SECONDS:  # nobody has asked for so long
-                self._answered = now
-            if now - self._asked > 2:
-                self._asked = now
+            if now - self._checked_at > SILENT_SECONDS:  # nobody has called this for so long
+                self._answered_at = now
+            if now - self._checked_at > 2:
+                self._checked_at = now
                 if self.connects():
-                    self._answered = now
-            return now - self._answered < SILENT_SECONDS
+                    self._answered_at = now
+            return now - self._answered_at < SILENT_SECONDS
 
     def connects(self) -> bool:
         """Whether it takes a connection now."""

@@ -84,14 +84,14 @@ def end_node(node: Any) -> None:
     """End what is left of a Ray of this machine. What a raylet has started, or was starting as it died, would look for it
     for up to a minute."""
     raylets = {str(info.process.pid) for kind in node.all_processes for info in node.all_processes[kind]}
-    doomed = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
             if parent in raylets or f"/{node.session_name}/".encode() in (folder / "cmdline").read_bytes():
-                doomed.append(int(folder.name))
+                pids.append(int(folder.name))
     node.kill_all_processes(check_alive=False, allow_graceful=False)
-    for pid in doomed:
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 

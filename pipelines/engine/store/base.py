@@ -24,7 +24,7 @@ from pipelines.engine.step import Artifact
 from pipelines.engine.store import lease as leases
 from pipelines.engine.store import manifest as manifests
 from pipelines.engine.store.lease import Held, Lease, Owner
-from pipelines.engine.store.listed import strangers
+from pipelines.engine.store.listed import unlisted
 from pipelines.engine.store.records import Records
 from pipelines.engine.store.sealed import sealed
 from pipelines.engine.store.work import Work, work_name
@@ -148,9 +148,9 @@ class Store(ABC):
         if damage is not None:
             raise damage
 
-    def strangers(self, artifact: Artifact) -> list[str]:
+    def unlisted(self, artifact: Artifact) -> list[str]:
         """Relative paths of files in the artifact's folder that its manifest does not list, if readers would see them."""
-        return strangers(Path(artifact.url), artifact.manifest)
+        return unlisted(Path(artifact.url), artifact.manifest)
 
     def _damage(
         self, artifact: Artifact, folder: Path, self_checking: tuple[str, ...], rechecked: tuple[str, ...] = ()

@@ -19,16 +19,16 @@ from pipelines.engine.store.manifest import NAME
 
 def listed(folder: Path, manifest: Mapping[str, Any]) -> Path:
     """``folder``, or a folder of links to what the manifest lists. Raises Refusal where links cannot be made."""
-    foreign = strangers(folder, manifest)
-    if not foreign:
+    unlisted_files = unlisted(folder, manifest)
+    if not unlisted_files:
         return folder
     view = folder.parents[1] / ".views" / f"{folder.parent.name}-{folder.name}"
-    if not view.is_dir() or strangers(view, manifest) or not all((view / path).is_file() for path in manifest["files"]):
+    if not view.is_dir() or unlisted(view, manifest) or not all((view / path).is_file() for path in manifest["files"]):
         try:
             _link(folder, manifest, view)
         except OSError as error:
             raise Refusal(
-                folder / foreign[0],
+                folder / unlisted_files[0],
                 NO_VALUE,
                 "is no part of the artifact in whose folder it lies, and no folder without it can be made "
                 f"({error.strerror}: {view})",
@@ -37,7 +37,7 @@ def listed(folder: Path, manifest: Mapping[str, Any]) -> Path:
     return view
 
 
-def strangers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+def unlisted(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Sorted relative paths in the folder that the manifest does not list; of folders only linked ones."""
     own = {NAME, *manifest["files"]}
     found = []

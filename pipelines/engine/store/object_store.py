@@ -26,7 +26,7 @@ from pipelines.engine.store import lease as leases
 from pipelines.engine.store import manifest as manifests
 from pipelines.engine.store.base import Store
 from pipelines.engine.store.lease import Lease
-from pipelines.engine.store.listed import strangers
+from pipelines.engine.store.listed import unlisted
 from pipelines.engine.store.objects import Objects, cached_folder, data_folder, move_into_cache
 from pipelines.engine.store.records import S3Records
 from pipelines.engine.store.sealed import opened, sealed, unsealed
@@ -103,9 +103,9 @@ class ObjectStore(Store):
             if not whole or self._damage(artifact, copy, self_checking, rechecked) is not None:
                 (copy / manifests.NAME).unlink(missing_ok=True)  # `fetch` takes it for none
 
-    def strangers(self, artifact: Artifact) -> list[str]:
+    def unlisted(self, artifact: Artifact) -> list[str]:
         copy = cached_folder(self.url, artifact.manifest)
-        return strangers(copy, artifact.manifest) if copy.exists() else []
+        return unlisted(copy, artifact.manifest) if copy.exists() else []
 
     def open_work(self, lease: Lease, step: str, digest: str, *, resumes: bool) -> Work:
         """This machine's folder of the last attempt goes on if nobody else had it since; else what was kept comes down."""

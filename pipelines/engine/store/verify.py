@@ -66,7 +66,7 @@ def _artifact(store: Store, step: str, name: str, seal: bool) -> Finding:
                 else f"is not what was published (its sha256 is {sha256} and was {published})"
             )
             damage.append(str(damaged_file(artifact, f"{place}/{path}", state)))
-    notes = [f"{place}/{path}: no part of the artifact, never read" for path in store.strangers(artifact)]
+    notes = [f"{place}/{path}: no part of the artifact, never read" for path in store.unlisted(artifact)]
     unsealed = not manifests.is_sealed(manifest)
     if unsealed and seal and not damage:
         store.seal(artifact)
