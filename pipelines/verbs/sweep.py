@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from conf.refusal import Refusal
 from pipelines.console import display as console
 from pipelines.engine import runner
 from pipelines.engine.backends.search_path import portable
-from pipelines.engine.step import EngineError
 from pipelines.engine.store.open import open_store
 from pipelines.execution import execute, make_backend, named
 from pipelines.graph import build
@@ -195,7 +195,7 @@ def watching(points: Sequence[Combination]) -> Iterator[None]:
             ended = over.wait(WATCH_SECONDS)  # and once more after the end
             try:
                 look()
-            except (OSError, EngineError) as error:
+            except (OSError, Refusal) as error:
                 tell(f"cannot look into the store: {error}")
 
     thread = threading.Thread(target=watch, name="watch", daemon=True)
