@@ -1,11 +1,10 @@
-"""The structure holds: who may import whom, no cycles, the doors, the walk to the kernel, and docs/map.md."""
+"""The structure holds: who may import whom, no cycles, the doors, and docs/map.md."""
 
 from __future__ import annotations
 
 import ast
 import re
 import sys
-from collections import deque
 from pathlib import Path
 
 import pytest
@@ -183,19 +182,6 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
     for path in SOURCES:
         visit(path)
-
-
-def test_the_walk_from_the_graph_to_the_attention_kernel_is_at_most_eight_files() -> None:
-    graph = edges()
-    start, goal = ROOT / "pipelines/graph.py", ROOT / "model/kernels/attention.py"
-    length, queue = {start: 1}, deque([start])
-    while queue:
-        path = queue.popleft()
-        for other in graph.get(path, ()):
-            if other not in length:
-                length[other] = length[path] + 1
-                queue.append(other)
-    assert length[goal] <= 8
 
 
 def test_the_map_has_every_source_file_in_under_eight_words() -> None:
