@@ -42,7 +42,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"off": [], "on": []}
     until_first: dict[str, list[float]] = {"off": [], "on": []}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = folder  # nothing compiled before
+        os.environ["ATHANOR_CACHE"] = folder  # nothing compiled before
         job = job_of(arguments.experiment, arguments.overrides, steps=arguments.steps, folder=Path(folder))
         for turn in range(arguments.rounds):
             for compiled in seconds:

@@ -11,15 +11,13 @@ import argparse
 import difflib
 import gc
 import io
-import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 gc.disable()  # what imports make stays: looking for garbage among it takes a tenth of their time
 
-from pipelines.settings.compose import COMMAND  # noqa: E402
+from pipelines.engine.secrets import record_command  # noqa: E402
 from pipelines.verbs import commands as verbs  # noqa: E402
 from pipelines.verbs.help import cluster_help, settings_help  # noqa: E402
 
@@ -167,10 +165,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(0)
     name = arguments[0]
     _check_verb(name)
-    os.environ[COMMAND] = shlex.join(["athanor", *arguments])
     try:
         options = _parse(name, arguments[1:])
         verbs.check_secrets([*options.overrides, *options.command])  # before anything is written anywhere
+        record_command(["athanor", *arguments])
         if name == "submit" and options.command:
             _check_verb(options.command[0])
             options.sent = _parse(options.command[0], options.command[1:])

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from conf.files import machine_cache
 from pipelines.__main__ import main
 from pipelines.engine.backends.search_path import PACKAGES
 
@@ -26,6 +27,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "athanor"))
 
 ROOT = Path(__file__).parents[1]
 
+# Compiled code is kept between sessions: 12 s and more without, 3 s with it.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(machine_cache() / "inductor"))
 if "ATHANOR_CACHE" not in os.environ:  # of this machine's user; workers and commands inherit ours
     os.environ["ATHANOR_CACHE"] = tempfile.mkdtemp(prefix="athanor-cache-")
     atexit.register(shutil.rmtree, os.environ["ATHANOR_CACHE"], ignore_errors=True)

@@ -119,7 +119,11 @@ def test_what_cannot_be_read_says_how_to_write_it(capsys: pytest.CaptureFixture[
     assert "'auto', 'on'" not in (choice := said("pretrain.compile=ö")) and "must be one of auto, on, off" in choice
     assert "Lists are written [a,b]" in said("model.pattern=[{first: ü}]")
     assert "ASCII letters, digits and _" in said("sources.bücher.paths=[a]")
-    assert said("~model").startswith("athanor: model: has no value and no default")
+    assert (
+        "~tracking: tracking is a group, which has one option chosen. Write one of tracking=off, tracking=wandb."
+        in (said("~tracking"))
+    )
+    assert said("~pretrain").startswith("athanor: pretrain: has no value and no default")
 
 
 def test_several_values_are_a_sweep_where_they_are_no_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -51,24 +52,34 @@ _LOOKS = {
 _LOOK = re.compile("|".join(f"(?P<look{number}>(?<![A-Za-z0-9]){look})" for number, look in enumerate(_LOOKS.values())))
 
 
+COMMAND = "ATHANOR_COMMAND"
+"""Environment variable with the typed command line, for workers in other processes."""
+
+
+def record_command(words: Sequence[str]) -> None:
+    """Set COMMAND to a command line, with secrets redacted."""
+    os.environ[COMMAND] = without_secrets(shlex.join(words))
+
+
 def refuse_secrets(value: Any, where: str) -> None:
     """Raise Refusal, about ``where``, if any text in plain data holds a secret: from the environment, or by its pattern."""
     written = json.dumps(value, default=str)
-    for name, secret in _of_environment().items():
-        if secret.search(written):
-            raise Refusal(
-                where,
-                NO_VALUE,
-                f"contains the value of the environment variable {name}. Secrets are never written to disk",
-                "leave it out of the settings; what needs it reads the environment itself",
-            )
-    for kind, _ in _by_looks(written):
-        raise Refusal(
-            where,
-            NO_VALUE,
-            f"contains {kind}. Secrets are never written to disk",
-            "leave it out of the settings, and put it into an environment variable of what needs it",
-        )
+    kind = next((kind for kind, _ in _by_looks(written)), None)
+    variable = next((name for name, secret in _of_environment().items() if secret.search(written)), None)
+    if kind is None and variable is None:
+        return
+    found = f"the value of the environment variable {variable}"
+    if kind is not None:
+        found = kind if variable is None else f"{kind} ({found})"
+    remedy = "what needs it reads the environment itself"
+    if variable is None:
+        remedy = "put it into an environment variable of what needs it"
+    raise Refusal(
+        where,
+        NO_VALUE,
+        f"contains {found}. Secrets are never written to disk",
+        f"leave it out of the settings; {remedy}",
+    )
 
 
 def without_secrets(value: Any) -> Any:
@@ -94,6 +105,8 @@ def _of_environment() -> dict[str, re.Pattern[str]]:
     """{variable: pattern that finds its secret in JSON}."""
     found = {}
     for name, value in os.environ.items():
+        if name == COMMAND:  # what it repeats has a reason of its own
+            continue
         texts = [_pattern(secret) for secret in _secrets_of(name, value.strip()) if len(secret) >= SHORTEST]
         if texts:
             found[name] = re.compile("|".join(texts))

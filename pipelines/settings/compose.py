@@ -30,7 +30,7 @@ from data.text.corpus import CorpusSettings
 from data.tokenizers.sentencepiece import tokenizer_files
 from data.tokenizers.training import TokenizerSettings
 from model.config import ModelConfig
-from pipelines.engine.secrets import refuse_secrets
+from pipelines.engine.secrets import COMMAND, refuse_secrets
 from pipelines.engine.store.lineage import origin
 from pipelines.engine.store.manifest import provenance
 from pipelines.settings.overrides import CONF_DIR, SettingsError, chosen_fields, fields_by_kind, hydra_overrides
@@ -54,8 +54,6 @@ from pipelines.training.settings import (
     ZeroSettings,
 )
 
-COMMAND = "ATHANOR_COMMAND"
-"""Environment variable with the typed command line, for workers in other processes."""
 SENTINELS = 100  # as many as T5 has
 T = TypeVar("T")
 _EXECUTION: Any = {"execution": True}

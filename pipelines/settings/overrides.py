@@ -59,6 +59,9 @@ def hydra_overrides(overrides: Sequence[str], root: type, *, sweep: bool = False
             raise SettingsError(
                 f"{override!r}: names of settings and of sources are ASCII letters, digits and _; rename {key}."
             )
+        if match["prefix"] == "~" and (CONF_DIR / key).is_dir():
+            choices = ", ".join(f"{key}={option}" for option in options(key))
+            raise SettingsError(f"{override}: {key} is a group, which has one option chosen. Write one of {choices}.")
         if key.startswith("hydra") or match["prefix"] == "~":
             result.append(override)
         elif (CONF_DIR / key).is_dir() and _SWEEP.fullmatch(value):

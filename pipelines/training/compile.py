@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from conf.files import machine_cache
 from model.heads.language import LanguageHead
 from model.stack import Stack
 from pipelines.training.errors import TrainingError
@@ -43,8 +43,7 @@ def compile_blocks(model: nn.Module, settings: TrainSettings, device: torch.devi
     if whole is not None or (blocks is not None and not losses):
         return f"compile: off, {whole or blocks}"
     # The default, under /tmp, is emptied when the machine restarts.
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "athanor" / "inductor"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(machine_cache() / "inductor"))
     for head in losses:
         head.compile_loss()
     if blocks is not None:

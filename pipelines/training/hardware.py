@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from conf.files import machine_cache
+
 # Dense peak FLOP/s from the vendors' data sheets, without sparsity: (bf16 tensor cores, fp32 outside them).
 GPU_PEAKS: dict[str, tuple[float, float]] = {
     "B200": (2250e12, 75e12),
@@ -61,7 +63,7 @@ def peak_flops(device: torch.device, precision: str, threads: int) -> tuple[floa
 
 def peaks_file() -> Path:
     """Cache file of a machine's measured peaks."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "athanor" / "peak-flops.json"
+    return machine_cache() / "peak-flops.json"
 
 
 def _kept(device: torch.device, precision: str, threads: int, size: int) -> tuple[dict[str, Any], str]:

@@ -43,7 +43,7 @@ def wandb_mode(settings: TrackingSettings) -> tuple[Mode, str]:
 def _has_key(server: str) -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    netrc = Path(os.environ.get("NETRC", os.path.expanduser("~/.netrc")))  # Path.home() raises where there is no home
     return netrc.exists() and (urlsplit(server).hostname or server) in netrc.read_text()
 
 

@@ -24,6 +24,8 @@ from typing import IO, Any
 
 PREFIX = "10.213.7."
 BRIDGE = "athanor-br"
+KNOWN = {f"n{n}": n for n in range(1, 9)} | {"controller": 9}
+"""Names a machine can have, and its number."""
 
 
 def available() -> bool:
@@ -112,8 +114,7 @@ class Network:
             ["link", "set", "lo", "up"],
         ):
             _ip("-n", space, *words)
-        known = {f"n{n}": n for n in range(1, 9)} | {"controller": 9}
-        others = "".join(f"{PREFIX}{10 + n} {other}\n" for other, n in known.items() if other != name)
+        others = "".join(f"{PREFIX}{10 + n} {other}\n" for other, n in KNOWN.items() if other != name)
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{others}")
         mounts = [
             f"mount --bind {folder / 'hosts'} /etc/hosts",
@@ -135,7 +136,24 @@ def network(folder: Path) -> Iterator[Network]:
     """A bridge and no nodes yet; all of it goes at the end. One at a time on this machine."""
     with Path("/tmp/athanor-machines.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        _clear_leftovers()
         yield from _network(folder)
+
+
+def _clear_leftovers() -> None:
+    """Delete bridge and namespaces of a run that was killed before it could: whoever uses them holds the lock.
+
+    Raises AssertionError where a process is left in one.
+    """
+    for name in KNOWN:
+        space = f"athanor-{name}"
+        if not Path("/run/netns", space).exists():
+            continue
+        inside = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True).stdout.split()
+        assert not inside, f"processes {inside} of an earlier run are left in the namespace {space}: end them"
+        _ip("link", "del", f"v-{name}", check=False)
+        _ip("netns", "del", space, check=False)
+    _ip("link", "del", BRIDGE, check=False)
 
 
 def _network(folder: Path) -> Iterator[Network]:

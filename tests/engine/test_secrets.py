@@ -7,7 +7,7 @@ import os
 import pytest
 
 from conf.refusal import Refusal
-from pipelines.engine.secrets import refuse_secrets, without_secrets
+from pipelines.engine.secrets import COMMAND, record_command, refuse_secrets, without_secrets
 
 OURS = {
     "GITHUB_PAT": "abc-0123456789",
@@ -99,3 +99,22 @@ def test_ordinary_settings_are_none(settings: dict[str, object], monkeypatch: py
         monkeypatch.setenv(name, value)
     refuse_secrets(settings, "settings")
     assert without_secrets(settings) == settings
+
+
+def test_a_refusal_gives_the_pattern_first_and_our_own_command_line_is_no_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = "postgres://u:pw0123@h/db"
+    monkeypatch.setenv(COMMAND, f"athanor run tracking.entity={url}")
+    with pytest.raises(Refusal, match=r"^tracking\.entity: contains a password inside a URL\. Secrets"):
+        refuse_secrets(url, "tracking.entity")
+    with pytest.raises(Refusal, match=r"contains a password inside a URL \(.* environment variable DATABASE_URL\)"):
+        refuse_secrets(OURS["DATABASE_URL"], "store=…")
+
+
+def test_the_recorded_command_line_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COMMAND, "athanor run store=s3cr3t")
+    record_command(["athanor", "generate", "--prompt", "postgres://u:pw0123@h/db s3cr3t", "store=a b"])
+    assert os.environ[COMMAND] == (
+        "athanor generate --prompt 'postgres://u:<a password inside a URL>@h/db <API_TOKEN>' 'store=a b'"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import math
+import os
 import platform
 import re
 import shlex
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from conf.files import machine_cache
 from pipelines.training import metrics as metrics_module
 from pipelines.training import wandb_mode as wandb_mode_module
 from pipelines.training.hardware import GPU_PEAKS, peak_flops, peaks_file
@@ -99,8 +101,12 @@ def test_mfu_is_its_formula() -> None:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for what is kept between runs; returns the file of peaks."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("ATHANOR_CACHE", str(tmp_path / "cache" / "athanor"))
     return peaks_file()
+
+
+def test_peaks_are_kept_in_this_machines_one_cache(cache: Path) -> None:
+    assert cache.parent == machine_cache() == Path(os.environ["ATHANOR_CACHE"])
 
 
 def test_the_peak_of_a_cpu_is_measured_and_says_so(cache: Path) -> None:

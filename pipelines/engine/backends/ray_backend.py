@@ -261,7 +261,7 @@ class RayBackend(Backend):
             # ~/.ray unless the user chose otherwise. Without a home to keep it in, it travels in the environment.
             try:
                 Path.home().joinpath(".ray").mkdir(exist_ok=True)
-            except OSError:
+            except (OSError, RuntimeError):  # the latter where a user has none
                 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init(
                 address="local",
