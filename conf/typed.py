@@ -21,6 +21,7 @@ from conf.refusal import NO_VALUE, Legacy, Refusal
 
 T = TypeVar("T")
 NoneType = type(None)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def from_plain(cls: type[T], mapping: Mapping[str, Any], where: str = "settings") -> T:
@@ -74,12 +75,24 @@ def _dataclass(cls: type, mapping: Any, where: str) -> Any:
         raise Refusal(listed, NO_VALUE, "has no value and no default", "set it")
     # In the order of the fields, so that of values that follow from one another the one a person sets is named first.
     values = {key: _value(hint, mapping[key], _at(where, key)) for key, hint in known_types.items() if key in mapping}
+    for field in dataclasses.fields(cls):
+        if field.name in values and not field.metadata.get("path"):
+            _refuse_broken_text(values[field.name], _at(where, field.name))
     try:
         return cls(**values)
     except Legacy as error:
         raise type(error)(_placed(where, cls, error)) from error
     except Refusal as refusal:
         raise refusal.under(where) from refusal.__cause__
+
+
+def _refuse_broken_text(value: Any, where: str) -> None:
+    """A text or a list of texts is UTF-8. Only a path may hold the bytes that Python writes as lone surrogates."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and _SURROGATE.search(text):
+            raise Refusal(
+                where, text, "holds bytes that are not UTF-8, or half of a surrogate pair", "write it in UTF-8"
+            )
 
 
 def _at(where: str, name: str) -> str:

@@ -156,8 +156,10 @@ VERBS: dict[str, Verb] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `athanor` command; leaves with the verb's exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
-            stream.reconfigure(errors="backslashreplace")  # characters the terminal cannot encode are escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # what the terminal's encoding lacks, and bytes of no encoding
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, VERBS)) + 2

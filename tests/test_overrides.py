@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conf.refusal import Refusal
 from data.errors import DataError
 from data.text.corpus import corpus_files
 from pipelines.__main__ import VERBS, Verb, main
@@ -156,6 +157,12 @@ def test_a_point_that_cannot_be_is_one_mistake_and_the_others_run(tmp_path: Path
     assert "optim.lr = 'x': expected a finite number" in points[1].mistake
 
 
+def test_bytes_that_are_not_utf8_are_a_path_or_one_refusal() -> None:
+    assert compose(["experiment=text", "corpus.paths=[/a/\udcff]"]).corpus.paths == ("/a/\udcff",)
+    with pytest.raises(Refusal, match=r"^evaluate\.samples\.prompts = 'a\\udcff': holds bytes that are not UTF-8"):
+        compose(["experiment=text", "evaluate.samples.prompts=[a\udcff]"])
+
+
 def test_a_terminal_without_utf8_is_spelled_to_and_no_command_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
@@ -163,3 +170,8 @@ def test_a_terminal_without_utf8_is_spelled_to_and_no_command_crashes(monkeypatc
     with pytest.raises(SystemExit) as left:
         main(["plan", "experiment=text"])
     assert left.value.code == 0 and written.getvalue() == b"\\u6587 \xe9"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written := io.BytesIO(), encoding="utf-8", write_through=True))
+    monkeypatch.setitem(VERBS, "plan", Verb(help="", function=lambda options: sys.stdout.write("文 \udcff") and 0))
+    with pytest.raises(SystemExit):
+        main(["plan", "experiment=text"])
+    assert written.getvalue() == "文 \\udcff".encode()

@@ -80,6 +80,7 @@ class ReadLog:
 
     def note_malformed(self, file: SourceFile, line: int, what: str, allowed: int, *, unit: str = "line") -> None:
         """Count a malformed line (or row); raise DataError when the file has more than `allowed`."""
+        what = SURROGATES.sub("\ufffd", what)  # it may quote names of fields, and is printed
         self.counts["malformed_lines"] += 1
         key = f"malformed_lines in {file.name}"
         self.counts[key] += 1

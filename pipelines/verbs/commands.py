@@ -169,7 +169,7 @@ def generate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         stop=tuple(arguments.stop),
     )
-    for prompt in arguments.prompt:
+    for prompt in map(_as_utf8, arguments.prompt):
         generator.room(prompt, chat=arguments.chat)  # a prompt that is too long is refused before it is repeated
         sys.stdout.write("" if arguments.chat else prompt)
         done = generator.generate(prompt, settings, chat=arguments.chat, on_text=_write_now)
@@ -178,6 +178,16 @@ def generate(arguments: argparse.Namespace) -> int:
             f"[{done.tokens} tokens, {done.tokens_per_second:.0f} tokens/s, ended by {ENDINGS[done.finish]}]\n"
         )
     return 0
+
+
+def _as_utf8(prompt: str) -> str:
+    """A prompt with U+FFFD for bytes that are not UTF-8, which a command line holds as lone surrogates; logged if any."""
+    from data.tokenizers.base import SURROGATES
+
+    text, replaced = SURROGATES.subn("\ufffd", prompt)
+    if replaced:
+        sys.stderr.write(f"[a prompt is not UTF-8 throughout: U+FFFD stands for {replaced} of its bytes]\n")
+    return text
 
 
 def _model_folders(arguments: argparse.Namespace) -> tuple[str | None, Path, Path | None]:

@@ -92,6 +92,7 @@ def test_a_full_mapping_becomes_typed_settings() -> None:
         ({"steps": 1, "warmup": {"rl": 1}}, "train.warmup.rl: no such key. Did you mean train.warmup.lr?"),
         ({"steps": 1, "weights": {"web": "x"}}, "train.weights.web = 'x': expected a finite number"),
         ({"steps": 1, "limit": "x"}, "expected a whole number; or: expected a finite number"),
+        ({"steps": 1, "names": ["a", "b\udcff"]}, r"train.names = 'b\udcff': holds bytes that are not UTF-8"),
         (3, "train = 3: expected a mapping with the keys steps"),
     ],
 )

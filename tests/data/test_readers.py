@@ -132,6 +132,15 @@ def test_half_a_surrogate_pair_in_json_is_replaced_and_counted(tmp_path: Path) -
     assert log.counts["invalid_utf8_bytes"] == 2
 
 
+def test_a_malformed_line_whose_fields_hold_half_a_surrogate_pair_is_told_in_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"k\\ud800": 1}\n{"text": "c"}\n')
+    log = ReadLog.new()
+    read(tmp_path / "a.jsonl", log=log)
+    assert "(here: k\ufffd;" in log.malformed[0]
+    with pytest.raises(DataError, match="\\(here: k\ufffd;"):
+        read(tmp_path / "a.jsonl", ReaderSettings(max_malformed_lines_per_file=0))
+
+
 def test_newlines_and_the_byte_order_mark_stay_when_asked_to(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r")
     assert read(tmp_path / "a.txt", ReaderSettings(newlines="keep"))[0].text == "\ufeffa\r\nb\r"

@@ -150,6 +150,13 @@ def test_the_command_writes_with_quantized_weights_and_says_so(exported, capsys,
     assert sum(isinstance(part, QuantizedLinear) for part in generator.model.modules()) == int(line.split()[1])
 
 
+def test_bytes_of_a_prompt_that_are_not_utf8_are_replaced_and_counted(exported, capsys):
+    assert leaves_with(["generate", "--from", str(exported), "--prompt", "d\udcff\udcfe", "--max-tokens", "1"]) == 0
+    written, said = capsys.readouterr()
+    assert written.startswith("d\ufffd\ufffd")
+    assert "[a prompt is not UTF-8 throughout: U+FFFD stands for 2 of its bytes]" in said
+
+
 def test_a_quantization_that_no_map_fits_is_refused(exported, monkeypatch, capsys):
     monkeypatch.setattr("model.adapt.quantize.GROUP", 7919)
     ask = ["generate", "--from", str(exported), "--prompt", "def ", "--quantize", "int4"]
