@@ -13,6 +13,7 @@ one node of fixed shape, so a new batch never recompiles.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -199,7 +200,7 @@ def _tiles(
             outside_TS = (distance_TS.abs() >= window) | (distance_TS > 0 if causal else False)
             hidden_TS = torch.zeros(distance_TS.shape, dtype=q_MGTC.dtype).masked_fill_(outside_TS, never)
         elif causal:
-            hidden_TS = torch.full((end - start, end - start), never, dtype=q_MGTC.dtype).triu_(1)
+            hidden_TS = _later_keys(end - start, q_MGTC.dtype)
         bias_KGTS, offset = None, 0
         if bias_HL is not None:
             offset = first - start + (bias_HL.shape[1] - 1) // 2
@@ -209,6 +210,13 @@ def _tiles(
         for at in range(0, matrices, some):
             chosen = slice(at, at + some)
             yield _Tile(chosen, start, end, first, last, hidden_TS, absent_M1S, bias_KGTS, offset)
+
+
+@lru_cache(maxsize=4 * QUERY_BLOCK)
+def _later_keys(queries: int, dtype: torch.dtype) -> torch.Tensor:
+    """hidden_TS on the diagonal of a causal band. Never written to, so made once: a small kernel costs little by itself,
+    but beside other work its threads wait for each other."""
+    return torch.full((queries, queries), torch.finfo(dtype).min / 2, dtype=dtype).triu_(1)
 
 
 def _empty_gradients(
