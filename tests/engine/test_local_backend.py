@@ -166,6 +166,21 @@ def test_ranks_end_when_their_folder_is_taken_away(backend: LocalBackend, tmp_pa
         backend.gang(asked, poll=poll)
 
 
+def test_workers_that_are_let_go_leak_nothing(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import worker_functions as workers; from pipelines.engine.backends.local_backend import LocalBackend\n"
+        "if __name__ == '__main__':\n"
+        "    backend = LocalBackend(cpus=2)\n"
+        "    list(backend.map(workers.hold_a_semaphore, {n: (1,) for n in 'ab'}))\n"
+        "    backend.close()"
+    )
+    command = [sys.executable, str(program), str(Path(__file__).parent)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")  # no "leaked semaphore objects"
+
+
 def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -30,6 +31,15 @@ def double(number: int) -> int:
 
 def where(_: Any) -> tuple[int, str]:
     return os.getpid(), os.environ.get("OMP_NUM_THREADS", "")
+
+
+def hold_a_semaphore(number: int) -> int:
+    """As importing a library may, whose module keeps it (tqdm's lock)."""
+    _held.append(multiprocessing.RLock())
+    return number
+
+
+_held: list[Any] = []
 
 
 def sleep_and_tell(seconds: float, folder: str) -> int:

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import glob
 import multiprocessing
+import multiprocessing.util
 import os
 import queue
 import signal
@@ -35,6 +36,8 @@ from pipelines.engine.backends.outcome import (
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork of a process with threads or torch in it may hang
 POLL_SECONDS = 0.2
+LEAVING_SECONDS = 3.0
+"""Timeout of workers that leave by themselves, which takes milliseconds."""
 
 
 class LocalBackend(Backend):
@@ -53,7 +56,7 @@ class LocalBackend(Backend):
         # Steps run in threads of this process, and libraries import lazily: one at a time.
         self._turn = threading.Lock()
         self._idle: list[_Worker] = []
-        weakref.finalize(self, _end_each, self._idle)
+        weakref.finalize(self, _let_go, self._idle)
 
     def resources(self) -> Resources:
         return self._resources
@@ -95,7 +98,7 @@ class LocalBackend(Backend):
         if self._in_process and gang.workers == 1:
             return _run_in_thread(gang, poll)
         call = portable_call(run_rank, (gang,))
-        _end_each(self._idle)
+        _let_go(self._idle)
         port = _free_port()
         ranks = [
             _Worker(_environment_of(gang.cpus_per_worker) | _rank_environment(rank, port, gang))
@@ -111,7 +114,7 @@ class LocalBackend(Backend):
 
     def close(self) -> None:
         """End the workers that wait."""
-        _end_each(self._idle)
+        _let_go(self._idle)
 
     def _worker(self, threads: float) -> _Worker:
         """One that waits and was started as a new one would be, else a new one."""
@@ -120,7 +123,7 @@ class LocalBackend(Backend):
             worker = self._idle.pop()
             if worker.environment == environment and worker.process.is_alive():
                 return worker
-            worker.end()
+            _let_go([worker])
         return _Worker(environment)
 
 
@@ -197,6 +200,21 @@ def _end_each(workers: list[_Worker]) -> None:
         workers.pop().end()
 
 
+def _let_go(workers: list[_Worker]) -> None:
+    """Take workers that wait for a call out of a list and let them leave; those that do not in time are killed.
+
+    One that is killed releases nothing: of the semaphore in tqdm's lock Python then warns as leaked.
+    """
+    leaving = list(workers)
+    workers.clear()
+    for worker in leaving:
+        worker.pipe.close()
+    deadline = time.monotonic() + LEAVING_SECONDS
+    for worker in leaving:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+        worker.end()
+
+
 def _serve(pipe: Connection, environment: dict[str, str]) -> None:
     """A worker's life: run calls until the pipe closes or the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
@@ -208,7 +226,9 @@ def _serve(pipe: Connection, environment: dict[str, str]) -> None:
         try:
             call = pipe.recv_bytes()
         except EOFError:
-            return
+            # Finalizers, which release named semaphores, and no more: Python's own end takes a second with torch in it.
+            multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+            os._exit(0)
         pipe.send_bytes(guarded_call(call, []))  # spawning has brought the search path along
 
 
