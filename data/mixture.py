@@ -25,7 +25,9 @@ class MixturePhase:
     """From this many tokens of the run on, rows are drawn in proportion to these weights (any scale)."""
 
     from_tokens: int = 0
+    """Tokens of the run after which the phase begins; 0 for the first."""
     weights: dict[str, float] = field(default_factory=dict)
+    """Source → weight, on any scale; a source that is not named gets none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class MixtureSettings:
     """The sources' weights over the run. No phase: every source in proportion to its size."""
 
     phases: tuple[MixturePhase, ...] = ()
+    """Weights from given tokens on; none: every source in proportion to its size."""
 
     def __post_init__(self) -> None:
         starts = [phase.from_tokens for phase in self.phases]

@@ -31,7 +31,9 @@ class OrderSettings:
     """The shuffle: rows are drawn from `window_blocks` blocks at a time. More mix better, fewer read more locally."""
 
     seed: int = 0
+    """Seed of the shuffle."""
     window_blocks: int = 256
+    """Blocks whose rows are shuffled together; more mix better, fewer read more locally."""
 
     def __post_init__(self) -> None:
         if self.window_blocks < 1:

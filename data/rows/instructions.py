@@ -55,6 +55,7 @@ class InstructionSettings:
     held_out_fraction: float = 0.05
     """Share of the user's conversations kept for evaluation. Those made from functions follow their document."""
     reader: ReaderSettings = field(default_factory=ReaderSettings)
+    """How files of conversations are read."""
 
     def __post_init__(self) -> None:
         if self.kind == "functions" and not self.tasks:

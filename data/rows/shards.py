@@ -51,8 +51,11 @@ class ShardSettings:
     """How rows are cut and grouped. None of it depends on how many workers write."""
 
     seq_len: int = 1024
+    """Tokens of a row: the context that is trained on."""
     rows_per_block: int = 64
+    """Rows of a block, which is read, verified and shuffled as one."""
     shard_text_bytes: int = 256 * 2**20
+    """Bytes of text that go into one shard, about."""
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "rows_per_block", "shard_text_bytes"):

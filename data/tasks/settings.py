@@ -40,6 +40,7 @@ class NextTokenSettings(Asked):
     """Predict each token from those before it: decoders."""
 
     kind: Literal["next_token"] = "next_token"
+    """Predict each token from those before it."""
 
     def over(self, tokenizer: Tokenizer, seed: int) -> AnyObjective:
         return NextToken()
@@ -50,8 +51,11 @@ class MaskedTokenSettings(Asked):
     """Find hidden tokens from both sides (BERT; dynamic: RoBERTa): encoders. See `MaskedToken`."""
 
     kind: Literal["masked_token"] = "masked_token"
+    """Find hidden tokens from both sides."""
     rate: float = 0.15
+    """Share of the tokens that are hidden."""
     dynamic: bool = True
+    """Hide other tokens every time a row comes up (RoBERTa); false hides the same (BERT)."""
     needs_mask: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -76,8 +80,11 @@ class SpanDenoisingSettings(Asked):
     """Say what sentinels stand for (T5): encoder-decoders. See `SpanDenoising`."""
 
     kind: Literal["span_denoising"] = "span_denoising"
+    """Say what sentinels stand for."""
     rate: float = 0.15
+    """Share of the tokens that are hidden."""
     mean_span: float = 3.0
+    """Mean tokens of a hidden span."""
 
     def __post_init__(self) -> None:
         self._without_ids()
@@ -109,8 +116,11 @@ class TextInfillingSettings(Asked):
     """Say a text again of which spans were hidden (BART): encoder-decoders. See `TextInfilling`."""
 
     kind: Literal["text_infilling"] = "text_infilling"
+    """Say a text of which spans are hidden."""
     rate: float = 0.3
+    """Share of the tokens that are hidden."""
     mean_span: float = 3.0
+    """Mean tokens of a hidden span, drawn from a Poisson distribution."""
     needs_mask: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -53,9 +53,13 @@ class CorpusSettings:
     shard_bytes: int = 4 << 20
     """Files are read in shards of about this many bytes as they lie on disk; a file is never split over shards."""
     reader: ReaderSettings = field(default_factory=ReaderSettings)
+    """How files become documents."""
     filters: FilterSettings = field(default_factory=FilterSettings)
+    """Which documents are too poor to keep."""
     dedup: DedupSettings = field(default_factory=DedupSettings)
+    """Which documents count as copies."""
     held_out: HeldOutSettings = field(default_factory=HeldOutSettings)
+    """Which documents are kept for evaluation."""
 
     def __post_init__(self) -> None:
         if self.shard_bytes < 1:

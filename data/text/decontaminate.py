@@ -27,9 +27,11 @@ class HeldOutSettings:
     """Which documents are kept for evaluation, and what of the rest is too close to them."""
 
     fraction: float = 0.05
+    """Share of the documents, chosen by a hash of their content."""
     min_documents: int = 4
     """When chance holds out fewer, those with the lowest hashes are: this many, but at most a fifth (or one) of all."""
     ngram_words: int = 13
+    """Words of the runs that training text is compared by."""
     max_overlap: float | None = 0.5
     """A training document is dropped when it covers this share of a held-out document's word runs, or they cover this
     share of its own; null switches the check off."""

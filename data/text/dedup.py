@@ -30,15 +30,19 @@ class DedupSettings:
     """When two documents count as the same. Exact copies always do."""
 
     near_duplicates: bool = True
+    """Drop near copies too; false drops exact ones only."""
     threshold: float = 0.8
     """Estimated Jaccard similarity of shingle sets from which a document is dropped (standard error about 0.035)."""
     shingle: Literal["words", "characters"] = "words"
     """What a run is counted in. In a script without spaces between words each character is a word, too."""
     shingle_size: int = 5
+    """Words or characters of a run."""
     permutations: int = 128
+    """Hash functions of a signature; more estimate similarity closer and cost more time."""
     bands: int = 32
     """More bands find less similar candidates and cost more time; permutations / bands rows must agree in one band."""
     seed: int = 1
+    """Seed of the hash functions."""
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:

@@ -21,7 +21,9 @@ class FilterSettings:
     """Limits on a document; null switches a rule off. Fractions are of the text's UTF-8 bytes, or of its lines."""
 
     min_characters: int = 32
+    """Characters that a document has at least."""
     max_characters: int | None = None
+    """Characters that a document has at most."""
     min_letter_fraction: float | None = 0.2
     """Drops tables of numbers and encoded binaries."""
     max_control_fraction: float | None = 0.001

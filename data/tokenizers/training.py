@@ -52,6 +52,7 @@ class TokenizerSettings:
     split_by_whitespace: bool = True
     """False lets pieces span words, as in `in the`; denser still, and slower to learn."""
     max_piece_characters: int = 16
+    """Characters of the longest piece."""
     character_coverage: float = 0.99995
     """Characters beyond this share of the text are spelled in bytes."""
     training_bytes: int = 50_000_000

@@ -77,29 +77,47 @@ class Settings:
     """One experiment, whole. Every field is one top-level key of the composed configuration."""
 
     experiment: str = field(metadata=_EXECUTION)
+    """Name of the experiment, for people."""
     store: str = field(default="runs", metadata={"execution": True, "path": True})
+    """Folder or s3:// prefix of the artifacts."""
     seed: int = 0
     """What `pretrain.seed` and `order.seed` are unless they are set themselves."""
     compute: ComputeSettings = field(default_factory=ComputeSettings, metadata=_EXECUTION)
+    """Where the work runs."""
     corpus: CorpusSettings
+    """The text, where there is one source."""
     sources: dict[str, CorpusSettings] = field(default_factory=dict)
     """Several named corpora instead of `corpus`; `mixture.phases` says how much of each, and when."""
     tokenizer: TokenizerSettings
+    """The vocabulary and how it is learned."""
     shards: ShardSettings
+    """How rows are cut."""
     mixture: MixtureSettings = field(default_factory=MixtureSettings)
+    """How much of each source, and when."""
     order: OrderSettings = field(default_factory=OrderSettings)
+    """The shuffle."""
     model: ModelConfig
+    """The architecture."""
     objective: ObjectiveChoice = field(default_factory=NextTokenSettings)
     """What pretraining asks of a row; the tokenizer gets the pieces it hides with."""
     pretrain: PretrainGroup
+    """The pretraining run."""
     optim: AdamWSettings | MuonSettings
+    """The optimizer of pretraining."""
     schedule: ScheduleSettings
+    """The learning rate's course in pretraining."""
     zero: ZeroSettings = field(metadata=_EXECUTION)
+    """What training ranks share out."""
     finetune: FinetuneSettings | None
+    """Fine-tuning on conversations; null: none."""
     evaluate: EvaluateSettings
+    """What is scored, and how."""
     export: ExportSettings = field(default_factory=ExportSettings)
+    """What is exported."""
     report: ReportSettings = field(default_factory=ReportSettings)
+    """What stands above the report."""
     tracking: TrackingSettings = field(metadata=_EXECUTION)
+    """Weights & Biases."""
 
     def corpora(self) -> dict[str, CorpusSettings]:
         """Corpus settings by step name: `corpus` alone, or `corpus-NAME` for each of `sources`; none where only weights

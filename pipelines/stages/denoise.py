@@ -42,8 +42,11 @@ class DenoiseSettings:
     """What is asked, in rows of how many tokens; of `evaluate`: documents, bytes, resamples, seed and precision count."""
 
     evaluate: EvaluateSettings
+    """Documents, bytes, resamples, seed and precision count."""
     objective: ObjectiveChoice
+    """What is asked of the documents."""
     seq_len: int
+    """Tokens of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ class ExportSettings:
     sample_documents: int = 4
     """Held-out documents that tokens, logits and greedy continuations are compared on."""
     generated_tokens: int = 32
+    """Tokens of each greedy continuation that is compared."""
 
     def __post_init__(self) -> None:
         for name in ("sample_documents", "generated_tokens"):

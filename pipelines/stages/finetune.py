@@ -19,10 +19,13 @@ class FinetuneSettings:
     init_from: str | None = field(default=None, metadata={"execution": True, "path": True})
     """A Hugging Face folder of weights to tune instead of a pretrained model; its content enters digests."""
     data: InstructionSettings = field(default_factory=InstructionSettings)
+    """The conversations."""
     too_long: Literal["truncate", "drop"] = "drop"
+    """A conversation longer than a row: cut at its end, or left out; counted either way."""
     epochs: float = 1.0
     """Times through the conversations, unless `train.total_tokens` ends it earlier."""
     train: TrainSettings
+    """The training run."""
     lora: LoraConfig | None = None
     """null trains every weight."""
     freeze: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ class ComputeSettings:
     """Where the work runs."""
 
     backend: Literal["ray", "local"] = "ray"
+    """Who runs the steps: Ray, or processes of this machine without it."""
     address: str | None = None
     """Of a running Ray cluster ('auto' or 'host:6379'); null starts a Ray on this machine."""
     ranks: int = 1

@@ -28,6 +28,7 @@ class ReportSettings:
     """What stands above the report."""
 
     title: str = "Athanor"
+    """Headline of the report."""
 
     def without(self, failed: Mapping[str, str]) -> PartialReportSettings:
         """Settings of a partial report, after these steps failed."""
@@ -39,6 +40,7 @@ class PartialReportSettings(ReportSettings):
     """A report on part of a run: which steps failed, or could not be made without one that did, with the error of each."""
 
     failed: dict[str, str]
+    """Step → why it is missing."""
 
 
 def run(settings: ReportSettings, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:

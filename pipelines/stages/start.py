@@ -35,7 +35,9 @@ class StartSettings:
     """Where the folder lies, and whether its tokenizer is used: where and how, never what."""
 
     folder: str = field(metadata={"execution": True})
+    """Where the weights lie."""
     brings_tokenizer: bool = field(default=False, metadata={"execution": True})
+    """Whether the folder's tokenizer is used."""
     checksums: dict[str, str] = field(default_factory=dict, metadata={"execution": True})
     """{file: sha256} of an artifact of ours, as its manifest has them: what differs is refused."""
 

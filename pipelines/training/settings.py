@@ -18,20 +18,22 @@ Rate = float | Literal["auto"]
 
 @dataclass(frozen=True, kw_only=True)
 class _AdamSettings:
-    """What both optimizers take.
-
-    lr: peak learning rate, which the schedule scales. embedding_lr, head_lr: the same for embeddings and an untied
-    head; null takes `lr`. auto: from the model's kind and width. weight_decay: for matrices and heads; norms, biases and
-    embeddings take none.
-    """
+    """What both optimizers take."""
 
     lr: Rate = 6e-4
+    """Peak learning rate, which the schedule scales; auto: from the model's kind and width."""
     embedding_lr: Rate | None = None
+    """The same for embeddings; null takes lr."""
     head_lr: Rate | None = None
+    """The same for a head that is not tied to the embeddings; null takes lr."""
     beta1: float = 0.9
+    """Decay of the mean of gradients, per step."""
     beta2: float = 0.95
+    """Decay of the mean of their squares, per step."""
     eps: float = 1e-8
+    """Added to the root of that mean."""
     weight_decay: float = 0.1
+    """Of matrices and heads, per step and learning rate; norms, biases and embeddings take none."""
 
     def __post_init__(self) -> None:
         _require("lr", self.lr, _is_rate(self.lr), "a learning rate above 0, or auto")
@@ -50,21 +52,24 @@ class AdamWSettings(_AdamSettings):
     """AdamW (Loshchilov & Hutter, 2019) for every parameter."""
 
     kind: Literal["adamw"] = "adamw"
+    """AdamW for every parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MuonSettings(_AdamSettings):
     """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW with the fields above for the rest.
 
-    matrix_lr: peak learning rate of the matrices, in units of AdamW's: the orthogonal update is scaled to AdamW's usual
-    root mean square (Moonlight, 2025). expert_lr: of routers, experts and all other weights with more than one axis that
-    Muon does not take; null takes `lr`. Only with ZeRO stage 0, where each rank sees whole matrices.
+    Updates are scaled as by Moonlight (2025). Only with ZeRO stage 0, where each rank sees whole matrices.
     """
 
     kind: Literal["muon"] = "muon"
+    """Muon for the blocks' matrices, AdamW for the rest."""
     matrix_lr: Rate = 2e-3
+    """Peak learning rate of the matrices, in AdamW's units: updates are scaled to its usual root mean square."""
     expert_lr: Rate | None = field(default=None, metadata={"absent_at_default": True})
+    """Of routers, experts and other weights of several axes that Muon does not take; null takes lr."""
     momentum: float = 0.95
+    """Decay of the matrices' mean gradient, per step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,15 +84,16 @@ OptimSettings = AdamWSettings | MuonSettings
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSettings:
-    """How the learning rate moves: up linearly, then along `shape` to `final_fraction` of the peak.
-
-    warmup_fraction: of all steps. decay_fraction: of all steps, the linear tail of `wsd` (warmup, stable, decay).
-    """
+    """How the learning rate moves: up linearly, then along `shape` to `final_fraction` of the peak."""
 
     shape: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Course from the peak to the end; wsd: stable, then a linear tail."""
     warmup_fraction: float = 0.02
+    """Share of all steps with a rising rate."""
     decay_fraction: float = 0.2
+    """Share of all steps in the tail of wsd."""
     final_fraction: float = 0.1
+    """Last learning rate as a share of the peak."""
 
     def __post_init__(self) -> None:
         for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
@@ -102,15 +108,14 @@ class ScheduleSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroSettings:
-    """What DeepSpeed's ranks share out: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters.
-
-    bucket_elements: elements reduced or gathered in one message.
-    expert_parallel: how many ranks hold the experts of each layer together; each holds all of them at 1. In stages 0 to 2.
-    """
+    """What DeepSpeed's ranks share out."""
 
     stage: int = 0
+    """What DeepSpeed's ranks share out: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
     bucket_elements: int = 50_000_000
+    """Elements reduced or gathered in one message."""
     expert_parallel: int = 1
+    """Ranks that hold the experts of each layer together; 1: each rank holds all. In stages 0 to 2."""
 
     def __post_init__(self) -> None:
         _require("stage", self.stage, self.stage in (0, 1, 2, 3), "0, 1, 2 or 3")
@@ -125,15 +130,16 @@ class ZeroSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """When a run saves itself: whichever of the two comes first (null: not by that clock); the last `keep` stay.
-
-    keep_finished: keep them after the finished weights are written (12 bytes a parameter each), to train on from there.
-    """
+    """When a run saves itself: by steps or by time, whichever comes first."""
 
     every_steps: int | None = None
+    """Steps between checkpoints; null: not by steps."""
     every_seconds: float | None = 300.0
+    """Seconds between checkpoints; null: not by time."""
     keep: int = 2
+    """Checkpoints that stay, the newest."""
     keep_finished: bool = False
+    """Keep them after the weights are written (12 bytes a parameter each), to train on from there."""
 
     def __post_init__(self) -> None:
         _require("keep", self.keep, self.keep >= 1, "at least 1: a resumed run needs one")
@@ -144,58 +150,65 @@ class CheckpointSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingSettings:
-    """Weights & Biases beside `metrics.jsonl`, which is always written.
-
-    mode: auto is online where a key is set (WANDB_API_KEY or `wandb login`), else offline, and says which.
-    name: null makes one of the experiment, the step and its digest. tags: besides those two. about: what else stands in the
-    run's config, beside the experiment, the store, the commit and the command, which are added.
-    """
+    """Weights & Biases beside `metrics.jsonl`, which is always written."""
 
     mode: Literal["auto", "online", "offline", "off"] = "off"
+    """auto: online where a key is set (WANDB_API_KEY or wandb login), else offline; says which."""
     project: str = "athanor"
+    """Project of the runs."""
     entity: str | None = None
+    """Team or user; null: the key's own."""
     group: str | None = None
+    """Group of the runs; null: the experiment."""
     name: str | None = None
+    """Name of the run; null: experiment, step and digest."""
     tags: tuple[str, ...] = ()
+    """Tags beside the experiment and the step."""
     about: dict[str, str] = field(default_factory=dict)
+    """What else stands in the run's configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """One training run. Tokens are positions of packed rows: rows times seq_len.
-
-    total_tokens: how far to train; what is left of a last, partial global batch is not trained on.
-    global_batch_tokens: tokens per update over all ranks; micro-batch, accumulation and ranks are derived from it.
-    precision: bf16 is fp32 weights, gradients and sums with the matrix products in bf16.
-    saved_precision: of the finished weights; checkpoints are fp32 always.
-    clip_norm: gradients are scaled down to this global norm; null leaves them.
-    on_non_finite: an update with an infinite or NaN gradient is never applied; then the run stops or counts it.
-    on_divergence: whether a run ends, saved, whose loss is above a uniform guess after warmup or far above its start.
-
-    micro_batch_rows: rows of one forward pass on one rank; null takes the largest that divides and fits.
-    recompute: forget the activations inside blocks and compute them again. threads: cores of one rank; null shares out.
-    compile: torch.compile of blocks and loss; auto where a C++ compiler exists and the run is long enough to earn it back.
-    """
+    """One training run. Tokens are positions of packed rows: rows times seq_len."""
 
     total_tokens: int
+    """Tokens (positions of packed rows) to train on, in whole global batches."""
     global_batch_tokens: int
+    """Tokens of one optimizer step over all ranks; micro-batch and accumulation follow."""
     seed: int = 0
+    """Seed of initial weights and dropout."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: fp32 weights, gradients and sums, matrix products in bf16."""
     saved_precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the finished weights; checkpoints are fp32 always."""
     clip_norm: float | None = 1.0
+    """Largest global norm of the gradient; null: not clipped."""
     on_non_finite: Literal["stop", "skip"] = "stop"
+    """After a gradient with inf or NaN, which is never applied: stop, or skip and count it."""
     optim: OptimSettings = field(default_factory=AdamWSettings)
+    """The optimizer."""
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    """The learning rate's course."""
 
     on_divergence: Literal["stop", "warn"] = field(default="stop", metadata=_EXECUTION)
+    """Whether a run stops, saved, whose loss is above a uniform guess after warmup or far above its start."""
     zero: ZeroSettings = field(default_factory=ZeroSettings, metadata=_EXECUTION)
+    """What ranks share out."""
     micro_batch_rows: int | None = field(default=None, metadata=_EXECUTION)
+    """Rows of one forward pass on one rank; null: the most that divide and fit."""
     recompute: bool = field(default=False, metadata=_EXECUTION)
+    """Forget activations inside blocks and compute them again: less memory, a third more work."""
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=_EXECUTION)
+    """Where ranks compute."""
     threads: int | None = field(default=None, metadata=_EXECUTION)
+    """Cores of one rank; null: shared out."""
     compile: Literal["auto", "on", "off"] = field(default="auto", metadata=_EXECUTION)
+    """torch.compile of blocks and loss; auto: where a C++ compiler exists and the run is long enough."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings, metadata=_EXECUTION)
+    """When the run saves itself."""
     tracking: TrackingSettings = field(default_factory=TrackingSettings, metadata=_EXECUTION)
+    """Weights & Biases."""
 
     def __post_init__(self) -> None:
         _require("total_tokens", self.total_tokens, self.total_tokens > 0, "above 0")

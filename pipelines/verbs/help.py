@@ -1,4 +1,5 @@
-"""`athanor run --help`: experiments, groups and every setting with its default, read from `conf` and the dataclasses."""
+"""`athanor run --help`: experiments, groups and every setting with its default and meaning, read from `conf` and the
+dataclasses. `python -m pipelines.verbs.help > docs/reference.md` writes the reference page."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from conf.described import described
 from conf.typed import field_types
 from pipelines.settings.compose import SET_ELSEWHERE, Settings, plain
 from pipelines.settings.overrides import CONF_DIR, groups, options
 
 NOT_TAUGHT = ("experiment", "hydra")
+MEANING_COLUMN = 44  # of a setting's line, unless the setting is longer
 
 
 def settings_help(overrides: Sequence[str] = ()) -> str:
@@ -78,14 +81,15 @@ def keys(
         if typing.get_origin(hint) in (dict, tuple) and inner:
             yield f"{name}{'.NAME' if typing.get_origin(hint) is dict else ''} (each a {inner[0].__name__})"
         elif not inner:
-            yield f"{name}{'*' if aside else ''}{_shown(field, name, values)}"
+            key, meaning = f"{name}{'*' if aside else ''}{_shown(field, name, values)}", described(cls).get(field.name)
+            yield f"{key:<{MEANING_COLUMN}}  {meaning}" if meaning else key
         for arm in inner if typing.get_origin(hint) not in (dict, tuple) else []:
             kind = typing.get_args(field_types(arm)["kind"])[0] if len(inner) > 1 else None
             if kind is not None and values.get(f"{name}.kind", kind) != kind:
                 continue  # another kind is chosen
-            when = f"   with {name}.kind={kind}" if kind is not None else ""
+            when = f"   (with {name}.kind={kind})" if kind is not None else ""
             yield from (
-                line if "   with " in line or line.startswith(f"{name}.kind") else line + when
+                line if "   (with " in line or line.startswith(f"{name}.kind") else line + when
                 for line in keys(arm, name + ".", values, execution=aside, above=(*above, cls))
             )
 
@@ -109,3 +113,23 @@ def _shown(field: dataclasses.Field[Any], name: str, values: Mapping[str, Any]) 
         return ""
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
     return f" = {shown}"
+
+
+def reference() -> str:
+    """Every setting, its default and meaning, as a page."""
+    lines = [
+        "# Settings",
+        "",
+        "Written by `python -m pipelines.verbs.help > docs/reference.md`; a test says when it is stale.",
+        "",
+    ]
+    lines += [
+        "`*`: changes where or how fast, never what is made. Experiments and groups choose other values.",
+        "",
+        "```",
+    ]
+    return "\n".join([*lines, *keys(Settings, "", {}, execution=False), "```"]) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
