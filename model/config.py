@@ -44,22 +44,30 @@ HeadConfig = (
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """What fills the slots of one layer; cross: attention to an encoder's output, in decoders that have one."""
+    """What fills the slots of one layer."""
 
     mixer: MixerConfig
+    """How tokens are mixed."""
     cross: AttentionConfig | None
+    """Attention to an encoder's output; null in models without one."""
     ffn: AnyFfnConfig
+    """What stands behind the mixer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerChange:
     """Other parts in some layers: in layers `first`, `first + every`, `first + 2 * every` … (hybrids, experts every
-    second layer). A slot that is null stays as the model has it."""
+    second layer).
+    """
 
     every: int = 1
+    """Layers from one changed layer to the next."""
     first: int = 0
+    """The first changed layer, counted from 0."""
     mixer: MixerConfig | None = None
+    """Null: as the model has it."""
     ffn: AnyFfnConfig | None = None
+    """Null: as the model has it."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.first < 0:
@@ -75,41 +83,49 @@ class LayerChange:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A transformer: a decoder over tokens, or whatever else frontend, causal, encoder and head make of it.
-
-    vocab_size: null until a tokenizer is known; `build_model` needs a number.
-    tie_embeddings: the head's matrix is the token embedding's; of an encoder: its embedding is the decoder's.
-    causal: a token sees itself and what stands before it; false is an encoder, where all see all.
-    encoder: what runs before this decoder and is looked at by its cross-attention, which has the mixer's shape. It has
-        head `none`; its vocabulary is this one's where it is null.
-    tower: a second model beside this one, which reads something else; both have head `embedding`, and this one's rows
-        are compared with its (CLIP: text with images).
-    max_seq_len: the longest row the model is meant for; learned positions end there.
-    layout: where the norms stand in a block (see `Block`). dropout: on embeddings and on each branch of a block.
-    mixer, ffn: what fills the slots of every layer; pattern: layers that have something else there, later ones win.
-    logit_soft_cap: logits are squashed to ±cap (Gemma 2). z_loss: weight of logsumexp² in the training objective.
-    """
+    """A transformer: a decoder over tokens, or whatever else frontend, causal, encoder and head make of it."""
 
     vocab_size: int | None = None
+    """Entries of the vocabulary; null until a tokenizer is known, and `build_model` needs a number."""
     d_model: int = 256
+    """Channels of the residual stream."""
     n_layers: int = 6
+    """Blocks."""
     max_seq_len: int = 512
+    """Tokens of the longest row the model is meant for; learned positions end there."""
     tie_embeddings: bool = True
+    """The head's matrix is the token embedding's; of an encoder: its embedding is the decoder's."""
     causal: bool = True
+    """A token sees itself and what stands before it; false: an encoder, where all see all."""
     layout: Layout = "pre"
+    """Where the norms stand in a block (see `Block`)."""
     norm: NormConfig = field(default_factory=NormConfig)
+    """Of the blocks and behind the last one."""
     frontend: FrontendConfig = field(default_factory=TokenFrontendConfig)
+    """What makes vectors of the input."""
     position: PositionConfig = field(default_factory=RopeConfig)
+    """How a token's place is known."""
     mixer: MixerConfig = field(default_factory=AttentionConfig)
+    """What mixes tokens, in every layer."""
     ffn: AnyFfnConfig = field(default_factory=FfnConfig)
+    """What stands behind the mixer, in every layer."""
     pattern: tuple[LayerChange, ...] = ()
+    """Layers that have something else there; later changes win."""
     head: HeadConfig = field(default_factory=LanguageHeadConfig)
+    """What is made of the last vectors."""
     encoder: ModelConfig | None = None
+    """Runs before this decoder and is read by its cross-attention, which has the mixer's shape; its head is none, and
+    its vocabulary this one's where it is null."""
     tower: ModelConfig | None = None
+    """A second model that reads something else and is compared with this one (CLIP); both have head embedding."""
     init: InitConfig = field(default_factory=InitConfig)
+    """How weights start."""
     dropout: float = 0.0
+    """Probability on embeddings and on each branch of a block."""
     logit_soft_cap: float | None = None
+    """Logits are squashed to ±this (Gemma 2); null: as they are."""
     z_loss: float = 0.0
+    """Weight of logsumexp² in the training objective."""
 
     def __post_init__(self) -> None:
         check_counts("model", self, "vocab_size", "d_model", "n_layers", "max_seq_len")

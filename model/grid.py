@@ -78,9 +78,13 @@ class GridPositionConfig:
     """A learned vector for each place in the text, and for the image one for each row and one for each column, added."""
 
     kind: Literal["grid"] = "grid"
+    """Which part this is."""
     text: int = 256
+    """Tokens of the text before the image."""
     height: int = 32
+    """Rows of the image, in tokens."""
     width: int = 32
+    """Columns of the image, in tokens."""
 
     def __post_init__(self) -> None:
         check_counts("position", self, "text", "height", "width")

@@ -45,19 +45,17 @@ NO_WEIGHT_DECAY: frozenset[Role] = frozenset({"norm", "bias", "embedding", "recu
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """How weights start.
-
-    std: standard deviation of weight matrices; null takes 1/sqrt(fan_in), which suits narrow models.
-    embedding_std, head_std: the same for token embeddings and an untied head; null takes `std`, or 0.02 where that is
-        null.
-    residual: the matrices that write into the residual stream are drawn with `std / sqrt(2 * n_layers)` (GPT-2),
-        left at `std` ("plain"), or start at zero so that every block begins as the identity.
-    """
+    """How weights start."""
 
     std: float | None = 0.02
+    """Standard deviation of weight matrices; null: 1/sqrt(fan_in), which suits narrow models."""
     embedding_std: float | None = None
+    """The same for token embeddings; null: `std`, or 0.02 where that is null."""
     head_std: float | None = None
+    """The same for an untied head; null: `std`, or 0.02 where that is null."""
     residual: Literal["scaled", "plain", "zero"] = "scaled"
+    """Matrices that write into the residual stream: drawn with std / sqrt(2 * n_layers) (GPT-2), left at std, or
+    zero, so that every block begins as the identity."""
 
     def __post_init__(self) -> None:
         for name in ("std", "embedding_std", "head_std"):

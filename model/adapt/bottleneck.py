@@ -18,12 +18,16 @@ from model.init import InitConfig, Linear, Parameter, declarations, declare, ini
 
 @dataclass(frozen=True, kw_only=True)
 class BottleneckConfig:
-    """width: of the bottleneck. placement: `houlsby`, behind mixer and ffn, or `pfeiffer`, behind the ffn."""
+    """Adapters of two small layers behind sublayers."""
 
     kind: Literal["bottleneck"] = "bottleneck"
+    """Which part this is."""
     width: int = 64
+    """Channels of the bottleneck."""
     placement: Literal["houlsby", "pfeiffer"] = "pfeiffer"
+    """houlsby: behind mixer and ffn; pfeiffer: behind the ffn."""
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "relu"
+    """Between the two layers."""
 
     def __post_init__(self) -> None:
         if self.width < 1:

@@ -24,17 +24,20 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """rank: of B A. alpha: the update is scaled by alpha / rank. dropout: on the adapters' input, in training.
+    """Low-rank adapters: an update B A of frozen matrices.
 
-    targets: patterns over module names such as `stack.layers.0.mixer.q`; null adapts every linear map of the blocks, an
-    encoder's and a tower's too, but Mamba's output, which the peft package does not adapt. Routers and the experts'
-    weights, which are held together in one tensor, are no such maps: they stay frozen.
+    Routers and the experts' weights, which are held together in one tensor, are no linear maps: they stay frozen.
     """
 
     rank: int = 8
+    """Of B A."""
     alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
     dropout: float = 0.0
+    """Probability on the adapters' input, in training."""
     targets: tuple[str, ...] | None = None
+    """Patterns of module names such as stack.layers.0.mixer.q; null: every linear map of the blocks, an encoder's and
+    a tower's too, but Mamba's output, which the peft package does not adapt."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

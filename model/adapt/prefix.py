@@ -21,10 +21,12 @@ from model.mixers.attention import Attention
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixConfig:
-    """tokens: how many keys and values of each head are learned in every layer."""
+    """Learned keys and values before those of the row."""
 
     kind: Literal["prefix"] = "prefix"
+    """Which part this is."""
     tokens: int = 20
+    """Keys and values of each head that are learned in every layer."""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:

@@ -19,10 +19,12 @@ from model.init import Parameter, declare
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    """tokens: how many virtual tokens. They start as the embeddings of random entries of the vocabulary."""
+    """Learned virtual tokens before the row."""
 
     kind: Literal["prompt"] = "prompt"
+    """Which part this is."""
     tokens: int = 20
+    """Virtual tokens; they start as the embeddings of random entries of the vocabulary."""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:

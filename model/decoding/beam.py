@@ -21,16 +21,15 @@ from model.frontends.base import Source
 
 @dataclass(frozen=True, kw_only=True)
 class BeamConfig:
-    """beams: how many continuations are followed at a time.
-
-    length_penalty: a finished text's log-probability is divided by its length to this power; 0 leaves it.
-    early_stopping: true ends as soon as `beams` texts have finished; false when no running one could beat the worst of
-    them at its present length; "never" when none could at any length, by the bound transformers uses.
-    """
+    """Beam search."""
 
     beams: int = 4
+    """Continuations that are followed at a time."""
     length_penalty: float = 1.0
+    """A finished text's log-probability is divided by its length to this power; 0 leaves it."""
     early_stopping: bool | Literal["never"] = False
+    """true: end as soon as `beams` texts are finished; false: when no running one could beat the worst of them at its
+    present length; never: when none could at any length, by the bound transformers uses."""
 
     def __post_init__(self) -> None:
         if self.beams < 1:

@@ -26,13 +26,18 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class FfnConfig:
-    """d_ff: hidden width. gated: activation(gate x) * (up x), which with silu is SwiGLU; else activation(up x)."""
+    """A feed-forward network."""
 
     kind: Literal["dense"] = "dense"
+    """Which part this is."""
     d_ff: int = 1024
+    """Hidden width."""
     activation: Activation = "silu"
+    """Of the hidden layer."""
     gated: bool = True
+    """activation(gate x) * (up x), which with silu is SwiGLU; false: activation(up x)."""
     bias: bool = False
+    """Whether its maps have offsets."""
 
     def __post_init__(self) -> None:
         check_counts("ffn", self, "d_ff")
@@ -51,6 +56,7 @@ class NoFfnConfig:
     """Nothing behind the mixer: the block has one branch and one norm (Mamba)."""
 
     kind: Literal["none"] = "none"
+    """Which part this is."""
 
     def costs(self, d_model: int) -> SlotCosts:
         """Nothing."""

@@ -19,14 +19,14 @@ SAMPLE_RATE, WINDOW, HOP = 16000, 400, 160
 
 @dataclass(frozen=True, kw_only=True)
 class MelFrontendConfig:
-    """Two convolutions over three frames each; the second takes every other place. bands: of the spectrogram.
-
-    norm: the model's norm after positions are added.
-    """
+    """Two convolutions over three frames each; the second takes every other place."""
 
     kind: Literal["mel"] = "mel"
+    """Which part this is."""
     bands: int = 80
+    """Of the spectrogram."""
     norm: bool = False
+    """The model's norm after positions are added."""
     uses_vocabulary: ClassVar[bool] = False
     tokens: ClassVar[None] = None
 

@@ -15,19 +15,22 @@ from model.positions.position import Positions
 
 @dataclass(frozen=True, kw_only=True)
 class PatchFrontendConfig:
-    """Square images, cut into square patches, each a token.
-
-    image_size, patch_size: in pixels. planes: colours of a pixel. class_token: a learned vector stands before the patches.
-    bias: the projection has an offset. norm: the model's norm after positions are added (CLIP).
-    """
+    """Square images, cut into square patches, each a token."""
 
     kind: Literal["patches"] = "patches"
+    """Which part this is."""
     image_size: int = 224
+    """Pixels of a side."""
     patch_size: int = 16
+    """Pixels of a patch's side."""
     planes: int = 3
+    """Colours of a pixel."""
     class_token: bool = True
+    """A learned vector stands before the patches."""
     bias: bool = True
+    """The projection has an offset."""
     norm: bool = False
+    """The model's norm after positions are added (CLIP)."""
     uses_vocabulary: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

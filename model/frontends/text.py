@@ -19,17 +19,16 @@ from model.positions.position import Positions
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFrontendConfig:
-    """Token embeddings and whatever is added to them.
-
-    scale_by_sqrt_width: embeddings times sqrt(d_model) before positions are added (Vaswani et al. 2017).
-    token_types: how many kinds of segment have a vector of their own (BERT's sentence A and B); 0 for none.
-    norm: the model's norm after the sum (BERT, BART).
-    """
+    """Token embeddings and whatever is added to them."""
 
     kind: Literal["tokens"] = "tokens"
+    """Which part this is."""
     scale_by_sqrt_width: bool = False
+    """Embeddings times sqrt(d_model) before positions are added (Vaswani et al. 2017)."""
     token_types: int = 0
+    """Kinds of segment with a vector of their own (BERT's sentence A and B); 0: none."""
     norm: bool = False
+    """The model's norm after the sum (BERT, BART)."""
     uses_vocabulary: ClassVar[bool] = True
     tokens: ClassVar[None] = None
 

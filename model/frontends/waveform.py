@@ -22,25 +22,32 @@ CONV_EPS = 1e-5
 class WaveformFrontendConfig:
     """Convolutions over samples, a projection to the model's width, and positions by convolution.
 
-    channels, kernels, strides: of each convolution; the defaults make a frame of every 320 samples (20 ms at 16 kHz).
-    bias: they have offsets. conv_norm: each channel normalised over time in the first (`group`), or each frame over its
-        channels in all of them (`layer`). With `group` what stands in the padding of a row changes its other frames.
-    positional_kernel, positional_groups: of the convolution whose output is added in place of positions.
-    codebook: what frames are to be recognised by, for head `distractors`; taken before masking.
-    mask_token: a learned vector replaces masked frames. norm: the model's norm after positions are added.
+    The defaults make a frame of every 320 samples (20 ms at 16 kHz).
     """
 
     kind: Literal["waveform"] = "waveform"
+    """Which part this is."""
     channels: tuple[int, ...] = (512, 512, 512, 512, 512, 512, 512)
+    """Of each convolution."""
     kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    """Taps of each convolution."""
     strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    """Of each convolution."""
     bias: bool = False
+    """The convolutions have offsets."""
     conv_norm: Literal["group", "layer"] = "group"
+    """group: each channel normalised over time in the first, so that padding changes other frames; layer: each frame
+    over its channels in all."""
     positional_kernel: int = 128
+    """Taps of the convolution whose output is added in place of positions."""
     positional_groups: int = 16
+    """Groups of that convolution."""
     mask_token: bool = True
+    """A learned vector replaces masked frames."""
     norm: bool = True
+    """The model's norm after positions are added."""
     codebook: CodebookConfig | None = None
+    """What frames are to be recognised by, for head distractors; taken before masking."""
     uses_vocabulary: ClassVar[bool] = False
     tokens: ClassVar[None] = None
 

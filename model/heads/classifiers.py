@@ -19,16 +19,17 @@ HIDDEN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"tanh": torch.tanh,
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierHeadConfig:
-    """One of `classes` for a row.
-
-    pool: which vector stands for it: the first token's (BERT's [CLS]), the last one's that is no padding (a decoder), or
-    the mean of all. hidden: a dense layer of the model's width with this activation before the classes (BERT's pooler).
-    """
+    """One of `classes` for a row."""
 
     kind: Literal["classifier"] = "classifier"
+    """Which part this is."""
     classes: int = 2
+    """Classes there are."""
     pool: Literal["first", "last", "mean"] = "first"
+    """Which vector stands for the row: the first token's (BERT's [CLS]), the last that is no padding (a decoder), or
+    the mean of all."""
     hidden: Literal["tanh", "relu"] | None = "tanh"
+    """Activation of a dense layer of the model's width before the classes (BERT's pooler); null: no such layer."""
 
     def __post_init__(self) -> None:
         _check_classes(self.classes)
@@ -45,7 +46,9 @@ class TokenClassifierHeadConfig:
     """One of `classes` for every token (named entities, parts of speech)."""
 
     kind: Literal["token_classifier"] = "token_classifier"
+    """Which part this is."""
     classes: int = 2
+    """Classes there are."""
 
     def __post_init__(self) -> None:
         _check_classes(self.classes)
@@ -60,6 +63,7 @@ class SpanHeadConfig:
     """Where in the row an answer starts and ends (Devlin et al. 2018, section 4.2)."""
 
     kind: Literal["span"] = "span"
+    """Which part this is."""
 
     def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
         """One matrix of two outputs."""

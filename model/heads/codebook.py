@@ -13,15 +13,16 @@ from model.noise import uniform
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookConfig:
-    """A frame takes one of `entries` vectors from each of `groups` books; side by side they have `width` channels.
-
-    seed: of the draws in training.
-    """
+    """A frame takes one of `entries` vectors from each of `groups` books; side by side they have `width` channels."""
 
     groups: int = 2
+    """Books."""
     entries: int = 320
+    """Vectors of a book."""
     width: int = 256
+    """Channels of all books together."""
     seed: int = 0
+    """Of the draws in training."""
 
     def __post_init__(self) -> None:
         if min(self.groups, self.entries) < 1 or self.width < 1 or self.width % self.groups:

@@ -15,10 +15,12 @@ from model.slots import SlotCosts
 
 @dataclass(frozen=True, kw_only=True)
 class CtcHeadConfig:
-    """Logits over the vocabulary for every frame. blank: the entry that stands for no label."""
+    """Logits over the vocabulary for every frame."""
 
     kind: Literal["ctc"] = "ctc"
+    """Which part this is."""
     blank: int = 0
+    """The entry that stands for no label."""
 
     def __post_init__(self) -> None:
         if self.blank < 0:

@@ -15,16 +15,18 @@ from model.slots import SlotCosts
 
 @dataclass(frozen=True, kw_only=True)
 class DistractorHeadConfig:
-    """Frames and codebook entries, projected to `width` channels and compared by cosine over `temperature`.
-
-    codes: channels of an entry, those of frontend.codebook. diversity: weight of the share of entries that goes unused.
-    """
+    """Frames and codebook entries, projected to `width` channels and compared by cosine over `temperature`."""
 
     kind: Literal["distractors"] = "distractors"
+    """Which part this is."""
     codes: int = 256
+    """Channels of an entry: frontend.codebook.width."""
     width: int = 256
+    """Channels that are compared."""
     temperature: float = 0.1
+    """Cosines are divided by this."""
     diversity: float = 0.1
+    """Weight of the share of entries that goes unused."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0 or self.diversity < 0 or min(self.codes, self.width) < 1:

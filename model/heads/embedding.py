@@ -17,18 +17,19 @@ from model.slots import SlotCosts
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingHeadConfig:
-    """One vector of `width` channels and length 1 for a row: that of one token, projected.
-
-    pool: which token: the first (a class token), the first `end_token`, or the one of the largest number (`largest`:
-        the end token of vocabularies where it comes last). contrast: rows are compared with those of `model.tower`, at a
-        temperature that is learned.
-    """
+    """One vector of `width` channels and length 1 for a row: that of one token, projected."""
 
     kind: Literal["embedding"] = "embedding"
+    """Which part this is."""
     width: int = 512
+    """Channels of the vector."""
     pool: Literal["first", "end", "largest"] = "first"
+    """Which token: the first (a class token), the first `end_token`, or the one of the largest number (largest: the
+    end token of vocabularies where it comes last)."""
     end_token: int | None = None
+    """Entry that ends a text, for pool end."""
     contrast: bool = False
+    """Rows are compared with those of `model.tower`, at a temperature that is learned."""
 
     def __post_init__(self) -> None:
         if self.width < 1:

@@ -27,7 +27,9 @@ class TargetWeight:
     """How much a target weighs in the objective if its vocabulary entry is `first` or a later one."""
 
     first: int = 0
+    """The first entry it holds for."""
     weight: float = 1.0
+    """Weight of such a target."""
 
     def __post_init__(self) -> None:
         if self.first < 0 or self.weight < 0:
@@ -39,20 +41,21 @@ class TargetWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageHeadConfig:
-    """Logits over the vocabulary.
-
-    bias: an offset for each vocabulary entry. transform: a dense layer with this activation and the model's norm comes
-    first (BERT's masked-token head). scale_input: the input times d_model^-0.5 (T5 with tied embeddings).
-    label_smoothing: the share of every target that training spreads over the whole vocabulary.
-    weights: where targets weigh differently; later entries win, and what none names weighs 1 (DALL-E's codes of an image).
-    """
+    """Logits over the vocabulary."""
 
     kind: Literal["language"] = "language"
+    """Which part this is."""
     bias: bool = False
+    """An offset for each vocabulary entry."""
     transform: Activation | None = None
+    """Activation of a dense layer that comes first, with the model's norm (BERT's masked-token head); null: no such
+    layer."""
     scale_input: bool = False
+    """The input times d_model^-0.5 (T5 with tied embeddings)."""
     label_smoothing: float = 0.0
+    """Share of every target that training spreads over the whole vocabulary."""
     weights: tuple[TargetWeight, ...] = ()
+    """Where targets weigh differently; later entries win, and what none names weighs 1 (DALL-E's codes of an image)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -71,6 +74,7 @@ class NoHeadConfig:
     """The last x_BTD itself: what an encoder hands to its decoder, or features for another use."""
 
     kind: Literal["none"] = "none"
+    """Which part this is."""
 
     def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
         """Nothing."""

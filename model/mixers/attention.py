@@ -19,25 +19,29 @@ from model.slots import SlotCosts
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """n_kv_heads: null gives every query head its own; 1 is multi-query. head_dim: null is d_model / n_heads.
-
-    qkv_bias and out_bias add offsets; k_bias: whether keys have one, null is as qkv_bias says (Whisper's have none).
-    qk_norm normalises queries and keys per head before rotation (Qwen3).
-    scaled: scores are divided by the square root of a head's channels; T5 leaves that to the start of its weights.
-    window: how many tokens back a query sees, itself included, and as many ahead in a stack that is not causal; null
-    is all (Mistral, https://arxiv.org/abs/2310.06825; another window in every k-th layer by `pattern`).
-    """
+    """Multi-head attention, with shared key and value heads or without."""
 
     kind: Literal["attention"] = "attention"
+    """Which part this is."""
     n_heads: int = 8
+    """Query heads."""
     n_kv_heads: int | None = None
+    """Key and value heads; null: one for every query head; 1: multi-query."""
     head_dim: int | None = None
+    """Channels of a head; null: d_model / n_heads."""
     qkv_bias: bool = False
+    """Queries, keys and values have offsets."""
     k_bias: bool | None = None
+    """Keys have offsets; null: as qkv_bias says (Whisper's have none)."""
     out_bias: bool = False
+    """The output has an offset."""
     qk_norm: bool = False
+    """Queries and keys are normalised per head before rotation (Qwen3)."""
     window: int | None = None
+    """Tokens back that a query sees, itself included, and as many ahead where all see all; null: all (Mistral,
+    https://arxiv.org/abs/2310.06825)."""
     scaled: bool = True
+    """Scores are divided by the square root of a head's channels; T5 leaves that to the start of its weights."""
 
     def __post_init__(self) -> None:
         check_counts("mixer", self, "n_heads")

@@ -19,19 +19,24 @@ from model.uncompiled import uncompiled
 
 @dataclass(frozen=True, kw_only=True)
 class BigBirdConfig:
-    """block: tokens of a block. random_blocks: how many blocks each block of queries sees by chance.
+    """Blocks near, drawn by chance, first and last.
 
-    drawn_in_eval: false is Hugging Face's class, which draws only in training: in evaluation every block drawn is the
-    first one again, so that its tokens count 1 + random_blocks times. Rows of at most 5 + 2 * random_blocks blocks
-    are attended to whole, as there.
+    Rows of at most 5 + 2 * random_blocks blocks are attended to whole, as in Hugging Face's class.
     """
 
     kind: Literal["bigbird"] = "bigbird"
+    """Which part this is."""
     n_heads: int = 8
+    """Heads."""
     qkv_bias: bool = True
+    """Queries, keys and values have offsets."""
     block: int = 64
+    """Tokens of a block."""
     random_blocks: int = 3
+    """Blocks that each block of queries sees by chance."""
     drawn_in_eval: bool = False
+    """false is Hugging Face's class: in evaluation every block drawn is the first one again, so that its tokens count
+    1 + random_blocks times."""
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.random_blocks < 0:

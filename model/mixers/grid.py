@@ -22,20 +22,28 @@ BLOCK = 32
 
 @dataclass(frozen=True, kw_only=True)
 class GridAttentionConfig:
-    """text: tokens before the image; width: tokens of a row of it. pattern, kernel: what of the image a token sees (see
-    `Grid`); the paper has columns in every fourth layer from the second on, a convolution in the last, rows elsewhere.
+    """Attention along the rows, the columns or the squares of an image behind its text.
 
-    A row is one text and its image: it is not packed with others, and padding stands behind it.
+    The paper has columns in every fourth layer from the second on, a convolution in the last, rows elsewhere. A row is
+    one text and its image: it is not packed with others, and padding stands behind it.
     """
 
     kind: Literal["grid"] = "grid"
+    """Which part this is."""
     n_heads: int = 8
+    """Heads."""
     pattern: Literal["row", "column", "convolution"] = "row"
+    """What of the image a token sees (see `Grid`)."""
     text: int = 256
+    """Tokens before the image."""
     width: int = 32
+    """Tokens of a row of the image."""
     kernel: int = 11
+    """Tokens of a square's side, for convolution."""
     qkv_bias: bool = False
+    """Queries, keys and values have offsets."""
     out_bias: bool = False
+    """The output has an offset."""
 
     def __post_init__(self) -> None:
         if self.text < 1 or self.width < 1:

@@ -16,23 +16,26 @@ from model.slots import SlotCosts
 
 @dataclass(frozen=True, kw_only=True)
 class LatentAttentionConfig:
-    """kv_rank: width of the latent vector that keys and values are made of; q_rank: the same of queries, null makes them
-    of x itself. Both are normalised with `eps`, whatever the model's norms have.
-
-    plain_dim: channels of a head's queries and keys that have no position. rope_dim: those that rotary positions turn;
-    such keys are one vector for all heads. v_dim: channels of a head's values. bias: offsets of the maps from x to the
-    latents and of the output.
-    """
+    """Attention whose keys and values are made of one narrow vector (DeepSeek-V2)."""
 
     kind: Literal["latent"] = "latent"
+    """Which part this is."""
     n_heads: int = 8
+    """Heads."""
     q_rank: int | None = None
+    """Width of the latent vector of queries; null: made of x itself."""
     kv_rank: int = 128
+    """Width of the latent vector of keys and values."""
     plain_dim: int = 32
+    """Channels of a head's queries and keys without a position."""
     rope_dim: int = 16
+    """Channels that rotary positions turn; such keys are one vector for all heads."""
     v_dim: int = 32
+    """Channels of a head's values."""
     bias: bool = False
+    """Maps from x to the latents, and the output, have offsets."""
     eps: float = 1e-6
+    """Of the latents' norms, whatever the model's norms have."""
 
     def __post_init__(self) -> None:
         check_counts("mixer", self, "n_heads", "q_rank", "kv_rank", "plain_dim", "rope_dim", "v_dim")

@@ -31,18 +31,21 @@ class EluConfig:
     """elu(x) + 1: as many features as channels."""
 
     kind: Literal["elu"] = "elu"
+    """Which part this is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FavorConfig:
-    """FAVOR+. n_features: random directions that queries and keys are compared along; more come closer to softmax.
+    """FAVOR+: random features.
 
     They are drawn once from the model's seed, are not trained, and are stored with the weights: a model trained with
     them means nothing without them, and another version of the generator would draw others.
     """
 
     kind: Literal["favor"] = "favor"
+    """Which part this is."""
     n_features: int = 256
+    """Random directions that queries and keys are compared along; more come closer to softmax."""
 
     def __post_init__(self) -> None:
         if self.n_features < 1:
@@ -53,18 +56,24 @@ class FavorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearAttentionConfig:
-    """head_dim: null is d_model / n_heads. qkv_bias and out_bias add offsets. features: what replaces the softmax.
+    """Features in the place of the softmax: linear time.
 
     Rotary positions are not applied: features must stay positive. Order is known from learned positions, from other
     layers, or from causality alone.
     """
 
     kind: Literal["linear_attention"] = "linear_attention"
+    """Which part this is."""
     n_heads: int = 8
+    """Heads."""
     head_dim: int | None = None
+    """Channels of a head; null: d_model / n_heads."""
     qkv_bias: bool = False
+    """Queries, keys and values have offsets."""
     out_bias: bool = False
+    """The output has an offset."""
     features: EluConfig | FavorConfig = field(default_factory=EluConfig)
+    """What replaces the softmax."""
 
     def __post_init__(self) -> None:
         check_counts("mixer", self, "n_heads", "head_dim")

@@ -18,13 +18,17 @@ from model.slots import SlotCosts
 
 @dataclass(frozen=True, kw_only=True)
 class LongformerConfig:
-    """window: how many tokens to each side a token sees, itself included in both; the papers' windows are even, of
-    `2 * (window - 1)` neighbours. Which tokens are global is said with each batch (`globals_BT`).
+    """A window, and global tokens with projections of their own, which are said with each batch (`globals_BT`).
+
+    The papers' windows are even, of `2 * (window - 1)` neighbours.
     """
 
     kind: Literal["longformer"] = "longformer"
+    """Which part this is."""
     n_heads: int = 8
+    """Heads."""
     window: int = 257
+    """Tokens to each side that a token sees, itself included in both."""
 
     def __post_init__(self) -> None:
         if self.window < 2:

@@ -18,19 +18,22 @@ from model.slots import SlotCosts
 
 @dataclass(frozen=True, kw_only=True)
 class MambaConfig:
-    """expand: channels inside, in multiples of d_model. d_state: state of each channel. d_conv: taps of the convolution.
-
-    dt_rank: of the map that gives each channel its time step; null is d_model / 16, rounded up. bias and conv_bias add
-    offsets to the outer projections and to the convolution.
-    """
+    """A selective state space behind a short convolution."""
 
     kind: Literal["mamba"] = "mamba"
+    """Which part this is."""
     expand: int = 2
+    """Channels inside, in multiples of d_model."""
     d_state: int = 16
+    """State of each channel."""
     d_conv: int = 4
+    """Taps of the convolution."""
     dt_rank: int | None = None
+    """Of the map that gives each channel its time step; null: d_model / 16, rounded up."""
     bias: bool = False
+    """The outer projections have offsets."""
     conv_bias: bool = True
+    """The convolution has an offset."""
 
     def __post_init__(self) -> None:
         check_counts("mixer", self, "expand", "d_state", "d_conv", "dt_rank")

@@ -12,11 +12,14 @@ from model.init import Declared, Parameter, declare
 
 @dataclass(frozen=True, kw_only=True)
 class NormConfig:
-    """kind: `rms` (Zhang & Sennrich 2019) or `layer` (Ba et al. 2016); bias is for `layer` only."""
+    """A norm."""
 
     kind: Literal["rms", "layer"] = "rms"
+    """rms (Zhang & Sennrich 2019) or layer (Ba et al. 2016)."""
     eps: float = 1e-5
+    """Added under the root."""
     bias: bool = False
+    """An offset; for layer only."""
 
     def __post_init__(self) -> None:
         if self.eps <= 0:

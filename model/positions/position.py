@@ -17,10 +17,15 @@ class Llama3Scaling:
     """Llama 3.1's stretch of the long wavelengths, from a context of `original_max_seq_len` to `factor` times that."""
 
     kind: Literal["llama3"] = "llama3"
+    """Which part this is."""
     factor: float = 8.0
+    """The stretch of the long wavelengths."""
     low_freq_factor: float = 1.0
+    """Wavelengths that turn fewer times in the original context are stretched whole."""
     high_freq_factor: float = 4.0
+    """Those that turn more often are left."""
     original_max_seq_len: int = 8192
+    """Tokens of the context before."""
 
     def __post_init__(self) -> None:
         if self.factor < 1 or not 0 < self.low_freq_factor < self.high_freq_factor:
@@ -36,7 +41,9 @@ class LinearScaling:
     """Position interpolation (Chen et al. 2023): every position is divided by `factor`."""
 
     kind: Literal["linear"] = "linear"
+    """Which part this is."""
     factor: float = 2.0
+    """What positions are divided by."""
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -45,20 +52,26 @@ class LinearScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """YaRN (Peng et al. 2023, https://arxiv.org/abs/2309.00071): wavelengths that turn fewer than `beta_slow` times within
-    `original_max_seq_len` are stretched by `factor`, those that turn more than `beta_fast` times are left.
+    """YaRN (Peng et al. 2023, https://arxiv.org/abs/2309.00071): long wavelengths stretched, short ones left.
 
-    mscale, mscale_all: how much sharper scores become, as m(w) = 0.1 w ln(factor) + 1. Queries and keys are multiplied by
-    m(mscale) / m(mscale_all), or by m(1) where one of the two is 0; scores of latent attention by m(mscale_all)² besides.
+    Scores become sharper, as m(w) = 0.1 w ln(factor) + 1 says: queries and keys are multiplied by m(mscale) / m(mscale_all), or by
+    m(1) where one of the two is 0; scores of latent attention by m(mscale_all)² besides.
     """
 
     kind: Literal["yarn"] = "yarn"
+    """Which part this is."""
     factor: float = 4.0
+    """The stretch."""
     beta_fast: float = 32.0
+    """Wavelengths that turn more often than this within the original context are left."""
     beta_slow: float = 1.0
+    """Those that turn fewer times are stretched whole."""
     original_max_seq_len: int = 4096
+    """Tokens of the context before."""
     mscale: float = 0.0
+    """w of the first m."""
     mscale_all: float = 0.0
+    """w of the second."""
 
     def __post_init__(self) -> None:
         if self.factor < 1 or not 0 < self.beta_slow < self.beta_fast or min(self.mscale, self.mscale_all) < 0:
@@ -96,17 +109,18 @@ class YarnScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864).
-
-    channels: how many of a head's channels are rotated, its first ones; null is all of them (GPT-J takes 64 of 256).
-    interleaved: neighbouring channels form a pair (GPT-J); else the first half is rotated against the second.
-    """
+    """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864)."""
 
     kind: Literal["rope"] = "rope"
+    """Which part this is."""
     theta: float = 10000.0
+    """Base of the wavelengths."""
     channels: int | None = None
+    """Channels of a head that are rotated, its first ones; null: all (GPT-J takes 64 of 256)."""
     interleaved: bool = False
+    """Neighbouring channels form a pair (GPT-J); false: the first half is rotated against the second."""
     scaling: Llama3Scaling | LinearScaling | YarnScaling | None = None
+    """For contexts beyond those trained on; null: none."""
 
     def __post_init__(self) -> None:
         if self.theta <= 1:
@@ -119,13 +133,12 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedPositionConfig:
-    """One learned vector per position, added to the token embedding (GPT-2).
-
-    offset: rows of the table before that of position 0, which nothing looks up (BART and RoBERTa have 2).
-    """
+    """One learned vector per position, added to the token embedding (GPT-2)."""
 
     kind: Literal["learned"] = "learned"
+    """Which part this is."""
     offset: int = 0
+    """Rows of the table before that of position 0, which nothing looks up (BART and RoBERTa have 2)."""
 
     def __post_init__(self) -> None:
         if self.offset < 0:
@@ -136,12 +149,12 @@ class LearnedPositionConfig:
 class SinusoidalPositionConfig:
     """Fixed sines and cosines added to the token embedding (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762,
     section 3.5): the first half of the channels are all sines, the second all cosines, from 1 to 1/10000 radians.
-
-    inclusive: the last channel of each half has 1/10000 radians itself, not the one that would follow (Whisper).
     """
 
     kind: Literal["sinusoidal"] = "sinusoidal"
+    """Which part this is."""
     inclusive: bool = False
+    """The last channel of each half has 1/10000 radians itself, not the one that would follow (Whisper)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +162,7 @@ class NoPositionConfig:
     """No positional signal but the causal mask (NoPE)."""
 
     kind: Literal["none"] = "none"
+    """Which part this is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,20 +173,21 @@ class AlibiConfig:
     """
 
     kind: Literal["alibi"] = "alibi"
+    """Which part this is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RelativePositionConfig:
     """A learned bias on the scores for each head and each bucket of distances, shared by all layers (Raffel et al. 2020,
     https://arxiv.org/abs/1910.10683, section 2.1).
-
-    buckets: half of them for single distances, half for ranges that grow to max_distance; an encoder has as many for
-    each direction.
     """
 
     kind: Literal["relative"] = "relative"
+    """Which part this is."""
     buckets: int = 32
+    """Half of them for single distances, half for ranges that grow; an encoder has as many for each direction."""
     max_distance: int = 128
+    """Tokens from which on all distances share a bucket."""
 
     def __post_init__(self) -> None:
         if self.buckets < 4 or self.buckets % 4 or self.max_distance <= self.buckets // 2:

@@ -12,28 +12,27 @@ from model.slots import SlotCosts
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """How a token chooses its experts. Logits and scores are fp32 whatever the model's precision.
-
-    scores: softmax over all experts, or a sigmoid for each (DeepSeek-V3, https://arxiv.org/abs/2412.19437).
-    renormalize: the weights of the chosen sum to one (Mixtral, https://arxiv.org/abs/2401.04088); else they stay as
-        they were scored (Switch). scale: what the weights are multiplied by afterwards.
-    groups, top_groups: experts stand in equal groups, and a token chooses within its `top_groups` best; a group is as
-        good as its two best experts together (DeepSeek-V3).
-    jitter: in training the router's input is multiplied by noise from 1 - jitter to 1 + jitter (Switch,
-        https://arxiv.org/abs/2101.03961).
-    second_by_chance: in training the second expert is kept with probability 2 x its weight (GShard,
-        https://arxiv.org/abs/2006.16668).
-    seed: of that noise, which is a function of (seed, layer, the row's tokens, place in the row) alone.
-    """
+    """How a token chooses its experts. Logits and scores are fp32 whatever the model's precision."""
 
     scores: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax over all experts, or a sigmoid for each (DeepSeek-V3, https://arxiv.org/abs/2412.19437)."""
     renormalize: bool = True
+    """The weights of the chosen sum to one (Mixtral, https://arxiv.org/abs/2401.04088); false: as they were scored
+    (Switch)."""
     scale: float = 1.0
+    """What the weights are multiplied by afterwards."""
     groups: int = 1
+    """Equal groups that experts stand in; a group is as good as its two best experts together (DeepSeek-V3)."""
     top_groups: int = 1
+    """Groups within which a token chooses, its best."""
     jitter: float = 0.0
+    """In training the router's input is multiplied by noise from 1 - jitter to 1 + jitter (Switch,
+    https://arxiv.org/abs/2101.03961)."""
     second_by_chance: bool = False
+    """In training the second expert is kept with probability 2 x its weight (GShard,
+    https://arxiv.org/abs/2006.16668)."""
     seed: int = 0
+    """Of that noise, which is a function of (seed, layer, the row's tokens, place in the row) alone."""
 
     def __post_init__(self) -> None:
         if self.groups < 1 or not 1 <= self.top_groups <= self.groups:
@@ -56,16 +55,17 @@ class RouterConfig:
 class BalanceConfig:
     """What keeps the load even.
 
-    loss: weight of E · Σ_e f_e P_e of every row, where f_e is the share of the row's choices that fell on expert e and
-        P_e its mean probability: 1 where all are equal (Switch, equation 4, there over a batch). z_loss: weight of the
-        mean of logsumexp(logits)² (ST-MoE, https://arxiv.org/abs/2202.08906). Both are means over a row's tokens.
-    bias_rate: after every update an expert's selection bias falls or rises by this where it had more or less than its
-        share; the bias takes part in choosing, not in the weights (https://arxiv.org/abs/2408.15664). Null for no bias.
+    The loss is E · Σ_e f_e P_e of every row, where f_e is the share of the row's choices that fell on expert e and P_e its
+    mean probability: 1 where all are equal (Switch, equation 4, there over a batch).
     """
 
     loss: float = 0.01
+    """Weight of that loss, a mean over the row's tokens."""
     z_loss: float = 0.0
+    """Weight of the mean of logsumexp(logits)² (ST-MoE, https://arxiv.org/abs/2202.08906)."""
     bias_rate: float | None = None
+    """After every step an expert's selection bias falls or rises by this where it had more or less than its share; it
+    takes part in choosing, not in the weights (https://arxiv.org/abs/2408.15664). Null: no bias."""
 
     def __post_init__(self) -> None:
         for name in ("loss", "z_loss", "bias_rate"):
@@ -83,14 +83,13 @@ class CapacityConfig:
     place of an earlier one; where all see all, first choices come before second ones (GShard's Algorithm 1,
     https://arxiv.org/abs/2006.16668), then in the order of the document. Other documents of a row, other rows and padding
     change nothing. While generating, the tokens of one pass are a document: the prompt, then each token alone, which is
-    never turned away.
-
-    factor: so many times an equal share of the document's tokens, rounded up (Switch, GShard). tokens: so many. One of the
-    two is given.
+    never turned away. One of the two fields is given.
     """
 
     factor: float | None = None
+    """So many times an equal share of the document's tokens, rounded up (Switch, GShard)."""
     tokens: int | None = None
+    """So many tokens."""
 
     def __post_init__(self) -> None:
         if (self.factor is None) is (self.tokens is None) or (self.factor or self.tokens or 0) <= 0:
@@ -111,22 +110,28 @@ class CapacityConfig:
 class MoeConfig:
     """A mixture of experts in the place of the feed-forward network (Shazeer et al. 2017,
     https://arxiv.org/abs/1701.06538).
-
-    n_experts: of which a token uses top_k. d_ff: hidden width of one expert; activation, gated: as in FfnConfig.
-    shared_d_ff: hidden width of what every token passes as well (DeepSeek's shared experts, side by side); 0 for none.
-    capacity: null takes every token to all the experts it chose (dropless).
     """
 
     kind: Literal["moe"] = "moe"
+    """Which part this is."""
     n_experts: int = 8
+    """Experts of a layer."""
     top_k: int = 2
+    """Experts that a token uses."""
     d_ff: int = 512
+    """Hidden width of one expert."""
     activation: Activation = "silu"
+    """Of the experts' hidden layer."""
     gated: bool = True
+    """As in a dense network."""
     shared_d_ff: int = 0
+    """Hidden width of what every token passes as well (DeepSeek's shared experts, side by side); 0: none."""
     router: RouterConfig = field(default_factory=RouterConfig)
+    """How a token chooses."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    """What keeps the load even."""
     capacity: CapacityConfig | None = None
+    """Null: every token goes to all the experts it chose (dropless)."""
 
     def __post_init__(self) -> None:
         check_counts("ffn", self, "n_experts", "d_ff")
