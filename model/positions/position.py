@@ -54,8 +54,8 @@ class LinearScaling:
 class YarnScaling:
     """YaRN (Peng et al. 2023, https://arxiv.org/abs/2309.00071): long wavelengths stretched, short ones left.
 
-    Scores become sharper, as m(w) = 0.1 w ln(factor) + 1 says: queries and keys are multiplied by m(mscale) / m(mscale_all), or by
-    m(1) where one of the two is 0; scores of latent attention by m(mscale_all)² besides.
+    Scores become sharper, as m(w) = 0.1 w ln(factor) + 1 says: queries and keys are multiplied by m(mscale) / m(mscale_all),
+    or by m(1) where one of the two is 0; scores of latent attention by m(mscale_all)² besides.
     """
 
     kind: Literal["yarn"] = "yarn"
