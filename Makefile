@@ -1,7 +1,8 @@
 # make demo   .venv, install, and the whole pipeline on this machine's own Python library
-# make test   everything that must pass; what CI runs
+# make test   everything that must pass; CI runs it after make lint
 # make prove  long proofs that `make test` leaves out: other victims of kills, other families end to end, clusters
-# make check  format, lint, types, room rules, fast tests: under three minutes
+# make lint   format, rules, types
+# make check  lint, room rules, fast tests: under three minutes
 VENV   := .venv
 PYTHON ?= python3
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
@@ -9,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 # Two workers of one thread each, in the order of tests/conftest.py; `make test PYTEST_ARGS="-n 0 -k name"` runs in one process.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test prove check format clean
+.PHONY: demo test prove lint check format clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/athanor run experiment=demo
@@ -20,10 +21,12 @@ test: $(VENV)/.installed-dev
 prove: $(VENV)/.installed-dev
 	$(PYTEST) -m prove $(PYTEST_ARGS)
 
-check: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+check: lint
 	$(PYTEST) -m "not slow and not prove" $(PYTEST_ARGS)
 
 format: $(VENV)/.installed-dev
