@@ -26,7 +26,7 @@ def test_a_misspelled_experiment_is_answered_with_the_nearest(capsys: pytest.Cap
 
 def test_a_misspelled_setting_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Did you mean optim.lr?" in complaint(capsys, "plan", "experiment=demo", "optim.lrr=1")
-    assert "did you mean pretrain.total_tokens?" in complaint(
+    assert "Did you mean pretrain.total_tokens?" in complaint(
         capsys, "plan", "experiment=demo", "pretrain.total_tokns=1"
     )
 

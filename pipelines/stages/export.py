@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from conf.refusal import Refusal, field
 from pipelines.engine.step import Artifact, Context, EngineError, Inputs
 from pipelines.stages.checksums import write_checksums
 
@@ -36,7 +37,9 @@ class ExportSettings:
     def __post_init__(self) -> None:
         for name in ("sample_documents", "generated_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: without a sample nothing is proven; at least 1.")
+                raise Refusal(
+                    name, getattr(self, name), "without a sample nothing is proven", f"set {field(name)}=1 or more"
+                )
 
 
 def run(settings: ExportSettings, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from conf.refusal import Refusal
+from conf.refusal import field as key
 from data.rows.instructions import InstructionSettings, count_train_conversations
 from model.adapt import LoraConfig
 from pipelines.engine.step import EngineError
@@ -33,11 +35,11 @@ class FinetuneSettings:
 
     def __post_init__(self) -> None:
         if self.epochs <= 0:
-            raise ValueError(f"finetune.epochs = {self.epochs}: go through the conversations at least in part, e.g. 1.")
-        if self.lora is not None and self.freeze:
-            raise ValueError(
-                f"finetune.freeze = {self.freeze}: lora freezes every weight already; drop one of the two."
+            raise Refusal(
+                "epochs", self.epochs, "go through the conversations at least in part", f"set {key('epochs')}=1"
             )
+        if self.lora is not None and self.freeze:
+            raise Refusal("freeze", list(self.freeze), "lora freezes every weight already", "drop one of the two")
 
     def rows(self, seq_len: int) -> ConversationRows:
         """What the instructions step is told."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from conf.refusal import Refusal, field
 from pipelines.engine.step import Context
 from pipelines.training.metrics import RUN_ID
 
@@ -33,11 +34,11 @@ class ComputeSettings:
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
-            raise ValueError(f"ranks = {self.ranks}: training takes at least one process; use compute.ranks=1 or more.")
+            raise Refusal("ranks", self.ranks, "training takes at least one process", f"use {field('ranks')}=1 or more")
         if not 0 <= self.wait_seconds < math.inf:
-            raise ValueError(f"wait_seconds = {self.wait_seconds}: must be 0 or more seconds.")
+            raise Refusal("wait_seconds", self.wait_seconds, "must be 0 or more seconds")
         if self.cpus_per_rank is not None and self.cpus_per_rank < 1:
-            raise ValueError(f"cpus_per_rank = {self.cpus_per_rank}: a process takes at least one core, or null.")
+            raise Refusal("cpus_per_rank", self.cpus_per_rank, "a process takes at least one core, or null")
 
     @property
     def threads(self) -> int:
