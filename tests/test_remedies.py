@@ -96,10 +96,19 @@ def _text(node: ast.AST) -> str | None:
         return node.value if isinstance(node.value, str) else None
     if isinstance(node, ast.JoinedStr):
         return "".join(
-            str(part.value) if isinstance(part, ast.Constant) else f"⟨{ast.unparse(typing.cast(Any, part).value)}⟩"
+            str(part.value) if isinstance(part, ast.Constant) else _filled(typing.cast(Any, part).value)
             for part in node.values
         )
     return None
+
+
+def _filled(expression: ast.expr) -> str:
+    """A placeholder; the name itself where it is that of a field (`conf.refusal.field`)."""
+    if isinstance(expression, ast.Call) and ast.unparse(expression.func) in ("field", "key"):
+        (name,) = expression.args
+        if isinstance(name, ast.Constant):
+            return str(name.value)
+    return f"⟨{ast.unparse(expression)}⟩"
 
 
 def _strings(node: ast.AST, file: str, cls: str = "", quoted: bool = False) -> Iterator[Line]:
