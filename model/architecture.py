@@ -14,6 +14,7 @@ from model.errors import ModelError
 from model.ffns.experts.config import MoeConfig
 from model.ffns.experts.receipts import routing_counts, with_encoders
 from model.frontends.base import Frontend
+from model.frontends.text import Embedding
 from model.grid import GridPositionConfig
 from model.heads.language import Head, NoHead
 from model.masks import Mask
@@ -82,6 +83,8 @@ class Transformer(nn.Module):
         for name, source in self.config.tied_weights.items():
             module, _, local = name.rpartition(".")
             setattr(self.get_submodule(module), local, self.get_parameter(source))
+            if isinstance(table := self.get_submodule(source.rpartition(".")[0]), Embedding):
+                table.is_tied = True
 
     def forward(
         self,

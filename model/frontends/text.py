@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -51,17 +51,47 @@ FrontendConfig = TokenFrontendConfig | PatchFrontendConfig | WaveformFrontendCon
 
 
 class Embedding(Declared):
-    """A table of [V, D]."""
+    """A table of [V, D].
+
+    is_tied: a head multiplies with the same table, so its gradient comes from there as well, dense. Then the rows looked
+    up are added to that one, where a dense gradient of their own would clear and read all of [V, D] for them.
+    """
 
     declared = declare(weight=Parameter("embedding", "embedding"))
 
     def __init__(self, vocab_size: int, d_model: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        self.is_tied = False
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """x_BTD of int64 ids from 0 to V - 1."""
+        # Finding the distinct ids waits for a GPU, whose memory is fast enough not to need this.
+        if self.is_tied and self.weight.device.type == "cpu":
+            x_BTD: torch.Tensor = _RowsOf.apply(tokens_BT, self.weight)
+            return x_BTD
         return nn.functional.embedding(tokens_BT, self.weight)
+
+
+class _RowsOf(torch.autograd.Function):
+    """Rows of a table, whose gradient is sparse and has each row once: added to a dense one it gives the same bits as two
+    dense ones."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_BT: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens_BT)
+        ctx.shape = weight_VD.shape
+        return nn.functional.embedding(tokens_BT, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor]:
+        (tokens_BT,) = ctx.saved_tensors
+        distinct_N, number_BT = tokens_BT.unique(return_inverse=True)
+        rows_ND = torch.ops.aten.embedding_dense_backward(grads[0], number_BT, len(distinct_N), -1, False)
+        # Checking that the ids are distinct and in order takes a pass over them; `unique` has made them so.
+        return None, torch.sparse_coo_tensor(
+            distinct_N[None], rows_ND, ctx.shape, is_coalesced=True, check_invariants=False
+        )
 
 
 class TokenFrontend(Frontend):

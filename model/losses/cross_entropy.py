@@ -182,9 +182,14 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients made in the forward pass, times that of the loss."""
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        # One axis makes the scale's precision count: fp32 in one pass, without rounding to that of the products between.
-        scaled = [None if grad is None else (grad * grads[0].reshape(1)).to(dtype) for grad, dtype in gradients]
+        scaled = [None if grad is None else _scaled(grad, grads[0], dtype) for grad, dtype in gradients]
         return *scaled, None, None, None, None, None, None, None
+
+
+def _scaled(grad: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """grad * scale (fp32, []) in `dtype`, without rounding to grad's own between; a product of two types would widen a
+    copy of grad and write a third tensor."""
+    return grad.to(scale.dtype, copy=True).mul_(scale).to(dtype)
 
 
 def _accumulate_product(

@@ -9,6 +9,7 @@ communicated in bf16; what stage 3 gathers is therefore twice as large.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -88,11 +89,12 @@ class ZeroEngine:
             limit = float("inf") if self._clip_norm is None else self._clip_norm
             total = nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
             total = total if self._experts is None else self._experts.total_norm(total)
-            nn.utils.clip_grads_with_norm_(self._named.values(), limit, total)
             norm = total.item()
-            if not torch.isfinite(torch.tensor(norm)):
+            if not math.isfinite(norm):
                 self._engine.zero_grad()
                 return norm, False
+            if norm + 1e-6 > limit:  # below, every gradient would be read and written to be multiplied by 1
+                nn.utils.clip_grads_with_norm_(self._named.values(), limit, total)
             self._engine.step()
             return norm, True
         self._engine.step()

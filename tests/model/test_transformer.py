@@ -110,6 +110,20 @@ def test_the_loss_is_the_cross_entropy_of_the_logits_and_so_are_its_gradients(co
 
 
 @FAMILIES
+def test_rows_looked_up_in_a_tied_table_are_added_to_the_heads_gradient_bit_for_bit(config: ModelConfig) -> None:
+    model = build_model(replace(config, tie_embeddings=True))
+    assert model.frontend.tokens.is_tied
+    row = tokens_of(config, 2, 20)  # some ids several times
+    found = []
+    for model.frontend.tokens.is_tied in (True, False):
+        for _ in range(2):  # the second adds to the gradient there is
+            model(row, targets_BT=row)["loss_sum"].backward()
+        found.append(gradients(model))
+    assert not any(gradient.is_sparse for gradient in found[0].values())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@FAMILIES
 def test_recomputing_activations_changes_no_gradient(config: ModelConfig) -> None:
     model = build_model(config)
     row = tokens_of(config, 2, 20)
