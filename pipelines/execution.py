@@ -11,7 +11,7 @@ from pathlib import Path
 from pipelines.console import display as console
 from pipelines.engine import runner
 from pipelines.engine.backends.base import Backend
-from pipelines.engine.backends.local_backend import LocalBackend
+from pipelines.engine.backends.local_backend import LocalBackend, Preload
 from pipelines.engine.backends.ray_backend import RayBackend
 from pipelines.engine.events import StepReport
 from pipelines.engine.step import Step
@@ -19,6 +19,7 @@ from pipelines.engine.store.manifest import is_sealed
 from pipelines.engine.store.open import open_store
 from pipelines.settings.compose import Settings
 from pipelines.settings.overrides import SettingsError
+from pipelines.training.preload import ENVIRONMENT, modules, take_threads
 
 
 def execute(settings: Settings, targets: Sequence[Step], *, quiet: bool = False) -> list[StepReport]:
@@ -45,7 +46,7 @@ def _needed(targets: Sequence[Step]) -> set[str]:
 def make_backend(settings: Settings) -> Backend:
     """Ray, or its local twin; nothing is started before the first step that is not cached."""
     if settings.compute.backend == "local":
-        return LocalBackend()
+        return LocalBackend(preload=Preload(modules=modules(), environment=ENVIRONMENT, begin=take_threads))
     return RayBackend(address=settings.compute.address, wait_seconds=settings.compute.wait_seconds)
 
 

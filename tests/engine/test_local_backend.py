@@ -15,13 +15,14 @@ import worker_functions as workers
 
 from conf.refusal import Refusal
 from pipelines.engine.backends.gang import Gang
-from pipelines.engine.backends.local_backend import LocalBackend
+from pipelines.engine.backends.local_backend import LocalBackend, Preload
 from pipelines.engine.backends.outcome import WorkerDiedError
 
 
-@pytest.fixture
-def backend() -> Iterator[LocalBackend]:
-    backend = LocalBackend(cpus=2, gpus=0)
+@pytest.fixture(params=[None, Preload(modules=(), begin=workers.mark_the_beginning)], ids=["processes", "forks"])
+def backend(request: pytest.FixtureRequest) -> Iterator[LocalBackend]:
+    backend = LocalBackend(cpus=2, gpus=0, preload=request.param)
+    backend.expect_gang()
     yield backend
     backend.close()
 
@@ -181,13 +182,31 @@ def test_workers_that_are_let_go_leak_nothing(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")  # no "leaked semaphore objects"
 
 
-def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import worker_functions as workers; from pipelines.engine.backends.local_backend import LocalBackend\n"
-        "if __name__ == '__main__':\n"
-        "    list(LocalBackend(cpus=2).map(workers.sleep_and_tell, {n: (600, sys.argv[2]) for n in 'ab'}))"
-    )
+FORKS = (
+    "import sys; sys.path.insert(0, sys.argv[1])\n"
+    "import worker_functions as workers\n"
+    "from pipelines.engine.backends.local_backend import LocalBackend, Preload\n"
+    "if __name__ == '__main__':\n"
+    "    preload = Preload(modules=('wave',), environment={'WHILE': '1'}, begin=workers.mark_the_beginning)\n"
+    "    backend = LocalBackend(cpus=2, preload=preload)\n"
+    "    backend.expect_gang()\n"
+)
+
+
+def test_forks_have_what_they_need_imported_and_an_environment_of_their_own(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(FORKS + "    print(dict(backend.map(workers.beginnings, {n: ('wave',) for n in 'ab'})))")
+    command = [sys.executable, str(program), str(Path(__file__).parent)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=True)
+    as_it_should_be = {"is loaded": True, "begun with OMP_NUM_THREADS": "3", "WHILE": None}
+    assert (ended.stdout.strip(), ended.stderr) == (str({n: as_it_should_be for n in "ab"}), "")
+
+
+@pytest.mark.parametrize("forks", [False, True])
+def test_workers_die_with_a_killed_parent(tmp_path: Path, forks: bool) -> None:
+    code = FORKS if forks else FORKS.replace("preload=preload", "")
+    code += "    list(backend.map(workers.sleep_and_tell, {n: (600, sys.argv[2]) for n in 'ab'}))"
     program = tmp_path / "program.py"
     program.write_text(code)
     marks = tmp_path / "marks"

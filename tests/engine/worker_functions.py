@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,19 @@ def double(number: int) -> int:
 
 def where(_: Any) -> tuple[int, str]:
     return os.getpid(), os.environ.get("OMP_NUM_THREADS", "")
+
+
+def mark_the_beginning() -> None:
+    """What a backend calls in each fork before anything else."""
+    os.environ["BEGUN_WITH"] = os.environ.get("OMP_NUM_THREADS", "")
+
+
+def beginnings(module: str) -> dict[str, Any]:
+    return {
+        "is loaded": module in sys.modules,
+        "begun with OMP_NUM_THREADS": os.environ.get("BEGUN_WITH"),
+        "WHILE": os.environ.get("WHILE"),
+    }
 
 
 def hold_a_semaphore(number: int) -> int:

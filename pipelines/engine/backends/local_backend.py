@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import glob
 import multiprocessing
+import multiprocessing.forkserver
 import multiprocessing.util
 import os
 import queue
@@ -18,6 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -34,10 +36,25 @@ from pipelines.engine.backends.outcome import (
     portable_call,
 )
 
-SPAWN = multiprocessing.get_context("spawn")  # a fork of a process with threads or torch in it may hang
+SPAWN = multiprocessing.get_context("spawn")  # a fork of a process that computes may hang
+FORKS = multiprocessing.get_context("forkserver")
 POLL_SECONDS = 0.2
 LEAVING_SECONDS = 3.0
 """Timeout of workers that leave by themselves, which takes milliseconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preload:
+    """What ranks and later workers import, imported once by a process that does nothing else and of which they are forks.
+
+    modules: by name, looked for in the working folder too, so none of ours, which have names of many. environment: while
+    they are imported. begin: called in each fork when its environment is set, for what these modules read of it when they
+    were imported.
+    """
+
+    modules: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    begin: Callable[[], None] = lambda: None
 
 
 class LocalBackend(Backend):
@@ -47,12 +64,21 @@ class LocalBackend(Backend):
     imports. Ranks get new processes, which nothing has touched, and the memory of those that wait.
     """
 
-    def __init__(self, *, cpus: int | None = None, gpus: int | None = None, in_process: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        cpus: int | None = None,
+        gpus: int | None = None,
+        in_process: bool = False,
+        preload: Preload | None = None,
+    ) -> None:
         self._resources = Resources(
             cpus=cpus if cpus is not None else len(os.sched_getaffinity(0)),
             gpus=gpus if gpus is not None else len(glob.glob("/dev/nvidia[0-9]*")),
         )
         self._in_process = in_process
+        self._preload = preload
+        self._forks = False
         # Steps run in threads of this process, and libraries import lazily: one at a time.
         self._turn = threading.Lock()
         self._idle: list[_Worker] = []
@@ -90,7 +116,16 @@ class LocalBackend(Backend):
             self._idle += [worker for worker in workers if worker not in running]
 
     def expect_gang(self) -> None:
-        """Nothing to prepare."""
+        """Start the process that has imported what ranks need; it does so beside the steps before them.
+
+        There is one in a program, for all its backends, and it ends with the program.
+        """
+        if self._preload is None or self._in_process:
+            return
+        FORKS.set_forkserver_preload(list(self._preload.modules))
+        with _environment(dict(self._preload.environment)):
+            multiprocessing.forkserver.ensure_running()
+        self._forks = True
 
     def gang(self, gang: Gang, *, poll: Poll = lambda: None, log: Log = lambda line: None, again: bool = False) -> Any:
         """One process for each rank, joined by torch.distributed on loopback; a lone rank may run in this process."""
@@ -101,7 +136,7 @@ class LocalBackend(Backend):
         _let_go(self._idle)
         port = _free_port()
         ranks = [
-            _Worker(_environment_of(gang.cpus_per_worker) | _rank_environment(rank, port, gang))
+            self._new_worker(_environment_of(gang.cpus_per_worker) | _rank_environment(rank, port, gang))
             for rank in range(gang.workers)
         ]
         try:
@@ -124,7 +159,10 @@ class LocalBackend(Backend):
             if worker.environment == environment and worker.process.is_alive():
                 return worker
             _let_go([worker])
-        return _Worker(environment)
+        return self._new_worker(environment)
+
+    def _new_worker(self, environment: dict[str, str]) -> _Worker:
+        return _Worker(environment, self._preload if self._forks else None)
 
 
 def _run_in_thread(gang: Gang, poll: Poll) -> Any:
@@ -149,13 +187,16 @@ def _run_in_thread(gang: Gang, poll: Poll) -> Any:
 
 
 class _Worker:
-    """A process that runs calls sent to it, and never outlives this one."""
+    """A process that runs calls sent to it, and never outlives this one; with `preload` a fork of the one that has it."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.pipe, child_pipe = SPAWN.Pipe()
+    def __init__(self, environment: dict[str, str], preload: Preload | None = None) -> None:
+        context = SPAWN if preload is None else FORKS
+        self.pipe, child_pipe = context.Pipe()
         self.environment = environment
-        self.process = SPAWN.Process(
-            target=_serve, args=(child_pipe, environment)
+        self.preload = preload
+        begin = None if preload is None else preload.begin
+        self.process = context.Process(
+            target=_serve, args=(child_pipe, environment, begin)
         )  # not daemonic: it may have children
         self.process.start()
         _alive.add(self)
@@ -215,10 +256,13 @@ def _let_go(workers: list[_Worker]) -> None:
         worker.end()
 
 
-def _serve(pipe: Connection, environment: dict[str, str]) -> None:
+def _serve(pipe: Connection, environment: dict[str, str], begin: Callable[[], None] | None) -> None:
     """A worker's life: run calls until the pipe closes or the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
+    os.environ.clear()  # a fork has that of the time when its server started
     os.environ.update(environment)
+    if begin is not None:
+        begin()
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
@@ -262,7 +306,7 @@ def _distribute(
                     "give it more memory or fewer workers and run again",
                 )
             waiting[name] = calls[name]
-            workers[workers.index(worker)] = _Worker(_environment_of(threads))
+            workers[workers.index(worker)] = _Worker(_environment_of(threads), worker.preload)
 
 
 def _first_result(ranks: list[_Worker], gang: Gang, poll: Poll) -> Any:
