@@ -34,7 +34,7 @@ from model.masks import Mask
 from model.mixers.base import MixerInput
 from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
 from model.mixers.mamba import MambaConfig
-from model.positions.position import NoPositionConfig
+from model.positions.none import NoPositionConfig
 
 ROWS, TOKENS, PROMPT_TOKENS, NEW_TOKENS = 2, 128, 32, 48
 MAMBA = ModelConfig(

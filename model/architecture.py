@@ -1,44 +1,26 @@
 """A whole model: frontend, stack, head; and for some an encoder before them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
-from model.block import BlockState
 from model.config import ModelConfig
-from model.decoding.cache import Cache, rounded_slots
+from model.decoding.cache import Cache, Claim, rounded_slots
 from model.errors import ModelError
-from model.ffns.experts.config import MoeConfig
-from model.ffns.experts.receipts import routing_counts, with_encoders
+from model.ffns.experts.receipts import auxiliary_outputs, routing_outputs, with_encoders
 from model.frontends.base import Frontend
 from model.frontends.text import Embedding
-from model.grid import GridPositionConfig
-from model.heads.language import Head, NoHead
+from model.heads.base import Head
+from model.inputs import Tensors, sort_inputs
 from model.masks import Mask
-from model.mixers.attention import KeyValueState
 from model.mixers.base import MixerInput
 from model.noise import row_keys
-from model.positions.position import (
-    AlibiConfig,
-    LearnedPositionConfig,
-    RelativeBias,
-    RopeConfig,
-    Rotation,
-    alibi_bias,
-    document_positions,
-    rotation,
-)
-from model.slots import Record
+from model.positions.base import Distances
+from model.positions.documents import document_positions
 from model.stack import Stack
-
-ENCODER = "encoder_"
-"""What the names of an encoder's inputs begin with: `encoder_tokens_BT` is its `tokens_BT`."""
-
-TOWER = "tower_"
-"""The same of a second tower's inputs: `tower_pixels_BAYX`."""
 
 
 class Prefixes(Protocol):
@@ -61,7 +43,7 @@ class Transformer(nn.Module):
         stack: Stack,
         head: Head,
         encoder: "Transformer | None" = None,
-        distances: RelativeBias | None = None,
+        distances: Distances | None = None,
         tower: "Transformer | None" = None,
     ) -> None:
         super().__init__()
@@ -72,9 +54,6 @@ class Transformer(nn.Module):
         self.encoder = encoder
         self.tower = tower
         self.distances = distances
-        self._is_random = any(
-            isinstance(layer.ffn, MoeConfig) and layer.ffn.router.is_random for layer in config.layers
-        )
         self.prefix: Prefixes | None = None
         self.tie_weights()
 
@@ -122,66 +101,32 @@ class Transformer(nn.Module):
         (`moe.receipts`) where layers have experts, an encoder's too; with `per_token` instead, and without gradient,
         {"nll": fp32 [B, T], "is_top": bool [B, T]}. A model without a head tells of its routing beside the features.
         """
-        if self.prefix is not None and cache is None:
-            raise ModelError(
-                "a model with a prefix computes through a cache: pass cache=model.new_cache(rows, tokens)."
-            )
-        if targets_BT is not None:
-            inputs["targets_BT"] = targets_BT
-        if tokens_BT is not None:
-            inputs["tokens_BT"] = tokens_BT
-        own, targets, of_encoder, of_tower = self._sorted_out(inputs)
-        slots_BT = None if cache is None or tokens_BT is None else cache.claim(tokens_BT.shape[1])
-        positions_BT = self._positions(tokens_BT, documents_BT, positions_BT, slots_BT)
+        named = {"tokens_BT": tokens_BT, "targets_BT": targets_BT}
+        given = sort_inputs(self, inputs | {name: x for name, x in named.items() if x is not None})
+        claim = self._claim(tokens_BT, cache)
+        positions_BT = self._positions(tokens_BT, documents_BT, positions_BT, claim)
         if documents_BT is None:
-            documents_BT = self.frontend.documents(own)
-        x_BTD, codes = self._embedded(positions_BT, own)
+            documents_BT = self.frontend.documents(given.frontend)
+
+        x_BTD, codes = self.frontend.embed(positions_BT, given.frontend, with_codes=self.head.reads_codes)
         tokens = x_BTD.shape[1]
-        mask = self._mask(tokens, documents_BT, prefix_B, globals_BT, slots_BT, cache)
-        shared = self._shared(mask, x_BTD, tokens_BT, positions_BT, slots_BT, cache, lengths)
-        heard: dict[str, torch.Tensor] = {}
+        mask = self._mask(tokens, documents_BT, prefix_B, globals_BT, claim)
+        shared = self._shared(mask, x_BTD, tokens_BT, positions_BT, claim, lengths)
+        encoder_stats: Tensors = {}
         if self.encoder is not None:
-            shared, heard = self._with_memory(shared, documents_BT, cache, of_encoder)
+            shared, encoder_stats = self._with_memory(self.encoder, shared, documents_BT, cache, given.encoder)
         x_BTD, records = self.stack(x_BTD, shared, None if cache is None else cache.states)
         if cache is not None:
-            cache.advance([tokens] * x_BTD.shape[0] if lengths is None else lengths)
-        targets |= codes
-        if self.tower is not None and of_tower:
-            targets["other_ND"] = self.tower(**of_tower)["features"]
-        result: dict[str, torch.Tensor] = self.head(_chosen(x_BTD, logits_for), documents_BT, per_token, **targets)
+            cache.advance([tokens] * len(x_BTD) if lengths is None else lengths)
+        targets = given.head | codes
+        if self.tower is not None and given.tower:
+            targets["other_ND"] = self.tower(**given.tower)["features"]
+        result: Tensors = self.head(_chosen(x_BTD, logits_for), documents_BT, per_token, **targets)
+
         if "loss_sum" in result:
-            told = with_encoders(heard, _routing(records, documents_BT, x_BTD))
-            return result | _with_auxiliary(result["loss_sum"], told, lambda: self.head.row_targets(targets))
-        return result | _routing(records, documents_BT, x_BTD) if isinstance(self.head, NoHead) else result
-
-    def _sorted_out(self, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
-        """Whose is what: of the frontend, of the head, of the encoder and of the tower, these under their own names.
-
-        Raises ModelError for inputs that this model does not take, and where its own are missing.
-        """
-        inner: list[dict[str, torch.Tensor]] = []
-        for begin, module in ((ENCODER, self.encoder), (TOWER, self.tower)):
-            named = {name: tensor for name, tensor in inputs.items() if name.startswith(begin)}
-            if named and module is None:
-                raise ModelError(
-                    f"{', '.join(named)} was given, but the model has no {begin.rstrip('_')}: leave it out."
-                )
-            inner.append({name.removeprefix(begin): tensor for name, tensor in named.items()})
-            inputs = {name: tensor for name, tensor in inputs.items() if name not in named}
-        own = {name: tensor for name, tensor in inputs.items() if name not in self.head.takes}
-        targets = {name: tensor for name, tensor in inputs.items() if name in self.head.takes | self.head.reads}
-        known = {self.frontend.reads, *self.frontend.optional}
-        if not own.keys() <= known or self.frontend.reads not in own:
-            unknown = ", ".join(sorted(own.keys() - known)) or "nothing of what it reads"
-            inner_names = [
-                f"{begin}…" for begin, of in ((ENCODER, self.encoder), (TOWER, self.tower)) if of is not None
-            ]
-            raise ModelError(
-                f"the model was given {unknown}: it reads {self.frontend.reads}, and takes "
-                f"{', '.join([*sorted(known | self.head.takes), *inner_names])} besides documents_BT, positions_BT and "
-                "what else forward names; give it those."
-            )
-        return own, targets, *inner
+            stats = with_encoders(encoder_stats, routing_outputs(records, documents_BT, x_BTD))
+            return result | auxiliary_outputs(result["loss_sum"], stats, lambda: self.head.row_targets(targets))
+        return result | routing_outputs(records, documents_BT, x_BTD) if self.head.passes_features else result
 
     def new_cache(self, rows: int, max_tokens: int, *, static: bool = False) -> Cache:
         """An empty cache for `rows` rows of at most `max_tokens` tokens, prompt and continuation together; see `Cache`."""
@@ -191,59 +136,45 @@ class Transformer(nn.Module):
             )
         offset = 0 if self.prefix is None else self.prefix.tokens
         device, slots = next(self.stack.parameters()).device, rounded_slots(max_tokens + offset)
-        angles = self._rotation(torch.arange(slots, device=device)[None]) if self._rotates else None
+        angles = self.config.rotation(torch.arange(slots, device=device)[None])
         states = self.stack.new_states(rows, slots)
         if self.prefix is not None:
-            own = [state.mixer if isinstance(state, BlockState) else state for state in states]
-            for state, (k_KSC, v_KSC) in zip(own, self.prefix(), strict=True):
-                assert isinstance(state, KeyValueState)
+            for state, (k_KSC, v_KSC) in zip(states, self.prefix(), strict=True):
                 state.begin(k_KSC, v_KSC)
         return Cache(states, rows, max_tokens, device, angles=angles, static=static, offset=offset)
 
-    @property
-    def _rotates(self) -> bool:
-        return isinstance(self.config.position, RopeConfig) and self.config.head_dim is not None
-
-    def _rotation(self, positions_BT: torch.Tensor) -> Rotation | None:
-        """The angles of those positions, where the model rotates and attends."""
-        position, head_dim = self.config.position, self.config.head_dim
-        if not isinstance(position, RopeConfig) or head_dim is None:
-            return None
-        return rotation(position, positions_BT, head_dim)
+    def _claim(self, tokens_BT: torch.Tensor | None, cache: Cache | None) -> Claim | None:
+        """Places of this call's tokens in the cache."""
+        if cache is not None and tokens_BT is not None:
+            return cache.claim(tokens_BT.shape[1])
+        if self.prefix is not None:
+            raise ModelError(
+                "a model with a prefix computes through a cache: pass cache=model.new_cache(rows, tokens)."
+            )
+        return None
 
     def _positions(
         self,
         tokens_BT: torch.Tensor | None,
         documents_BT: torch.Tensor | None,
         positions_BT: torch.Tensor | None,
-        slots_BT: torch.Tensor | None,
+        claim: Claim | None,
     ) -> torch.Tensor | None:
         """The position of every token; null where the input is not tokens."""
         if tokens_BT is None:
             return positions_BT
         tokens = tokens_BT.shape[1]
-        if (
-            isinstance(self.config.position, LearnedPositionConfig | GridPositionConfig)
-            and tokens > self.config.max_seq_len
-        ):
+        longest = self.config.position.longest_row(self.config.max_seq_len)
+        if longest is not None and tokens > longest:
             raise ModelError(
-                f"a row has {tokens} tokens, the model {self.config.max_seq_len} learned positions: shorten the rows "
-                "or raise model.max_seq_len."
+                f"a row has {tokens} tokens, the model {longest} learned positions: shorten the rows or raise "
+                "model.max_seq_len."
             )
         if positions_BT is not None:
             return positions_BT
         if documents_BT is not None:
             return document_positions(documents_BT)
-        return torch.arange(tokens, device=tokens_BT.device)[None] if slots_BT is None else slots_BT
-
-    def _embedded(
-        self, positions_BT: torch.Tensor | None, own: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """x_BTD of the frontend, and what its codebook makes of the input if the head reads that."""
-        if self.head.reads_codes:
-            x_BTD, codes = self.frontend(positions_BT, with_codes=True, **own)
-            return x_BTD, codes
-        return self.frontend(positions_BT, **own), {}
+        return torch.arange(tokens, device=tokens_BT.device)[None] if claim is None else claim.slots_BT
 
     def _mask(
         self,
@@ -251,25 +182,17 @@ class Transformer(nn.Module):
         documents_BT: torch.Tensor | None,
         prefix_B: torch.Tensor | None,
         globals_BT: torch.Tensor | None,
-        slots_BT: torch.Tensor | None,
-        cache: Cache | None,
+        claim: Claim | None,
     ) -> Mask:
         """Who sees whom, and the bias on scores of the models whose positions are one. A cache holds one document a row."""
-        mask = Mask(
-            causal=self.config.causal,
-            documents_BT=documents_BT if cache is None else None,
-            prefix_B=prefix_B,
-            globals_BT=globals_BT,
-        )
-        # Of an empty cache the new tokens are all there is to see.
-        if cache is not None and (cache.longest or cache.static or cache.offset):
-            at_end = tokens == 1 and cache.common_slot is not None
-            mask = replace(mask, slots_BT=slots_BT, keys=cache.slots_for(tokens), at_end=at_end)
-        keys = mask.keys or tokens
-        if isinstance(self.config.position, AlibiConfig):
-            device = next(self.stack.parameters()).device
-            return replace(mask, bias_HL=alibi_bias(self.config.attention_heads, keys, device))
-        return mask if self.distances is None else replace(mask, bias_HL=self.distances(keys))
+        keys = tokens if claim is None or not claim.keys else claim.keys
+        bias_HL = None
+        if self.distances is not None:
+            bias_HL = self.distances(keys, next(self.stack.parameters()).device)
+        mask = Mask(causal=self.config.causal, prefix_B=prefix_B, globals_BT=globals_BT, bias_HL=bias_HL)
+        if claim is None:
+            return replace(mask, documents_BT=documents_BT)
+        return replace(mask, slots_BT=claim.slots_BT, keys=keys, at_end=claim.at_end) if claim.keys else mask
 
     def _shared(
         self,
@@ -277,54 +200,50 @@ class Transformer(nn.Module):
         x_BTD: torch.Tensor,
         tokens_BT: torch.Tensor | None,
         positions_BT: torch.Tensor | None,
-        slots_BT: torch.Tensor | None,
-        cache: Cache | None,
+        claim: Claim | None,
         lengths: Sequence[int] | None,
     ) -> MixerInput:
         """What all layers share of this pass; without positions tokens count from 0."""
         tokens, device = x_BTD.shape[1], x_BTD.device
-        draws = self._is_random and self.training and cache is None
         if positions_BT is None:
             positions_BT = torch.arange(tokens, device=device)[None]
-        if cache is not None and slots_BT is not None and positions_BT is slots_BT:
-            angles = cache.rotation(slots_BT)
-        else:
-            angles = self._rotation(positions_BT)
+        draws = self.config.is_random and self.training and claim is None
+        of_slots = claim is not None and positions_BT is claim.slots_BT
         return MixerInput(
             mask,
-            angles,
-            slots_BT,
-            None if cache is None else cache.common_slot,
+            claim.rotation if claim is not None and of_slots else self.config.rotation(positions_BT),
+            None if claim is None else claim.slots_BT,
+            None if claim is None else claim.common_slot,
             windowed={window: replace(mask, window=window) for window in self.config.windows},
             row_keys_B=row_keys(tokens_BT) if draws and tokens_BT is not None else None,
             lengths_B=None if lengths is None or min(lengths) >= tokens else torch.tensor(lengths, device=device),
         )
 
+    @staticmethod
     def _with_memory(
-        self,
+        encoder: "Transformer",
         shared: MixerInput,
         documents_BT: torch.Tensor | None,
         cache: Cache | None,
-        of_encoder: dict[str, torch.Tensor],
-    ) -> tuple[MixerInput, dict[str, torch.Tensor]]:
+        inputs: Tensors,
+    ) -> tuple[MixerInput, Tensors]:
         """With the encoder's output and who sees what of it, from the cache where this pass brings no encoder inputs; and
-        what else the encoder told."""
-        assert self.encoder is not None
-        if not of_encoder:
+        the encoder's other outputs."""
+        if not inputs:
             if cache is None or not cache.longest:
                 raise ModelError("the model has an encoder: give its input too, as encoder_tokens_BT.")
             mask = Mask(causal=False, key_documents_BS=cache.memory_documents_BS)
             return replace(shared, memory_mask=mask), {}
-        heard = self.encoder(**of_encoder)
-        memory_BSD = heard.pop("features")
-        memory_documents_BS = of_encoder.get("documents_BT")
+        outputs = encoder(**inputs)
+        memory_BSD = outputs.pop("features")
+        memory_documents_BS = inputs.get("documents_BT")
         if memory_documents_BS is None:
-            memory_documents_BS = self.encoder.frontend.documents(of_encoder)
+            memory_documents_BS = encoder.frontend.documents(inputs)
         if cache is not None:
             cache.memory_documents_BS = memory_documents_BS
         queries_BT = None if cache is not None or memory_documents_BS is None else documents_BT
         mask = Mask(causal=False, documents_BT=queries_BT, key_documents_BS=memory_documents_BS)
-        return replace(shared, memory_BSD=memory_BSD, memory_mask=mask), heard
+        return replace(shared, memory_BSD=memory_BSD, memory_mask=mask), outputs
 
 
 def _chosen(x_BTD: torch.Tensor, logits_for: Literal["all", "last"] | torch.Tensor) -> torch.Tensor:
@@ -332,32 +251,3 @@ def _chosen(x_BTD: torch.Tensor, logits_for: Literal["all", "last"] | torch.Tens
     if isinstance(logits_for, torch.Tensor):
         return x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_for][:, None]
     return x_BTD[:, -1:] if logits_for == "last" else x_BTD
-
-
-def _routing(records: list[Record], documents_BT: torch.Tensor | None, x_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Counts of what the layers routed, and "auxiliary_B", the sum of their auxiliary losses; {} where no layer has
-    experts."""
-    if not any(records):
-        return {}
-    places = x_BTD.shape[0] * x_BTD.shape[1]
-    tokens = torch.full((), places, device=x_BTD.device) if documents_BT is None else (documents_BT != 0).sum()
-    told = routing_counts(records, tokens)
-    losses = [record["auxiliary_B"] for record in records if "auxiliary_B" in record]
-    return {**told, "auxiliary_B": torch.stack(losses).sum(0)} if losses else told
-
-
-def _with_auxiliary(
-    loss_sum: torch.Tensor, told: dict[str, torch.Tensor], row_targets: Callable[[], torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """What was told of routing, with the auxiliary losses in the gradient of `loss_sum`, not in its value, as the head
-    does with its own.
-
-    The losses are means over the tokens of a row, an encoder's over its own; a row weighs as many targets as it has. So
-    they are a sum like Σ NLL: divided by the targets of all micro-batches and ranks it is the same whichever way rows
-    are shared out.
-    """
-    counts = {name: tensor for name, tensor in told.items() if name != "auxiliary_B"}
-    if "auxiliary_B" not in told:
-        return counts
-    auxiliary = (told["auxiliary_B"] * row_targets()).sum()
-    return {**counts, "loss_sum": loss_sum + (auxiliary - auxiliary.detach()), "aux_loss_sum": auxiliary.detach()}

@@ -86,6 +86,9 @@ class BlockState(MixerState):
         self.mixer = mixer
         self.cross = cross
 
+    def begin(self, k_KSC: torch.Tensor, v_KSC: torch.Tensor) -> None:
+        self.mixer.begin(k_KSC, v_KSC)
+
     def reorder(self, rows_B: torch.Tensor) -> None:
         self.mixer.reorder(rows_B)
         self.cross.reorder(rows_B)

@@ -4,51 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from model.block import Layout
 from model.errors import ModelError, check_counts
-from model.ffns.build import AnyFfnConfig
 from model.ffns.dense import FfnConfig
-from model.ffns.experts.config import MoeConfig
-from model.frontends.text import FrontendConfig, TokenFrontendConfig
-from model.grid import Grid, GridPositionConfig
-from model.heads.classifiers import ClassifierHeadConfig, SpanHeadConfig, TokenClassifierHeadConfig
-from model.heads.ctc import CtcHeadConfig
-from model.heads.distractor import DistractorHeadConfig
-from model.heads.embedding import EmbeddingHeadConfig
-from model.heads.language import LanguageHeadConfig, NoHeadConfig
+from model.ffns.kinds import AnyFfnConfig
+from model.frontends.kinds import AnyFrontendConfig
+from model.frontends.text import TokenFrontendConfig
+from model.heads.kinds import AnyHeadConfig
+from model.heads.language import LanguageHeadConfig
 from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
-from model.mixers.bigbird import BigBirdConfig
-from model.mixers.build import MixerConfig
-from model.mixers.grid import GridAttentionConfig
-from model.mixers.latent import LatentAttentionConfig
-from model.mixers.longformer import LongformerConfig
-from model.mixers.mamba import MambaConfig
+from model.mixers.base import PositionedHeads
+from model.mixers.kinds import AnyMixerConfig
 from model.norms.norm import NormConfig
-from model.positions.position import AlibiConfig, PositionConfig, RelativePositionConfig, RopeConfig
+from model.positions.grid import Grid
+from model.positions.kinds import AnyPositionConfig
+from model.positions.rope import RopeConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.positions.base import Rotation
 
 __all__ = ["LayerChange", "LayerConfig", "ModelConfig", "ModelError", "Role", "parameter_roles"]
-
-HeadConfig = (
-    LanguageHeadConfig
-    | ClassifierHeadConfig
-    | TokenClassifierHeadConfig
-    | SpanHeadConfig
-    | CtcHeadConfig
-    | EmbeddingHeadConfig
-    | DistractorHeadConfig
-    | NoHeadConfig
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
     """What fills the slots of one layer."""
 
-    mixer: MixerConfig
+    mixer: AnyMixerConfig
     """How tokens are mixed."""
-    cross: AttentionConfig | None
+    cross: AnyMixerConfig | None
     """Attention to an encoder's output; null in models without one."""
     ffn: AnyFfnConfig
     """What stands behind the mixer."""
@@ -64,7 +53,7 @@ class LayerChange:
     """Layers from one changed layer to the next."""
     first: int = 0
     """The first changed layer, counted from 0."""
-    mixer: MixerConfig | None = None
+    mixer: AnyMixerConfig | None = None
     """Null: as the model has it."""
     ffn: AnyFfnConfig | None = None
     """Null: as the model has it."""
@@ -101,17 +90,17 @@ class ModelConfig:
     """Where the norms stand in a block (see `Block`)."""
     norm: NormConfig = field(default_factory=NormConfig)
     """Of the blocks and behind the last one."""
-    frontend: FrontendConfig = field(default_factory=TokenFrontendConfig)
+    frontend: AnyFrontendConfig = field(default_factory=TokenFrontendConfig)
     """What makes vectors of the input."""
-    position: PositionConfig = field(default_factory=RopeConfig)
+    position: AnyPositionConfig = field(default_factory=RopeConfig)
     """How a token's place is known."""
-    mixer: MixerConfig = field(default_factory=AttentionConfig)
+    mixer: AnyMixerConfig = field(default_factory=AttentionConfig)
     """What mixes tokens, in every layer."""
     ffn: AnyFfnConfig = field(default_factory=FfnConfig)
     """What stands behind the mixer, in every layer."""
     pattern: tuple[LayerChange, ...] = ()
     """Layers that have something else there; later changes win."""
-    head: HeadConfig = field(default_factory=LanguageHeadConfig)
+    head: AnyHeadConfig = field(default_factory=LanguageHeadConfig)
     """What is made of the last vectors."""
     encoder: ModelConfig | None = None
     """Runs before this decoder and is read by its cross-attention, which has the mixer's shape; its head is none, and
@@ -136,41 +125,23 @@ class ModelConfig:
                     "it changes none; lower first, or leave the change out."
                 )
         for layer in self.layers:
-            layer.mixer.check(self.d_model)
-        if isinstance(self.position, RopeConfig):
-            self._check_rotary()
-        for layer in self.layers:
-            if self.causal and isinstance(layer.mixer, LongformerConfig | BigBirdConfig):
-                raise ModelError(
-                    f"model.causal is true with mixer.kind={layer.mixer.kind}, whose global tokens see what is ahead: "
-                    "set causal=false, or take mixer.kind=attention with a window."
-                )
-            if not self.causal and isinstance(layer.mixer, MambaConfig | GridAttentionConfig):
-                raise ModelError(
-                    f"model.causal is false with mixer.kind={layer.mixer.kind}, which looks back only: set causal=true, or "
-                    "take attention or linear attention."
-                )
-        routers = [layer.ffn.router for layer in self.layers if isinstance(layer.ffn, MoeConfig)]
-        if any(router.is_random for router in routers) and not isinstance(self.frontend, TokenFrontendConfig):
+            layer.mixer.check(self)
+        self.position.check(self)
+        if self.is_random and not self.frontend.uses_vocabulary:
             raise ModelError(
                 f"model.frontend.kind is {self.frontend.kind} with ffn.router.jitter or second_by_chance: a router's "
                 "noise is a function of a row's tokens, and here there are none; set jitter to 0 and second_by_chance to "
                 "false."
             )
-        for weight in getattr(self.head, "weights", ()):
-            if self.vocab_size is not None and weight.first >= self.vocab_size:
-                raise ModelError(
-                    f"head.weights has first={weight.first} with vocab_size={self.vocab_size}: no target reaches it; name "
-                    "an entry of the vocabulary."
-                )
         if self.encoder is not None:
             self._check_encoder(self.encoder)
-        self._check_tower(self.tower)
-        if self.grids or isinstance(self.position, GridPositionConfig):
-            self._check_grids()
-        if isinstance(self.position, AlibiConfig | RelativePositionConfig):
-            self._check_distances()
-        if self.causal and getattr(self.head, "pool", None) == "first":
+        if (self.tower is not None) != self.head.compares:
+            raise ModelError(
+                f"model.tower is {'null' if self.tower is None else 'set'} with head {self.head}: a tower is there to be "
+                "compared with; set model.head.kind=embedding with model.head.contrast=true and a tower, or neither."
+            )
+        self.head.check(self)
+        if self.causal and self.head.pools_first:
             raise ModelError(
                 f"model.causal is true with head.kind={self.head.kind} and head.pool first: the first token sees itself "
                 "alone, so its vector says nothing of the rest; set causal=false, or another pool."
@@ -183,7 +154,7 @@ class ModelConfig:
             raise ModelError(f"model.z_loss is {self.z_loss}: a loss needs a weight of 0 or more.")
 
     def _check_encoder(self, encoder: ModelConfig) -> None:
-        if encoder.encoder is not None or not isinstance(encoder.head, NoHeadConfig):
+        if encoder.encoder is not None or not encoder.head.passes_features:
             raise ModelError(
                 f"model.encoder.head.kind is {encoder.head.kind} and there is {'an' if encoder.encoder else 'no'} encoder "
                 "of its own: its output goes to the decoder as it is; set model.encoder.head.kind=none and no encoder."
@@ -196,7 +167,7 @@ class ModelConfig:
             raise ModelError(
                 f"model.layout is {self.layout} with an encoder: that block has no cross-attention; use pre or post."
             )
-        if not all(isinstance(layer.mixer, AttentionConfig) for layer in self.layers):
+        if not all(layer.mixer.crosses for layer in self.layers):
             raise ModelError("model.encoder needs attention layers: cross-attention takes its shape from the mixer.")
         if (encoder.tie_embeddings and encoder.frontend.uses_vocabulary) and (
             encoder.d_model != self.d_model or encoder.vocab_size not in (None, self.vocab_size)
@@ -207,85 +178,6 @@ class ModelConfig:
                 "model.encoder.tie_embeddings=false."
             )
 
-    def _check_tower(self, tower: ModelConfig | None) -> None:
-        own = self.head if isinstance(self.head, EmbeddingHeadConfig) else None
-        if (tower is not None) != (own is not None and own.contrast):
-            raise ModelError(
-                f"model.tower is {'null' if tower is None else 'set'} with head {self.head}: a tower is there to be "
-                "compared with; set model.head.kind=embedding with model.head.contrast=true and a tower, or neither."
-            )
-        if tower is None or own is None:
-            return
-        if any(isinstance(layer.ffn, MoeConfig) for layer in tower.layers):
-            raise ModelError(
-                "model.tower.ffn.kind is moe: its rows are not this model's, so what its routers lose has no row to be "
-                "weighed with; give experts to this model, or none."
-            )
-        other = tower.head if isinstance(tower.head, EmbeddingHeadConfig) else None
-        if other is None or other.contrast or other.width != own.width:
-            raise ModelError(
-                f"model.tower has head {tower.head}: its vectors are compared with this model's, so it needs "
-                f"model.tower.head.kind=embedding, model.tower.head.width={own.width} and model.tower.head.contrast=false."
-            )
-
-    def _check_distances(self) -> None:
-        mixers = [layer.mixer for layer in self.layers]
-        others: list[MixerConfig] = [mixer for mixer in mixers if isinstance(mixer, LongformerConfig | BigBirdConfig)]
-        if others or not self._attentions:
-            raise ModelError(
-                f"model.position.kind is {self.position.kind} with mixer.kind={(others or mixers)[0].kind}: it is a bias on "
-                "the scores of plain or latent attention, which other mixers do not add; set model.position.kind=none or "
-                "learned, or take mixer.kind=attention."
-            )
-        if len({mixer.n_heads for mixer in self._attentions}) > 1:
-            raise ModelError(
-                "model.pattern gives attention layers different n_heads: all layers share one ALiBi slope or one table "
-                "of distances for each head; give them the same n_heads or choose other positions."
-            )
-
-    def _check_rotary(self) -> None:
-        if not self._attentions:
-            raise ModelError(
-                f"model.position.kind is rope, but no layer attends (mixer.kind is {self.mixer.kind}): rotary positions "
-                "turn queries and keys; set model.position.kind=none, or learned."
-            )
-        channels = sorted({mixer.channels(self.d_model) for mixer in self._attentions})
-        if len(channels) > 1:
-            raise ModelError(
-                f"model.pattern gives attention layers {' and '.join(map(str, channels))} channels a head: all layers "
-                "share one set of rotary angles; set mixer.head_dim to the same everywhere."
-            )
-        rotated = self.position.channels if isinstance(self.position, RopeConfig) else None
-        if channels and rotated is not None and rotated > channels[0]:
-            raise ModelError(
-                f"model.position.channels is {rotated} with heads of {channels[0]} channels: no more can be rotated than "
-                "there are; lower it, or null rotates all."
-            )
-        if channels and rotated is None and channels[0] % 2:
-            raise ModelError(
-                f"model.d_model {self.d_model} over {self._attentions[0].n_heads} heads leaves {channels[0]} channels "
-                "a head: rotary positions rotate pairs, so make it even."
-            )
-
-    def _check_grids(self) -> None:
-        position, kind = self.position, self.position.kind
-        if self.grids and kind not in ("grid", "learned", "sinusoidal", "none"):
-            raise ModelError(
-                f"model.position.kind is {kind} with mixer.kind=grid, where a distance says little: choose grid, or learned."
-            )
-        if isinstance(position, GridPositionConfig):
-            for grid in self.grids:
-                if (grid.text, grid.width) != (position.text, position.width):
-                    raise ModelError(
-                        f"model.mixer has text={grid.text} width={grid.width}, model.position has text={position.text} "
-                        f"width={position.width}: both are of the same image; make them equal."
-                    )
-            if self.max_seq_len > position.tokens:
-                raise ModelError(
-                    f"model.max_seq_len is {self.max_seq_len}: model.position has places for {position.tokens}, text and "
-                    "image together; lower it, or make those larger."
-                )
-
     @cached_property
     def layers(self) -> tuple[LayerConfig, ...]:
         """What fills the slots of every layer, the pattern applied."""
@@ -295,7 +187,7 @@ class ModelConfig:
             for change in self.pattern:
                 if change.covers(number):
                     mixer, ffn = change.mixer or mixer, change.ffn or ffn
-            cross = mixer if self.encoder is not None and isinstance(mixer, AttentionConfig) else None
+            cross = mixer if self.encoder is not None and mixer.crosses else None
             layers.append(LayerConfig(mixer=mixer, cross=cross, ffn=ffn))
         return tuple(layers)
 
@@ -303,38 +195,48 @@ class ModelConfig:
     def tied_weights(self) -> dict[str, str]:
         """Names of the parameters that are another one under a second name, each with that one's."""
         table, tied = "frontend.tokens.weight", {}
-        if self.tie_embeddings and self.frontend.uses_vocabulary and isinstance(self.head, LanguageHeadConfig):
+        if self.tie_embeddings and self.frontend.uses_vocabulary and self.head.can_tie:
             tied["head.weight"] = table
         if self.encoder is not None and self.encoder.tie_embeddings and self.encoder.frontend.uses_vocabulary:
             tied[f"encoder.{table}"] = table
         return tied
 
-    @property
-    def _attentions(self) -> list[AttentionConfig | LatentAttentionConfig]:
-        mixers = [layer.mixer for layer in self.layers]
-        return [mixer for mixer in mixers if isinstance(mixer, AttentionConfig | LatentAttentionConfig)]
+    @cached_property
+    def positioned_heads(self) -> tuple[PositionedHeads, ...]:
+        """Of each layer that has them, the heads that rotary positions and biases by distance act on."""
+        heads = (layer.mixer.positioned_heads(self.d_model) for layer in self.layers)
+        return tuple(each for each in heads if each is not None)
 
     @property
     def attention_heads(self) -> int:
         """Query heads of the attention layers; 0 where no layer attends."""
-        return self._attentions[0].n_heads if self._attentions else 0
+        return self.positioned_heads[0].heads if self.positioned_heads else 0
 
     @cached_property
     def windows(self) -> tuple[int, ...]:
         """Every window that some layer has."""
-        windows = {getattr(layer.mixer, "window", None) for layer in self.layers}
+        windows = {layer.mixer.reach() for layer in self.layers}
         return tuple(sorted(window for window in windows if window is not None))
 
     @cached_property
     def grids(self) -> tuple[Grid, ...]:
         """Every grid that some layer sees its row as."""
-        grids = (layer.mixer.grid for layer in self.layers if isinstance(layer.mixer, GridAttentionConfig))
-        return tuple(dict.fromkeys(grids))
+        grids = (layer.mixer.image() for layer in self.layers)
+        return tuple(dict.fromkeys(grid for grid in grids if grid is not None))
+
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether some layer draws random numbers in training, dropout aside: a function of each row's tokens."""
+        return any(layer.ffn.is_random for layer in self.layers)
 
     @property
     def head_dim(self) -> int | None:
         """Channels of one attention head, those that can be turned if it keeps others; none where no layer attends."""
-        return self._attentions[0].channels(self.d_model) if self._attentions else None
+        return self.positioned_heads[0].channels if self.positioned_heads else None
+
+    def rotation(self, positions_BT: torch.Tensor) -> Rotation | None:
+        """The angles of those positions, where the model rotates and attends."""
+        return None if self.head_dim is None else self.position.rotation(positions_BT, self.head_dim)
 
     @property
     def n_positions(self) -> int:
@@ -344,12 +246,11 @@ class ModelConfig:
     @property
     def rotated_channels(self) -> int | None:
         """Channels of a head that rotary positions rotate."""
-        chosen = self.position.channels if isinstance(self.position, RopeConfig) else None
-        return self.head_dim if chosen is None else chosen
+        return None if self.head_dim is None else self.position.rotated_channels(self.head_dim)
 
     def require_vocab_size(self) -> int:
         """The vocabulary size, or ModelError while no tokenizer has set it; 0 for a model of images that needs none."""
-        if not self.frontend.uses_vocabulary and not isinstance(self.head, LanguageHeadConfig | CtcHeadConfig):
+        if not self.frontend.uses_vocabulary and not self.head.uses_vocabulary:
             return 0
         if self.vocab_size is None:
             raise ModelError(

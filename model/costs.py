@@ -7,10 +7,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from model.config import LayerConfig, ModelConfig
-from model.ffns.dense import NoFfnConfig
-from model.heads.language import LanguageHeadConfig
-from model.losses.cross_entropy import CPU_PASS, chunk_tokens
-from model.positions.position import position_parameters
 from model.slots import SlotCosts
 
 FLOP_FORMULA = (
@@ -37,7 +33,7 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Closed-form counts, an encoder's included; ModelError while the vocabulary size is unknown."""
     vocab_size, width = config.require_vocab_size(), config.d_model
     embedding = config.frontend.parameters(vocab_size, width, config.norm)
-    embedding += position_parameters(config.position, config.n_positions, width, config.attention_heads)
+    embedding += config.position.parameters(config.n_positions, width, config.attention_heads)
     norm = config.norm.parameters(width)
     norms = (0 if config.layout == "post" else norm) + sum(_norms(config, layer) for layer in config.layers) * norm
     head = config.head.costs(vocab_size, width, config.norm).parameters
@@ -152,18 +148,8 @@ def activation_bytes(
 
 
 def head_bytes(config: ModelConfig, tokens: int, dtype_bytes: int) -> int:
-    """Bytes of the loss over a vocabulary at its height, 0 for another head: the weight in the precision of the products,
-    its gradient (summed in fp32 where there are several chunks), a chunk's logits and one pass over them in fp32, twice.
-
-    Beyond a chunk's tokens they are the same for any number.
-    """
-    if not isinstance(config.head, LanguageHeadConfig):
-        return 0
-    vocab_size, d_model = config.require_vocab_size(), config.d_model
-    chunk = chunk_tokens(tokens, vocab_size, d_model, dtype_bytes)
-    weights = (0 if dtype_bytes == 4 else dtype_bytes) + dtype_bytes + (4 if chunk < tokens else 0)
-    passes = 8 * min(chunk * vocab_size, CPU_PASS)
-    return weights * vocab_size * d_model + chunk * vocab_size * dtype_bytes + passes
+    """Bytes of the head's loss at its height; beyond some number of tokens they are the same for any."""
+    return config.head.loss_bytes(config.require_vocab_size(), config.d_model, tokens, dtype_bytes)
 
 
 def row_and_once_bytes(config: ModelConfig, seq_len: int, dtype_bytes: int, recompute: bool = False) -> tuple[int, int]:
@@ -192,7 +178,7 @@ def _encoder(encoder: ModelConfig, vocab_size: int) -> ModelConfig:
 
 def _norms(config: ModelConfig, layer: LayerConfig) -> int:
     """Norms of one block."""
-    ffn_norms = 0 if config.layout == "parallel" or isinstance(layer.ffn, NoFfnConfig) else 1
+    ffn_norms = 0 if config.layout == "parallel" or layer.ffn.is_empty else 1
     return 1 + ffn_norms + (0 if layer.cross is None else 1)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from model.grid import Grid
+from model.positions.grid import Grid
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -21,7 +21,7 @@ from model.ffns.dense import FfnConfig
 from model.ffns.experts.config import CapacityConfig, RouterConfig
 from model.heads.language import TargetWeight
 from model.norms.norm import NormConfig
-from model.positions.position import YarnScaling
+from model.positions.rope import YarnScaling
 from pipelines.engine.files import FileHashes
 from pipelines.engine.resolve import resolve
 from pipelines.engine.step import Step

@@ -22,7 +22,7 @@ from tests.walk import Walks
 def test_a_command_reaches_the_loop_through_ten_files_and_a_step_the_attention_kernel_through_eight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execution, "LocalBackend", lambda: LocalBackend(in_process=True))
+    monkeypatch.setattr(execution, "LocalBackend", lambda **_: LocalBackend(in_process=True))
     for module in (argparse, inspect, json, random):
         (tmp_path / f"{module.__name__}.py").write_text(Path(str(module.__file__)).read_text()[:20_000])
     overrides = [

@@ -1,12 +1,13 @@
 """What a model remembers of a batch between decoding steps."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from model.errors import ModelError
 from model.mixers.base import MixerState
-from model.positions.position import Rotation
+from model.positions.base import Rotation
 
 SLOT_QUANTUM = 64
 
@@ -14,6 +15,22 @@ SLOT_QUANTUM = 64
 def rounded_slots(slots: int) -> int:
     """Slots are looked at in multiples of 64: on CPUs oneDNN compiles a product anew for every shape it meets."""
     return -(-slots // SLOT_QUANTUM) * SLOT_QUANTUM
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Places of a call's tokens in a cache.
+
+    slots_BT: where each is remembered, which is its position too. common_slot: the first of them, if all rows have the
+    same. rotation: the angles of those slots, where the model rotates. keys: how many slots are looked at; 0 where the
+    new tokens are all there is to see. at_end: the last slot that is looked at is every query's own.
+    """
+
+    slots_BT: torch.Tensor
+    common_slot: int | None
+    rotation: Rotation | None
+    keys: int
+    at_end: bool
 
 
 class Cache:
@@ -57,33 +74,31 @@ class Cache:
         """Where the next token of every row goes, if they all hold equally many and shapes may tell."""
         return None if self.static or min(self.lengths) != max(self.lengths) else self.lengths[0] + self.offset
 
-    def claim(self, tokens: int) -> torch.Tensor:
-        """Slots_BT for `tokens` further tokens of every row. Raises ModelError when they do not fit."""
+    def claim(self, tokens: int) -> Claim:
+        """Places for `tokens` further tokens of every row. Raises ModelError when they do not fit."""
         if self.longest + tokens > self.max_tokens:
             raise ModelError(
                 f"{self.longest} remembered and {tokens} new tokens do not fit a cache of {self.max_tokens}: make it "
                 "larger with new_cache(max_tokens=...)."
             )
-        if self.common_slot is not None:
-            slots_T = torch.arange(self.common_slot, self.common_slot + tokens, device=self.device)
-            return slots_T.expand(len(self.lengths), -1)
-        lengths_B = torch.tensor(self.lengths, device=self.device)
-        return lengths_B[:, None] + torch.arange(self.offset, self.offset + tokens, device=self.device)
+        first = self.common_slot
+        if first is not None:
+            slots_BT = torch.arange(first, first + tokens, device=self.device).expand(len(self.lengths), -1)
+            rotation = None if self.angles is None else self.angles.between(first, first + tokens)
+        else:
+            lengths_B = torch.tensor(self.lengths, device=self.device)
+            slots_BT = lengths_B[:, None] + torch.arange(self.offset, self.offset + tokens, device=self.device)
+            rotation = None if self.angles is None else self.angles.at(slots_BT)
+        # Of an empty cache the new tokens are all there is to see.
+        keys = self._keys(tokens) if self.longest or self.static or self.offset else 0
+        return Claim(slots_BT, first, rotation, keys, at_end=tokens == 1 and first is not None)
 
-    def slots_for(self, tokens: int) -> int:
+    def _keys(self, tokens: int) -> int:
         """How many slots `tokens` further tokens of every row look at, unused ones among them but for a single token of
         rows that are equally long."""
         if tokens == 1 and self.common_slot is not None:
             return self.common_slot + 1
         return rounded_slots(self.offset + (self.max_tokens if self.static else self.longest + tokens))
-
-    def rotation(self, slots_BT: torch.Tensor) -> Rotation | None:
-        """The angles of those slots."""
-        if self.angles is None:
-            return None
-        if self.common_slot is not None:
-            return self.angles.between(self.common_slot, self.common_slot + slots_BT.shape[1])
-        return self.angles.at(slots_BT)
 
     def advance(self, lengths: Sequence[int]) -> None:
         """Count `lengths[i]` new tokens in row i."""

@@ -5,13 +5,14 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from model.architecture import ENCODER, Transformer
+from model.architecture import Transformer
 from model.decoding.cache import Cache
 from model.decoding.joined import arranged_products
 from model.decoding.packed import Packing
 from model.decoding.sampling import Sampling, allowed, choose
 from model.errors import ModelError
 from model.frontends.base import Source
+from model.inputs import ENCODER
 
 __all__ = ["Sampling", "choose", "generate", "read_prompts", "unpadded"]
 

@@ -1,14 +1,17 @@
 """The position-wise feed-forward network, plain or gated (Shazeer 2020)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
 from model.decoding.joined import Joins
 from model.errors import check_counts
+from model.ffns.base import AbstractFfnConfig
 from model.init import Linear
 from model.mixers.base import MixerInput
 from model.slots import Record, SlotCosts
@@ -25,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FfnConfig:
+class FfnConfig(AbstractFfnConfig):
     """A feed-forward network."""
 
     kind: Literal["dense"] = "dense"
@@ -50,10 +53,15 @@ class FfnConfig:
             parameters=matrices + biases, matrices=matrices, kept_elements=(4 if self.gated else 2) * self.d_ff
         )
 
+    def build(self, d_model: int, layer: int) -> FeedForward:
+        return FeedForward(self, d_model)
+
 
 @dataclass(frozen=True, kw_only=True)
-class NoFfnConfig:
+class NoFfnConfig(AbstractFfnConfig):
     """Nothing behind the mixer: the block has one branch and one norm (Mamba)."""
+
+    is_empty: ClassVar[bool] = True
 
     kind: Literal["none"] = "none"
     """Which part this is."""
@@ -61,6 +69,9 @@ class NoFfnConfig:
     def costs(self, d_model: int) -> SlotCosts:
         """Nothing."""
         return SlotCosts(parameters=0, matrices=0)
+
+    def build(self, d_model: int, layer: int) -> None:
+        return None
 
 
 class FeedForward(Joins):

@@ -1,15 +1,56 @@
 """What stands before a stack."""
 
+from __future__ import annotations
+
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from model.errors import ModelError
 from model.init import Declared
+from model.norms.norm import NormConfig
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+    from model.heads.codebook import CodebookConfig
 
 Source = Sequence[int] | torch.Tensor
 """One input of a model, without a batch: token ids, or a tensor: pixels [A, Y, X], mel frames [A, W], samples [W]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontendConfig:
+    """What makes vectors of the input; each kind has a `kind` of its own and overrides what it does.
+
+    uses_vocabulary: it looks up entries of the vocabulary.
+    """
+
+    kind: str
+    uses_vocabulary: ClassVar[bool] = False
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens every row has; null where rows differ."""
+        return None
+
+    def book(self) -> CodebookConfig | None:
+        """What frames are to be recognised by, if it has such a thing."""
+        return None
+
+    @abstractmethod
+    def parameters(self, vocab_size: int, d_model: int, norm: NormConfig) -> int:
+        """How many parameters it has, those of positions aside."""
+
+    @abstractmethod
+    def flops(self, tokens: int, d_model: int) -> int:
+        """Forward FLOPs for one row."""
+
+    @abstractmethod
+    def build(self, model: ModelConfig, vocab_size: int) -> Frontend:
+        """The frontend of that model over a vocabulary of that size."""
 
 
 class Frontend(Declared):
@@ -20,6 +61,12 @@ class Frontend(Declared):
 
     reads: ClassVar[str]
     optional: ClassVar[frozenset[str]] = frozenset()
+
+    def embed(
+        self, positions_BT: torch.Tensor | None, inputs: dict[str, torch.Tensor], *, with_codes: bool
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """x_BTD, and with_codes what its codebook makes of the input, by the names of the head's inputs."""
+        return self(positions_BT, **inputs), {}
 
     def documents(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """documents_BT, if the inputs themselves say which tokens are padding."""

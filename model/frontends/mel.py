@@ -1,24 +1,29 @@
 """Sound as log-mel frames, as Whisper takes it (Radford et al. 2022, https://arxiv.org/abs/2212.04356)."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from model.errors import ModelError
-from model.frontends.base import Frontend
+from model.frontends.base import Frontend, FrontendConfig
 from model.init import Declared, Parameter, declare
-from model.norms.norm import NormConfig
-from model.positions.position import Positions
+from model.norms.norm import NormConfig, build_norm
+from model.positions.base import Positions
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
 
 SAMPLE_RATE, WINDOW, HOP = 16000, 400, 160
 """Samples a second, samples that one spectrum is taken of, samples from one to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MelFrontendConfig:
+class MelFrontendConfig(FrontendConfig):
     """Two convolutions over three frames each; the second takes every other place."""
 
     kind: Literal["mel"] = "mel"
@@ -27,8 +32,6 @@ class MelFrontendConfig:
     """Of the spectrogram."""
     norm: bool = False
     """The model's norm after positions are added."""
-    uses_vocabulary: ClassVar[bool] = False
-    tokens: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.bands < 1:
@@ -43,6 +46,11 @@ class MelFrontendConfig:
     def flops(self, tokens: int, d_model: int) -> int:
         """Forward FLOPs for one row of twice as many frames."""
         return 2 * 3 * d_model * (self.bands * 2 + d_model) * tokens
+
+    def build(self, model: ModelConfig, vocab_size: int) -> MelFrontend:
+        norm = build_norm(model.norm, model.d_model) if self.norm else None
+        positions = model.position.build(model.n_positions, model.d_model)
+        return MelFrontend(self, model.d_model, positions, norm, model.dropout)
 
 
 class FrameConvolution(Declared):

@@ -1,20 +1,25 @@
 """Images as sequences of patches (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from model.errors import ModelError, check_counts
-from model.frontends.base import Frontend
+from model.frontends.base import Frontend, FrontendConfig
 from model.init import Parameter, declare
-from model.norms.norm import NormConfig
-from model.positions.position import Positions
+from model.norms.norm import NormConfig, build_norm
+from model.positions.base import Positions
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchFrontendConfig:
+class PatchFrontendConfig(FrontendConfig):
     """Square images, cut into square patches, each a token."""
 
     kind: Literal["patches"] = "patches"
@@ -31,7 +36,6 @@ class PatchFrontendConfig:
     """The projection has an offset."""
     norm: bool = False
     """The model's norm after positions are added (CLIP)."""
-    uses_vocabulary: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_counts("frontend", self, "image_size", "patch_size", "planes")
@@ -59,6 +63,11 @@ class PatchFrontendConfig:
     def flops(self, tokens: int, d_model: int) -> int:
         """Forward FLOPs for one image."""
         return 2 * self.planes * self.patch_size**2 * d_model * self.n_patches
+
+    def build(self, model: ModelConfig, vocab_size: int) -> PatchFrontend:
+        norm = build_norm(model.norm, model.d_model) if self.norm else None
+        positions = model.position.build(model.n_positions, model.d_model)
+        return PatchFrontend(self, model.d_model, positions, norm, model.dropout)
 
 
 class PatchFrontend(Frontend):

@@ -1,25 +1,29 @@
 """What turns input into x_BTD, the sequence of vectors every stack works on."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from model.errors import ModelError
-from model.frontends.base import Frontend, Source
-from model.frontends.mel import MelFrontendConfig
-from model.frontends.patches import PatchFrontendConfig
-from model.frontends.waveform import WaveformFrontendConfig
+from model.frontends.base import Frontend, FrontendConfig, Source
 from model.init import Declared, Parameter, declare
-from model.norms.norm import NormConfig
-from model.positions.position import Positions
+from model.norms.norm import NormConfig, build_norm
+from model.positions.base import Positions
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenFrontendConfig:
+class TokenFrontendConfig(FrontendConfig):
     """Token embeddings and whatever is added to them."""
+
+    uses_vocabulary: ClassVar[bool] = True
 
     kind: Literal["tokens"] = "tokens"
     """Which part this is."""
@@ -29,8 +33,6 @@ class TokenFrontendConfig:
     """Kinds of segment with a vector of their own (BERT's sentence A and B); 0: none."""
     norm: bool = False
     """The model's norm after the sum (BERT, BART)."""
-    uses_vocabulary: ClassVar[bool] = True
-    tokens: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.token_types < 0:
@@ -44,10 +46,16 @@ class TokenFrontendConfig:
         """Forward FLOPs for one row: looking up multiplies nothing."""
         return 0
 
-
-FrontendConfig = TokenFrontendConfig | PatchFrontendConfig | WaveformFrontendConfig | MelFrontendConfig
-"""What a configuration chooses from, told apart by `kind`. Each arm has `parameters(vocab_size, d_model, norm)`,
-`flops(tokens, d_model)`, `uses_vocabulary`, and `tokens`: how many tokens every row has, null where rows differ."""
+    def build(self, model: ModelConfig, vocab_size: int) -> TokenFrontend:
+        width = model.d_model
+        return TokenFrontend(
+            Embedding(vocab_size, width),
+            model.position.build(model.n_positions, width),
+            model.dropout,
+            scale=width**0.5 if self.scale_by_sqrt_width else 1.0,
+            types=Embedding(self.token_types, width) if self.token_types else None,
+            norm=build_norm(model.norm, width) if self.norm else None,
+        )
 
 
 class Embedding(Declared):
@@ -66,8 +74,8 @@ class Embedding(Declared):
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """x_BTD of int64 ids from 0 to V - 1."""
-        # Finding the distinct ids waits for a GPU, whose memory is fast enough not to need this.
-        if self.is_tied and self.weight.device.type == "cpu":
+        # Finding the distinct ids waits for a GPU, whose memory is fast enough not to need this; no graph traces it.
+        if self.is_tied and self.weight.device.type == "cpu" and not torch.compiler.is_compiling():
             x_BTD: torch.Tensor = _RowsOf.apply(tokens_BT, self.weight)
             return x_BTD
         return nn.functional.embedding(tokens_BT, self.weight)

@@ -1,25 +1,30 @@
 """Waveforms as sequences of frames (wav2vec 2.0, Baevski et al. 2020, https://arxiv.org/abs/2006.11477)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from model.errors import ModelError
-from model.frontends.base import Frontend, Source
+from model.frontends.base import Frontend, FrontendConfig, Source
 from model.heads.codebook import Codebook, CodebookConfig
 from model.init import Declared, Linear, Parameter, declare
 from model.noise import row_keys
-from model.norms.norm import LayerNorm, NormConfig
+from model.norms.norm import LayerNorm, NormConfig, build_norm
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
 
 CONV_EPS = 1e-5
 """Of the norms between convolutions, whatever the model's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class WaveformFrontendConfig:
+class WaveformFrontendConfig(FrontendConfig):
     """Convolutions over samples, a projection to the model's width, and positions by convolution.
 
     The defaults make a frame of every 320 samples (20 ms at 16 kHz).
@@ -48,8 +53,6 @@ class WaveformFrontendConfig:
     """The model's norm after positions are added."""
     codebook: CodebookConfig | None = None
     """What frames are to be recognised by, for head distractors; taken before masking."""
-    uses_vocabulary: ClassVar[bool] = False
-    tokens: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         sizes = [self.channels, self.kernels, self.strides]
@@ -90,6 +93,13 @@ class WaveformFrontendConfig:
         positional = 2 * d_model * d_model // self.positional_groups * self.positional_kernel * tokens
         book = 0 if self.codebook is None else self.codebook.flops(tokens, self.channels[-1])
         return convolutions + 2 * self.channels[-1] * d_model * tokens + positional + book
+
+    def book(self) -> CodebookConfig | None:
+        return self.codebook
+
+    def build(self, model: ModelConfig, vocab_size: int) -> WaveformFrontend:
+        norm = build_norm(model.norm, model.d_model) if self.norm else None
+        return WaveformFrontend(self, model.d_model, model.norm.eps, norm, model.dropout)
 
     def _convolutions(self) -> list[tuple[int, int, int]]:
         """(channels in, channels out, kernel) of each."""
@@ -206,6 +216,14 @@ class WaveformFrontend(Frontend):
         rows = [torch.as_tensor(source, device=device) for source in sources]
         lengths_B = torch.tensor([len(row) for row in rows], device=device)
         return {self.reads: nn.utils.rnn.pad_sequence(rows, batch_first=True), "sample_lengths_B": lengths_B}
+
+    def embed(
+        self, positions_BT: torch.Tensor | None, inputs: dict[str, torch.Tensor], *, with_codes: bool
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if not with_codes:
+            return super().embed(positions_BT, inputs, with_codes=False)
+        x_BTD, codes = self(positions_BT, with_codes=True, **inputs)
+        return x_BTD, codes
 
     def forward(
         self,

@@ -1,24 +1,29 @@
 """Heads that choose among a few classes: for a row, for every token, or for where a span starts and ends."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from model.errors import ModelError
-from model.heads.language import Head
+from model.heads.base import Head, HeadConfig
 from model.init import Linear
 from model.losses.cross_entropy import IGNORED
 from model.norms.norm import NormConfig
 from model.slots import SlotCosts
 
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+
 HIDDEN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"tanh": torch.tanh, "relu": nn.functional.relu}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierHeadConfig:
+class ClassifierHeadConfig(HeadConfig):
     """One of `classes` for a row."""
 
     kind: Literal["classifier"] = "classifier"
@@ -40,9 +45,16 @@ class ClassifierHeadConfig:
         matrices = d_model * self.classes + (0 if self.hidden is None else d_model * d_model)
         return SlotCosts(parameters=hidden + (d_model + 1) * self.classes, matrices=0, row_flops=2 * matrices)
 
+    @property
+    def pools_first(self) -> bool:
+        return self.pool == "first"
+
+    def build(self, model: ModelConfig, vocab_size: int) -> ClassifierHead:
+        return ClassifierHead(self, model.d_model, model.dropout)
+
 
 @dataclass(frozen=True, kw_only=True)
-class TokenClassifierHeadConfig:
+class TokenClassifierHeadConfig(HeadConfig):
     """One of `classes` for every token (named entities, parts of speech)."""
 
     kind: Literal["token_classifier"] = "token_classifier"
@@ -57,9 +69,12 @@ class TokenClassifierHeadConfig:
         """One matrix."""
         return SlotCosts(parameters=(d_model + 1) * self.classes, matrices=d_model * self.classes)
 
+    def build(self, model: ModelConfig, vocab_size: int) -> TokenClassifierHead:
+        return TokenClassifierHead(self, model.d_model, model.dropout)
+
 
 @dataclass(frozen=True, kw_only=True)
-class SpanHeadConfig:
+class SpanHeadConfig(HeadConfig):
     """Where in the row an answer starts and ends (Devlin et al. 2018, section 4.2)."""
 
     kind: Literal["span"] = "span"
@@ -68,6 +83,9 @@ class SpanHeadConfig:
     def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
         """One matrix of two outputs."""
         return SlotCosts(parameters=2 * (d_model + 1), matrices=2 * d_model)
+
+    def build(self, model: ModelConfig, vocab_size: int) -> SpanHead:
+        return SpanHead(model.d_model)
 
 
 class ClassifierHead(Head):

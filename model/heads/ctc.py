@@ -1,21 +1,28 @@
 """Labels without alignment: connectionist temporal classification (Graves et al. 2006)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from model.errors import ModelError
-from model.heads.language import Head
+from model.heads.base import Head, HeadConfig
 from model.init import Parameter, declare
 from model.norms.norm import NormConfig
 from model.slots import SlotCosts
 
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+
 
 @dataclass(frozen=True, kw_only=True)
-class CtcHeadConfig:
+class CtcHeadConfig(HeadConfig):
     """Logits over the vocabulary for every frame."""
+
+    uses_vocabulary: ClassVar[bool] = True
 
     kind: Literal["ctc"] = "ctc"
     """Which part this is."""
@@ -29,6 +36,9 @@ class CtcHeadConfig:
     def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
         """One matrix and its offset."""
         return SlotCosts(parameters=vocab_size * (d_model + 1), matrices=vocab_size * d_model)
+
+    def build(self, model: ModelConfig, vocab_size: int) -> CtcHead:
+        return CtcHead(self, vocab_size, model.d_model)
 
 
 class CtcHead(Head):

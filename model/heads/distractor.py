@@ -1,20 +1,25 @@
 """Telling a masked frame's codebook entry from those of other frames (wav2vec 2.0, Baevski et al. 2020, section 3)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from model.errors import ModelError
-from model.heads.language import Head
+from model.heads.base import Head, HeadConfig
 from model.init import Linear
 from model.norms.norm import NormConfig
 from model.slots import SlotCosts
 
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+
 
 @dataclass(frozen=True, kw_only=True)
-class DistractorHeadConfig:
+class DistractorHeadConfig(HeadConfig):
     """Frames and codebook entries, projected to `width` channels and compared by cosine over `temperature`."""
 
     kind: Literal["distractors"] = "distractors"
@@ -36,6 +41,15 @@ class DistractorHeadConfig:
         """Two matrices and their offsets; cosines are left out."""
         matrices = self.width * (d_model + self.codes)
         return SlotCosts(parameters=matrices + 2 * self.width, matrices=matrices)
+
+    def build(self, model: ModelConfig, vocab_size: int) -> DistractorHead:
+        book = model.frontend.book()
+        if book is None or book.width != self.codes:
+            raise ModelError(
+                f"head.codes is {self.codes} with frontend.codebook {book}: frames are told apart by entries of that "
+                "codebook, so set frontend.codebook with width equal to head.codes."
+            )
+        return DistractorHead(self, model.d_model)
 
 
 class DistractorHead(Head):

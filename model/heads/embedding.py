@@ -1,22 +1,27 @@
 """A vector for a whole row, and which row of another tower is its match (CLIP, Radford et al. 2021,
 https://arxiv.org/abs/2103.00020)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from model.errors import ModelError
-from model.heads.language import Head
+from model.heads.base import Head, HeadConfig
 from model.init import Linear, Parameter, declare
 from model.losses.cross_entropy import IGNORED
 from model.norms.norm import NormConfig
 from model.slots import SlotCosts
 
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddingHeadConfig:
+class EmbeddingHeadConfig(HeadConfig):
     """One vector of `width` channels and length 1 for a row: that of one token, projected."""
 
     kind: Literal["embedding"] = "embedding"
@@ -44,6 +49,33 @@ class EmbeddingHeadConfig:
         """One matrix, applied once for each row; the comparison of rows with rows is left out."""
         matrix = self.width * d_model
         return SlotCosts(parameters=matrix + int(self.contrast), matrices=0, row_flops=2 * matrix)
+
+    @property
+    def compares(self) -> bool:
+        return self.contrast
+
+    @property
+    def pools_first(self) -> bool:
+        return self.pool == "first"
+
+    def check(self, model: ModelConfig) -> None:
+        tower = model.tower
+        if tower is None or not self.contrast:
+            return
+        if any(layer.ffn.routes for layer in tower.layers):
+            raise ModelError(
+                "model.tower.ffn.kind is moe: its rows are not this model's, so what its routers lose has no row to be "
+                "weighed with; give experts to this model, or none."
+            )
+        other = tower.head if isinstance(tower.head, EmbeddingHeadConfig) else None
+        if other is None or other.contrast or other.width != self.width:
+            raise ModelError(
+                f"model.tower has head {tower.head}: its vectors are compared with this model's, so it needs "
+                f"model.tower.head.kind=embedding, model.tower.head.width={self.width} and model.tower.head.contrast=false."
+            )
+
+    def build(self, model: ModelConfig, vocab_size: int) -> EmbeddingHead:
+        return EmbeddingHead(self, model.d_model)
 
 
 class EmbeddingHead(Head):

@@ -1,25 +1,32 @@
 """What turns the last x_BTD into logits or a loss."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from model.errors import ModelError
 from model.ffns.dense import ACTIVATIONS, Activation
-from model.init import Declared, Linear, Multiplies, Parameter, declare
+from model.heads.base import Head, HeadConfig
+from model.init import Linear, Multiplies, Parameter, declare
 from model.losses.cross_entropy import (
+    CPU_PASS,
     SoftmaxGradient,
     Terms,
     capped,
+    chunk_tokens,
     chunked_cross_entropy,
     softmax_gradient_,
     token_scores,
 )
 from model.norms.norm import NormConfig, build_norm
 from model.slots import SlotCosts
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +47,11 @@ class TargetWeight:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageHeadConfig:
+class LanguageHeadConfig(HeadConfig):
     """Logits over the vocabulary."""
+
+    uses_vocabulary: ClassVar[bool] = True
+    can_tie: ClassVar[bool] = True
 
     kind: Literal["language"] = "language"
     """Which part this is."""
@@ -61,6 +71,27 @@ class LanguageHeadConfig:
         if not 0 <= self.label_smoothing < 1:
             raise ModelError(f"head.label_smoothing is {self.label_smoothing}: it is a share below 1; use 0 for none.")
 
+    def check(self, model: ModelConfig) -> None:
+        for weight in self.weights:
+            if model.vocab_size is not None and weight.first >= model.vocab_size:
+                raise ModelError(
+                    f"head.weights has first={weight.first} with vocab_size={model.vocab_size}: no target reaches it; name "
+                    "an entry of the vocabulary."
+                )
+
+    def build(self, model: ModelConfig, vocab_size: int) -> LanguageHead:
+        width = model.d_model
+        return LanguageHead(
+            nn.Parameter(torch.empty(vocab_size, width)),
+            soft_cap=model.logit_soft_cap,
+            z_loss=model.z_loss,
+            bias=self.bias,
+            transform=None if self.transform is None else Transform(width, self.transform, model.norm),
+            scale=width**-0.5 if self.scale_input else 1.0,
+            smoothing=self.label_smoothing,
+            weights=self.weights,
+        )
+
     def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
         """The vocabulary matrix, which a tied head shares with the embeddings, and the dense layer before it."""
         dense = 0 if self.transform is None else d_model * d_model
@@ -68,10 +99,20 @@ class LanguageHeadConfig:
         matrices = vocab_size * d_model + dense
         return SlotCosts(parameters=matrices + extra, matrices=matrices)
 
+    def loss_bytes(self, vocab_size: int, d_model: int, tokens: int, dtype_bytes: int) -> int:
+        """The weight in the precision of the products, its gradient (summed in fp32 where there are several chunks), a
+        chunk's logits and one pass over them in fp32, twice. Beyond a chunk's tokens they are the same for any number."""
+        chunk = chunk_tokens(tokens, vocab_size, d_model, dtype_bytes)
+        weights = (0 if dtype_bytes == 4 else dtype_bytes) + dtype_bytes + (4 if chunk < tokens else 0)
+        passes = 8 * min(chunk * vocab_size, CPU_PASS)
+        return weights * vocab_size * d_model + chunk * vocab_size * dtype_bytes + passes
+
 
 @dataclass(frozen=True, kw_only=True)
-class NoHeadConfig:
+class NoHeadConfig(HeadConfig):
     """The last x_BTD itself: what an encoder hands to its decoder, or features for another use."""
+
+    passes_features: ClassVar[bool] = True
 
     kind: Literal["none"] = "none"
     """Which part this is."""
@@ -80,25 +121,8 @@ class NoHeadConfig:
         """Nothing."""
         return SlotCosts(parameters=0, matrices=0)
 
-
-class Head(Declared):
-    """forward(x_BTD, documents_BT, per_token, **targets) -> named tensors: outputs without targets, sums for a loss with
-    them. Its configuration has a `kind` of its own and `costs(vocab_size, d_model, norm)`.
-
-    takes: the names of the targets, which `Transformer.forward` hands on. reads: names of inputs that it
-    is given too. reads_codes: it is given the entries of the frontend's codebook too. counted: the name of what tells
-    how many targets a row has.
-    """
-
-    takes: ClassVar[frozenset[str]] = frozenset()
-    reads: ClassVar[frozenset[str]] = frozenset()
-    reads_codes: ClassVar[bool] = False
-    counted: ClassVar[str] = "targets_BT"
-
-    def row_targets(self, targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """How many targets each row has, int64 [B]: places that are not ignored, or that are marked."""
-        counted = targets[self.counted]
-        return (counted if counted.dtype == torch.bool else counted >= 0).view(len(counted), -1).sum(1)
+    def build(self, model: ModelConfig, vocab_size: int) -> NoHead:
+        return NoHead()
 
 
 class LanguageHead(Head, Multiplies):
@@ -198,6 +222,8 @@ class Transform(nn.Module):
 
 class NoHead(Head):
     """{"features": x_BTD}."""
+
+    passes_features = True
 
     def forward(
         self, x_BTD: torch.Tensor, documents_BT: torch.Tensor | None = None, per_token: bool = False

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from model.config import ModelConfig
-from model.positions.position import PositionConfig
+from model.positions.base import PositionConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from model.config import ModelConfig
-from model.grid import Grid
 from model.kernels.attention import AttentionKernel, dense_attention
 from model.kernels.select import KERNELS, Selection, kind_of
 from model.masks import Mask
@@ -19,7 +18,7 @@ from model.mixers.grid import BLOCK as GRID_BLOCK
 from model.mixers.grid import GridAttention
 from model.mixers.latent import LatentAttention
 from model.mixers.longformer import LongformerAttention
-from model.positions.position import AlibiConfig, RelativePositionConfig
+from model.positions.grid import Grid
 
 log = logging.getLogger("athanor.model")
 
@@ -94,12 +93,10 @@ def _shape(attention: Attention | LatentAttention, config: ModelConfig) -> HeadS
     heads = HeadShape(heads=attention.heads, kv_heads=attention.kv_heads, channels=attention.head_dim)
     if isinstance(attention, CrossAttention):
         return replace(heads, causal=False, cross=True)
-    learned = isinstance(config.position, RelativePositionConfig)
-    fixed = isinstance(config.position, AlibiConfig)
     return replace(
         heads,
         window=attention.window,
-        bias="learned" if learned else "fixed" if fixed else None,
+        bias=config.position.bias,
         causal=config.causal,
         grid=attention.grid if isinstance(attention, GridAttention) else None,
         blocks=attention.config if isinstance(attention, BigBirdAttention) else None,

@@ -1,8 +1,10 @@
 """Multi-head attention with shared key/value heads (Vaswani et al. 2017; Shazeer 2019; Ainslie et al. 2023)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -12,14 +14,19 @@ from model.errors import ModelError, check_counts
 from model.init import Linear, Parameter, declare
 from model.kernels.attention import AttentionKernel
 from model.masks import Mask
-from model.mixers.base import Mixer, MixerInput, MixerState
+from model.mixers.base import Mixer, MixerConfig, MixerInput, MixerState, PositionedHeads
 from model.norms.norm import NormConfig, build_norm
 from model.slots import SlotCosts
 
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class AttentionConfig(MixerConfig):
     """Multi-head attention, with shared key and value heads or without."""
+
+    crosses: ClassVar[bool] = True
 
     kind: Literal["attention"] = "attention"
     """Which part this is."""
@@ -71,13 +78,24 @@ class AttentionConfig:
         """Channels of one head."""
         return d_model // self.n_heads if self.head_dim is None else self.head_dim
 
-    def check(self, d_model: int) -> None:
-        """Raise ModelError where this attention cannot stand in a stack of that width."""
-        if self.head_dim is None and d_model % self.n_heads:
+    def check(self, model: ModelConfig) -> None:
+        if self.head_dim is None and model.d_model % self.n_heads:
             raise ModelError(
-                f"model.d_model is {d_model} with mixer.n_heads {self.n_heads}: heads share the width equally, so "
+                f"model.d_model is {model.d_model} with mixer.n_heads {self.n_heads}: heads share the width equally, so "
                 "n_heads must divide d_model; change one of them or set mixer.head_dim."
             )
+
+    def positioned_heads(self, d_model: int) -> PositionedHeads:
+        return PositionedHeads(self.n_heads, self.channels(d_model))
+
+    def reach(self) -> int | None:
+        return self.window
+
+    def build(self, d_model: int, norm: NormConfig, attend: AttentionKernel) -> Attention:
+        return Attention(self, d_model, norm, attend)
+
+    def build_cross(self, d_model: int, d_memory: int, norm: NormConfig, attend: AttentionKernel) -> CrossAttention:
+        return CrossAttention(self, d_model, norm, attend, d_memory)
 
     def cross_costs(self, d_model: int, d_memory: int, norm: NormConfig) -> SlotCosts:
         """The same between a decoder and its encoder's output, whose tokens are multiplied with k and v."""

@@ -1,14 +1,99 @@
 """What a block asks of its token mixer, whatever the mixer is."""
 
+from __future__ import annotations
+
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 
+from model.errors import ModelError
 from model.init import Declared
 from model.masks import Mask
-from model.positions.position import Rotation
+from model.positions.base import Rotation
+from model.positions.grid import Grid
+from model.slots import SlotCosts
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+    from model.kernels.attention import AttentionKernel
+    from model.norms.norm import NormConfig
+
+
+class PositionedHeads(NamedTuple):
+    """Heads that positions act on, by rotation or by a bias on their scores: how many, and the channels of each that can
+    be rotated."""
+
+    heads: int
+    channels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig:
+    """What mixes tokens; each kind has a `kind` of its own and overrides what it does.
+
+    drops_bias: it attends, and adds no bias by distance. crosses: a decoder's cross-attention takes its shape.
+    """
+
+    kind: str
+    drops_bias: ClassVar[bool] = False
+    crosses: ClassVar[bool] = False
+
+    @abstractmethod
+    def check(self, model: ModelConfig) -> None:
+        """Raises ModelError where it cannot stand in a layer of that model."""
+
+    @abstractmethod
+    def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
+        """Closed forms of one layer's."""
+
+    @abstractmethod
+    def build(self, d_model: int, norm: NormConfig, attend: AttentionKernel) -> Mixer:
+        """The mixer of a stack of width `d_model`; `attend` is the kernel of those that attend."""
+
+    def cross_costs(self, d_model: int, d_memory: int, norm: NormConfig) -> SlotCosts:
+        """Of the same between a decoder and its encoder's output of width `d_memory`, where it `crosses`."""
+        raise NotImplementedError(self.kind)
+
+    def build_cross(self, d_model: int, d_memory: int, norm: NormConfig, attend: AttentionKernel) -> Mixer:
+        """That cross-attention, where it `crosses`."""
+        raise NotImplementedError(self.kind)
+
+    def kernel_line(self) -> str | None:
+        """What a log says of the kernels that it chose for itself."""
+        return None
+
+    def positioned_heads(self, d_model: int) -> PositionedHeads | None:
+        """Heads that rotary positions and biases act on; null where there are none."""
+        return None
+
+    def reach(self) -> int | None:
+        """How many tokens back it sees, itself included; null where no window bounds it."""
+        return None
+
+    def image(self) -> Grid | None:
+        """The grid that it sees its row as, if it does."""
+        return None
+
+
+def refuse_encoder_only(kind: str, model: ModelConfig) -> None:
+    """Raises ModelError in a causal model, for mixers with global tokens."""
+    if model.causal:
+        raise ModelError(
+            f"model.causal is true with mixer.kind={kind}, whose global tokens see what is ahead: "
+            "set causal=false, or take mixer.kind=attention with a window."
+        )
+
+
+def refuse_decoder_only(kind: str, model: ModelConfig) -> None:
+    """Raises ModelError in a model that is not causal, for mixers that cannot look ahead."""
+    if not model.causal:
+        raise ModelError(
+            f"model.causal is false with mixer.kind={kind}, which looks back only: set causal=true, or "
+            "take attention or linear attention."
+        )
 
 
 @dataclass(frozen=True)
@@ -54,13 +139,22 @@ class MixerState:
 
     rewindable = True
 
+    def begin(self, k_KSC: torch.Tensor, v_KSC: torch.Tensor) -> None:
+        """Remember the same keys and values before the first token of every row (a learned prefix)."""
+        raise ModelError("a prefix is keys and values, which a layer without attention does not have: leave it out.")
+
     @abstractmethod
     def reorder(self, rows_B: torch.Tensor) -> None:
         """Row i becomes what row `rows_B[i]` was (beam search, dropping finished rows)."""
 
 
 class Mixer(Declared):
-    """Moves information between the tokens of a row: x_BTD -> y_BTD."""
+    """Moves information between the tokens of a row: x_BTD -> y_BTD.
+
+    number: how many mixers of the same class stand before it in the stack, for those that draw at random.
+    """
+
+    number = 0
 
     @abstractmethod
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:

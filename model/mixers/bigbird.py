@@ -1,9 +1,11 @@
 """BigBird's attention: blocks around the diagonal, blocks drawn at random, the first and the last block (Zaheer et al.
 2020, https://arxiv.org/abs/2007.14062)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -11,18 +13,23 @@ from model.errors import ModelError
 from model.kernels.attention import AttentionKernel
 from model.masks import Mask
 from model.mixers.attention import Attention, AttentionConfig
-from model.mixers.base import MixerInput
+from model.mixers.base import MixerConfig, MixerInput, refuse_encoder_only
 from model.norms.norm import NormConfig
 from model.slots import SlotCosts
 from model.uncompiled import uncompiled
 
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+
 
 @dataclass(frozen=True, kw_only=True)
-class BigBirdConfig:
+class BigBirdConfig(MixerConfig):
     """Blocks near, drawn by chance, first and last.
 
     Rows of at most 5 + 2 * random_blocks blocks are attended to whole, as in Hugging Face's class.
     """
+
+    drops_bias: ClassVar[bool] = True
 
     kind: Literal["bigbird"] = "bigbird"
     """Which part this is."""
@@ -51,9 +58,12 @@ class BigBirdConfig:
         """The same as ordinary attention."""
         return AttentionConfig(n_heads=self.n_heads, qkv_bias=self.qkv_bias, out_bias=True)
 
-    def check(self, d_model: int) -> None:
-        """Raise ModelError where heads cannot share a stack of that width."""
-        self.attention.check(d_model)
+    def check(self, model: ModelConfig) -> None:
+        self.attention.check(model)
+        refuse_encoder_only(self.kind, model)
+
+    def build(self, d_model: int, norm: NormConfig, attend: AttentionKernel) -> BigBirdAttention:
+        return BigBirdAttention(self, d_model, norm, attend)
 
     def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
         """Those of attention, over fewer pairs."""
@@ -77,12 +87,11 @@ class BigBirdConfig:
 
 
 class BigBirdAttention(Attention):
-    """Attention under a layout of blocks; seed: which blocks this layer draws, set by whoever numbers the layers."""
+    """Attention under a layout of blocks; its number is the seed of the blocks that it draws."""
 
     def __init__(self, config: BigBirdConfig, d_model: int, norm: NormConfig, kernel: AttentionKernel) -> None:
         super().__init__(config.attention, d_model, norm, kernel)
         self.config = config
-        self.seed = 0
 
     @uncompiled  # it draws, and it remembers
     def mask(self, shared: MixerInput, tokens: int) -> Mask:
@@ -90,7 +99,7 @@ class BigBirdAttention(Attention):
         config, mask = self.config, shared.mask
         if tokens <= config.longest_whole:
             return mask
-        seed = self.seed if self.training or config.drawn_in_eval else None
+        seed = self.number if self.training or config.drawn_in_eval else None
         blocks = -(-tokens // config.block)
 
         def lower() -> Mask:

@@ -1,27 +1,32 @@
 """DALL-E's attention: all of the text, and of the image a row, a column or a neighbourhood (Ramesh et al. 2021,
 https://arxiv.org/abs/2102.12092, appendix B.1)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from model.errors import ModelError
-from model.grid import Grid
 from model.kernels.attention import AttentionKernel
 from model.masks import Mask
 from model.mixers.attention import Attention, AttentionConfig
-from model.mixers.base import MixerInput
+from model.mixers.base import MixerConfig, MixerInput, refuse_decoder_only
 from model.norms.norm import NormConfig
+from model.positions.grid import Grid
 from model.slots import SlotCosts
 from model.uncompiled import uncompiled
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
 
 BLOCK = 32
 """Tokens of a block where a kernel goes by blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridAttentionConfig:
+class GridAttentionConfig(MixerConfig):
     """Attention along the rows, the columns or the squares of an image behind its text.
 
     The paper has columns in every fourth layer from the second on, a convolution in the last, rows elsewhere. A row is
@@ -65,9 +70,20 @@ class GridAttentionConfig:
         """The part of the mask that it adds."""
         return Grid(text=self.text, width=self.width, pattern=self.pattern, kernel=self.kernel)
 
-    def check(self, d_model: int) -> None:
-        """Raise ModelError where heads cannot share a stack of that width."""
-        self.attention.check(d_model)
+    def image(self) -> Grid:
+        return self.grid
+
+    def check(self, model: ModelConfig) -> None:
+        self.attention.check(model)
+        refuse_decoder_only(self.kind, model)
+        if model.position.kind not in ("grid", "learned", "sinusoidal", "none"):
+            raise ModelError(
+                f"model.position.kind is {model.position.kind} with mixer.kind=grid, where a distance says little: choose "
+                "grid, or learned."
+            )
+
+    def build(self, d_model: int, norm: NormConfig, attend: AttentionKernel) -> GridAttention:
+        return GridAttention(self, d_model, norm, attend)
 
     def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
         """Those of attention, over fewer pairs."""

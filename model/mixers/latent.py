@@ -1,21 +1,26 @@
 """Multi-head latent attention: keys and values of all heads from one narrow vector, which is all a cache remembers
 (DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from model.errors import ModelError, check_counts
 from model.init import Linear
 from model.kernels.attention import AttentionKernel
-from model.mixers.base import Mixer, MixerInput, MixerState
+from model.mixers.base import Mixer, MixerConfig, MixerInput, MixerState, PositionedHeads
 from model.norms.norm import NormConfig, build_norm
 from model.slots import SlotCosts
 
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+
 
 @dataclass(frozen=True, kw_only=True)
-class LatentAttentionConfig:
+class LatentAttentionConfig(MixerConfig):
     """Attention whose keys and values are made of one narrow vector (DeepSeek-V2)."""
 
     kind: Literal["latent"] = "latent"
@@ -47,12 +52,14 @@ class LatentAttentionConfig:
         """Channels of a head's queries and keys."""
         return self.plain_dim + self.rope_dim
 
-    def channels(self, d_model: int) -> int:
-        """Channels of a head that rotary positions may turn."""
-        return self.rope_dim
+    def positioned_heads(self, d_model: int) -> PositionedHeads:
+        return PositionedHeads(self.n_heads, self.rope_dim)
 
-    def check(self, d_model: int) -> None:
+    def check(self, model: ModelConfig) -> None:
         """Every width will do."""
+
+    def build(self, d_model: int, norm: NormConfig, attend: AttentionKernel) -> LatentAttention:
+        return LatentAttention(self, d_model, norm, attend)
 
     def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
         """The maps to the latents and from them, the output; two products for each query-key pair and head."""

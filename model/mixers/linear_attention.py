@@ -5,8 +5,10 @@ Performer, whose products are unbiased estimates of softmax attention's weights 
 https://arxiv.org/abs/2009.14794). Features and sums are in fp32 whatever the model's precision.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -19,9 +21,13 @@ from model.kernels.linear_attention import (
     causal_linear_attention,
     recurrent_linear_attention,
 )
-from model.mixers.base import Mixer, MixerInput, MixerState
+from model.mixers.base import Mixer, MixerConfig, MixerInput, MixerState
 from model.norms.norm import NormConfig
 from model.slots import SlotCosts
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+    from model.kernels.attention import AttentionKernel
 
 LARGEST_FAVOR_HEAD = 128
 
@@ -30,8 +36,21 @@ LARGEST_FAVOR_HEAD = 128
 class EluConfig:
     """elu(x) + 1: as many features as channels."""
 
+    is_random: ClassVar[bool] = False
+
     kind: Literal["elu"] = "elu"
     """Which part this is."""
+
+    def check(self, channels: int) -> None:
+        """Every width of a head will do."""
+
+    def count(self, channels: int) -> int:
+        """Features of a head of so many channels."""
+        return channels
+
+    def build(self, channels: int) -> nn.Module:
+        """(q_BTHC, k_BTHC) -> (q_BTHP, k_BTHP)."""
+        return EluFeatures()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +60,8 @@ class FavorConfig:
     They are drawn once from the model's seed, are not trained, and are stored with the weights: a model trained with
     them means nothing without them, and another version of the generator would draw others.
     """
+
+    is_random: ClassVar[bool] = True
 
     kind: Literal["favor"] = "favor"
     """Which part this is."""
@@ -53,9 +74,25 @@ class FavorConfig:
                 f"mixer.features.n_features is {self.n_features}: use at least 1, and better 4 * head_dim."
             )
 
+    def check(self, channels: int) -> None:
+        """Raises ModelError for a head too wide."""
+        if channels > LARGEST_FAVOR_HEAD:
+            raise ModelError(
+                f"mixer.features.kind is favor with {channels} channels a head: its exponentials stay "
+                f"within fp32 up to {LARGEST_FAVOR_HEAD}; use more heads."
+            )
+
+    def count(self, channels: int) -> int:
+        """Features of a head of so many channels."""
+        return self.n_features
+
+    def build(self, channels: int) -> nn.Module:
+        """(q_BTHC, k_BTHC) -> (q_BTHP, k_BTHP)."""
+        return FavorFeatures(self.n_features, channels)
+
 
 @dataclass(frozen=True, kw_only=True)
-class LinearAttentionConfig:
+class LinearAttentionConfig(MixerConfig):
     """Features in the place of the softmax: linear time.
 
     Rotary positions are not applied: features must stay positive. Order is known from learned positions, from other
@@ -84,20 +121,18 @@ class LinearAttentionConfig:
 
     def n_features(self, d_model: int) -> int:
         """Features of one head."""
-        return self.features.n_features if isinstance(self.features, FavorConfig) else self.channels(d_model)
+        return self.features.count(self.channels(d_model))
 
-    def check(self, d_model: int) -> None:
-        """Raise ModelError where this cannot stand in a stack of that width."""
-        if self.head_dim is None and d_model % self.n_heads:
+    def check(self, model: ModelConfig) -> None:
+        if self.head_dim is None and model.d_model % self.n_heads:
             raise ModelError(
-                f"model.d_model is {d_model} with mixer.n_heads {self.n_heads}: heads share the width equally, so "
+                f"model.d_model is {model.d_model} with mixer.n_heads {self.n_heads}: heads share the width equally, so "
                 "n_heads must divide d_model; change one of them or set mixer.head_dim."
             )
-        if isinstance(self.features, FavorConfig) and self.channels(d_model) > LARGEST_FAVOR_HEAD:
-            raise ModelError(
-                f"mixer.features.kind is favor with {self.channels(d_model)} channels a head: its exponentials stay "
-                f"within fp32 up to {LARGEST_FAVOR_HEAD}; use more heads."
-            )
+        self.features.check(self.channels(model.d_model))
+
+    def build(self, d_model: int, norm: NormConfig, attend: AttentionKernel) -> LinearAttention:
+        return LinearAttention(self, d_model)
 
     def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
         """Four projections; in `token_flops` features and, as the recurrence defines it, the state's update and reading.
@@ -108,7 +143,7 @@ class LinearAttentionConfig:
         heads = self.n_heads * channels
         matrices = 4 * d_model * heads
         biases = (3 * heads if self.qkv_bias else 0) + (d_model if self.out_bias else 0)
-        random = features * channels if isinstance(self.features, FavorConfig) else 0
+        random = features * channels if self.features.is_random else 0
         # Of each head in fp32: what features are made from, they and their layouts by chunk, values and sums with their
         # denominators, scores within the chunk, and its share of the state.
         kept = (channels + 4 * features) if random else (4 * channels + channels // 2 + 2 * features)
@@ -145,8 +180,7 @@ class LinearAttention(Mixer):
         self.q = Linear(d_model, self.heads * self.head_dim, bias=config.qkv_bias)
         self.k = Linear(d_model, self.heads * self.head_dim, bias=config.qkv_bias)
         self.v = Linear(d_model, self.heads * self.head_dim, bias=config.qkv_bias)
-        random = isinstance(config.features, FavorConfig)
-        self.features = FavorFeatures(self.n_features, self.head_dim) if random else EluFeatures()
+        self.features = config.features.build(self.head_dim)
         self.out = Linear(self.heads * self.head_dim, d_model, bias=config.out_bias, residual=True)
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """Longformer's attention: a window, and global tokens that look through projections of their own (Beltagy et al. 2020,
 https://arxiv.org/abs/2004.05150)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -11,17 +13,22 @@ from model.init import Linear
 from model.kernels.attention import AttentionKernel
 from model.masks import Mask
 from model.mixers.attention import Attention, AttentionConfig
-from model.mixers.base import MixerInput, MixerState
+from model.mixers.base import MixerConfig, MixerInput, MixerState, refuse_encoder_only
 from model.norms.norm import NormConfig
 from model.slots import SlotCosts
 
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+
 
 @dataclass(frozen=True, kw_only=True)
-class LongformerConfig:
+class LongformerConfig(MixerConfig):
     """A window, and global tokens with projections of their own, which are said with each batch (`globals_BT`).
 
     The papers' windows are even, of `2 * (window - 1)` neighbours.
     """
+
+    drops_bias: ClassVar[bool] = True
 
     kind: Literal["longformer"] = "longformer"
     """Which part this is."""
@@ -45,9 +52,15 @@ class LongformerConfig:
         """How many other tokens the window holds."""
         return 2 * (self.window - 1)
 
-    def check(self, d_model: int) -> None:
-        """Raise ModelError where heads cannot share a stack of that width."""
-        self.attention.check(d_model)
+    def check(self, model: ModelConfig) -> None:
+        self.attention.check(model)
+        refuse_encoder_only(self.kind, model)
+
+    def reach(self) -> int:
+        return self.window
+
+    def build(self, d_model: int, norm: NormConfig, attend: AttentionKernel) -> LongformerAttention:
+        return LongformerAttention(self, d_model, norm, attend)
 
     def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
         """Those of attention, and every token's global key and value; the few global queries are not counted."""

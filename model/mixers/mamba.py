@@ -1,7 +1,9 @@
 """Mamba's mixer: a short convolution and a selective state space (Gu & Dao 2023, https://arxiv.org/abs/2312.00752)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -9,15 +11,19 @@ from torch import nn
 from model.errors import ModelError, check_counts
 from model.init import Declared, Linear, Parameter, declare
 from model.kernels.causal_conv import causal_conv
-from model.kernels.selective_scan import CHUNK, recurrent_scan, selective_scan
-from model.mixers.base import Mixer, MixerInput, MixerState
+from model.kernels.selective_scan import CHUNK, FUSED, recurrent_scan, selective_scan
+from model.mixers.base import Mixer, MixerConfig, MixerInput, MixerState, refuse_decoder_only
 from model.norms.norm import NormConfig
-from model.positions.position import document_starts
+from model.positions.documents import document_starts
 from model.slots import SlotCosts
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+    from model.kernels.attention import AttentionKernel
 
 
 @dataclass(frozen=True, kw_only=True)
-class MambaConfig:
+class MambaConfig(MixerConfig):
     """A selective state space behind a short convolution."""
 
     kind: Literal["mamba"] = "mamba"
@@ -42,8 +48,15 @@ class MambaConfig:
         """Rank of the map to time steps."""
         return -(-d_model // 16) if self.dt_rank is None else self.dt_rank
 
-    def check(self, d_model: int) -> None:
+    def check(self, model: ModelConfig) -> None:
         """Every width will do."""
+        refuse_decoder_only(self.kind, model)
+
+    def kernel_line(self) -> str:
+        return f"selective scan: {'mamba-ssm' if FUSED is not None else 'chunked, mamba-ssm is not installed'}"
+
+    def build(self, d_model: int, norm: NormConfig, attend: AttentionKernel) -> Mamba:
+        return Mamba(self, d_model)
 
     def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
         """Four projections; the convolution and the scan in `token_flops`, whose exponentials are left out."""

@@ -65,14 +65,13 @@ def write_model(settings: ExportSettings, source: Artifact, tokenizer: Artifact,
     from data.tokenizers.export import export_tokenizer
     from data.tokenizers.sentencepiece import SentencePieceTokenizer, Tokenizer
     from model.interop import has_hf_class, hf_config, load_pretrained, save_pretrained
-    from model.positions.position import LearnedPositionConfig
     from pipelines.inference.weights import DTYPES
 
     config, state = load_pretrained(source.path / "model")
     pieces = Tokenizer.load(tokenizer.path)
     ids = {"bos_token_id": pieces.bos_id, "eos_token_id": pieces.eos_id, "pad_token_id": pieces.pad_id}
-    if not config.causal and isinstance(config.position, LearnedPositionConfig) and config.position.offset:
-        ids["pad_token_id"] = config.position.offset - 1  # RoBERTa counts positions from behind this id
+    if not config.causal and (rows_before := config.position.rows_before_first()):
+        ids["pad_token_id"] = rows_before - 1  # RoBERTa counts positions from behind this id
     described = json.loads((source.path / "model" / "config.json").read_text(encoding="utf-8"))
     if config.encoder is not None and (begin := described.get("decoder_start_token_id")) is not None:
         ids["decoder_start_token_id"] = begin

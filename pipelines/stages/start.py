@@ -21,7 +21,6 @@ from data.tokenizers.huggingface import HuggingFaceTokenizer, config_ids
 from data.tokenizers.sentencepiece import Tokenizer, tokenizer_files
 from model.config import ModelConfig
 from model.interop import checkpoint_files, config_from_hf, has_hf_class, hf_config, read_config
-from model.positions.position import LearnedPositionConfig
 from pipelines.engine.step import Context, EngineError, Inputs
 from pipelines.stages.checksums import check_checksums, check_published
 from pipelines.training.objective import reads_other_than_text
@@ -124,10 +123,11 @@ class Start:
     def model(self, asked: ModelConfig, seq_len: int) -> ModelConfig:
         """The folder's model with what only training looks at as `asked` has it, for rows of `seq_len`."""
         for stack in (self.config, self.config.encoder):
-            if stack is not None and isinstance(stack.position, LearnedPositionConfig) and stack.n_positions < seq_len:
+            longest = None if stack is None else stack.position.longest_row(stack.n_positions)
+            if longest is not None and longest < seq_len:
                 raise EngineError(
                     f"shards.seq_len = {seq_len:,}: the model of {self.setting}={self.folder} has learned "
-                    f"{stack.n_positions:,} positions and knows none beyond; use shards.seq_len={stack.n_positions}."
+                    f"{longest:,} positions and knows none beyond; use shards.seq_len={longest}."
                 )
         said = {name: getattr(asked, name) for name in TRAINING_ONLY}
         encoder = self.config.encoder

@@ -26,7 +26,7 @@ from model.heads.language import LanguageHeadConfig, NoHeadConfig
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
 from model.norms.norm import NormConfig
-from model.positions.position import RelativePositionConfig
+from model.positions.relative import RelativePositionConfig
 from pipelines.training.optim import build_optimizer, learning_rate_scale, set_learning_rates
 from pipelines.training.settings import AdamWSettings, ScheduleSettings
 

@@ -12,7 +12,6 @@ from model.config import LayerChange, ModelConfig
 from model.ffns.dense import FfnConfig, NoFfnConfig
 from model.ffns.experts.config import BalanceConfig, MoeConfig, RouterConfig
 from model.frontends.text import TokenFrontendConfig
-from model.grid import GridPositionConfig
 from model.heads.language import LanguageHeadConfig, NoHeadConfig, TargetWeight
 from model.init import InitConfig
 from model.mixers.attention import AttentionConfig
@@ -21,16 +20,12 @@ from model.mixers.latent import LatentAttentionConfig
 from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
 from model.mixers.mamba import MambaConfig
 from model.norms.norm import NormConfig
-from model.positions.position import (
-    AlibiConfig,
-    LearnedPositionConfig,
-    LinearScaling,
-    Llama3Scaling,
-    NoPositionConfig,
-    RopeConfig,
-    SinusoidalPositionConfig,
-    YarnScaling,
-)
+from model.positions.alibi import AlibiConfig
+from model.positions.grid import GridPositionConfig
+from model.positions.learned import LearnedPositionConfig
+from model.positions.none import NoPositionConfig
+from model.positions.rope import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from model.positions.sinusoidal import SinusoidalPositionConfig
 
 PRESETS = Path(__file__).parents[2] / "conf" / "model"
 

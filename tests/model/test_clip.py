@@ -21,7 +21,7 @@ from model.interop import config_from_hf, has_hf_class, hf_config
 from model.interop.native import config_from_native, native_config
 from model.mixers.attention import AttentionConfig
 from model.norms.norm import NormConfig
-from model.positions.position import LearnedPositionConfig
+from model.positions.learned import LearnedPositionConfig
 from tests.model.configurations import GPT2, LIVELY
 from tests.model.learning import learn
 from tests.model.parity import (

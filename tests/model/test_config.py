@@ -16,7 +16,6 @@ from model.costs import parameter_counts
 from model.decoding.generate import Sampling
 from model.ffns.dense import FfnConfig
 from model.frontends.patches import PatchFrontendConfig
-from model.grid import GridPositionConfig
 from model.heads.classifiers import ClassifierHeadConfig
 from model.heads.language import LanguageHeadConfig, TargetWeight
 from model.init import InitConfig
@@ -28,14 +27,11 @@ from model.mixers.linear_attention import FavorConfig, LinearAttentionConfig
 from model.mixers.longformer import LongformerConfig
 from model.mixers.mamba import MambaConfig
 from model.norms.norm import NormConfig
-from model.positions.position import (
-    AlibiConfig,
-    LinearScaling,
-    Llama3Scaling,
-    NoPositionConfig,
-    RelativePositionConfig,
-    RopeConfig,
-)
+from model.positions.alibi import AlibiConfig
+from model.positions.grid import GridPositionConfig
+from model.positions.none import NoPositionConfig
+from model.positions.relative import RelativePositionConfig
+from model.positions.rope import LinearScaling, Llama3Scaling, RopeConfig
 from tests.model.configurations import (
     ALIBI,
     BERT,

@@ -28,7 +28,6 @@ from model.kernels.linear_attention import CHUNK
 from model.mixers.attention import KeyValueState
 from model.mixers.base import MixerInput
 from model.mixers.bigbird import BigBirdAttention, BigBirdConfig
-from model.mixers.build import build_mixer
 from model.mixers.linear_attention import LinearAttentionConfig
 from model.mixers.mamba import MambaConfig
 from tests.model.configurations import (
@@ -135,7 +134,7 @@ def test_attended_pairs_are_those_of_the_mask(length: int, documents: int) -> No
 @pytest.mark.parametrize("random_blocks", [0, 1, 3])
 def test_bigbirds_pairs_are_those_of_its_layout(random_blocks: int, drawn_in_eval: bool) -> None:
     config = BigBirdConfig(n_heads=2, block=4, random_blocks=random_blocks, drawn_in_eval=drawn_in_eval)
-    attention = build_mixer(config, 8, LLAMA.norm, dense_attention).eval()
+    attention = config.build(8, LLAMA.norm, dense_attention).eval()
     assert isinstance(attention, BigBirdAttention)
     for tokens in (1, 20, 21, 44, 45, 46, 47, 48, 49, 83, 200):
         mask = attention.mask(MixerInput(Mask(causal=False)), tokens)

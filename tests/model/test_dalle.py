@@ -14,7 +14,6 @@ from model.config import ModelError
 from model.costs import forward_flops
 from model.decoding.generate import Sampling, generate
 from model.frontends.text_image import TextImageVocabulary
-from model.grid import Grid, GridPattern
 from model.heads.language import LanguageHeadConfig
 from model.kernels.accelerated import flex_attention
 from model.kernels.attention import AttentionKernel, dense_attention
@@ -23,6 +22,7 @@ from model.kernels.chunked import chunked_attention, meeting_blocks, plan_chunks
 from model.kernels.select import KERNELS
 from model.masks import Mask, dense
 from model.mixers.grid import BLOCK, GridAttentionConfig
+from model.positions.grid import Grid, GridPattern
 from tests.model.configurations import COLUMN, CONVOLUTION, DALLE, ROW, preset
 
 CPU = torch.device("cpu")

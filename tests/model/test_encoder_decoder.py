@@ -10,14 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conf.typed import from_plain
 from model.build import build_model
-from model.config import HeadConfig, ModelConfig, ModelError
+from model.config import ModelConfig, ModelError
 from model.costs import forward_flops, kv_cache_bytes, parameter_counts
 from model.decoding.generate import Sampling, generate
 from model.frontends.text import TokenFrontendConfig
+from model.heads.base import HeadConfig
 from model.heads.classifiers import ClassifierHeadConfig, SpanHeadConfig, TokenClassifierHeadConfig
 from model.heads.language import LanguageHeadConfig, NoHeadConfig
 from model.init import parameter_roles
-from model.positions.position import RelativePositionConfig
+from model.positions.relative import RelativePositionConfig
 from tests.model.configurations import BERT, GPT2, LLAMA, VASWANI, WIDER_ENCODER, preset_values
 from tests.model.learning import learn
 

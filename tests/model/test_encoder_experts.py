@@ -13,7 +13,7 @@ from model.ffns.experts.receipts import loads, receipts
 from model.frontends.patches import PatchFrontendConfig
 from model.heads.classifiers import ClassifierHeadConfig
 from model.heads.embedding import EmbeddingHeadConfig
-from model.positions.position import LearnedPositionConfig
+from model.positions.learned import LearnedPositionConfig
 from tests.model.configurations import BERT, LLAMA, VASWANI
 from tests.model.learning import (
     assert_micro_batches_change_nothing,

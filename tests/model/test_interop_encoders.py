@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from model.build import build_model
-from model.config import HeadConfig, ModelConfig, ModelError
+from model.config import ModelConfig, ModelError
 from model.frontends.text import TokenFrontendConfig
+from model.heads.base import HeadConfig
 from model.heads.classifiers import ClassifierHeadConfig, SpanHeadConfig, TokenClassifierHeadConfig
 from model.heads.language import LanguageHeadConfig
 from model.interop import config_from_hf, family_of, from_hf, hf_config, load_pretrained, save_pretrained, to_hf
 from model.mixers.attention import AttentionConfig
 from model.norms.norm import NormConfig
-from model.positions.position import LearnedPositionConfig
+from model.positions.learned import LearnedPositionConfig
 from tests.model.configurations import BERT, LIVELY
 
 pytestmark = pytest.mark.slow  # whole models beside transformers' own

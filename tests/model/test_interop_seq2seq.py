@@ -20,12 +20,10 @@ from model.heads.language import LanguageHeadConfig, NoHeadConfig
 from model.interop import config_from_hf, family_of, from_hf, hf_config, load_pretrained, save_pretrained, to_hf
 from model.mixers.attention import AttentionConfig
 from model.norms.norm import NormConfig
-from model.positions.position import (
-    LearnedPositionConfig,
-    PositionConfig,
-    RelativePositionConfig,
-    SinusoidalPositionConfig,
-)
+from model.positions.base import PositionConfig
+from model.positions.learned import LearnedPositionConfig
+from model.positions.relative import RelativePositionConfig
+from model.positions.sinusoidal import SinusoidalPositionConfig
 from tests.model.configurations import LIVELY
 
 pytestmark = pytest.mark.slow  # whole models beside transformers' own

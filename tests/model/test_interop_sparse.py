@@ -17,7 +17,7 @@ from model.masks import Mask
 from model.mixers.base import MixerInput
 from model.mixers.bigbird import BigBirdAttention, BigBirdConfig
 from model.mixers.longformer import LongformerConfig
-from model.positions.position import LearnedPositionConfig
+from model.positions.learned import LearnedPositionConfig
 from tests.model.configurations import ALIBI, BERT, MISTRAL
 
 pytestmark = pytest.mark.slow  # whole models beside transformers' own

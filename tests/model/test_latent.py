@@ -21,7 +21,8 @@ from model.ffns.experts.receipts import loads, receipts
 from model.interop import config_from_hf, from_hf, hf_config, to_hf
 from model.kernels.check import check_kernels
 from model.mixers.latent import LatentAttentionConfig, LatentState
-from model.positions.position import NoPositionConfig, YarnScaling
+from model.positions.none import NoPositionConfig
+from model.positions.rope import YarnScaling
 from tests.model.configurations import LATENT, preset
 from tests.model.learning import kept_bytes, learn
 from tests.model.parity import (

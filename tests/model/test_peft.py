@@ -32,7 +32,7 @@ from model.init import Linear
 from model.interop import adapted_weights, save_adapter, save_pretrained, save_virtual_tokens
 from model.mixers.attention import AttentionConfig
 from model.norms.norm import NormConfig
-from model.positions.position import LearnedPositionConfig
+from model.positions.learned import LearnedPositionConfig
 from tests.model.configurations import BERT, HYBRID, MAMBA, MIXTRAL, VASWANI, any_config
 from tests.model.learning import learn
 

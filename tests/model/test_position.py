@@ -6,15 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from model.positions.position import (
-    LinearScaling,
-    Llama3Scaling,
-    RopeConfig,
-    alibi_bias,
-    document_positions,
-    inverse_frequencies,
-    rotation,
-)
+from model.positions.alibi import alibi_bias
+from model.positions.documents import document_positions
+from model.positions.rope import LinearScaling, Llama3Scaling, RopeConfig, inverse_frequencies
 from tests.model.test_attention import packed
 
 CPU = torch.device("cpu")
@@ -26,7 +20,7 @@ def test_a_rotated_product_depends_on_the_distance_alone(first: int, distance: i
     q, k = (torch.randn(1, 1, 1, 16, generator=generator) for _ in range(2))
 
     def score(q_at: int, k_at: int) -> float:
-        at_q, at_k = (rotation(RopeConfig(), torch.tensor([[at]]), 16) for at in (q_at, k_at))
+        at_q, at_k = (RopeConfig().rotation(torch.tensor([[at]]), 16) for at in (q_at, k_at))
         return float((at_q(q) * at_k(k)).sum())
 
     # An angle is a position times a frequency of at most 1 in fp32: 2^-24 of 6,000 radians, on each side.
@@ -43,7 +37,7 @@ def test_alibi_discounts_distance_as_blooms_class_does(heads: int) -> None:
 
 def test_rotation_keeps_lengths_and_leaves_position_zero_alone() -> None:
     x = torch.randn(2, 7, 3, 16)
-    rotated = rotation(RopeConfig(), torch.arange(7)[None], 16)(x)
+    rotated = RopeConfig().rotation(torch.arange(7)[None], 16)(x)
     assert torch.equal(rotated[:, 0], x[:, 0])
     assert torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
     assert not torch.allclose(rotated[:, 1:], x[:, 1:])
@@ -51,16 +45,16 @@ def test_rotation_keeps_lengths_and_leaves_position_zero_alone() -> None:
 
 def test_angles_stay_in_full_precision_in_a_half_precision_model() -> None:
     far = torch.tensor([[4097]])
-    turned = rotation(RopeConfig(), far, 8)(torch.ones(1, 1, 1, 8, dtype=torch.bfloat16))
-    exact = rotation(RopeConfig(), far, 8)(torch.ones(1, 1, 1, 8))
+    turned = RopeConfig().rotation(far, 8)(torch.ones(1, 1, 1, 8, dtype=torch.bfloat16))
+    exact = RopeConfig().rotation(far, 8)(torch.ones(1, 1, 1, 8))
     assert turned.dtype == torch.bfloat16
     assert torch.equal(turned, exact.bfloat16())
 
 
 def test_linear_scaling_divides_positions() -> None:
     x = torch.randn(1, 3, 1, 16)
-    stretched = rotation(RopeConfig(scaling=LinearScaling(factor=4.0)), torch.tensor([[0, 8, 40]]), 16)(x)
-    assert torch.allclose(stretched, rotation(RopeConfig(), torch.tensor([[0, 2, 10]]), 16)(x), atol=1e-5)
+    stretched = RopeConfig(scaling=LinearScaling(factor=4.0)).rotation(torch.tensor([[0, 8, 40]]), 16)(x)
+    assert torch.allclose(stretched, RopeConfig().rotation(torch.tensor([[0, 2, 10]]), 16)(x), atol=1e-5)
 
 
 def test_llama3_scaling_leaves_short_wavelengths_and_stretches_long_ones() -> None:

@@ -25,7 +25,7 @@ from model.mixers.linear_attention import (
     LinearState,
 )
 from model.mixers.mamba import MambaState
-from model.positions.position import document_starts
+from model.positions.documents import document_starts
 from tests.model.configurations import DALLE, HYBRID, LINEAR, LIVELY, MAMBA, PERFORMER, RECURRENT
 
 ALL = pytest.mark.parametrize("config", RECURRENT.values(), ids=RECURRENT.keys())
@@ -290,7 +290,7 @@ def test_rows_padded_in_front_are_read_into_a_cache_as_rows_of_their_own(name: s
     documents = torch.ones(2, 9, dtype=torch.int32)
     documents[1, :7] = 0
     cache = model.new_cache(2, 12)
-    shared = MixerInput(Mask(documents_BT=documents), slots_BT=cache.claim(9))
+    shared = MixerInput(Mask(documents_BT=documents), slots_BT=cache.claim(9).slots_BT)
     positions = (torch.arange(9) - (9 - documents.sum(1))[:, None]).clamp(min=0)
     x = model.frontend(positions, tokens_BT=tokens)
     model.stack(x, shared, cache.states)

@@ -16,7 +16,7 @@ from model.mixers.attention import Attention
 from model.mixers.bigbird import BigBirdConfig
 from model.mixers.latent import LatentAttention
 from model.mixers.longformer import LongformerConfig
-from model.positions.position import RelativePositionConfig
+from model.positions.relative import RelativePositionConfig
 from tests.model.configurations import ALIBI, BERT, DALLE, HYBRID, LATENT, LLAMA, VASWANI, WINDOWED
 
 CPU = torch.device("cpu")

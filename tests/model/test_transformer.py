@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model.block import Layout
 from model.build import build_model
 from model.config import ModelConfig, ModelError
-from model.positions.position import RopeConfig, rotation
+from model.positions.rope import RopeConfig
 from tests.model.configurations import ALIBI, GPT2, GPTJ, LIVELY, LLAMA, MIXTRAL, VASWANI, WINDOWED, any_config, preset
 from tests.model.learning import learn
 
@@ -178,7 +178,7 @@ def test_palms_preset_is_a_parallel_block_of_one_key_head_and_no_biases(heads: i
     assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
     assert model.head.weight is model.frontend.tokens.weight
     row = tokens_of(small, 2, 12, seed)
-    rope = rotation(RopeConfig(), torch.arange(12)[None], 32 // heads)
+    rope = RopeConfig().rotation(torch.arange(12)[None], 32 // heads)
     x = model.frontend.tokens.weight[row]
     for block in model.stack.layers:
         # Written out from the paper, section 2: y = x + MLP(LayerNorm(x)) + Attention(LayerNorm(x)).

@@ -21,7 +21,8 @@ from model.init import parameter_roles
 from model.interop import config_from_hf, hf_config
 from model.mixers.attention import AttentionConfig
 from model.norms.norm import NormConfig
-from model.positions.position import LearnedPositionConfig, RopeConfig
+from model.positions.learned import LearnedPositionConfig
+from model.positions.rope import RopeConfig
 from tests.model.configurations import LIVELY
 from tests.model.learning import learn
 from tests.model.parity import (

@@ -20,7 +20,7 @@ from model.init import parameter_roles
 from model.interop import config_from_hf, from_hf, hf_config
 from model.mixers.attention import AttentionConfig
 from model.norms.norm import NormConfig
-from model.positions.position import NoPositionConfig
+from model.positions.none import NoPositionConfig
 from tests.model.configurations import LIVELY
 from tests.model.learning import learn
 from tests.model.parity import (

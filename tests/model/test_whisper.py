@@ -26,7 +26,8 @@ from model.interop import config_from_hf, from_hf, has_hf_class, hf_config
 from model.interop.native import config_from_native, native_config
 from model.mixers.attention import AttentionConfig
 from model.norms.norm import NormConfig
-from model.positions.position import LearnedPositionConfig, SinusoidalPositionConfig, build_positions
+from model.positions.learned import LearnedPositionConfig
+from model.positions.sinusoidal import SinusoidalPositionConfig
 from tests.model.configurations import LIVELY
 from tests.model.learning import learn
 from tests.model.parity import (
@@ -226,7 +227,7 @@ def test_the_sinusoids_are_computed_and_a_table_that_was_trained_is_refused() ->
     tensors[SINUSOIDS][3, 3] += 0.5
     with pytest.raises(ModelError, match=r"embed_positions\.weight is not what its config\.json implies"):
         from_hf(hf_config(WHISPER), tensors)
-    positions = build_positions(SinusoidalPositionConfig(inclusive=True), 1500, 64)
+    positions = SinusoidalPositionConfig(inclusive=True).build(1500, 64)
     assert positions is not None
     from transformers.models.whisper.modeling_whisper import sinusoids
 
@@ -282,7 +283,7 @@ def test_costs_are_those_counted() -> None:
             lambda: build_model(WHISPER)(tokens_of(1, 2), encoder_mels_BAW=mels(1, 8, 20)),
             "8 bands: this model takes 16",
         ),
-        (lambda: build_positions(SinusoidalPositionConfig(inclusive=True), 8, 5), "d_model is 5"),
+        (lambda: SinusoidalPositionConfig(inclusive=True).build(8, 5), "d_model is 5"),
     ],
 )
 def test_what_cannot_be_is_refused(make: Any, said: str) -> None:

@@ -38,12 +38,10 @@ from model.heads.classifiers import ClassifierHeadConfig
 from model.heads.ctc import CtcHeadConfig
 from model.heads.language import LanguageHeadConfig, NoHeadConfig
 from model.mixers.longformer import LongformerConfig
-from model.positions.position import (
-    LearnedPositionConfig,
-    NoPositionConfig,
-    RelativePositionConfig,
-    SinusoidalPositionConfig,
-)
+from model.positions.learned import LearnedPositionConfig
+from model.positions.none import NoPositionConfig
+from model.positions.relative import RelativePositionConfig
+from model.positions.sinusoidal import SinusoidalPositionConfig
 from tests.model.configurations import BERT, DALLE, HYBRID, LLAMA, MAMBA, PERFORMER, VASWANI
 from tests.training.processes import run_ranks
 

@@ -1,12 +1,17 @@
 """What a layer of experts is: how many, how a token chooses among them, and what keeps them evenly used."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
+from torch import nn
 
 from model.errors import ModelError, check_counts
+from model.ffns.base import AbstractFfnConfig
 from model.ffns.dense import Activation, FfnConfig
+from model.ffns.experts.layer import MixtureOfExperts
 from model.slots import SlotCosts
 
 
@@ -107,10 +112,12 @@ class CapacityConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoeConfig:
+class MoeConfig(AbstractFfnConfig):
     """A mixture of experts in the place of the feed-forward network (Shazeer et al. 2017,
     https://arxiv.org/abs/1701.06538).
     """
+
+    routes: ClassVar[bool] = True
 
     kind: Literal["moe"] = "moe"
     """Which part this is."""
@@ -164,6 +171,13 @@ class MoeConfig:
                 f"ffn.router.second_by_chance is set with top_k {self.top_k}: GShard's rule is about the second of two "
                 "experts; set top_k to 2."
             )
+
+    @property
+    def is_random(self) -> bool:
+        return self.router.is_random
+
+    def build(self, d_model: int, layer: int) -> nn.Module:
+        return MixtureOfExperts(self, d_model, layer)
 
     @property
     def shared(self) -> FfnConfig | None:

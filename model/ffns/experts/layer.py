@@ -1,19 +1,23 @@
 """The mixture of experts itself: router, dispatch, experts, and what the layer tells about both."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from model.ffns.dense import ACTIVATIONS, FeedForward
-from model.ffns.experts.config import MoeConfig
 from model.ffns.experts.routing import Choices, choose, per_row
 from model.init import Declared, Parameter, declare
 from model.kernels.grouped import Gather, Scatter, by_expert, grouped_matmul
 from model.mixers.base import MixerInput
 from model.noise import uniform
 from model.slots import Record
+
+if TYPE_CHECKING:
+    from model.ffns.experts.config import MoeConfig
 
 
 class Router(Declared):

@@ -5,7 +5,7 @@ pass returns its own, which nobody adds.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -65,3 +65,34 @@ def receipts(counts: Mapping[str, torch.Tensor]) -> dict[str, float]:
             f"routing/{layer}/dead_experts": int((load_E == 0).sum()),
         }
     return rows
+
+
+def routing_outputs(
+    records: list[Record], documents_BT: torch.Tensor | None, x_BTD: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Counts of what the layers routed, and "auxiliary_B", the sum of their auxiliary losses; {} where no layer has
+    experts."""
+    if not any(records):
+        return {}
+    places = x_BTD.shape[0] * x_BTD.shape[1]
+    tokens = torch.full((), places, device=x_BTD.device) if documents_BT is None else (documents_BT != 0).sum()
+    stats = routing_counts(records, tokens)
+    losses = [record["auxiliary_B"] for record in records if "auxiliary_B" in record]
+    return {**stats, "auxiliary_B": torch.stack(losses).sum(0)} if losses else stats
+
+
+def auxiliary_outputs(
+    loss_sum: torch.Tensor, stats: dict[str, torch.Tensor], row_targets: Callable[[], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Counts of routing, with the auxiliary losses in the gradient of `loss_sum`, not in its value, as the head
+    does with its own.
+
+    The losses are means over the tokens of a row, an encoder's over its own; a row weighs as many targets as it has. So
+    they are a sum like Σ NLL: divided by the targets of all micro-batches and ranks it is the same whichever way rows
+    are shared out.
+    """
+    counts = {name: tensor for name, tensor in stats.items() if name != "auxiliary_B"}
+    if "auxiliary_B" not in stats:
+        return counts
+    auxiliary = (stats["auxiliary_B"] * row_targets()).sum()
+    return {**counts, "loss_sum": loss_sum + (auxiliary - auxiliary.detach()), "aux_loss_sum": auxiliary.detach()}

@@ -1,11 +1,16 @@
 """From router logits to chosen experts: one function for every way to choose."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from model.ffns.experts.config import MoeConfig
-from model.positions.position import document_ends, document_positions
+from model.positions.documents import document_ends, document_positions
+
+if TYPE_CHECKING:
+    from model.ffns.experts.config import MoeConfig
 
 
 @dataclass(frozen=True)

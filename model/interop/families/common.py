@@ -6,7 +6,8 @@ from typing import Any
 from model.errors import ModelError
 from model.frontends.text import TokenFrontendConfig
 from model.interop.tables import Weight
-from model.positions.position import LinearScaling, Llama3Scaling, PositionConfig, RopeConfig, YarnScaling
+from model.positions.base import PositionConfig
+from model.positions.rope import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 
 OURS = "stack.layers.{layer}"
 """A layer of ours in a key map."""

@@ -12,7 +12,8 @@ from model.interop.families.common import DECODER, OURS, read_rope, write_rope
 from model.interop.families.llama import LLAMA_SETTINGS
 from model.interop.families.mixtral import IN_MEMORY, stored_experts
 from model.interop.tables import Family, LayerTable, Setting, Weight
-from model.positions.position import PositionConfig, RopeConfig
+from model.positions.base import PositionConfig
+from model.positions.rope import RopeConfig
 
 _THEIRS = "model.layers.{layer}"
 

@@ -2,7 +2,7 @@
 
 from model.interop.families.common import ACTIVATION_NAMES, DECODER, OURS
 from model.interop.tables import Family, Setting, Weight
-from model.positions.position import LearnedPositionConfig
+from model.positions.learned import LearnedPositionConfig
 
 _GPT2 = "transformer.h.{layer}"
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from model.interop.families.common import ACTIVATION_NAMES, DECODER, OURS
 from model.interop.tables import Family, Setting, Weight
-from model.positions.position import PositionConfig, RopeConfig
+from model.positions.base import PositionConfig
+from model.positions.rope import RopeConfig
 
 _GPTJ = "transformer.h.{layer}"
 

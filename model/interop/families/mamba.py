@@ -4,7 +4,7 @@ from model.config import ModelConfig
 from model.interop.families.common import OURS
 from model.interop.tables import Family, Setting, Weight
 from model.mixers.mamba import MambaConfig
-from model.positions.position import NoPositionConfig
+from model.positions.none import NoPositionConfig
 
 _MAMBA = "backbone.layers.{layer}"
 

@@ -7,7 +7,7 @@ from model.frontends.text import TokenFrontendConfig
 from model.heads.language import LanguageHeadConfig
 from model.interop.families.common import ACTIVATION_NAMES, OURS, pairs
 from model.interop.tables import Family, Setting, Weight
-from model.positions.position import SinusoidalPositionConfig, SinusoidalPositions
+from model.positions.sinusoidal import SinusoidalPositionConfig, SinusoidalPositions
 
 _ENCODER, _DECODER = "model.encoder.layers.{layer}", "model.decoder.layers.{layer}"
 

@@ -1,14 +1,20 @@
 """A text, then an image's tokens row by row as a grid: who sees whom, and where each stands (DALL-E, Ramesh et al. 2021,
 https://arxiv.org/abs/2102.12092, appendix B.1)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
-from model.errors import check_counts
+from model.errors import ModelError, check_counts
 from model.init import Declared, Parameter, declare
+from model.positions.base import PositionConfig
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
 
 GridPattern = Literal["row", "column", "convolution", "transposed"]
 
@@ -74,7 +80,7 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridPositionConfig:
+class GridPositionConfig(PositionConfig):
     """A learned vector for each place in the text, and for the image one for each row and one for each column, added."""
 
     kind: Literal["grid"] = "grid"
@@ -98,6 +104,28 @@ class GridPositionConfig:
     def vectors(self) -> int:
         """How many are learned."""
         return self.text + self.height + self.width
+
+    def check(self, model: ModelConfig) -> None:
+        for grid in model.grids:
+            if (grid.text, grid.width) != (self.text, self.width):
+                raise ModelError(
+                    f"model.mixer has text={grid.text} width={grid.width}, model.position has text={self.text} "
+                    f"width={self.width}: both are of the same image; make them equal."
+                )
+        if model.max_seq_len > self.tokens:
+            raise ModelError(
+                f"model.max_seq_len is {model.max_seq_len}: model.position has places for {self.tokens}, text and "
+                "image together; lower it, or make those larger."
+            )
+
+    def parameters(self, max_seq_len: int, d_model: int, heads: int) -> int:
+        return self.vectors * d_model
+
+    def longest_row(self, max_seq_len: int) -> int:
+        return max_seq_len
+
+    def build(self, max_seq_len: int, d_model: int) -> GridPositions:
+        return GridPositions(self, d_model)
 
 
 class GridPositions(Declared):
