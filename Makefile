@@ -8,7 +8,7 @@ PYTHON ?= python3
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
 export PYTHONUNBUFFERED := 1
 # Two workers of one thread each, in the order of tests/conftest.py; `make test PYTEST_ARGS="-n 0 -k name"` runs in one process.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test prove lint check format clean
 

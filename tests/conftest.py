@@ -76,21 +76,24 @@ METRICS_KEYS = {
 
 LONGEST = (
     "test_pipeline.py",
-    "test_sweep.py",
-    "test_objective.py",
+    "test_ray_backend.py",
     "test_start.py",
-    "test_topologies.py",
+    "test_objective.py",
+    "test_ray_jobs.py",
     "test_loop.py",
+    "test_sweep.py",
+    "test_pipeline_s3.py",
+    "test_families.py",
+    "test_experts.py",
+    "test_topologies.py",
 )
 """Files of minutes, longest first; begun last, one would keep a single worker busy at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """To each worker of pytest-xdist whole files, whose tests share fixtures; first what names a dependency that moved."""
+    """First what names a dependency that moved, then the longest; workers take whole files, whose tests share fixtures."""
     order = ("test_ray_private.py", *LONGEST)
     items.sort(key=lambda item: order.index(item.path.name) if item.path.name in order else len(order))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")

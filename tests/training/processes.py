@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -11,13 +12,18 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
+from pipelines.training.preload import modules
+
 
 def run_ranks(fn: Callable[..., None], world_size: int, *arguments: Any) -> None:
     """`fn(*arguments)` in every rank, which finds RANK and the rest in its environment. Raises what a rank raised."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (world_size, port, fn, arguments), nprocs=world_size)
+    multiprocessing.set_forkserver_preload(list(modules()))  # a rank by itself imports for four seconds
+    torch.multiprocessing.start_processes(
+        _rank, (world_size, port, fn, arguments), nprocs=world_size, start_method="forkserver"
+    )
 
 
 def _rank(rank: int, world_size: int, port: int, fn: Callable[..., None], arguments: tuple[Any, ...]) -> None:

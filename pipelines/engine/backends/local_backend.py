@@ -122,7 +122,8 @@ class LocalBackend(Backend):
         """
         if self._preload is None or self._in_process:
             return
-        FORKS.set_forkserver_preload(list(self._preload.modules))
+        if self._preload.modules:
+            FORKS.set_forkserver_preload(list(self._preload.modules))
         with _environment(dict(self._preload.environment)):
             multiprocessing.forkserver.ensure_running()
         self._forks = True
