@@ -26,7 +26,6 @@ from tests.conftest import ROOT, TINY
 pytestmark = [
     pytest.mark.prove,
     pytest.mark.skipif(not nodes.available(), reason="needs root, ip, unshare and nsenter"),
-    pytest.mark.xdist_group("machines"),
 ]
 
 RUN = [*TINY, "compute.ranks=2", "compute.cpus_per_rank=1", "compute.device=cpu", "pretrain.total_tokens=2048000"]
