@@ -6,6 +6,8 @@ A field is part of it under its name, its default too, unless its metadata says 
     {"absent_at_default": True}   it came later, and its default is what was always made: left out at its default
     {"identity": "old_name"}      it was renamed: its old name is hashed
     {"flat": True}                settings that were grouped later: their fields are hashed in their place
+
+A part from another package adds that package's name and the version that its class gives itself.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conf.refusal import NO_VALUE, Refusal
+from conf.registry import FROM, origin
 from conf.typed import default_of
 
 
@@ -50,6 +53,8 @@ def identity(value: Any, where: str = "settings") -> Any:
 
 def _of_settings(settings: Any, where: str) -> dict[str, Any]:
     payload: dict[str, Any] = {}
+    if (foreign := origin(type(settings))) is not None:
+        payload[FROM] = [foreign.distribution, foreign.version]
     for field in dataclasses.fields(settings):
         if is_execution(field) or is_absent(field, settings):
             continue

@@ -1,7 +1,8 @@
 """Plain mappings (YAML, JSON) to frozen dataclasses and back: strict, with errors that teach.
 
 Field types understood: ``bool int float str None``, ``Literal``, ``Optional``, ``tuple[T, ...]`` and fixed tuples,
-``dict[str, T]``, nested dataclasses, and unions of dataclasses told apart by their ``kind: Literal["..."]`` field.
+``dict[str, T]``, nested dataclasses, unions of dataclasses told apart by their ``kind: Literal["..."]`` field, and the base
+of a group of parts, whose registry (conf/registry.py) has the class of each ``kind``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from conf.refusal import NO_VALUE, Legacy, Refusal
+from conf.registry import FROM, Registry, origin, registry_of
 
 T = TypeVar("T")
 NoneType = type(None)
@@ -36,7 +38,9 @@ def from_plain(cls: type[T], mapping: Mapping[str, Any], where: str = "settings"
 def to_plain(value: Any) -> Any:
     """The mapping ``from_plain`` reads: dataclasses to dicts, tuples to lists, scalars as they are."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        plain = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        foreign = origin(type(value))
+        return plain if foreign is None else {**plain, FROM: foreign.distribution}
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -133,17 +137,18 @@ def _paths(cls: type, where: str, above: tuple[type, ...] = ()) -> Iterator[str]
     """Every dotted key under ``cls``, for suggestions; a type that holds itself is gone through once."""
     for name, hint in field_types(cls).items():
         yield _at(where, name)
-        for inner in _dataclasses_in(hint):
-            if inner not in (*above, cls):
+        for inner in arms(hint):
+            if dataclasses.is_dataclass(inner) and isinstance(inner, type) and inner not in (*above, cls):
                 yield from _paths(inner, _at(where, name), (*above, cls))
 
 
-def _dataclasses_in(hint: Any) -> list[type]:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return [hint]
+def arms(hint: Any) -> list[Any]:
+    """The types that a value of a type may have: a union's members, the classes of a group's kinds, else itself."""
+    if (registry := registry_of(hint)) is not None:
+        return list(registry.classes())
     if typing.get_origin(hint) in (Union, types.UnionType):
-        return [inner for arm in typing.get_args(hint) for inner in _dataclasses_in(arm)]
-    return []
+        return [inner for arm in typing.get_args(hint) for inner in arms(arm)]
+    return [hint]
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -165,6 +170,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise Refusal(where, value, "expected a mapping of names to values")
         return {str(key): _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if (registry := registry_of(hint)) is not None:
+        return _registered(hint, registry, value, where)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _dataclass(hint, value, where)
     raise TypeError(f"{where}: settings cannot have the type {hint!r} (allowed: see conf/typed.py)")
@@ -257,6 +264,16 @@ def _union(arms: tuple[Any, ...], value: Any, where: str) -> Any:
         except Refusal as refusal:
             refusals.append(refusal)
     raise Refusal(where, value, "; or: ".join(dict.fromkeys(refusal.rule for refusal in refusals)))
+
+
+def _registered(base: type, registry: Registry, value: Any, where: str) -> Any:
+    """A part of a group, by its kind."""
+    if isinstance(value, base):
+        return value
+    if not isinstance(value, Mapping) or "kind" not in value:
+        raise Refusal(where, value, f"needs a kind, one of {', '.join(registry.names())}")
+    cls = registry.load(value["kind"], _at(where, "kind"), value.get(FROM))
+    return _dataclass(cls, {key: item for key, item in value.items() if key != FROM}, where)
 
 
 def _by_kind(classes: list[type], value: Any, where: str) -> Any:

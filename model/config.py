@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING
 
 from model.block import Layout
 from model.errors import ModelError, check_counts
+from model.ffns.base import AbstractFfnConfig
 from model.ffns.dense import FfnConfig
-from model.ffns.kinds import AnyFfnConfig
-from model.frontends.kinds import AnyFrontendConfig
+from model.frontends.base import FrontendConfig
 from model.frontends.text import TokenFrontendConfig
-from model.heads.kinds import AnyHeadConfig
+from model.heads.base import HeadConfig
 from model.heads.language import LanguageHeadConfig
 from model.init import InitConfig, Role, parameter_roles
 from model.mixers.attention import AttentionConfig
-from model.mixers.base import PositionedHeads
-from model.mixers.kinds import AnyMixerConfig
+from model.mixers.base import MixerConfig, PositionedHeads
 from model.norms.norm import NormConfig
+from model.positions.base import PositionConfig
 from model.positions.grid import Grid
-from model.positions.kinds import AnyPositionConfig
 from model.positions.rope import RopeConfig
 
 if TYPE_CHECKING:
@@ -35,11 +34,11 @@ __all__ = ["LayerChange", "LayerConfig", "ModelConfig", "ModelError", "Role", "p
 class LayerConfig:
     """What fills the slots of one layer."""
 
-    mixer: AnyMixerConfig
+    mixer: MixerConfig
     """How tokens are mixed."""
-    cross: AnyMixerConfig | None
+    cross: MixerConfig | None
     """Attention to an encoder's output; null in models without one."""
-    ffn: AnyFfnConfig
+    ffn: AbstractFfnConfig
     """What stands behind the mixer."""
 
 
@@ -53,9 +52,9 @@ class LayerChange:
     """Layers from one changed layer to the next."""
     first: int = 0
     """The first changed layer, counted from 0."""
-    mixer: AnyMixerConfig | None = None
+    mixer: MixerConfig | None = None
     """Null: as the model has it."""
-    ffn: AnyFfnConfig | None = None
+    ffn: AbstractFfnConfig | None = None
     """Null: as the model has it."""
 
     def __post_init__(self) -> None:
@@ -90,17 +89,17 @@ class ModelConfig:
     """Where the norms stand in a block (see `Block`)."""
     norm: NormConfig = field(default_factory=NormConfig)
     """Of the blocks and behind the last one."""
-    frontend: AnyFrontendConfig = field(default_factory=TokenFrontendConfig)
+    frontend: FrontendConfig = field(default_factory=TokenFrontendConfig)
     """What makes vectors of the input."""
-    position: AnyPositionConfig = field(default_factory=RopeConfig)
+    position: PositionConfig = field(default_factory=RopeConfig)
     """How a token's place is known."""
-    mixer: AnyMixerConfig = field(default_factory=AttentionConfig)
+    mixer: MixerConfig = field(default_factory=AttentionConfig)
     """What mixes tokens, in every layer."""
-    ffn: AnyFfnConfig = field(default_factory=FfnConfig)
+    ffn: AbstractFfnConfig = field(default_factory=FfnConfig)
     """What stands behind the mixer, in every layer."""
     pattern: tuple[LayerChange, ...] = ()
     """Layers that have something else there; later changes win."""
-    head: AnyHeadConfig = field(default_factory=LanguageHeadConfig)
+    head: HeadConfig = field(default_factory=LanguageHeadConfig)
     """What is made of the last vectors."""
     encoder: ModelConfig | None = None
     """Runs before this decoder and is read by its cross-attention, which has the mixer's shape; its head is none, and

@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.submit import ClusterSettings
 from conf.described import described
-from conf.typed import field_types
+from conf.typed import arms, field_types
 from pipelines.settings.compose import Settings
 from pipelines.verbs.help import reference
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 def settings_classes(hint: Any, seen: set[type]) -> Iterator[type]:
     """Every dataclass that settings of this type hold."""
-    for arm in typing.get_args(hint):
+    for arm in (*(each for each in arms(hint) if each is not hint), *typing.get_args(hint)):
         yield from settings_classes(arm, seen)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint not in seen:
         seen.add(hint)

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 
 from cluster.submit import KINDS
 from conf.refusal import Refusal
+from conf.registry import registry_of
 from conf.typed import field_types
 from data.errors import DataError
 from data.tokenizers.training import TokenizerSettings, train_tokenizer
@@ -145,6 +146,9 @@ def _places() -> dict[str, str]:
     queue: list[tuple[Any, str]] = [(Settings, "")]
     while queue:
         hint, place = queue.pop(0)
+        if (registry := registry_of(hint)) is not None:
+            queue += [(kind, place) for kind in registry.classes()]
+            continue
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             if hint.__name__ in places:
                 continue

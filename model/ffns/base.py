@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from conf.registry import Registry
 from model.slots import SlotCosts
 
 
@@ -18,9 +19,24 @@ class AbstractFfnConfig:
     routes: its tokens choose experts, whose auxiliary losses weigh with a row's targets. is_empty: there is none.
     """
 
+    kinds: ClassVar[Registry] = Registry(
+        "ffns",
+        {
+            "dense": "model.ffns.dense:FfnConfig",
+            "moe": "model.ffns.experts.config:MoeConfig",
+            "none": "model.ffns.dense:NoFfnConfig",
+        },
+    )
+
     kind: str
+    """Which part this is."""
     routes: ClassVar[bool] = False
     is_empty: ClassVar[bool] = False
+
+    @property
+    def experts(self) -> int:
+        """How many networks its tokens choose from; 0 where there is no choice."""
+        return 0
 
     @property
     def is_random(self) -> bool:

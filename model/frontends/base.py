@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from conf.registry import Registry
 from model.errors import ModelError
 from model.init import Declared
 from model.norms.norm import NormConfig
@@ -28,7 +29,18 @@ class FrontendConfig:
     uses_vocabulary: it looks up entries of the vocabulary.
     """
 
+    kinds: ClassVar[Registry] = Registry(
+        "frontends",
+        {
+            "tokens": "model.frontends.text:TokenFrontendConfig",
+            "patches": "model.frontends.patches:PatchFrontendConfig",
+            "waveform": "model.frontends.waveform:WaveformFrontendConfig",
+            "mel": "model.frontends.mel:MelFrontendConfig",
+        },
+    )
+
     kind: str
+    """Which part this is."""
     uses_vocabulary: ClassVar[bool] = False
 
     @property

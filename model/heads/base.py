@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from conf.registry import Registry
 from model.init import Declared
 from model.norms.norm import NormConfig
 from model.slots import SlotCosts
@@ -26,7 +27,22 @@ class HeadConfig:
 
     """
 
+    kinds: ClassVar[Registry] = Registry(
+        "heads",
+        {
+            "language": "model.heads.language:LanguageHeadConfig",
+            "classifier": "model.heads.classifiers:ClassifierHeadConfig",
+            "token_classifier": "model.heads.classifiers:TokenClassifierHeadConfig",
+            "span": "model.heads.classifiers:SpanHeadConfig",
+            "ctc": "model.heads.ctc:CtcHeadConfig",
+            "embedding": "model.heads.embedding:EmbeddingHeadConfig",
+            "distractors": "model.heads.distractor:DistractorHeadConfig",
+            "none": "model.heads.language:NoHeadConfig",
+        },
+    )
+
     kind: str
+    """Which part this is."""
     uses_vocabulary: ClassVar[bool] = False
     can_tie: ClassVar[bool] = False
     passes_features: ClassVar[bool] = False

@@ -2,19 +2,18 @@
 
 import dataclasses
 import re
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from conf.refusal import Refusal
+from conf.typed import from_plain
 from model.build import build_model
 from model.config import LayerChange, ModelConfig
 from model.errors import ModelError
-from model.ffns.experts.config import MoeConfig
 from model.interop.families import FAMILIES
 from model.interop.families.common import GRANTED
-from model.interop.native import revived
 from model.interop.tables import Family, Setting, Weight, dotted, has_field
 from model.interop.weight_norm import folded, unfolded
 
@@ -58,7 +57,9 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig of a config.json. Raises ModelError for a class or a setting that we cannot compute."""
     try:
         return _config_from_hf(theirs)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+    except ModelError:
+        raise
+    except (Refusal, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise ModelError(
             f"config.json has values that no model of type {theirs.get('model_type')!r} can have "
             f"({type(error).__name__}: {error}); copy or download it again."
@@ -98,7 +99,7 @@ def _config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
     nested = _nested(fields)
     if family.read_position is not None:
         nested["position"] = family.read_position(theirs)
-    return typing.cast(ModelConfig, revived(ModelConfig, nested))
+    return from_plain(ModelConfig, nested, "")
 
 
 def to_hf(state: Mapping[str, torch.Tensor], config: ModelConfig, *, in_memory: bool = False) -> State:
@@ -239,7 +240,7 @@ def _parted(stored: torch.Tensor, shapes: list[torch.Size], weight: Weight, conf
 def as_exceptions(config: ModelConfig) -> ModelConfig:
     """The same model spelled as one kind of layer, that with experts if there is one, and numbered exceptions; its
     encoder too."""
-    rule = next((layer for layer in config.layers if isinstance(layer.ffn, MoeConfig)), config.layers[0])
+    rule = next((layer for layer in config.layers if layer.ffn.routes), config.layers[0])
     exceptions = [
         LayerChange(
             every=config.n_layers,
@@ -255,8 +256,7 @@ def as_exceptions(config: ModelConfig) -> ModelConfig:
 
 
 def _experts(owner: ModelConfig | None, layer: int) -> int:
-    ffn = None if owner is None else owner.layers[layer].ffn
-    return ffn.n_experts if isinstance(ffn, MoeConfig) else 0
+    return 0 if owner is None else owner.layers[layer].ffn.experts
 
 
 def _is_in_memory(family: Family, config: ModelConfig, theirs: Mapping[str, torch.Tensor]) -> bool:

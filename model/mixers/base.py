@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 
+from conf.registry import Registry
 from model.errors import ModelError
 from model.init import Declared
 from model.masks import Mask
@@ -37,7 +38,21 @@ class MixerConfig:
     drops_bias: it attends, and adds no bias by distance. crosses: a decoder's cross-attention takes its shape.
     """
 
+    kinds: ClassVar[Registry] = Registry(
+        "mixers",
+        {
+            "attention": "model.mixers.attention:AttentionConfig",
+            "latent": "model.mixers.latent:LatentAttentionConfig",
+            "longformer": "model.mixers.longformer:LongformerConfig",
+            "bigbird": "model.mixers.bigbird:BigBirdConfig",
+            "grid": "model.mixers.grid:GridAttentionConfig",
+            "linear_attention": "model.mixers.linear_attention:LinearAttentionConfig",
+            "mamba": "model.mixers.mamba:MambaConfig",
+        },
+    )
+
     kind: str
+    """Which part this is."""
     drops_bias: ClassVar[bool] = False
     crosses: ClassVar[bool] = False
 
@@ -82,8 +97,8 @@ def refuse_encoder_only(kind: str, model: ModelConfig) -> None:
     """Raises ModelError in a causal model, for mixers with global tokens."""
     if model.causal:
         raise ModelError(
-            f"model.causal is true with mixer.kind={kind}, whose global tokens see what is ahead: "
-            "set causal=false, or take mixer.kind=attention with a window."
+            f"model.causal is true with model.mixer.kind={kind}, whose global tokens see what is ahead: "
+            "set model.causal=false, or take model.mixer.kind=attention with a window."
         )
 
 
@@ -91,7 +106,7 @@ def refuse_decoder_only(kind: str, model: ModelConfig) -> None:
     """Raises ModelError in a model that is not causal, for mixers that cannot look ahead."""
     if not model.causal:
         raise ModelError(
-            f"model.causal is false with mixer.kind={kind}, which looks back only: set causal=true, or "
+            f"model.causal is false with model.mixer.kind={kind}, which looks back only: set model.causal=true, or "
             "take attention or linear attention."
         )
 

@@ -78,7 +78,7 @@ class GridAttentionConfig(MixerConfig):
         refuse_decoder_only(self.kind, model)
         if model.position.kind not in ("grid", "learned", "sinusoidal", "none"):
             raise ModelError(
-                f"model.position.kind is {model.position.kind} with mixer.kind=grid, where a distance says little: choose "
+                f"model.position.kind is {model.position.kind} with model.mixer.kind=grid, where a distance says little: choose "
                 "grid, or learned."
             )
 

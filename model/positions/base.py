@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import nn
 
+from conf.registry import Registry
 from model.init import Declared
 
 if TYPE_CHECKING:
@@ -23,6 +24,21 @@ class PositionConfig:
     """
 
     bias: ClassVar[Literal["learned", "fixed"] | None] = None
+    kinds: ClassVar[Registry] = Registry(
+        "positions",
+        {
+            "rope": "model.positions.rope:RopeConfig",
+            "learned": "model.positions.learned:LearnedPositionConfig",
+            "sinusoidal": "model.positions.sinusoidal:SinusoidalPositionConfig",
+            "none": "model.positions.none:NoPositionConfig",
+            "alibi": "model.positions.alibi:AlibiConfig",
+            "relative": "model.positions.relative:RelativePositionConfig",
+            "grid": "model.positions.grid:GridPositionConfig",
+        },
+    )
+
+    kind: str
+    """Which part this is."""
 
     def check(self, model: ModelConfig) -> None:
         """Raises ModelError where this does not suit the rest of the model."""

@@ -83,9 +83,9 @@ def check_distances(model: ModelConfig) -> None:
     without = [mixer for mixer in mixers if mixer.drops_bias] or mixers[: 0 if model.positioned_heads else 1]
     if without:
         raise ModelError(
-            f"model.position.kind is {model.position.kind} with mixer.kind={without[0].kind}: it is a bias on "
+            f"model.position.kind is {model.position.kind} with model.mixer.kind={without[0].kind}: it is a bias on "
             "the scores of plain or latent attention, which other mixers do not add; set model.position.kind=none or "
-            "learned, or take mixer.kind=attention."
+            "learned, or take model.mixer.kind=attention."
         )
     if len({each.heads for each in model.positioned_heads}) > 1:
         raise ModelError(

@@ -13,15 +13,14 @@ import dataclasses
 import difflib
 import re
 import shlex
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import conf
 from conf.refusal import Legacy
-from conf.typed import field_types
+from conf.typed import arms, field_types
 
 CONF_DIR = Path(conf.__file__).parent
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[\w./@-]+?)(?:=(?P<value>.*))?$", re.DOTALL)
@@ -217,7 +216,7 @@ def types_at(root: type, path: Sequence[str]) -> list[Any]:
     hints: list[Any] = [root]
     for name in path:
         hints = [inner for hint in hints for inner in _inside(hint, name)]
-    return [arm for hint in hints for arm in _arms(hint)]
+    return [arm for hint in hints for arm in arms(hint)]
 
 
 def fields_by_kind(root: type, path: Sequence[str], kind: str) -> tuple[set[str], set[str]]:
@@ -230,17 +229,11 @@ def fields_by_kind(root: type, path: Sequence[str], kind: str) -> tuple[set[str]
 
 def _inside(hint: Any, name: str) -> Iterator[Any]:
     """Types of the item `name` in values of a type."""
-    for arm in _arms(hint):
+    for arm in arms(hint):
         if typing.get_origin(arm) is dict:
             yield typing.get_args(arm)[1]
         elif dataclasses.is_dataclass(arm) and isinstance(arm, type) and name in field_types(arm):
             yield field_types(arm)[name]
-
-
-def _arms(hint: Any) -> list[Any]:
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return [inner for arm in typing.get_args(hint) for inner in _arms(arm)]
-    return [hint]
 
 
 def points_of(overrides: Sequence[str], root: type) -> list[tuple[str, ...]]:

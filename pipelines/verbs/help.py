@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from conf.described import described
-from conf.typed import field_types
+from conf.typed import arms, field_types
 from pipelines.settings.compose import SET_ELSEWHERE, Settings, plain
 from pipelines.settings.overrides import CONF_DIR, groups, options
 
@@ -95,8 +95,9 @@ def keys(
 
 
 def _arms(hint: Any) -> list[Any]:
-    arms = [inner for arm in typing.get_args(hint) for inner in _arms(arm)]
-    return [hint] if isinstance(hint, type) and not arms else arms
+    """Every type within a type, those of lists and mappings too."""
+    found = arms(hint)
+    return found if found != [hint] else [inner for arm in typing.get_args(hint) for inner in _arms(arm)] or [hint]
 
 
 def _flat(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -173,6 +173,10 @@ class MoeConfig(AbstractFfnConfig):
             )
 
     @property
+    def experts(self) -> int:
+        return self.n_experts
+
+    @property
     def is_random(self) -> bool:
         return self.router.is_random
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config import LayerChange, ModelConfig
-from model.ffns.dense import FfnConfig, NoFfnConfig
+from model.ffns.dense import FfnConfig
 from model.ffns.experts.config import MoeConfig
 from model.interop.families.common import OURS, read_rope, write_rope
 from model.interop.families.llama import LLAMA_SETTINGS, LLAMA_WEIGHTS, QWEN3
@@ -96,7 +96,7 @@ def _faults(config: ModelConfig) -> list[str]:
     assert isinstance(config.ffn, MoeConfig)
     dense = {layer.ffn for layer in config.layers if layer.ffn != config.ffn}
     activation = config.ffn.activation
-    wanted = {FfnConfig(d_ff=ffn.d_ff, activation=activation) for ffn in dense if not isinstance(ffn, NoFfnConfig)}
+    wanted = {FfnConfig(d_ff=ffn.d_ff, activation=activation) for ffn in dense if isinstance(ffn, FfnConfig)}
     wrong = [] if len(dense) <= 1 and dense == wanted else ["layers without experts dense, gated, unbiased and alike"]
     return [*wrong, *({"one mixer"} if any(layer.mixer != config.mixer for layer in config.layers) else ())]
 

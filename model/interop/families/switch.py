@@ -20,7 +20,7 @@ def _is_sparse(layer: int, every: int) -> bool:
 
 def _step(stack: ModelConfig) -> int | None:
     """The k for which the class has experts where this stack has; the largest, which it derives itself most often."""
-    wanted = [isinstance(layer.ffn, MoeConfig) for layer in stack.layers]
+    wanted = [layer.ffn.routes for layer in stack.layers]
     steps = (
         every
         for every in range(stack.n_layers, 0, -1)
