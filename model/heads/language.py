@@ -75,8 +75,8 @@ class LanguageHeadConfig(HeadConfig):
         for weight in self.weights:
             if model.vocab_size is not None and weight.first >= model.vocab_size:
                 raise ModelError(
-                    f"head.weights has first={weight.first} with model.vocab_size={model.vocab_size}: no target reaches it; name "
-                    "an entry of the vocabulary."
+                    f"head.weights has first={weight.first} with model.vocab_size={model.vocab_size}: no target "
+                    "reaches it; name an entry of the vocabulary."
                 )
 
     def build(self, model: ModelConfig, vocab_size: int) -> LanguageHead:

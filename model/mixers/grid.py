@@ -78,8 +78,8 @@ class GridAttentionConfig(MixerConfig):
         refuse_decoder_only(self.kind, model)
         if model.position.kind not in ("grid", "learned", "sinusoidal", "none"):
             raise ModelError(
-                f"model.position.kind is {model.position.kind} with model.mixer.kind=grid, where a distance says little: choose "
-                "grid, or learned."
+                f"model.position.kind is {model.position.kind} with model.mixer.kind=grid, where a distance says little: "
+                "choose grid, or learned."
             )
 
     def build(self, d_model: int, norm: NormConfig, attend: AttentionKernel) -> GridAttention:

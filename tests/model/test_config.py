@@ -114,7 +114,10 @@ PUBLISHED = {
         ),
         (lambda: ModelConfig(mixer=GridAttentionConfig()), "position.kind is rope"),
         (lambda: replace(DALLE, causal=False), "causal is false with model.mixer.kind=grid"),
-        (lambda: replace(MAMBA, causal=False), "causal is false with model.mixer.kind=mamba, which looks back only: set"),
+        (
+            lambda: replace(MAMBA, causal=False),
+            "causal is false with model.mixer.kind=mamba, which looks back only: set",
+        ),
         (lambda: replace(HYBRID, causal=False), "causal is false with model.mixer.kind=mamba"),
         (
             lambda: replace(BERT, mixer=MambaConfig(), position=NoPositionConfig()),
@@ -125,7 +128,10 @@ PUBLISHED = {
         (lambda: replace(DALLE, max_seq_len=27), "max_seq_len is 27"),
         (lambda: build_model(DALLE, kernel="blockwise"), "no sparse masks"),
         *(
-            (lambda config=config, position=position: replace(config, position=position), f"{position.kind} with model.mixer")
+            (
+                lambda config=config, position=position: replace(config, position=position),
+                f"{position.kind} with model.mixer",
+            )
             for config in (MAMBA, LINEAR, replace(BERT, mixer=BigBirdConfig(n_heads=4)))
             for position in (AlibiConfig(), RelativePositionConfig())
         ),
