@@ -94,16 +94,9 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
         )
         for name, step in corpora.items()
     }
-    training = {"volatile": VOLATILE, "resumes": True, "cpus": s.compute.cpus, "gpus": s.compute.gpus}
-    if s.pretrains:
-        sources = {"rows": rows, **of_tokenizer, "begin": begun}
-        models = {"pretrain": add("pretrain", "model", train.run, s.pretraining(), sources, **training)}
-    else:
-        s.resolved_model()  # raises where folder, rows and tokenizer do not fit
-        models = {"pretrain": begun["start"]}
-
+    chats: dict[str, Step] = {}
     if s.finetune is not None:
-        chats = add(
+        chats["instructions"] = add(
             "instructions",
             "conversations",
             instructions.run,
@@ -113,14 +106,28 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
             files={"conversations": conversations_of(s.finetune.data)},
             self_checking=("*.tar",),
         )
-        sources = {"conversations": {"conversations": chats}, **of_tokenizer, "begin": {"pretrain": models["pretrain"]}}
-        enough = partial(finetune.check_conversations, s.finetune, s.shards.seq_len)
-        training |= {"keys": {"begin/pretrain": "pretrain"}, "check": enough}
-        models["finetune"] = add("finetune", "model", train.run, s.finetuning(), sources, **training)
+    training = {"volatile": VOLATILE, "resumes": True, "cpus": s.compute.cpus, "gpus": s.compute.gpus}
+    if s.pretrains:
+        sources = {"rows": rows, **of_tokenizer, "begin": begun}
+        # Conversations that cannot be tuned on are refused before hours of pretraining.
+        begins = {**training, "after": tuple(chats.values())}
+        models = {"pretrain": add("pretrain", "model", train.run, s.pretraining(), sources, **begins)}
+    else:
+        s.resolved_model()  # raises where folder, rows and tokenizer do not fit
+        models = {"pretrain": begun["start"]}
+    if (tuned := s.finetuning()) is not None and s.finetune is not None:
+        conversations = {"conversations": chats["instructions"]}
+        sources = {"conversations": conversations, **of_tokenizer, "begin": {"pretrain": models["pretrain"]}}
+        training |= {
+            "keys": {"begin/pretrain": "pretrain"},
+            "check": partial(finetune.check_conversations, s.finetune, s.shards.seq_len, s.compute.ranks),
+            "check_inputs": partial(train.check_rows, tuned),
+        }
+        models["finetune"] = add("finetune", "model", train.run, tuned, sources, **training)
 
     held_out: dict[str, dict[str, Step]] = {"corpus": corpora, "rows": rows, **of_tokenizer}
     held_out["model"] = {LABELS.get(name, BASE): step for name, step in models.items()}
-    held_out["conversations"] = {"instructions": chats} if s.finetune is not None else {}
+    held_out["conversations"] = chats
     as_pretrain = {"keys": {f"model/{name}": "pretrain" for name in ("pretrain", BASE)}}
     if corpora and not s.writes_from_left_to_right():
         asked = denoise.DenoiseSettings(evaluate=s.evaluating(), objective=s.objective, seq_len=s.shards.seq_len)

@@ -47,6 +47,7 @@ KEYS = {
     "self._key('clip_norm')": ("pretrain.clip_norm", "finetune.train.clip_norm"),
     "batch": ("pretrain.global_batch_tokens", "finetune.train.global_batch_tokens"),
     "corpus_key(step)": ("corpus", "sources.web"),
+    "step": ("finetune",),
     "change": ("optim.lr", "finetune.train.optim.lr"),
     "PATHS": ("finetune.data.paths",),
     "where": ("model", "model.encoder"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from conf.refusal import Refusal
 from data.rows.instructions import Conversation, InstructionSettings
 from data.text.readers import ReaderSettings
 from pipelines.engine.step import Artifact, Context, Inputs
@@ -56,6 +57,8 @@ def make(settings: ConversationRows, corpora: list[Artifact], tokenizer: Artifac
     shard = make_conversation_shard(
         documents, out_dir / "rows", name="conversations", tokenizer=loaded, settings=rows, too_long=settings.too_long
     )
+    if not shard["rows"]:
+        raise no_row(documents, settings)
     totals = write_manifest(out_dir / "rows", [shard], settings=rows, vocab_size=loaded.vocab_size, masked=True)
     counts |= (
         {"conversations_refused": len(refused), "refused": refused[: ReadLog.MAX_MALFORMED_SHOWN]} if refused else {}
@@ -66,6 +69,22 @@ def make(settings: ConversationRows, corpora: list[Artifact], tokenizer: Artifac
         **totals,
         "left_out": conversations_left_out({**counts, **totals["counts"]}),
     }
+
+
+def no_row(documents: Sequence[TokenDocument], settings: ConversationRows) -> Refusal:
+    """What to say of conversations none of which has an answer within a row."""
+    width, drops = settings.seq_len + 1, settings.too_long == "drop"
+    shortest = min(len(document.tokens) for document in documents)
+    each = "is longer than that and left out" if drops else "is cut before its answer begins"
+    cut_would_do = drops and any(d.is_target is None or any(d.is_target[1:width]) for d in documents)
+    return Refusal(
+        "finetune.too_long",
+        settings.too_long,
+        f"fine-tuning needs a row with an answer, and each of the {len(documents):,} conversations {each} (a row has "
+        f"{settings.seq_len} tokens, the shortest conversation {shortest:,})",
+        ("set finetune.too_long=truncate, or " if cut_would_do else "")
+        + f"give shorter conversations, or longer rows: shards.seq_len={shortest}",
+    )
 
 
 def encode(

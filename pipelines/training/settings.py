@@ -289,6 +289,12 @@ class BatchPlan:
         )
 
 
+def largest_batch(settings: TrainSettings, rows: int, *, seq_len: int, world_size: int) -> int:
+    """Tokens of the largest global batch of at most so many rows that `BatchPlan.derive` takes; 0 where none does."""
+    smallest = world_size * (settings.micro_batch_rows or 1)
+    return rows // smallest * smallest * seq_len
+
+
 LARGEST_TOKENS = {"cpu": 8192, "cuda": 65536}
 """Of one forward pass where nothing is set: beyond these, rows only cost memory."""
 
