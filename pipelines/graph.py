@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.files import machine_cache
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.rows.instructions import InstructionSettings, instruction_files
 from data.tasks.settings import check_pieces
 from data.text.corpus import CorpusSettings, corpus_files
@@ -49,7 +49,7 @@ LABELS = {"finetune": "finetuned"}
 def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step]:
     """Every step by name, each after what it needs.
 
-    Raises DataError for a corpus that is not there, unless it may be missing: `plan` tells costs before there is text.
+    Raises Refusal for a corpus that is not there, unless it may be missing: `plan` tells costs before there is text.
     """
     steps: dict[str, Step] = {}
 
@@ -193,7 +193,7 @@ def text_of(step: str, source: CorpusSettings, may_be_missing: bool) -> tuple[Pa
             return paths(
                 corpus_files(source, key=corpus_key(step), on_progress=lambda files: how_far(f"{files:,} so far"))
             )
-    except DataError:
+    except Refusal:
         if may_be_missing:
             return ()
         raise

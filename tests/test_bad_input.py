@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from conf.refusal import Refusal
-from data.errors import DataError
 from data.rows.instructions import InstructionSettings, instruction_files
 from model.errors import ModelError
 from pipelines.engine.files import FileHashes
@@ -92,7 +91,7 @@ def test_a_special_file_is_refused_and_not_waited_for_wherever_files_are_read(
         FileHashes(tmp_path / "hashes").of([tmp_path / "task.yaml"])
     with pytest.raises(ModelError, match=r"config\.json is no plain file"):
         Start.open("pretrain.init_from", str(tmp_path))
-    with pytest.raises(DataError, match="a FIFO, a socket or a device"):
+    with pytest.raises(Refusal, match="a FIFO, a socket or a device"):
         instruction_files(InstructionSettings(kind="files", paths=(str(tmp_path / "config.json"),)))
 
 
@@ -162,7 +161,7 @@ def test_a_corpus_too_small_for_one_batch_is_told_by_a_rank_under_ray_and_not_tr
     refused = athanor("run", *tiny(corpus_dir, tmp_path / "store", *more), check=False)
     *_, said = refused.stderr.strip().splitlines()
     assert refused.returncode == 2 and "Traceback" not in refused.stderr and "again" not in said
-    assert re.match(r"athanor: .*The corpus is too small for one batch: it packs into \d+ rows", said), refused.stderr
+    assert re.match(r"athanor: .*corpus: is too small for one batch: it packs into \d+ rows", said), refused.stderr
 
 
 @pytest.mark.parametrize("verb", [("run",), ("plan",)])
@@ -237,7 +236,7 @@ def test_conversations_that_are_not_there_are_named_by_their_own_key(
 ) -> None:
     words = [word for word in tiny(corpus_dir, tmp_path / "store", LOCAL) if not word.startswith("finetune")]
     said = complaint(capsys, "run", *words, "finetune=chat", f"finetune.data.paths=[{tmp_path / 'none.jsonl'}]")
-    assert f"finetune.data.paths names {tmp_path / 'none.jsonl'}, which does not exist" in said
+    assert f"finetune.data.paths = '{tmp_path / 'none.jsonl'}': does not exist" in said
     assert "corpus.paths" not in said
 
 
@@ -248,17 +247,17 @@ def test_a_source_that_cannot_be_read_is_named_by_its_own_key(
     for setting, problem in (
         (
             f"sources.web.paths=[{tmp_path / 'none'}]",
-            f"sources.web.paths names {tmp_path / 'none'}, which does not exist",
+            f"sources.web.paths = '{tmp_path / 'none'}': does not exist",
         ),
-        ("sources.web.paths=[]", "sources.web.paths is empty"),
+        ("sources.web.paths=[]", "sources.web.paths = []"),
         ("sources.web.shard_bytes=0", "sources.web.shard_bytes = 0"),
     ):
         said = complaint(capsys, "run", *words, setting)
         assert problem in said and "corpus" not in said
     excluded = (f"sources.web.paths=[{corpus_dir}]", "sources.web.exclude=['*']")
-    assert "sources.web.exclude = ['*'] leaves none" in complaint(capsys, "run", *words, *excluded)
+    assert "sources.web.exclude = ['*']: leaves none" in complaint(capsys, "run", *words, *excluded)
     sent = ("submit", "cluster=slurm", "store=/shared/runs", "--dry-run", "--", "run", "experiment=text")
-    assert "sources.web.paths is empty" in complaint(capsys, *sent, "sources.web.paths=[]")
+    assert "sources.web.paths = []" in complaint(capsys, *sent, "sources.web.paths=[]")
 
 
 def test_more_ranks_than_rows_in_a_batch(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
@@ -290,7 +289,7 @@ def test_what_is_submitted_is_looked_at_first(capsys: pytest.CaptureFixture[str]
     sent = ("submit", "cluster=slurm", "store=/shared/runs", "--dry-run", "--")
     assert "Did you mean 'run'" in complaint(capsys, *sent, "runn", "experiment=demo")
     assert "Did you mean experiment=demo" in complaint(capsys, *sent, "run", "experiment=demoo")
-    assert "corpus.paths is empty" in complaint(capsys, *sent, "run", "experiment=text")
+    assert "corpus.paths = []" in complaint(capsys, *sent, "run", "experiment=text")
 
 
 @pytest.mark.slow

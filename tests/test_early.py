@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from conf.refusal import Refusal
-from data.errors import DataError
 from data.rows.instructions import InstructionSettings, build_instructions, count_train_conversations
 from data.rows.packing import TokenDocument, pack_conversations
 from pipelines.engine import waiting
@@ -111,8 +110,8 @@ def test_conversations_counted_early_are_those_that_are_trained_on(tmp_path: Pat
             settings = InstructionSettings(kind="files", paths=paths, held_out_fraction=0.3, max_conversations=most)
             try:
                 built = build_instructions(settings, [], tmp_path / "out")["train_conversations"]
-            except DataError as error:
-                with pytest.raises(DataError, match=re.escape(str(error))):
+            except Refusal as error:
+                with pytest.raises(Refusal, match=re.escape(str(error))):
                     count_train_conversations(settings, 1000)
             else:
                 assert count_train_conversations(settings, 1000) == built
@@ -125,7 +124,7 @@ def test_only_the_beginning_of_many_conversations_is_read(tmp_path: Path) -> Non
         file.write("no JSON\n" * 1000)  # past the limit of malformed lines
     settings = InstructionSettings(kind="files", paths=(str(chats),))
     assert count_train_conversations(settings, 32) == 32
-    with pytest.raises(DataError, match="malformed"):
+    with pytest.raises(Refusal, match="malformed"):
         count_train_conversations(settings, 1000)
 
 
@@ -134,7 +133,7 @@ def test_a_torn_archive_of_conversations_is_one_sentence(tmp_path: Path) -> None
     torn = tmp_path / "torn.jsonl.gz"
     for content in (packed[: len(packed) // 2], packed[:50] + b"\x00" * 40 + packed[90:], b"no gzip"):
         torn.write_bytes(content)
-        with pytest.raises(DataError, match=r"torn\.jsonl\.gz cannot be read"):
+        with pytest.raises(Refusal, match=r"torn\.jsonl\.gz: cannot be read"):
             count_train_conversations(InstructionSettings(kind="files", paths=(str(torn),)), 1000)
 
 

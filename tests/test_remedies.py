@@ -27,7 +27,6 @@ from omegaconf import OmegaConf
 from cluster.submit import KINDS
 from conf.refusal import Refusal
 from conf.typed import field_types
-from data.errors import DataError
 from data.tokenizers.training import TokenizerSettings, train_tokenizer
 from pipelines.__main__ import VERBS, _parse
 from pipelines.engine.backends.ray_backend import _in_lasting_thread
@@ -410,7 +409,7 @@ def test_a_vocabulary_that_does_not_suit_the_text_is_answered_with_one_that_does
     texts = ["".join(chr(0x4E00 + i) for i in range(characters)) + "\n"] * 20
     try:
         train_tokenizer(texts, TokenizerSettings(vocab_size=size), tmp_path / "first")
-    except DataError as error:
+    except Refusal as error:
         [advised] = re.findall(r"[Ss]et tokenizer\.vocab_size=(\d+)", str(error))
         train_tokenizer(texts, TokenizerSettings(vocab_size=int(advised)), tmp_path / "advised")
     else:
@@ -418,7 +417,7 @@ def test_a_vocabulary_that_does_not_suit_the_text_is_answered_with_one_that_does
 
 
 def test_a_text_too_small_for_any_vocabulary_is_told_the_smallest_one(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"299 distinct pieces\. The smallest vocabulary is tokenizer\.vocab_size=384"):
+    with pytest.raises(Refusal, match=r"299 distinct pieces\. The smallest vocabulary is tokenizer\.vocab_size=384"):
         train_tokenizer(["the cat sat on the mat\n"] * 5, TokenizerSettings(vocab_size=384), tmp_path)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
+from conf.refusal import Refusal
 from conf.typed import field_types, from_plain
 from data.mixture import MixtureSettings
 from data.order import OrderSettings
@@ -180,12 +181,15 @@ class Settings:
         return model.causal and model.encoder is None
 
     def resolved_tokenizer(self) -> TokenizerSettings:
-        """The tokenizer with the pieces that the objective hides with. Raises DataError where sentinels are too few."""
+        """The tokenizer with the pieces that the objective hides with. Raises Refusal where sentinels are too few."""
         given, seq_len = self.tokenizer, self.shards.seq_len
         sentinels = given.sentinel_pieces or (SENTINELS if self.objective.sentinels(seq_len) else 0)
         check_sentinels(self.objective, sentinels, seq_len)
         mask = given.mask_piece or self.objective.needs_mask
-        return replace(given, mask_piece=mask, sentinel_pieces=sentinels)
+        try:
+            return replace(given, mask_piece=mask, sentinel_pieces=sentinels)
+        except Refusal as refusal:  # of what the objective needs beside what is configured
+            raise refusal.under("tokenizer") from None
 
     def pretraining(self) -> TrainingSettings:
         """What the pretrain step is told: the groups that stand beside `pretrain` put in their places.
