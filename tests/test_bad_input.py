@@ -186,7 +186,7 @@ def test_a_global_batch_that_does_not_divide(
     capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
 ) -> None:
     said = complaint(capsys, "run", *tiny(corpus_dir, tmp_path / "store", LOCAL, "pretrain.global_batch_tokens=1000"))
-    assert "global_batch_tokens = 1,000" in said
+    assert "global_batch_tokens = 1000" in said
     assert not list((tmp_path / "store").glob("pretrain/*"))
 
 
@@ -196,7 +196,7 @@ def test_a_global_batch_of_fine_tuning_that_does_not_divide(
 ) -> None:
     more = (LOCAL, "finetune.train.global_batch_tokens=1000")
     said = complaint(capsys, *verb, *tiny(corpus_dir, tmp_path / "store", *more))
-    assert "finetune.train.global_batch_tokens = 1,000" in said
+    assert "finetune.train.global_batch_tokens = 1000" in said
     assert not (tmp_path / "store").exists()
 
 
@@ -206,7 +206,7 @@ def test_every_verb_that_trains_looks_at_the_batch_first(
 ) -> None:
     more = (LOCAL, "pretrain.global_batch_tokens=1000", "pretrain.total_tokens=20000")
     said = complaint(capsys, *verb, *tiny(corpus_dir, tmp_path / "store", *more))
-    assert "pretrain.global_batch_tokens = 1,000" in said
+    assert "pretrain.global_batch_tokens = 1000" in said
     assert not (tmp_path / "store").exists()
 
 
@@ -257,7 +257,7 @@ def test_a_source_that_cannot_be_read_is_named_by_its_own_key(
     excluded = (f"sources.web.paths=[{corpus_dir}]", "sources.web.exclude=['*']")
     assert "sources.web.exclude = ['*']: leaves none" in complaint(capsys, "run", *words, *excluded)
     sent = ("submit", "cluster=slurm", "store=/shared/runs", "--dry-run", "--", "run", "experiment=text")
-    assert "sources.web.paths = []" in complaint(capsys, *sent, "sources.web.paths=[]")
+    assert "sources.web.paths is empty" in complaint(capsys, *sent, "sources.web.paths=[]")
 
 
 def test_more_ranks_than_rows_in_a_batch(capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_what_is_submitted_is_looked_at_first(capsys: pytest.CaptureFixture[str]
     sent = ("submit", "cluster=slurm", "store=/shared/runs", "--dry-run", "--")
     assert "Did you mean 'run'" in complaint(capsys, *sent, "runn", "experiment=demo")
     assert "Did you mean experiment=demo" in complaint(capsys, *sent, "run", "experiment=demoo")
-    assert "corpus.paths = []" in complaint(capsys, *sent, "run", "experiment=text")
+    assert "corpus.paths is empty" in complaint(capsys, *sent, "run", "experiment=text")
 
 
 @pytest.mark.slow

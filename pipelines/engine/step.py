@@ -15,10 +15,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines.engine.errors import EngineError
 from pipelines.engine.store.listed import listed
 
-__all__ = ["Artifact", "Context", "EngineError", "Groups", "Inputs", "StageFn", "Step"]
+__all__ = ["Artifact", "Context", "Groups", "Inputs", "StageFn", "Step"]
 
 
 class Context(Protocol):

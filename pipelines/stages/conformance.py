@@ -125,17 +125,17 @@ def build_empty(config: ModelConfig, folder: Path) -> None:
 
 def check_tokens(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> dict[str, Any]:
     """The same ids for the texts and for conversations made of them, and the same texts from the ids."""
-    compared, fault = 0, "a fault of the export (data/tokenizers/export.py), not of the settings"
+    compared, fault = 0, ("a fault of the export, not of the settings", "report it (data/tokenizers/export.py)")
     options = {"add_special_tokens": False, "split_special_tokens": True}
     changed = sum(ours.decode(ours.encode(text)) != text for text in texts)
     own = isinstance(ours, SentencePieceTokenizer)
     if not own:  # T5's vocabulary spells `</s>`, and transformers reads it there
         texts = [without_control_pieces(ours, text) for text in texts]
         fault = (
-            f"The folder's tokenizer.json goes out as it came in, and transformers' {type(theirs).__name__} reads it "
-            "otherwise. Let transformers write what it reads, in the folder of the weights: python -c "
-            '"from transformers import '
-            "AutoTokenizer; AutoTokenizer.from_pretrained('.').save_pretrained('.')\""
+            f"the folder's tokenizer.json goes out as it came in, and transformers' {type(theirs).__name__} reads it "
+            "otherwise",
+            'let transformers write what it reads: run python -c "from transformers import AutoTokenizer; '
+            "AutoTokenizer.from_pretrained('.').save_pretrained('.')\" in the folder of the weights",
         )
     for number, text in enumerate(texts):
         ids = ours.encode(text)
@@ -212,9 +212,10 @@ def check_logits(
         raise Refusal(
             "export",
             NO_VALUE,
-            f"it does not compute what was trained: transformers' logits differ by {error:.3g} (largest logit {largest:.3g}), "
-            f"and rounding explains {tolerance:.3g}; the likeliest token agrees at {agreed} of {positions} positions",
-            "report it: a fault of the export (model/interop), not of the settings",
+            f"it does not compute what was trained: transformers' logits differ by {error:.3g} (largest logit "
+            f"{largest:.3g}), and rounding explains {tolerance:.3g}; the likeliest token agrees at {agreed} of {positions} "
+            "positions",
+            "report it (model/interop): a fault of the export, not of the settings",
         )
     return {
         "compared_positions": positions,
@@ -300,16 +301,18 @@ def _ready(config: ModelConfig, state: dict[str, torch.Tensor], dtype: torch.dty
     return model.eval()
 
 
-def _same(what: str, ours: Sequence[Any], theirs: Sequence[Any], fault: str) -> None:
+def _same(what: str, ours: Sequence[Any], theirs: Sequence[Any], fault: tuple[str, str]) -> None:
+    """Raise unless the two are equal. fault: why they may not be, and the remedy."""
     if list(ours) == list(theirs):
         return
     at = _parting(ours, theirs)
+    why, remedy = fault
     raise Refusal(
         "export",
         NO_VALUE,
         f"the exported tokenizer differs: {what} part at position {at}: ours {ours[at : at + 5]!r}, transformers' "
-        f"{theirs[at : at + 5]!r}",
-        fault,
+        f"{theirs[at : at + 5]!r}; {why}",
+        remedy,
     )
 
 

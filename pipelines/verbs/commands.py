@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check_secrets(overrides: Sequence[str]) -> None:
-    """Refuse overrides with a secret in them: settings are written into manifests, notes and jobs. Raises EngineError."""
+    """Refuse overrides with a secret in them: settings are written into manifests, notes and jobs. Raises Refusal."""
     for override in overrides:
         key, _, value = override.partition("=")
         refuse_secrets(value or key, f"{key}=…" if value else "the command line")
