@@ -23,7 +23,7 @@ from cluster.tree import working_tree
 from conf.refusal import NO_VALUE, Refusal
 
 LOST_MACHINE_EXIT_CODE = 75
-"""Of a run that lost a machine, or Ray itself, and can go on (LOST_MACHINE of `pipelines/engine/errors.py`)."""
+"""Of a run that lost a machine, or Ray itself, and can go on (LOST_MACHINE of `pipelines/engine/backends/outcome.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

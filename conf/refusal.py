@@ -72,6 +72,15 @@ def shown(value: object) -> Shown:
     return Shown(text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…")
 
 
+def refuse_below(settings: object, least: float, *names: str) -> None:
+    """Raise Refusal where one of these fields of `settings` is below `least`; null passes. The remedy is its default."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            usual = getattr(type(settings), name, least)  # a dataclass keeps defaults as attributes of the class
+            raise Refusal(name, value, f"must be at least {least}", f"set {field(name)}={shown(usual)}")
+
+
 def _with_full_keys(text: str, above: str) -> str:
     plain, *marked = text.split(_OPEN)
     parts = [part.partition(_CLOSE) for part in marked]

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from conf.refusal import NO_VALUE, Refusal
 from data.batch import Batch, collate, row_hashes
-from data.errors import DataError
 from data.mixture import MixtureSettings
 from data.order import Order, OrderSettings, SourceShape
 from data.rows.shard_set import ShardSet, gather
@@ -64,10 +64,10 @@ class Loader:
         start_row: int = 0,
         prefetch_steps: int = 2,
     ) -> None:
-        """Raises DataError where the rows cannot be shared out evenly, or are fewer than one step takes."""
+        """Raises Refusal where the rows cannot be shared out evenly, or are fewer than one step takes."""
         check_division(rows_per_step, world_size=world_size, micro_batch_rows=micro_batch_rows)
         if not 0 <= rank < world_size:
-            raise DataError(f"rank={rank} must lie between 0 and world_size - 1 = {world_size - 1}.")
+            raise Refusal("rank", rank, f"must lie between 0 and world_size - 1 = {world_size - 1}")
         _check_size(shard_sets, rows_per_step)
         self.rows_consumed = start_row
         self._reader = StepReader(
@@ -87,7 +87,7 @@ class Loader:
         return self
 
     def __next__(self) -> StepBatch:
-        """The next step. Raises what reading raised, such as DataError for a corrupted block."""
+        """The next step. Raises what reading raised, such as Refusal for a corrupted block."""
         began = time.perf_counter()
         if self._ready is None:
             self._ready = self._start()
@@ -103,12 +103,14 @@ class Loader:
         return {"rows_consumed": self.rows_consumed, "digest": self._reader.digest()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on after `state`. Raises DataError where it was taken over other shards or another order."""
+        """Go on after `state`. Raises Refusal where it was taken over other shards or another order."""
         digest = self._reader.digest()
         if state["digest"] != digest:
-            raise DataError(
-                f"The saved position is of other data: its digest is {state['digest']}, and these shards in this "
-                f"order have {digest}. Give the shards, mixture and seed the run began with, or begin a new run."
+            raise Refusal(
+                "saved position",
+                NO_VALUE,
+                f"is of other data: its digest is {state['digest']}, and these shards in this order have {digest}",
+                "give the shards, mixture and seed the run began with, or begin a new run",
             )
         self.close()
         self.rows_consumed = int(state["rows_consumed"])
@@ -166,10 +168,11 @@ def open_loader(
 def order_over(
     shard_sets: Mapping[str, ShardSet], *, order: OrderSettings | None = None, mixture: MixtureSettings | None = None
 ) -> Order:
-    """The order of a run over these sources. Raises DataError where their rows differ in length."""
+    """The order of a run over these sources. Raises Refusal where their rows differ in length."""
     lengths = {name: shards.seq_len for name, shards in shard_sets.items()}
     if len(set(lengths.values())) != 1:
-        raise DataError(f"The sources have rows of different seq_len: {lengths}. Write all with the same seq_len.")
+        rule = f"the sources have rows of different seq_len: {lengths}"
+        raise Refusal("shards", NO_VALUE, rule, "write all with the same seq_len")
     shapes = {
         name: SourceShape(rows=shards.rows, rows_per_block=shards.rows_per_block) for name, shards in shard_sets.items()
     }
@@ -238,25 +241,30 @@ class StepReader:
 
 
 def check_division(rows_per_step: int, *, world_size: int, micro_batch_rows: int) -> None:
-    """Raise DataError unless a step's rows share out evenly over ranks and micro-batches."""
+    """Raise Refusal unless a step's rows share out evenly over ranks and micro-batches."""
     unit = world_size * micro_batch_rows
     if rows_per_step >= 1 and micro_batch_rows >= 1 and rows_per_step % unit == 0:
         return
     if rows_per_step < world_size:
-        raise DataError(
-            f"A global batch of {rows_per_step} rows cannot feed {world_size} ranks: each needs at least one row. Use "
-            f" at most {max(rows_per_step, 1)} ranks, or a global batch of at least {world_size} rows."
+        raise Refusal(
+            "global batch",
+            NO_VALUE,
+            f"{rows_per_step} rows cannot feed {world_size} ranks, as each needs at least one",
+            f"use at most {max(rows_per_step, 1)} ranks, or a global batch of at least {world_size} rows",
         )
     if micro_batch_rows < 1:
-        raise DataError(f"micro_batch_rows={micro_batch_rows} must be at least 1.")
+        raise Refusal("micro_batch_rows", micro_batch_rows, "must be at least 1")
     below, above = rows_per_step // unit * unit, -(-rows_per_step // unit) * unit
     nearest = " or ".join(str(rows) for rows in (below, above) if rows)
     per_rank = rows_per_step // world_size
     fitting = [str(m) for m in range(1, per_rank + 1) if rows_per_step % (world_size * m) == 0]
     other = f", or micro_batch_rows of {', '.join(fitting[-6:])}" if fitting else ""
-    raise DataError(
-        f"A global batch of {rows_per_step} rows does not divide over world_size {world_size} x micro_batch_rows "
-        f"{micro_batch_rows} = {unit} rows. Use a global batch of {nearest} rows (times seq_len in tokens){other}."
+    raise Refusal(
+        "global batch",
+        NO_VALUE,
+        f"{rows_per_step} rows do not divide over world_size {world_size} x micro_batch_rows {micro_batch_rows} = {unit} "
+        "rows",
+        f"use a global batch of {nearest} rows (times seq_len in tokens){other}",
     )
 
 
@@ -264,10 +272,12 @@ def _check_size(shard_sets: Mapping[str, ShardSet], rows_per_step: int) -> None:
     rows = sum(shards.rows for shards in shard_sets.values())
     if rows < rows_per_step:
         seq_len = next(iter(shard_sets.values())).seq_len
-        raise DataError(
-            f"The corpus is too small for one batch: it packs into {rows} rows of {seq_len} tokens, and one global "
-            f"batch takes {rows_per_step}. Give more text, a shorter seq_len, or a global batch of at most "
-            f"{rows * seq_len} tokens."
+        raise Refusal(
+            "corpus",
+            NO_VALUE,
+            f"is too small for one batch: it packs into {rows} rows of {seq_len} tokens, and one global batch takes "
+            f"{rows_per_step}",
+            f"give more text, a shorter seq_len, or a global batch of at most {rows * seq_len} tokens",
         )
 
 

@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import DataError
+from conf.refusal import Refusal
 
 # Weights whose common denominator is larger are rounded to this many rows: shares are then off by at most 1e-5.
 LONGEST_PERIOD_ROWS = 100_000
@@ -40,17 +40,16 @@ class MixtureSettings:
     def __post_init__(self) -> None:
         starts = [phase.from_tokens for phase in self.phases]
         if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
-            raise DataError(
-                f"mixture.phases start at {starts} tokens; the first must start at 0, each other later than the last."
-            )
-        for phase in self.phases:
+            rule = f"they start at {starts} tokens, and the first must start at 0, each other later than the last"
+            raise Refusal("phases", starts, rule, "give their from_tokens in rising order")
+        for number, phase in enumerate(self.phases):
+            where = f"phases[{number}].weights"
             for name, weight in phase.weights.items():
                 if not (math.isfinite(weight) and weight >= 0):
-                    raise DataError(f"mixture weight {name}={weight} must be a number that is not negative.")
+                    raise Refusal(f"{where}.{name}", weight, "must be a number that is not negative")
             if not any(phase.weights.values()):
-                raise DataError(
-                    f"The mixture from {phase.from_tokens} tokens on has no weight above 0. Give one source a weight."
-                )
+                rule = f"from {phase.from_tokens} tokens on no weight is above 0"
+                raise Refusal(where, phase.weights, rule, "give one source a weight")
 
 
 class Mixture:
@@ -62,10 +61,8 @@ class Mixture:
         phases = settings.phases or (MixturePhase(weights={name: float(rows) for name, rows in sources.items()}),)
         for phase in phases:
             if unknown := sorted(set(phase.weights) - set(names)):
-                raise DataError(
-                    f"The mixture gives a weight to {', '.join(unknown)}, and the sources are {', '.join(names)}. "
-                    "Use the sources' names."
-                )
+                rule = f"a weight is given to {', '.join(unknown)}, and the sources are {', '.join(names)}"
+                raise Refusal("mixture.phases", phase.weights, rule, "use the sources' names")
         self._periods = [_Period([phase.weights.get(name, 0.0) for name in names]) for phase in phases]
         # A row belongs to the phase its first token falls in.
         self._starts = np.array([-(-phase.from_tokens // seq_len) for phase in phases], dtype=np.int64)

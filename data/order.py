@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import DataError
+from conf.refusal import NO_VALUE, Refusal, field, refuse_below
 from data.mixture import Mixture, MixtureSettings
 
 ROUNDS = 6
@@ -36,10 +36,9 @@ class OrderSettings:
     """Blocks whose rows are shuffled together; more mix better, fewer read more locally."""
 
     def __post_init__(self) -> None:
-        if self.window_blocks < 1:
-            raise DataError(f"order.window_blocks={self.window_blocks} must be at least 1.")
+        refuse_below(self, 1, "window_blocks")
         if not 0 <= self.seed < 2**63:
-            raise DataError(f"order.seed={self.seed} must lie between 0 and 2**63 - 1.")
+            raise Refusal("seed", self.seed, "must lie between 0 and 2**63 - 1", f"set {field('seed')}=0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +69,10 @@ class Order:
         settings: OrderSettings | None = None,
         mixture: MixtureSettings | None = None,
     ) -> None:
-        """Raises DataError for a source without rows or a weight for a source that does not exist."""
+        """Raises Refusal for a source without rows or a weight for a source that does not exist."""
         for name, shape in sources.items():
             if shape.rows < 1:
-                raise DataError(f"Source {name} has no rows. Leave it out, or give it text.")
+                raise Refusal(f"source {name}", NO_VALUE, "has no rows", "leave it out, or give it text")
         self.names = list(sources)
         self.settings = settings or OrderSettings()
         mixture = mixture or MixtureSettings()

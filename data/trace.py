@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.errors import DataError
+from conf.refusal import NO_VALUE, Refusal
 from data.order import Order
 from data.rows.packing import DOCUMENT, LENGTH, OFFSET, START
 from data.rows.shard_set import ShardSet
@@ -66,10 +66,10 @@ def trace_step(
     """Yield the rows of one step, counted from 1 as in metrics.jsonl, in their order.
 
     `corpora` gives the document folder of each source; sources without one are shown by their decoded tokens. With
-    `column`, each row shows the one token there. Raises DataError where the corpus is not the one of the shards.
+    `column`, each row shows the one token there. Raises Refusal where the corpus is not the one of the shards.
     """
     if step < 1:
-        raise DataError(f"There is no step {step}: steps count from 1.")
+        raise Refusal("step", step, "steps count from 1")
     first = (step - 1) * rows_per_step
     located = order.locate(np.arange(first, first + rows_per_step))
     reader = _Reader(tokenizer)
@@ -134,10 +134,8 @@ class _Reader:
         table, first = self.row_group(path, row)
         found = table.slice(row - first, 1).to_pylist()[0]
         if found["id"] != record["id"]:
-            raise DataError(
-                f"{path} has document {found['id']} where the shards were made of {record['id']}. Trace with the "
-                "corpus the shards were made of."
-            )
+            rule = f"has document {found['id']} where the shards were made of {record['id']}"
+            raise Refusal(path, NO_VALUE, rule, "trace with the corpus the shards were made of")
         return str(found["text"])
 
 
@@ -158,7 +156,5 @@ def _row_group(path: Path, row: int) -> tuple[pa.Table, int]:
             if row < first + rows:
                 return parquet.read_row_group(group, columns=["id", "text"]), first
             first += rows
-    raise DataError(
-        f"{path} has {first} documents and the shards name its document {row}. Trace with the corpus the shards were "
-        "made of."
-    )
+    rule = f"has {first} documents and the shards name its document {row}"
+    raise Refusal(path, NO_VALUE, rule, "trace with the corpus the shards were made of")

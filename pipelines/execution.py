@@ -25,7 +25,7 @@ from pipelines.training.preload import ENVIRONMENT, modules, take_threads
 def execute(settings: Settings, targets: Sequence[Step], *, quiet: bool = False) -> list[StepReport]:
     """Run the steps that `targets` need. SIGTERM is taken as Ctrl-C: a clean stop with all work kept.
 
-    Raises TrainingError or EngineError before anything runs for a batch or a window that a step among them would refuse.
+    Raises Refusal before anything runs for a batch or a window that a step among them would refuse.
     """
     settings.check_sizes(_needed(targets))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -69,7 +69,7 @@ def made(settings: Settings, step: Step, overrides: Sequence[str], rechecked: tu
 
 
 def found(settings: Settings, step: Step, rechecked: tuple[str, ...] = ()) -> Path | None:
-    """Local folder of a step's artifact, or None. Raises EngineError for a damaged one.
+    """Local folder of a step's artifact, or None. Raises Refusal for a damaged one.
 
     `rechecked`: patterns of files that are hashed now, whatever is remembered of them.
     """

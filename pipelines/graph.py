@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.files import machine_cache
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.rows.instructions import InstructionSettings, instruction_files
 from data.tasks.settings import check_pieces
 from data.text.corpus import CorpusSettings, corpus_files
@@ -49,7 +49,7 @@ LABELS = {"finetune": "finetuned"}
 def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step]:
     """Every step by name, each after what it needs.
 
-    Raises DataError for a corpus that is not there, unless it may be missing: `plan` tells costs before there is text.
+    Raises Refusal for a corpus that is not there, unless it may be missing: `plan` tells costs before there is text.
     """
     steps: dict[str, Step] = {}
 
@@ -94,16 +94,9 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
         )
         for name, step in corpora.items()
     }
-    training = {"volatile": VOLATILE, "resumes": True, "cpus": s.compute.cpus, "gpus": s.compute.gpus}
-    if s.pretrains:
-        sources = {"rows": rows, **of_tokenizer, "begin": begun}
-        models = {"pretrain": add("pretrain", "model", train.run, s.pretraining(), sources, **training)}
-    else:
-        s.resolved_model()  # raises where folder, rows and tokenizer do not fit
-        models = {"pretrain": begun["start"]}
-
+    chats: dict[str, Step] = {}
     if s.finetune is not None:
-        chats = add(
+        chats["instructions"] = add(
             "instructions",
             "conversations",
             instructions.run,
@@ -113,14 +106,28 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
             files={"conversations": conversations_of(s.finetune.data)},
             self_checking=("*.tar",),
         )
-        sources = {"conversations": {"conversations": chats}, **of_tokenizer, "begin": {"pretrain": models["pretrain"]}}
-        enough = partial(finetune.check_conversations, s.finetune, s.shards.seq_len)
-        training |= {"keys": {"begin/pretrain": "pretrain"}, "check": enough}
-        models["finetune"] = add("finetune", "model", train.run, s.finetuning(), sources, **training)
+    training = {"volatile": VOLATILE, "resumes": True, "cpus": s.compute.cpus, "gpus": s.compute.gpus}
+    if s.pretrains:
+        sources = {"rows": rows, **of_tokenizer, "begin": begun}
+        # Conversations that cannot be tuned on are refused before hours of pretraining.
+        begins = {**training, "after": tuple(chats.values())}
+        models = {"pretrain": add("pretrain", "model", train.run, s.pretraining(), sources, **begins)}
+    else:
+        s.resolved_model()  # raises where folder, rows and tokenizer do not fit
+        models = {"pretrain": begun["start"]}
+    if (tuned := s.finetuning()) is not None and s.finetune is not None:
+        conversations = {"conversations": chats["instructions"]}
+        sources = {"conversations": conversations, **of_tokenizer, "begin": {"pretrain": models["pretrain"]}}
+        training |= {
+            "keys": {"begin/pretrain": "pretrain"},
+            "check": partial(finetune.check_conversations, s.finetune, s.shards.seq_len, s.compute.ranks),
+            "check_inputs": partial(train.check_rows, tuned),
+        }
+        models["finetune"] = add("finetune", "model", train.run, tuned, sources, **training)
 
     held_out: dict[str, dict[str, Step]] = {"corpus": corpora, "rows": rows, **of_tokenizer}
     held_out["model"] = {LABELS.get(name, BASE): step for name, step in models.items()}
-    held_out["conversations"] = {"instructions": chats} if s.finetune is not None else {}
+    held_out["conversations"] = chats
     as_pretrain = {"keys": {f"model/{name}": "pretrain" for name in ("pretrain", BASE)}}
     if corpora and not s.writes_from_left_to_right():
         asked = denoise.DenoiseSettings(evaluate=s.evaluating(), objective=s.objective, seq_len=s.shards.seq_len)
@@ -186,7 +193,7 @@ def text_of(step: str, source: CorpusSettings, may_be_missing: bool) -> tuple[Pa
             return paths(
                 corpus_files(source, key=corpus_key(step), on_progress=lambda files: how_far(f"{files:,} so far"))
             )
-    except DataError:
+    except Refusal:
         if may_be_missing:
             return ()
         raise

@@ -7,17 +7,20 @@ import json
 import re
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from conf.refusal import Refusal
-from data.errors import DataError
 from data.rows.instructions import InstructionSettings, build_instructions, count_train_conversations
+from data.rows.packing import TokenDocument, pack_conversations
 from pipelines.engine import waiting
 from pipelines.engine.step import Step
 from pipelines.stages import rehearsal
+from pipelines.stages.instructions import ConversationRows, no_row
 from tests.conftest import LOCAL, answer, complaint, tiny
 from tests.data.foreign import save
 from tests.test_start import with_weights
@@ -39,13 +42,55 @@ def test_ten_conversations_for_a_larger_batch_are_refused_before_pretraining_and
     words += ["finetune=chat", f"finetune.data.paths=[{chats}]"]
     said = complaint(capsys, verb, *words)
     assert (
-        "finetune.train.global_batch_tokens = 8,192: the 9 conversations to train on fill at most as many rows of 64"
+        "finetune.train.global_batch_tokens = 8192: the 9 conversations to train on fill at most as many rows of 64"
         in said
     )
     assert not list(tmp_path.glob("store/*/*"))
-    remedy = re.search(r"Use (finetune\S+) or less", said)
-    assert remedy is not None
-    answer(capsys, "plan", *words, remedy[1])
+    answer(capsys, "plan", *words, advised(said))
+    said = complaint(capsys, verb, *words, fours := "finetune.train.micro_batch_rows=4")
+    answer(capsys, "plan", *words, fours, advised(said))
+
+
+def advised(said: str) -> str:
+    """The smaller batch that a refusal names."""
+    [override] = re.findall(r"[Ss]et (finetune\.train\.global_batch_tokens=\d+) or less", said)
+    return str(override)
+
+
+def test_conversations_that_fill_no_batch_once_they_are_packed_are_refused_before_pretraining_and_the_remedy_works(
+    capsys: pytest.CaptureFixture[str], corpus_dir: Path, tmp_path: Path
+) -> None:
+    chats = conversations(tmp_path / "chats.jsonl", 60)
+    words = [word for word in tiny(corpus_dir, tmp_path / "store", LOCAL) if not word.startswith("finetune")]
+    words += ["finetune=chat", f"finetune.data.paths=[{chats}]", "finetune.train.global_batch_tokens=3072"]
+    answer(capsys, "plan", *words)  # 57 conversations, which might fill the 48 rows of a batch
+    first = complaint(capsys, "run", *words)
+    assert "finetune.train.global_batch_tokens = 3072: the conversations fill only" in first
+    assert {path.parts[-3] for path in tmp_path.glob("store/*/*/manifest.json")} >= {"tokenizer", "instructions"}
+    assert not list(tmp_path.glob("store/pretrain*/*"))
+    assert complaint(capsys, "plan", *words) == first  # told from what is there now
+    answer(capsys, "plan", *words, advised(first))
+    # Not even a row.
+    short = ("shards.seq_len=8", "finetune.train.global_batch_tokens=8", "evaluate.stride_tokens=8")
+    until = ("--until", "instructions")
+    said = complaint(capsys, "run", *words, *short, *until)
+    assert (
+        "finetune.too_long = 'drop': fine-tuning needs a row with an answer, and each of the 58 conversations" in said
+    )
+    longer = re.search(r"longer rows: (shards\.seq_len=(\d+))", said)
+    assert longer is not None
+    sizes = [f"{step}.global_batch_tokens={longer[2]}" for step in ("pretrain", "finetune.train")]
+    answer(capsys, "run", *words, *short, longer[1], *sizes, *until)
+
+
+def test_conversations_too_long_for_any_row_are_to_be_cut_only_where_that_leaves_an_answer() -> None:
+    for answers, cut_would_do in ((5, True), (12, False)):
+        tokens = np.arange(20)
+        document = TokenDocument(id="a", source="a", position=1, tokens=tokens, is_target=tokens >= answers)
+        remedy = no_row([document], ConversationRows(seq_len=8)).remedy
+        assert ("finetune.too_long=truncate" in remedy) == cut_would_do and "shards.seq_len=20" in remedy
+        cut = pack_conversations([document], seq_len=8, pad_id=0, dtype=np.int64, counts=Counter())
+        assert (len(cut) > 0) == cut_would_do
 
 
 def test_conversations_that_are_limited_below_a_batch_are_refused_at_once(
@@ -65,8 +110,8 @@ def test_conversations_counted_early_are_those_that_are_trained_on(tmp_path: Pat
             settings = InstructionSettings(kind="files", paths=paths, held_out_fraction=0.3, max_conversations=most)
             try:
                 built = build_instructions(settings, [], tmp_path / "out")["train_conversations"]
-            except DataError as error:
-                with pytest.raises(DataError, match=re.escape(str(error))):
+            except Refusal as error:
+                with pytest.raises(Refusal, match=re.escape(str(error))):
                     count_train_conversations(settings, 1000)
             else:
                 assert count_train_conversations(settings, 1000) == built
@@ -79,7 +124,7 @@ def test_only_the_beginning_of_many_conversations_is_read(tmp_path: Path) -> Non
         file.write("no JSON\n" * 1000)  # past the limit of malformed lines
     settings = InstructionSettings(kind="files", paths=(str(chats),))
     assert count_train_conversations(settings, 32) == 32
-    with pytest.raises(DataError, match="malformed"):
+    with pytest.raises(Refusal, match="malformed"):
         count_train_conversations(settings, 1000)
 
 
@@ -88,7 +133,7 @@ def test_a_torn_archive_of_conversations_is_one_sentence(tmp_path: Path) -> None
     torn = tmp_path / "torn.jsonl.gz"
     for content in (packed[: len(packed) // 2], packed[:50] + b"\x00" * 40 + packed[90:], b"no gzip"):
         torn.write_bytes(content)
-        with pytest.raises(DataError, match=r"torn\.jsonl\.gz cannot be read"):
+        with pytest.raises(Refusal, match=r"torn\.jsonl\.gz: cannot be read"):
             count_train_conversations(InstructionSettings(kind="files", paths=(str(torn),)), 1000)
 
 
@@ -141,9 +186,10 @@ def test_what_a_step_tries_before_it_runs_is_told_where_it_lasts(monkeypatch: py
     told: list[str] = []
     monkeypatch.setattr(waiting, "tell", told.append)
     monkeypatch.setattr(waiting, "LOG_AFTER_SECONDS", 0.02)
-    check(
-        Step(name="export", kind="export", run=lambda *_: {}, version=1, settings=None, check=lambda: time.sleep(0.1))
+    slow = Step(
+        name="export", kind="export", run=lambda *_: {}, version=1, settings=None, check=lambda: time.sleep(0.1)
     )
+    check(slow, {})
     assert told and told[0].startswith("export: what it would refuse later is tried now")
 
 

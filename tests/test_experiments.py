@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from conf.refusal import Refusal
 from model.build import build_model
 from pipelines.engine import runner
 from pipelines.engine.store.open import open_store
 from pipelines.graph import build
 from pipelines.settings.compose import compose
 from pipelines.settings.overrides import options
-from pipelines.training.errors import TrainingError
 from pipelines.training.expert_parallel import layers_with_experts
 from pipelines.verbs.help import settings_help
 from pipelines.verbs.plan import estimate, memory_per_rank
@@ -62,7 +62,7 @@ def test_experts_that_ranks_share_are_divided_by_their_number() -> None:
     # What is shared so is its holder's alone: stage 2 divides only the rest over the four ranks.
     rest = memory("zero=2", "zero.expert_parallel=2")
     assert rest["gradients"] == shared["gradients"] - 3 / 4 * (whole["gradients"] - 4 * of_experts)
-    with pytest.raises(TrainingError, match="4 ranks do not divide into groups of 3"):
+    with pytest.raises(Refusal, match="4 ranks do not divide into groups of 3"):
         memory("zero.expert_parallel=3")
 
 

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.refusal import Refusal
-from data.errors import DataError
 from data.text.corpus import corpus_files
 from pipelines.__main__ import VERBS, Verb, main
 from pipelines.engine.store.open import open_store
@@ -82,7 +81,7 @@ def test_commas_part_a_list_and_quotes_keep_them(typed: str, read: list[str]) ->
 def test_a_name_with_a_comma_is_asked_for_in_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a, b.txt").write_text("text")
-    with pytest.raises(DataError) as told:
+    with pytest.raises(Refusal) as told:
         corpus_files(compose(["experiment=text", "corpus.paths=[a, b.txt]"]).corpus)
     [word] = shlex.split(str(told.value).partition("stands in quotes: ")[2].removesuffix("."))
     assert [file.name for file in corpus_files(compose(["experiment=text", word]).corpus)] == [

@@ -28,7 +28,6 @@ from cluster.submit import KINDS
 from conf.refusal import Refusal
 from conf.registry import registry_of
 from conf.typed import field_types
-from data.errors import DataError
 from data.tokenizers.training import TokenizerSettings, train_tokenizer
 from pipelines.__main__ import VERBS, _parse
 from pipelines.engine.backends.ray_backend import _in_lasting_thread
@@ -48,6 +47,7 @@ KEYS = {
     "self._key('clip_norm')": ("pretrain.clip_norm", "finetune.train.clip_norm"),
     "batch": ("pretrain.global_batch_tokens", "finetune.train.global_batch_tokens"),
     "corpus_key(step)": ("corpus", "sources.web"),
+    "step": ("finetune",),
     "change": ("optim.lr", "finetune.train.optim.lr"),
     "PATHS": ("finetune.data.paths",),
     "where": ("model", "model.encoder"),
@@ -413,7 +413,7 @@ def test_a_vocabulary_that_does_not_suit_the_text_is_answered_with_one_that_does
     texts = ["".join(chr(0x4E00 + i) for i in range(characters)) + "\n"] * 20
     try:
         train_tokenizer(texts, TokenizerSettings(vocab_size=size), tmp_path / "first")
-    except DataError as error:
+    except Refusal as error:
         [advised] = re.findall(r"[Ss]et tokenizer\.vocab_size=(\d+)", str(error))
         train_tokenizer(texts, TokenizerSettings(vocab_size=int(advised)), tmp_path / "advised")
     else:
@@ -421,7 +421,7 @@ def test_a_vocabulary_that_does_not_suit_the_text_is_answered_with_one_that_does
 
 
 def test_a_text_too_small_for_any_vocabulary_is_told_the_smallest_one(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"299 distinct pieces\. The smallest vocabulary is tokenizer\.vocab_size=384"):
+    with pytest.raises(Refusal, match=r"299 distinct pieces\. The smallest vocabulary is tokenizer\.vocab_size=384"):
         train_tokenizer(["the cat sat on the mat\n"] * 5, TokenizerSettings(vocab_size=384), tmp_path)
 
 

@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from data.errors import DataError
+from conf.refusal import NO_VALUE, Refusal, refuse_below
+from conf.refusal import field as key_of
 from data.text.decontaminate import is_held_out
 from data.text.document import Document, read_documents
 from data.text.left_out import conversations_left_out
@@ -59,13 +60,16 @@ class InstructionSettings:
 
     def __post_init__(self) -> None:
         if self.kind == "functions" and not self.tasks:
-            raise DataError("instructions.tasks = []: name at least one of write, document, explain.")
+            remedy = f"set '{key_of('tasks')}=[write,document,explain]' or some of them"
+            raise Refusal("tasks", [], "no conversations are made without a task", remedy)
         if not 0 < self.held_out_fraction < 1:
-            raise DataError(f"instructions.held_out_fraction = {self.held_out_fraction}: must lie between 0 and 1.")
-        if self.max_conversations is not None and self.max_conversations < 1:
-            raise DataError(
-                f"instructions.max_conversations = {self.max_conversations}: must be at least 1, or null for all."
+            raise Refusal(
+                "held_out_fraction",
+                self.held_out_fraction,
+                "must lie between 0 and 1",
+                f"set {key_of('held_out_fraction')}=0.05",
             )
+        refuse_below(self, 1, "max_conversations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,24 +93,23 @@ class Conversation:
 
 def instruction_files(settings: InstructionSettings, skipped: Counter[str] | None = None) -> list[SourceFile]:
     """Return the user's .jsonl files in name order; none for kind functions. What lies beside them and is not read is
-    counted in `skipped`, as `list_files` does. Raises DataError for any other readable file."""
+    counted in `skipped`, as `list_files` does. Raises Refusal for any other readable file."""
     if settings.kind == "functions":
         return []
     if not settings.paths:
-        raise DataError(f"{PATHS} is empty: no conversations. Set it to .jsonl files, as in '{PATHS}=[chats.jsonl]'.")
+        raise Refusal(PATHS, [], "there are no conversations", f"set it to .jsonl files, as in '{PATHS}=[chats.jsonl]'")
     files = list_files(settings.paths, skipped, key=PATHS, readable=f"{CONVERSATIONS}, a conversation a line")
     for file in files:
         if file.format != "jsonl":
-            raise DataError(
-                f"{file.path}: conversations are read from {CONVERSATIONS} files only. Name those in {PATHS}."
-            )
+            rule = f"conversations are read from {CONVERSATIONS} files only"
+            raise Refusal(file.path, NO_VALUE, rule, f"name those in {PATHS}")
     return files
 
 
 def count_train_conversations(settings: InstructionSettings, limit: int) -> int:
     """How many of the user's conversations will be trained on; counts `limit` of them at most, writes nothing.
 
-    Reads through the reader of the step itself, and of long files only the beginning. Raises DataError for files that
+    Reads through the reader of the step itself, and of long files only the beginning. Raises Refusal for files that
     `build_instructions` would refuse, as far as they were read.
     """
     log, skipped = ReadLog.new(), Counter[str]()
@@ -123,7 +126,7 @@ def count_train_conversations(settings: InstructionSettings, limit: int) -> int:
     train, held_out = _split(conversations, settings, counts)
     if not train or not held_out:
         reasons = conversations_left_out({**counts, "malformed": log.malformed, "skipped_files": skipped})
-        raise DataError(_too_few(settings, len(train), len(held_out), reasons))
+        raise _too_few(settings, len(train), len(held_out), reasons)
     return min(len(train), limit, settings.max_conversations or limit)
 
 
@@ -131,7 +134,7 @@ def build_instructions(settings: InstructionSettings, corpus_dirs: Sequence[Path
     """Write train.jsonl and heldout.jsonl to `out_dir` and return counts.
 
     Each line is {"id", "source", "position", "messages"}. `corpus_dirs` hold the corpus's train/ and heldout/, for kind
-    functions. Raises DataError when either part would be empty.
+    functions. Raises Refusal when either part would be empty.
     """
     counts: Counter[str] = Counter()
     malformed: list[str] = []
@@ -160,7 +163,7 @@ def build_instructions(settings: InstructionSettings, corpus_dirs: Sequence[Path
         train, held_out = _split(everything, settings, counts)
     if not train or not held_out:
         reasons = conversations_left_out({**counts, "malformed": malformed, "skipped_files": skipped})
-        raise DataError(_too_few(settings, len(train), len(held_out), reasons))
+        raise _too_few(settings, len(train), len(held_out), reasons)
     if settings.max_conversations is not None and len(train) > settings.max_conversations:
         before = len(train) + len(held_out)
         held_out = _lowest(held_out, max(1, len(held_out) * settings.max_conversations // len(train)))
@@ -184,14 +187,13 @@ def load_conversations(path: Path) -> list[Conversation]:
         # At LF alone: a message may hold the other characters that str.splitlines breaks lines at.
         records = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} is not a conversation file of the instructions step ({error}). Run that step again."
-        ) from error
+        rule = f"is not a conversation file of the instructions step ({error})"
+        raise Refusal(path, NO_VALUE, rule, "run that step again") from error
     return [Conversation(messages=tuple(r["messages"]), source=r["source"], position=r["position"]) for r in records]
 
 
 def read_conversations(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> Iterator[Conversation]:
-    """Yield the conversations of one .jsonl; other lines count as malformed, and past the limit raise DataError."""
+    """Yield the conversations of one .jsonl; other lines count as malformed, and past the limit raise Refusal."""
     log.counts["files"] += 1
     for number, record in _records(file, settings, log):
         messages = record.get("messages")
@@ -202,23 +204,23 @@ def read_conversations(file: SourceFile, settings: ReaderSettings, log: ReadLog)
             ]
         try:
             if messages is None:
-                raise DataError(
-                    f"neither messages nor prompt and completion (fields here: {', '.join(map(str, record)) or 'none'})"
-                )
+                fields = ", ".join(map(str, record)) or "none"
+                raise Refusal("record", NO_VALUE, f"neither messages nor prompt and completion (fields here: {fields})")
             checked = [
                 {"role": str(m["role"]), "content": without_surrogates(str(m["content"]), log)}
                 for m in check_messages(messages)
             ]
             if not any(m["role"] == "assistant" and m["content"].strip() for m in checked):
-                raise DataError("no assistant message with text, so there is nothing to learn")
-        except DataError as error:
-            log.note_malformed(file, number, str(error), settings.max_malformed_lines_per_file)
+                rule = "no assistant message with text, so there is nothing to learn"
+                raise Refusal("messages", NO_VALUE, rule)
+        except Refusal as refusal:
+            log.note_malformed(file, number, str(refusal), settings.max_malformed_lines_per_file)
             continue
         yield Conversation(messages=tuple(checked), source=file.name, position=number)
 
 
 def _records(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of a file. Raises DataError for one that cannot be opened or decompressed."""
+    """The lines of a file. Raises Refusal for one that cannot be opened or decompressed."""
     with refuse_unreadable(file, f"leave it out of {PATHS}"):
         yield from read_json_lines(file, settings, log)
 
@@ -352,15 +354,18 @@ def _lowest(conversations: list[Conversation], count: int) -> list[Conversation]
     return [conversation for conversation in conversations if conversation.id in chosen]
 
 
-def _too_few(settings: InstructionSettings, train: int, held_out: int, left_out: Mapping[str, int]) -> str:
+def _too_few(settings: InstructionSettings, train: int, held_out: int, left_out: Mapping[str, int]) -> Refusal:
     reasons = "; ".join(f"{times:,} {reason}" for reason, times in left_out.items())
     counted = f"{train} conversation(s) to train on and {held_out} held out; each needs at least 1"
     counted += f" (left out: {reasons})" if reasons else ""
     if settings.kind == "files":
-        return f"The files in {PATHS} give {counted}. Give more conversations."
-    return (
-        f"The corpus's functions with docstrings give {counted}. Use a corpus with more Python, your own conversations "
-        f"(finetune.data.kind=files '{PATHS}=[chats.jsonl]'), or none (finetune=none)."
+        return Refusal(PATHS, list(settings.paths), f"the files give {counted}", "give more conversations")
+    return Refusal(
+        "finetune.data.kind",
+        settings.kind,
+        f"the corpus's functions with docstrings give {counted}",
+        f"use a corpus with more Python, your own conversations (finetune.data.kind=files '{PATHS}=[chats.jsonl]'), or none "
+        "(finetune=none)",
     )
 
 

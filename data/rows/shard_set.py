@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.errors import DataError
+from conf.refusal import NO_VALUE, Refusal
 from data.rows.packing import PackedRows
 from data.rows.shards import FORMAT_VERSION, MANIFEST, file_sha256
 
@@ -46,28 +46,27 @@ class ShardSet:
     def open(cls, directory: Path | str, *, verify: bool = False) -> ShardSet:
         """Open the shards of a folder. `verify` reads every byte now; otherwise each block is checked on first touch.
 
-        Raises DataError where the manifest is absent or of another version, or a file is missing, cut or corrupted.
+        Raises Refusal where the manifest is absent or of another version, or a file is missing, cut or corrupted.
         """
         directory = Path(directory)
         path = directory / MANIFEST
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            raise DataError(
-                f"{directory} holds no {MANIFEST}, so it is not a finished set of shards. Point to the folder that "
-                "the shards step wrote, or run that step."
+            raise Refusal(
+                directory,
+                NO_VALUE,
+                f"holds no {MANIFEST}, so it is not a finished set of shards",
+                "point to the folder that the shards step wrote, or run that step",
             ) from None
         try:
             manifest = json.loads(content)
         except ValueError as error:
-            raise DataError(
-                f"{path} is not readable ({error}): it was cut or changed. Write the shards again."
-            ) from None
+            rule = f"is not readable ({error}): it was cut or changed"
+            raise Refusal(path, NO_VALUE, rule, "write the shards again") from None
         if manifest.get("version") != FORMAT_VERSION:
-            raise DataError(
-                f"{path} has format version {manifest.get('version')}; this program reads version {FORMAT_VERSION}. "
-                "Write the shards again."
-            )
+            rule = f"has format version {manifest.get('version')}, and this program reads version {FORMAT_VERSION}"
+            raise Refusal(path, NO_VALUE, rule, "write the shards again")
         ends = np.cumsum([shard["rows"] for shard in manifest["shards"]], dtype=np.int64)
         shards = cls(directory, manifest, hashlib.sha256(content).hexdigest(), ends)
         for record in manifest["shards"]:
@@ -116,7 +115,7 @@ class ShardSet:
         return shard, in_shard // self.rows_per_block, in_shard % self.rows_per_block
 
     def gather(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> PackedRows:
-        """Copy out the given rows, in the given order. Raises DataError where a block does not match its checksum."""
+        """Copy out the given rows, in the given order. Raises Refusal where a block does not match its checksum."""
         return gather([self], np.zeros(len(rows), dtype=np.int64), np.asarray(rows))
 
     def target_counts(self) -> npt.NDArray[np.int64]:
@@ -240,19 +239,20 @@ class _OpenShard:
 
 def _check_file(path: Path, expected: dict[str, Any], *, read: bool) -> None:
     if not path.exists():
-        raise DataError(f"{path} is missing though the manifest names it. Restore it, or write the shards again.")
+        remedy = "restore it, or write the shards again"
+        raise Refusal(path, NO_VALUE, "is missing though the manifest names it", remedy)
     size = path.stat().st_size
     if size != expected["bytes"]:
-        raise DataError(
-            f"{path} has {size} bytes and the manifest says {expected['bytes']}: the file was cut or changed. "
-            "Restore it from a copy, or delete the shards and write them again."
-        )
+        rule = f"has {size} bytes and the manifest says {expected['bytes']}: the file was cut or changed"
+        raise Refusal(path, NO_VALUE, rule, "restore it from a copy, or delete the shards and write them again")
     if read and (found := file_sha256(path)) != expected["sha256"]:
         raise _corrupted(path, expected["sha256"], found)
 
 
-def _corrupted(path: Path, expected: str, found: str, part: str = "") -> DataError:
-    return DataError(
-        f"{path}{part} is corrupted: its sha256 is {found} and was {expected} when written. None of it has been "
-        "trained on. Restore the file from a copy, or delete the shards and write them again."
+def _corrupted(path: Path, expected: str, found: str, part: str = "") -> Refusal:
+    return Refusal(
+        f"{path}{part}",
+        NO_VALUE,
+        f"is corrupted: its sha256 is {found} and was {expected} when written; none of it has been trained on",
+        "restore the file from a copy, or delete the shards and write them again",
     )

@@ -47,7 +47,7 @@ class ShardTask:
 def plan_shards(corpus_dir: Path, settings: ShardSettings, *, prefix: str = "train") -> list[ShardTask]:
     """Divide a corpus folder into shards of about `shard_text_bytes` of text each, in the order of its files.
 
-    Row groups are joined where small and cut into equal numbers of documents where large. Raises DataError where the
+    Row groups are joined where small and cut into equal numbers of documents where large. Raises Refusal where the
     folder holds no corpus files.
     """
     groups: list[list[CorpusSlice]] = [[]]

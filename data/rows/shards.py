@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import DataError
+from conf.refusal import NO_VALUE, Refusal, refuse_below
 from data.rows.packing import PackedRows, TokenDocument, token_dtype
 
 MANIFEST = "shards.json"
@@ -58,9 +58,7 @@ class ShardSettings:
     """Bytes of text that go into one shard, about."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "rows_per_block", "shard_text_bytes"):
-            if getattr(self, name) < 1:
-                raise DataError(f"shards.{name}={getattr(self, name)} must be at least 1.")
+        refuse_below(self, 1, "seq_len", "rows_per_block", "shard_text_bytes")
 
 
 def write_shard(
@@ -75,12 +73,15 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write one shard under `out_dir` and return its record for the manifest. The same rows give the same bytes.
 
-    Raises DataError where a token lies outside the vocabulary or the disk does not take the bytes.
+    Raises Refusal where a token lies outside the vocabulary or the disk does not take the bytes.
     """
     if len(rows) and int(rows.tokens_RW.max()) >= vocab_size:
-        raise DataError(
-            f"Shard {name}: token id {int(rows.tokens_RW.max())} is not below vocab_size={vocab_size}; the documents "
-            "were tokenized with another tokenizer than the one the shards are made for. Use one tokenizer for both."
+        raise Refusal(
+            f"shard {name}",
+            NO_VALUE,
+            f"token id {int(rows.tokens_RW.max())} is not below the {vocab_size} pieces of the vocabulary: the documents "
+            "were tokenized with another tokenizer than the one the shards are made for",
+            "use one tokenizer for both",
         )
     paths = {kind: out_dir / f"{name}.{kind}" for kind in ("tar", "idx", "docs.parquet")}
     try:
@@ -90,9 +91,11 @@ def write_shard(
             np.save(file, index)
         documents_written = _write_documents(paths["docs.parquet"], documents)
     except OSError as error:
-        raise DataError(
-            f"Cannot write shard {name} under {out_dir}: {error.strerror or error}. Free some space or make the folder "
-            "writable, then run the same command again: finished shards are kept."
+        raise Refusal(
+            out_dir,
+            NO_VALUE,
+            f"shard {name} cannot be written here ({error.strerror or error})",
+            "free some space or make the folder writable, then run the same command again: finished shards are kept",
         ) from error
     numbers_RW = rows.document_numbers()
     return {
@@ -120,16 +123,14 @@ def write_manifest(
 ) -> dict[str, Any]:
     """Write `shards.json` over shards already lying somewhere under `directory`; their order here is the global order.
 
-    Returns the totals. Raises DataError where a shard is missing or where there is not a single row.
+    Returns the totals. Raises Refusal where a shard is missing or where there is not a single row.
     """
     records = []
     for shard in shards:
         found = sorted(directory.rglob(f"{shard['name']}.tar"))
         if len(found) != 1:
-            raise DataError(
-                f"Shard {shard['name']} lies {len(found)} times under {directory}; the rule is once. Remove the "
-                "folder and write the shards again."
-            )
+            rule = f"shard {shard['name']} lies here {len(found)} times and not once"
+            raise Refusal(directory, NO_VALUE, rule, "remove the folder and write the shards again")
         records.append({**shard, "folder": found[0].parent.relative_to(directory).as_posix()})
     sums = ("rows", "blocks", "documents", "tokens", "targets", "padding", "pieces")
     totals: dict[str, Any] = {key: sum(shard[key] for shard in shards) for key in sums}
@@ -138,9 +139,12 @@ def write_manifest(
         counts.update(shard["counts"])
     totals["counts"] = dict(sorted(counts.items()))
     if totals["rows"] == 0:
-        raise DataError(
-            f"Nothing to train on: {totals['documents']} documents gave no row of {settings.seq_len} tokens "
-            f"(left out: {totals['counts'] or 'none'}). Give more text, or loosen what leaves it out."
+        raise Refusal(
+            "shards",
+            NO_VALUE,
+            f"nothing to train on: {totals['documents']} documents gave no row of {settings.seq_len} tokens (left out: "
+            f"{totals['counts'] or 'none'})",
+            "give more text, or loosen what leaves it out",
         )
     totals["mean_piece_tokens"] = totals["tokens"] / totals["pieces"]
     manifest = {

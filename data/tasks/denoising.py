@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.order import mixed
 from data.rows.packing import PackedRows
 from data.tasks.objectives import IGNORED, EncoderInputs, Examples, NextToken
@@ -42,7 +42,7 @@ class MaskedToken:
     def __post_init__(self) -> None:
         _check_rate(self.rate)
         if self.random_ids[0] >= self.random_ids[1]:
-            raise DataError(f"random_ids = {self.random_ids}: holds no id; give (first, end) of the text's ids.")
+            raise Refusal("random_ids", self.random_ids, "holds no id", "give (first, end) of the text's ids")
 
     def __call__(self, rows: PackedRows, global_rows: Ints) -> Examples:
         numbers_RT = np.ascontiguousarray(rows.document_numbers()[:, :-1])
@@ -88,7 +88,12 @@ class SpanDenoising:
     def __post_init__(self) -> None:
         _check_rate(self.rate)
         if self.mean_span < 1:
-            raise DataError(f"mean_span = {self.mean_span}: a span has at least one token.")
+            raise Refusal(
+                "mean_span",
+                self.mean_span,
+                "a span has at least one token",
+                f"choose {type(self).mean_span:g}, for example",
+            )
 
     def lengths(self, tokens: int) -> tuple[int, int, int]:
         """(hidden tokens, spans, tokens left) of a text of so many tokens; it needs two."""
@@ -146,7 +151,12 @@ class TextInfilling:
     def __post_init__(self) -> None:
         _check_rate(self.rate)
         if self.mean_span <= 0:
-            raise DataError(f"mean_span = {self.mean_span}: a mean length is above 0.")
+            raise Refusal(
+                "mean_span",
+                self.mean_span,
+                "a mean length is above 0",
+                f"choose {type(self).mean_span:g}, for example",
+            )
 
     def widths(self, seq_len: int) -> tuple[int, int]:
         """Tokens of a row that the encoder and the decoder read."""
@@ -250,4 +260,4 @@ def _content(tokens_T: Ints) -> int:
 
 def _check_rate(rate: float) -> None:
     if not 0 < rate < 1:
-        raise DataError(f"rate = {rate}: a share between 0 and 1 of the tokens is hidden, such as 0.15.")
+        raise Refusal("rate", rate, "a share between 0 and 1 of the tokens is hidden", "choose 0.15, for example")

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.tasks.denoising import AnyObjective, MaskedToken, SpanDenoising, TextInfilling
 from data.tasks.objectives import NextToken
 from data.tokenizers.sentencepiece import Tokenizer
@@ -32,7 +32,7 @@ class Asked(ABC):
 
     @abstractmethod
     def over(self, tokenizer: Tokenizer, seed: int) -> AnyObjective:
-        """The objective with this tokenizer's ids. Raises DataError where it lacks a piece."""
+        """The objective with this tokenizer's ids. Raises Refusal where it lacks a piece."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,17 +142,19 @@ ObjectiveChoice = NextTokenSettings | MaskedTokenSettings | SpanDenoisingSetting
 
 
 def check_pieces(objective: ObjectiveChoice, tokenizer: Tokenizer, seq_len: int) -> None:
-    """Whether a tokenizer has the pieces that an objective hides with in rows of `seq_len`. Raises DataError."""
+    """Whether a tokenizer has the pieces that an objective hides with in rows of `seq_len`. Raises Refusal."""
     objective.over(tokenizer, 0)
     check_sentinels(objective, tokenizer.sentinels, seq_len)
 
 
 def check_sentinels(objective: ObjectiveChoice, sentinel_pieces: int, seq_len: int) -> None:
-    """Whether so many sentinel pieces are enough. Raises DataError."""
+    """Whether so many sentinel pieces are enough. Raises Refusal."""
     taken = objective.sentinels(seq_len)
     if taken > sentinel_pieces:
-        raise DataError(
-            f"tokenizer.sentinel_pieces = {sentinel_pieces}: objective={objective.kind} hides up to {taken} spans of a "
-            f"row of {seq_len:,} tokens, and each needs a piece of its own; use tokenizer.sentinel_pieces={taken}, "
-            "shorter rows or longer spans."
+        raise Refusal(
+            "tokenizer.sentinel_pieces",
+            sentinel_pieces,
+            f"objective={objective.kind} hides up to {taken} spans of a row of {seq_len:,} tokens, and each needs a piece "
+            "of its own",
+            f"use tokenizer.sentinel_pieces={taken}, shorter rows or longer spans",
         )

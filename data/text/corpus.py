@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data.errors import DataError
+from conf.refusal import Refusal, refuse_below
 from data.text.decontaminate import HeldOutIndex, HeldOutSettings, is_held_out
 from data.text.dedup import DedupSettings, MinHash, duplicates_to_drop, near_duplicate_pairs
 from data.text.document import Document, DocumentWriter, read_documents
@@ -62,8 +62,7 @@ class CorpusSettings:
     """Which documents are kept for evaluation."""
 
     def __post_init__(self) -> None:
-        if self.shard_bytes < 1:
-            raise DataError(f"shard_bytes = {self.shard_bytes}: must be at least 1; a few million is usual.")
+        refuse_below(self, 1, "shard_bytes")
 
 
 def corpus_files(
@@ -75,7 +74,7 @@ def corpus_files(
 ) -> list[SourceFile]:
     """Return the files of a corpus in name order; `skipped` and `on_progress` as in `list_files`.
 
-    Raises DataError, which calls the settings `key`, when there are none.
+    Raises Refusal, which calls the settings `key`, when there are none.
     """
     if settings.kind == "python-library":
         found = python_library_files()
@@ -85,8 +84,8 @@ def corpus_files(
     if skipped is not None:
         skipped[EXCLUDED] += len(found) - len(files)
     if not files:
-        raise DataError(
-            f"{key}.exclude = {list(settings.exclude)} leaves none of the {len(found)} files. Exclude less."
+        raise Refusal(
+            f"{key}.exclude", list(settings.exclude), f"leaves none of the {len(found)} files", "exclude less"
         )
     return files
 
@@ -109,7 +108,7 @@ def build_corpus(settings: CorpusSettings, out_dir: Path, map_shards: MapShards,
     """Make the whole corpus under `out_dir` (train/, heldout/, card.json) and return the card.
 
     `map_shards(fn, payloads, label=..., scratch=False)` runs `fn(payload, folder)` per shard and leaves the files that
-    fn wrote in `out_dir`, or, when told scratch=True, in `scratch`: what only the next stage needs. Raises DataError
+    fn wrote in `out_dir`, or, when told scratch=True, in `scratch`: what only the next stage needs. Raises Refusal
     for an empty corpus.
     """
     skipped: Counter[str] = Counter()
@@ -128,13 +127,13 @@ def build_corpus(settings: CorpusSettings, out_dir: Path, map_shards: MapShards,
     )["all"]
     if not (chosen["train"] and chosen["held_out"]):
         dropped = {"dropped": {name: count for name, count in chosen.items() if count and name not in VERDICTS[:2]}}
-        raise DataError(_nothing_left(_card(settings, read, {"all": {"kept": {}, **dropped}}, skipped), chosen, files))
+        raise _nothing_left(_card(settings, read, {"all": {"kept": {}, **dropped}}, skipped), chosen, files)
     write = map_shards(
         write_shard, {name: WriteTask(name=name, work=work, settings=settings) for name in names}, label="write"
     )
     card = _card(settings, read, write, skipped)
     if card["train_documents"] == 0:
-        raise DataError(_nothing_left(card, {**chosen, "train": 0}, files))
+        raise _nothing_left(card, {**chosen, "train": 0}, files)
     card["left_out"] = left_out(card)
     (out_dir / "card.json").write_text(json.dumps(card, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return card
@@ -263,7 +262,7 @@ def split_and_deduplicate(
     return verdicts
 
 
-def _nothing_left(card: Mapping[str, Any], chosen: Mapping[str, int], files: Sequence[SourceFile]) -> str:
+def _nothing_left(card: Mapping[str, Any], chosen: Mapping[str, int], files: Sequence[SourceFile]) -> Refusal:
     cuttable = any(file.format == "text" and file.bytes > MIN_CUT_CHARACTERS for file in files)
     return nothing_left(card, train=chosen["train"], held_out=chosen["held_out"], cuttable=cuttable)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DataError
+from conf.refusal import Refusal, field, refuse_below
 from data.text.document import Document
 from data.text.shingles import Hashes, word_ngrams
 
@@ -40,18 +40,19 @@ class HeldOutSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
-            raise DataError(
-                f"held_out.fraction = {self.fraction}: must lie between 0 and 1, or there is nothing to evaluate on "
-                "or to train on."
+            raise Refusal(
+                "fraction",
+                self.fraction,
+                "must lie between 0 and 1, or there is nothing to evaluate on or to train on",
+                f"set {field('fraction')}=0.01",
             )
-        if self.min_documents < 1 or self.ngram_words < 1 or self.sample_one_in < 1:
-            raise DataError(
-                "held_out.min_documents, held_out.ngram_words and held_out.sample_one_in must each be at least 1."
-            )
+        refuse_below(self, 1, "min_documents", "ngram_words", "sample_one_in")
         if self.max_overlap is not None and not 0 < self.max_overlap <= 1:
-            raise DataError(
-                f"held_out.max_overlap = {self.max_overlap}: a share lies above 0 and up to 1; null switches the "
-                "check off."
+            raise Refusal(
+                "max_overlap",
+                self.max_overlap,
+                "a share lies above 0 and up to 1",
+                f"choose one, or set {field('max_overlap')}=null to switch the check off",
             )
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DataError
+from conf.refusal import Refusal, field, refuse_below
 from data.text.shingles import Hashes, character_ngrams, mix, word_ngrams
 
 Signatures = NDArray[np.uint32]
@@ -46,12 +46,16 @@ class DedupSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
-            raise DataError(f"dedup.threshold = {self.threshold}: a similarity lies above 0 and up to 1.")
-        if self.shingle_size < 1 or self.permutations < 1 or self.bands < 1:
-            raise DataError("dedup.shingle_size, dedup.permutations and dedup.bands must each be at least 1.")
+            raise Refusal(
+                "threshold", self.threshold, "a similarity lies above 0 and up to 1", f"set {field('threshold')}=0.8"
+            )
+        refuse_below(self, 1, "shingle_size", "permutations", "bands")
         if self.permutations % self.bands:
-            raise DataError(
-                f"dedup.permutations = {self.permutations} must be a multiple of dedup.bands = {self.bands}."
+            raise Refusal(
+                "permutations",
+                self.permutations,
+                f"must be a multiple of {field('bands')} = {self.bands}",
+                f"set {field('permutations')}={-(-self.permutations // self.bands) * self.bands}",
             )
 
 

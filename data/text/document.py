@@ -11,7 +11,7 @@ from types import TracebackType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.errors import DataError
+from conf.refusal import NO_VALUE, Refusal
 
 SCHEMA = pa.schema(
     [
@@ -122,11 +122,16 @@ def write_documents(path: Path, documents: Iterable[Document]) -> int:
 def document_files(path: Path) -> list[Path]:
     """Return the Parquet files of a document folder in name order, or the one file that `path` is.
 
-    Raises DataError when there is none.
+    Raises Refusal when there is none.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
     if not files:
-        raise DataError(f"No document files (*.parquet) in {path}. The corpus step writes them; has it run?")
+        raise Refusal(
+            path,
+            NO_VALUE,
+            "holds no document files (*.parquet), which the corpus step writes",
+            "run that step (athanor run), or give the folder of a corpus",
+        )
     return files
 
 
@@ -144,8 +149,11 @@ def _read_file(file: Path) -> Iterator[Document]:
     with parquet:
         missing = [name for name in SCHEMA.names if name not in parquet.schema_arrow.names]
         if missing:
-            raise DataError(
-                f"{file} lacks the column(s) {', '.join(missing)} of a document file. Is it user data? Use a reader."
+            raise Refusal(
+                file,
+                NO_VALUE,
+                f"lacks the column(s) {', '.join(missing)} of a document file",
+                "if it is a file of yours, name it in the paths of a corpus",
             )
         for group in range(parquet.num_row_groups):
             try:
@@ -157,5 +165,5 @@ def _read_file(file: Path) -> Iterator[Document]:
                 yield Document(id=identity, text=text, source=source, position=position, signals=dict(signals))
 
 
-def _damaged(file: Path, error: Exception) -> DataError:
-    return DataError(f"{file} is not a readable Parquet file ({error}). Remove its artifact and run again.")
+def _damaged(file: Path, error: Exception) -> Refusal:
+    return Refusal(file, NO_VALUE, f"is not a readable Parquet file ({error})", "remove its artifact and run again")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.text.readers import ReaderSettings, first_rows
 from data.text.sources import SourceFile
 from data.text.text_stream import wide_encoding
@@ -75,7 +75,7 @@ def _sampled(
             read = sum(len(line) + 1 for line in lines)
             return packed * min(read / max(len(raw), 1), 1.0), sum(_text_of_line(line, text_of) for line in lines)
         return packed, len(_utf8(raw))
-    except (OSError, EOFError, ValueError, LookupError, DataError, pa.ArrowException):
+    except (OSError, EOFError, ValueError, LookupError, Refusal, pa.ArrowException):
         return None
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data.errors import DataError
+from conf.refusal import Refusal, field
 from data.text.document import Document
 
 # Bytes that count as letters: a-z, A-Z, and every byte of a character beyond ASCII.
@@ -44,17 +44,22 @@ class FilterSettings:
         ):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise DataError(
-                    f"filters.{name} = {value}: a fraction lies between 0 and 1; null switches the rule off."
+                raise Refusal(
+                    name, value, "a fraction lies between 0 and 1", f"set {field(name)}=null to switch the rule off"
                 )
         if self.min_characters < 1:
-            raise DataError(
-                f"filters.min_characters = {self.min_characters}: must be at least 1, since empty text teaches nothing."
+            raise Refusal(
+                "min_characters",
+                self.min_characters,
+                "must be at least 1, since empty text teaches nothing",
+                f"set {field('min_characters')}=1 to keep every other text",
             )
         if self.max_characters is not None and self.max_characters < self.min_characters:
-            raise DataError(
-                f"filters.max_characters = {self.max_characters} is below min_characters = {self.min_characters}: "
-                "nothing would pass."
+            raise Refusal(
+                "max_characters",
+                self.max_characters,
+                f"below {field('min_characters')} = {self.min_characters}, so nothing would pass",
+                f"set {field('max_characters')}=null to keep long texts",
             )
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from conf.refusal import NO_VALUE, Refusal
 from data.text.sources import CONVERSATIONS, READABLE, REASONS
 from data.text.text_stream import OF_A_CORPUS
 
@@ -86,31 +87,36 @@ def _from_files(
     return lines
 
 
-def nothing_left(card: Mapping[str, Any], *, train: int, held_out: int, cuttable: bool) -> str:
-    """Message for a corpus with nothing to train or to evaluate on: reasons and remedy. cuttable: some are text files."""
+def nothing_left(card: Mapping[str, Any], *, train: int, held_out: int, cuttable: bool) -> Refusal:
+    """What to say of a corpus with nothing to train or to evaluate on: reasons and remedy. cuttable: some are text files."""
     dropped, read = Counter(card["dropped"]), card["documents_read"]
     reasons = "; ".join(f"{times:,} {reason}" for reason, times in left_out(card).items())
     if read == 0:
-        details = f" Left out: {reasons}." if reasons else " An empty file has none."
-        return f"The corpus is empty: no document was found in its files.{details} Name files with text."
+        details = f" (left out: {reasons})" if reasons else "; an empty file has none"
+        return Refusal("corpus", NO_VALUE, f"empty, as its files hold no document{details}", "name files with text")
     if read == sum(times for reason, times in dropped.items() if reason not in LEAKS and "duplicate" not in reason):
-        return (
-            f"The corpus is empty: none of its {read:,} document(s) passes the filters: {reasons}. Name files with text in "
-            "`paths`, or loosen the `filters` named here, of corpus or of sources.NAME."
+        return Refusal(
+            "corpus",
+            NO_VALUE,
+            f"empty, as none of its {read:,} document(s) passes the filters: {reasons}",
+            "name files with text in `paths`, or loosen the `filters` named here, of corpus or of sources.NAME",
         )
     leaks = sum(dropped[reason] for reason in LEAKS)
     if leaks >= max(1, dropped.total() - leaks):
         remedy = (
-            "They share that text with held-out documents; where it is a notice that all have, take it out of the files, or "
-            "loosen the setting named here (null switches held_out.max_overlap off), of corpus or of sources.NAME."
+            "they share that text with held-out documents; where it is a notice that all have, take it out of the files, or "
+            "loosen the setting named here (null switches held_out.max_overlap off), of corpus or of sources.NAME"
         )
     else:
-        remedy = "Give more text" + (
-            f", or cut files into more documents with a smaller max_document_characters of {OF_A_CORPUS}."
+        remedy = "give more text" + (
+            f", or cut files into more documents with a smaller max_document_characters of {OF_A_CORPUS}"
             if cuttable
-            else "."
+            else ""
         )
-    return (
-        f"Of {read:,} document(s) {train} would be left to train on and {held_out} to evaluate on; each needs at least 1. "
-        f"Left out: {reasons or 'none'}. {remedy}"
+    return Refusal(
+        "corpus",
+        NO_VALUE,
+        f"of {read:,} document(s) {train} would be left to train on and {held_out} to evaluate on, and each needs at least "
+        f"1; left out: {reasons or 'none'}",
+        remedy,
     )

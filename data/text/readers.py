@@ -20,7 +20,8 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.errors import DataError
+from conf.refusal import NO_VALUE, Refusal, refuse_below
+from conf.refusal import field as key_of
 from data.text import text_stream
 from data.text.document import Document
 from data.text.sources import SourceFile
@@ -52,16 +53,15 @@ class ReaderSettings:
 
     def __post_init__(self) -> None:
         if self.max_document_characters is not None and self.max_document_characters < MIN_CUT_CHARACTERS:
-            raise DataError(
-                f"max_document_characters = {self.max_document_characters}: must be at least {MIN_CUT_CHARACTERS}, or null "
-                "to never cut files."
+            raise Refusal(
+                "max_document_characters",
+                self.max_document_characters,
+                f"must be at least {MIN_CUT_CHARACTERS}",
+                f"set {key_of('max_document_characters')}=null to never cut files",
             )
-        if self.max_malformed_lines_per_file < 0:
-            raise DataError(f"max_malformed_lines_per_file = {self.max_malformed_lines_per_file}: must be 0 or more.")
-        if self.max_line_bytes < 1024:
-            raise DataError(f"max_line_bytes = {self.max_line_bytes}: must be at least 1024; 32 MiB is usual.")
-        if not self.max_expansion >= 2:
-            raise DataError(f"max_expansion = {self.max_expansion}: must be at least 2; 250 is usual.")
+        refuse_below(self, 0, "max_malformed_lines_per_file")
+        refuse_below(self, 1024, "max_line_bytes")
+        refuse_below(self, 2, "max_expansion")
 
 
 @dataclass(kw_only=True)
@@ -79,7 +79,7 @@ class ReadLog:
         return cls(counts=Counter(), malformed=[])
 
     def note_malformed(self, file: SourceFile, line: int, what: str, allowed: int, *, unit: str = "line") -> None:
-        """Count a malformed line (or row); raise DataError when the file has more than `allowed`."""
+        """Count a malformed line (or row); raise Refusal when the file has more than `allowed`."""
         what = SURROGATES.sub("\ufffd", what)  # it may quote names of fields, and is printed
         self.counts["malformed_lines"] += 1
         key = f"malformed_lines in {file.name}"
@@ -87,17 +87,19 @@ class ReadLog:
         if len(self.malformed) < self.MAX_MALFORMED_SHOWN:
             self.malformed.append(f"{file.name}:{line}: {what}")
         if self.counts[key] > allowed:
-            raise DataError(
-                f"{file.path}, {unit} {line}: {what}. This is malformed {unit} {self.counts[key]} of the file and at most "
-                f"{allowed} are passed over. Repair the file, or raise max_malformed_lines_per_file of {OF_A_CORPUS}, "
-                "or of finetune.data.reader."
+            raise Refusal(
+                f"{file.path}, {unit} {line}",
+                NO_VALUE,
+                f"{what.rstrip('.')}; this is malformed {unit} {self.counts[key]} of the file, and at most {allowed} are "
+                "passed over",
+                f"repair the file, or raise max_malformed_lines_per_file of {OF_A_CORPUS}, or of finetune.data.reader",
             )
 
 
 def read_file(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> Iterator[Document]:
     """Yield the documents of one file in order; what was skipped or repaired is added to `log`.
 
-    Raises DataError for a file that cannot be opened or decompressed, lacks the text field, or is malformed past the
+    Raises Refusal for a file that cannot be opened or decompressed, lacks the text field, or is malformed past the
     limit.
     """
     read = {"text": _read_text, "topics": _read_topics, "jsonl": _read_jsonl, "parquet": _read_parquet}[file.format]
@@ -109,12 +111,12 @@ def read_file(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> Itera
 
 @contextlib.contextmanager
 def refuse_unreadable(file: SourceFile, remedy: str, *also: type[Exception]) -> Iterator[None]:
-    """Raise DataError for a file that cannot be opened or decompressed, with the remedy of leaving it out."""
+    """Raise Refusal for a file that cannot be opened or decompressed, with the remedy of leaving it out."""
     try:
         yield
     except (OSError, EOFError, zlib.error, pa.ArrowException, *also) as error:
-        raise DataError(
-            f"{file.path} cannot be read: {type(error).__name__}: {error}. Repair it, or {remedy}."
+        raise Refusal(
+            file.path, NO_VALUE, f"cannot be read ({type(error).__name__}: {error})", f"repair it, or {remedy}"
         ) from error
 
 
@@ -211,7 +213,7 @@ def _read_jsonl(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> Ite
 def read_json_lines(file: SourceFile, settings: ReaderSettings, log: ReadLog) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of a .jsonl file; blank lines are passed over, malformed ones counted.
 
-    Raises DataError past `settings.max_malformed_lines_per_file`.
+    Raises Refusal past `settings.max_malformed_lines_per_file`.
     """
     allowed = settings.max_malformed_lines_per_file
     with open_text(file, settings.max_expansion, log.counts) as stream:
@@ -276,14 +278,19 @@ def _text_batches(file: SourceFile, settings: ReaderSettings) -> Iterator[Iterat
         schema, metadata = parquet.schema_arrow, parquet.metadata
     if schema.names.count(field) != 1:
         count = f"{schema.names.count(field)} columns" if field in schema.names else "no column"
-        raise DataError(
-            f"{file.path} has {count} {field!r}; its columns are {', '.join(schema.names)}. "
-            f"Name the text column, by a name that no other has, with text_field of {OF_A_CORPUS}."
+        raise Refusal(
+            file.path,
+            NO_VALUE,
+            f"has {count} {field!r}; its columns are {', '.join(schema.names)}",
+            f"name the text column, by a name that no other has, with text_field of {OF_A_CORPUS}",
         )
     kind = _storage(schema.field(field).type)
     if not (_is_text(kind) or pa.types.is_null(kind)):
-        raise DataError(
-            f"{file.path}: column {field!r} is {kind}, not text. Name a text column with text_field of {OF_A_CORPUS}."
+        raise Refusal(
+            file.path,
+            NO_VALUE,
+            f"column {field!r} is {kind}, not text",
+            f"name a text column with text_field of {OF_A_CORPUS}",
         )
     columns = [
         metadata.row_group(group).column(at)

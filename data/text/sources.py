@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.errors import DataError
+from conf.refusal import NO_VALUE, Refusal
 
 Format = Literal["text", "topics", "jsonl", "parquet"]
 
@@ -82,13 +82,13 @@ def list_files(
 
     Names start with the root's own name, and with as many of its parents as it takes to keep two roots apart. What lies
     below a folder or glob and is not read is counted in `skipped`: under its suffix, or one of REASONS. `on_progress` is
-    called with the number of files so far. Raises DataError, which calls the setting `key` and what can be read
+    called with the number of files so far. Raises Refusal, which calls the setting `key` and what can be read
     `readable`, when a path does not exist or is no plain file, a file named outright is of no readable kind, or nothing
     readable is found.
     """
     if not paths:
-        raise DataError(
-            f"{key} is empty: nothing to read. Set it to folders, files or globs, as in '{key}=[books/,notes/*.md]'."
+        raise Refusal(
+            key, [], "there is nothing to read", f"set it to folders, files or globs, as in '{key}=[books/,notes/*.md]'"
         )
     skipped = Counter() if skipped is None else skipped
     entries: dict[str, _Entry] = {}
@@ -110,7 +110,7 @@ def list_files(
         files.append(SourceFile(path=entry.path, name=name, bytes=entry.bytes, format=kind[0], compression=kind[1]))
     if not files:
         counted = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common(5)) or "no files at all"
-        raise DataError(f"{key} = {list(paths)} holds no readable text: {counted}. Readable are {readable}.")
+        raise Refusal(key, list(paths), f"holds no readable text: {counted}", f"readable are {readable}")
     return sorted(files, key=lambda file: (file.name, file.path))
 
 
@@ -122,24 +122,24 @@ def _expand(
         status = os.stat(path)
     except (OSError, ValueError) as error:
         if os.path.lexists(path):
-            problem = "which is a link to nothing" if isinstance(error, FileNotFoundError) else _describe_error(error)
-            raise DataError(f"{key} names {given}, {problem}. Name a folder, file or glob that is there.") from error
+            problem = "is a link to nothing" if isinstance(error, FileNotFoundError) else _describe_error(error)
+            raise Refusal(key, given, problem, "name a folder, file or glob that is there") from error
         if not glob.has_magic(path):
-            raise DataError(
-                f"{key} names {given}, {_describe_error(error)}. "
-                + (_quote_remedy(given, key, paths) or "Give an existing folder, file or glob.")
-            ) from error
+            remedy = _quote_remedy(given, key, paths) or "give an existing folder, file or glob"
+            raise Refusal(key, given, _describe_error(error), remedy) from error
         yield from _glob(path, given, key, skipped)
         return
     if stat.S_ISDIR(status.st_mode):
         yield from _walk(path, path, skipped)
     elif not stat.S_ISREG(status.st_mode):
-        raise DataError(
-            f"{key} names {given}, which is a FIFO, a socket or a device: only plain files are read, since every step "
-            "may read them again. Write its text to a file and name that."
+        raise Refusal(
+            key,
+            given,
+            "is a FIFO, a socket or a device, and only plain files are read, since every step may read them again",
+            "write its text to a file and name that",
         )
     elif _kind(os.path.basename(path)) is None:
-        raise DataError(f"{key} names {given}, whose suffix is not readable. Readable are {readable}.")
+        raise Refusal(key, given, "a file of this suffix is not read", f"readable are {readable}")
     else:
         root, real = os.path.dirname(path), os.path.realpath(path)
         yield _Entry(root=root, path=path, real=real, bytes=status.st_size)
@@ -152,17 +152,17 @@ def _quote_remedy(path: str, key: str, paths: Sequence[str]) -> str:
             for comma in (",", ", "):
                 name = comma.join(paths[first : last + 1])
                 if path in paths[first : last + 1] and os.path.exists(os.path.expanduser(name)):
-                    return f"A comma parts a list; a name that has one stands in quotes: \"{key}=['{name}']\"."
+                    return f"a comma parts a list; a name that has one stands in quotes: \"{key}=['{name}']\""
     return ""
 
 
 def _describe_error(error: OSError | ValueError) -> str:
     code = getattr(error, "errno", None)
     if code == errno.ELOOP:
-        return "which is a link to itself"
+        return "is a link to itself"
     if code in (None, errno.ENOENT, errno.ENOTDIR):
-        return "which does not exist"
-    return f"which cannot be opened ({getattr(error, 'strerror', error)})"
+        return "does not exist"
+    return f"cannot be opened ({getattr(error, 'strerror', error)})"
 
 
 def _walk(root: str, top: str, skipped: Counter[str]) -> Iterator[_Entry]:
@@ -224,9 +224,7 @@ def _glob(pattern: str, given: str, key: str, skipped: Counter[str]) -> Iterator
             matched = True
             yield found
     if not matched:
-        raise DataError(
-            f"{key} names {given}, and that pattern matches no file. Check it with ls (a quoted ** crosses folders)."
-        )
+        raise Refusal(key, given, "this pattern matches no file", "check it with ls (a quoted ** crosses folders)")
 
 
 def _matches(folder: str, parts: tuple[str, ...], skipped: Counter[str], *, deep: bool = False) -> Iterator[str]:
@@ -317,8 +315,10 @@ def python_library_files() -> list[SourceFile]:
                 SourceFile(path=str(file), name=f"python-library/{relative}", bytes=file.stat().st_size, format=kind)
             )
     if not files:
-        raise DataError(
-            f"This Python has no library sources under {root} (some distributions ship only compiled files). "
-            "Use a full Python, or another corpus: experiment=text 'corpus.paths=[DIR]'."
+        raise Refusal(
+            root,
+            NO_VALUE,
+            "there are no sources of this Python's library here (some distributions ship only compiled files)",
+            "use a full Python, or another corpus: experiment=text 'corpus.paths=[DIR]'",
         )
     return sorted(files, key=lambda file: file.name)

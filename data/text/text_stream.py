@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from data.errors import DataError
+from conf.refusal import NO_VALUE, Refusal
 from data.text.sources import SourceFile
 
 READ_BLOCK_BYTES = 1 << 20
@@ -27,7 +27,7 @@ EXPANSION_FREE_BYTES = 64 << 20
 def open_text(file: SourceFile, max_expansion: float, counts: Counter[str]) -> IO[bytes]:
     """Open a file for reading as UTF-8, decompressed by its suffix, UTF-16 and UTF-32 recoded.
 
-    While it is read, a truncated archive raises OSError or EOFError, and one that expands too far DataError.
+    While it is read, a truncated archive raises OSError or EOFError, and one that expands too far Refusal.
     """
     return io.BufferedReader(_Utf8(_unpacked(file), file, max_expansion, counts), READ_BLOCK_BYTES)
 
@@ -102,11 +102,13 @@ def wide_encoding(head: bytes) -> str | None:
 
 
 def check_expansion(file: SourceFile, unpacked: int, limit: float) -> None:
-    """Raise DataError for a packed file that holds more than `limit` times its bytes: a bomb, or one repeated line."""
+    """Raise Refusal for a packed file that holds more than `limit` times its bytes: a bomb, or one repeated line."""
     if unpacked > max(EXPANSION_FREE_BYTES, limit * file.bytes) and (file.compression or file.format == "parquet"):
-        raise DataError(
-            f"{file.path} unpacks to more than {limit:g} times its {file.bytes:,} bytes, as no text does. If it is text, "
-            f"raise max_expansion of {OF_A_CORPUS}, or of finetune.data.reader; else {leave_out(file)}."
+        raise Refusal(
+            file.path,
+            NO_VALUE,
+            f"unpacks to more than {limit:g} times its {file.bytes:,} bytes, as no text does",
+            f"if it is text, raise max_expansion of {OF_A_CORPUS}, or of finetune.data.reader; else {leave_out(file)}",
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import DataError
+from conf.refusal import NO_VALUE, Refusal
 
 TEMPLATE_FILE = "chat_template.jinja"
 MASK, SENTINEL = "<mask>", "<extra_id_{}>"
@@ -48,14 +48,14 @@ class Tokenizer(ABC):
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read the tokenizer of a folder: this program's where it is one, else tokenizer.json. Raises DataError."""
+        """Read the tokenizer of a folder: this program's where it is one, else tokenizer.json. Raises Refusal."""
         reasons = []
         for read in READERS:
             tokenizer, reason = read(Path(folder))
             if tokenizer is not None:
                 return tokenizer
             reasons.append(reason)
-        raise DataError(f"{folder} holds no tokenizer that can be read: {'; '.join(reasons)}")
+        raise Refusal(folder, NO_VALUE, f"holds no tokenizer that can be read: {'; '.join(reasons)}")
 
     @property
     def control_pieces(self) -> tuple[str, ...]:
@@ -76,19 +76,17 @@ class Tokenizer(ABC):
         return answer_end(self)
 
     def require_mask_id(self) -> int:
-        """The id of the piece that stands for hidden text. Raises DataError for a tokenizer without one."""
+        """The id of the piece that stands for hidden text. Raises Refusal for a tokenizer without one."""
         if self.mask_piece is None:
-            raise DataError(
-                f"The tokenizer has no {MASK}: train one with tokenizer.mask_piece=true, or start from weights with a mask."
-            )
+            remedy = "train one with tokenizer.mask_piece=true, or start from weights with a mask"
+            raise Refusal("tokenizer", NO_VALUE, f"has no {MASK}", remedy)
         return self.control_ids[self.mask_piece]
 
     def require_sentinel_id(self) -> int:
-        """The id of `<extra_id_0>`; the next ones count down. Raises DataError for a tokenizer without sentinels."""
+        """The id of `<extra_id_0>`; the next ones count down. Raises Refusal for a tokenizer without sentinels."""
         if not self.sentinels:
-            raise DataError(
-                "The tokenizer has no sentinels: train one with tokenizer.sentinel_pieces=100, or start from T5's kin."
-            )
+            remedy = "train one with tokenizer.sentinel_pieces=100, or start from T5's kin"
+            raise Refusal("tokenizer", NO_VALUE, "has no sentinels", remedy)
         return self.control_ids[SENTINEL.format(0)]
 
     @cached_property
@@ -104,13 +102,12 @@ class Tokenizer(ABC):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text. One call is faster than many. Raises DataError for what UTF-8 cannot hold."""
+        """Return the ids of each text. One call is faster than many. Raises Refusal for what UTF-8 cannot hold."""
         try:
             return self._encode_batch(texts)
         except (RuntimeError, TypeError, UnicodeEncodeError) as error:
             if any(SURROGATES.search(text) for text in texts):
-                message = "A text holds half a surrogate pair, which UTF-8 cannot. Decode it with errors='replace'."
-                raise DataError(message) from error
+                raise half_a_pair() from error
             raise
 
     def decode(self, ids: Sequence[int], *, show_control: bool = False) -> str:
@@ -153,3 +150,10 @@ class Tokenizer(ABC):
 Reader = Callable[[Path], tuple[Tokenizer | None, str]]
 READERS: list[Reader] = []
 """What `Tokenizer.load` asks in turn: each gives a folder's tokenizer, or why the folder holds none of its kind."""
+
+
+def half_a_pair() -> Refusal:
+    """What to say of a text that cannot be encoded."""
+    return Refusal(
+        "text", NO_VALUE, "holds half a surrogate pair, which UTF-8 cannot", "decode it with errors='replace'"
+    )

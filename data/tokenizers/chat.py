@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import DataError
+from conf.refusal import NO_VALUE, Refusal
 from data.tokenizers.chat_jinja import GENERATION_END, GENERATION_START
-from data.tokenizers.chat_render import render
+from data.tokenizers.chat_render import render, template_place
 
 if TYPE_CHECKING:
     from data.tokenizers.sentencepiece import Tokenizer
@@ -43,7 +43,7 @@ def encode_chat(
 ) -> tuple[list[int], list[bool]]:
     """Return (ids, is_target) of a conversation; `is_target` marks the assistant's own tokens, its `<|end|>` included.
 
-    With `generation_prompt` the ids end where the assistant is to begin. Raises DataError for messages that are not a
+    With `generation_prompt` the ids end where the assistant is to begin. Raises Refusal for messages that are not a
     list of {"role", "content"} with known roles and text, and for a template that cannot be followed.
     """
     originals: list[str] = []
@@ -55,7 +55,7 @@ def encode_chat(
     else:
         answers = _answers(tokenizer, marked, originals, rendered, parts, marks[ANSWER_END])
     ids, spans_N2 = tokenizer.encode_parts(parts)
-    return ids, _targets(spans_N2, _flat(parts), answers).tolist()
+    return ids, _targets(tokenizer, spans_N2, _flat(parts), answers).tolist()
 
 
 SHORTEST = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
@@ -65,8 +65,8 @@ def template_fault(tokenizer: Tokenizer) -> str | None:
     """What is wrong with a template that cannot even write a question and its answer."""
     try:
         encode_chat(tokenizer, SHORTEST)
-    except DataError as error:
-        return str(error)
+    except Refusal as refusal:
+        return str(refusal)
     return None
 
 
@@ -74,7 +74,7 @@ def answer_end(tokenizer: Tokenizer) -> int:
     """The control piece an answer ends with in this tokenizer's template; `eos_id` where it ends with text."""
     try:
         ids, is_target = encode_chat(tokenizer, SHORTEST)
-    except DataError:  # said when a conversation comes; whoever only packs documents need not know
+    except Refusal:  # said when a conversation comes; whoever only packs documents need not know
         return tokenizer.eos_id
     control = set(tokenizer.control_ids.values())
     said = [number for number, target in zip(ids, is_target, strict=True) if target and number in control]
@@ -82,22 +82,15 @@ def answer_end(tokenizer: Tokenizer) -> int:
 
 
 def check_messages(messages: Any) -> Sequence[Mapping[str, Any]]:
-    """Return `messages` if it is a conversation; raise DataError saying what is wrong with it otherwise."""
+    """Return `messages` if it is a conversation; raise Refusal saying what is wrong with it otherwise."""
     if not isinstance(messages, list | tuple) or not messages:
-        raise DataError(f"A conversation is a non-empty list of messages, not {_short(messages)}.")
+        raise Refusal("messages", messages, "a conversation is a non-empty list of messages")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise DataError(f'Message {number} is {_short(message)}; a message is {{"role": …, "content": text}}.')
+            raise Refusal(f"messages[{number}]", message, 'a message is {"role": …, "content": text}')
         if message.get("role") not in ROLES:
-            raise DataError(
-                f"Message {number} has the role {_short(message.get('role'))}; known are {', '.join(ROLES)}."
-            )
+            raise Refusal(f"messages[{number}].role", message.get("role"), f"known are {', '.join(ROLES)}")
     return messages
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _marked(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], originals: list[str]) -> list[dict[str, Any]]:
@@ -154,30 +147,35 @@ def _answers(
     """Where each answer begins and ends, for a template that does not say."""
     speaks = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if len(word_ends) != len(speaks):
-        raise DataError(f"The chat template leaves out or repeats what an assistant says. {REMEDY}")
+        raise _untold(tokenizer, "leaves out or repeats what an assistant says")
     flat = _flat(parts)
     answers = []
     for number, word_end in zip(speaks, word_ends, strict=True):
         prompt = render(tokenizer, messages[:number], generation_prompt=True)
         if not rendered.startswith(prompt):
-            raise DataError(
-                f"The chat template asks for message {number} with {_short(prompt[-60:])}, and the conversation with that "
-                f"message in it does not go on from there. {REMEDY}"
+            raise _untold(
+                tokenizer,
+                f"asks for message {number} with {prompt[-60:]!r}, and the conversation with that message in it does not go "
+                "on from there",
             )
         begin = sum(len(part) if isinstance(part, str) else 1 for part in _parse(tokenizer, prompt, originals)[0])
         behind = _parse(tokenizer, render(tokenizer, messages[: number + 1], generation_prompt=False), originals)
         closing = _flat(behind[0])[behind[1][ANSWER_END][-1] :]
         end_piece = next((at + 1 for at, piece in enumerate(closing) if isinstance(piece, int)), len(closing))
         if flat[word_end : word_end + end_piece] != closing[:end_piece]:
-            raise DataError(f"The chat template closes message {number} otherwise when more follows. {REMEDY}")
+            raise _untold(tokenizer, f"closes message {number} otherwise when more follows")
         answers.append((begin, word_end + end_piece))
     return answers
 
 
-REMEDY = (
-    "So what the assistant says cannot be told: put {% generation %} … {% endgeneration %} around it in the template, as "
-    "chat_template.jinja in the folder."
-)
+def _untold(tokenizer: Tokenizer, what: str) -> Refusal:
+    """A template in which an answer's place cannot be told."""
+    return Refusal(
+        template_place(tokenizer),
+        NO_VALUE,
+        f"the chat template {what}, so what the assistant says cannot be told",
+        "put {% generation %} … {% endgeneration %} around it in the template, as chat_template.jinja in the folder",
+    )
 
 
 def _flat(parts: Sequence[Part]) -> list[Part]:
@@ -185,7 +183,9 @@ def _flat(parts: Sequence[Part]) -> list[Part]:
     return [piece for part in parts for piece in (part if isinstance(part, str) else (part,))]
 
 
-def _targets(spans_N2: npt.NDArray[np.int64], flat: Sequence[Part], answers: Sequence[tuple[int, int]]) -> Any:
+def _targets(
+    tokenizer: Tokenizer, spans_N2: npt.NDArray[np.int64], flat: Sequence[Part], answers: Sequence[tuple[int, int]]
+) -> Any:
     """Which tokens lie in an answer. A token on both sides of its beginning is the assistant's if white space is all that
     the answer has of it (`\\n` of the prompt melts with `\\n` of the answer); otherwise no prompt could end there."""
     begin_N, end_N = spans_N2[:, 0], spans_N2[:, 1]
@@ -195,10 +195,13 @@ def _targets(spans_N2: npt.NDArray[np.int64], flat: Sequence[Part], answers: Seq
         for token in np.flatnonzero(inside_N & ((begin_N < first) | (end_N > last))):
             shared = flat[max(begin_N[token], first) : min(end_N[token], last)]
             if end_N[token] > last or not all(isinstance(piece, str) and piece.isspace() for piece in shared):
-                raise DataError(
-                    "The chat template lets an answer begin or end in the middle of text, where a token could lie on both "
-                    "sides, and here one does. Put a control piece such as <|end|> there, or end the prompt with a word "
-                    "and begin the answer with the space."
+                raise Refusal(
+                    template_place(tokenizer),
+                    NO_VALUE,
+                    "the chat template lets an answer begin or end in the middle of text, where a token could lie on both "
+                    "sides, and here one does",
+                    "put a control piece such as <|end|> there, or end the prompt with a word and begin the answer with "
+                    "the space",
                 )
         is_target_N |= inside_N
     return is_target_N

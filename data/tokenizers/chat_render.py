@@ -1,6 +1,6 @@
 """Chat templates rendered: ours in this process, those from outside in a subprocess, which they alone can take down.
 
-    text = render(tokenizer, messages, generation_prompt=False)     # DataError names the template's file
+    text = render(tokenizer, messages, generation_prompt=False)     # Refusal names the template's file
 
 One subprocess serves this process for its lifetime; a template that had to be stopped costs a new one (0.1 s).
 """
@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data.errors import DataError
+from conf.refusal import NO_VALUE, Refusal
 from data.tokenizers import chat_jinja
 from data.tokenizers.chat_jinja import SECONDS, TemplateError
 
@@ -32,7 +32,7 @@ PATIENCE_SECONDS = 120.0
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> str:
-    """A conversation as the tokenizer's template writes it. Raises DataError, whatever the template does."""
+    """A conversation as the tokenizer's template writes it. Raises Refusal, whatever the template does."""
     context = {
         "messages": messages,
         "tools": None,
@@ -45,9 +45,13 @@ def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, gener
             return chat_jinja.render(tokenizer.chat_template, context)
         return _render_in_subprocess(tokenizer.chat_template, context)
     except TemplateError as failure:
-        origin = tokenizer.template_origin
-        remedy = f" It is {origin}: repair it there, or put another one beside the tokenizer." if origin else ""
-        raise DataError(f"The chat template {failure}.{remedy}") from failure
+        remedy = "repair it there, or put another one beside the tokenizer" if tokenizer.template_origin else ""
+        raise Refusal(template_place(tokenizer), NO_VALUE, f"the chat template {failure}", remedy) from failure
+
+
+def template_place(tokenizer: Tokenizer) -> str:
+    """Where a refusal says that a tokenizer's chat template is."""
+    return tokenizer.template_origin or "chat template"
 
 
 def _render_in_subprocess(template: str, context: Mapping[str, Any]) -> str:

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import DataError
-from data.tokenizers.base import SURROGATES, TEMPLATE_FILE, Spans, Tokenizer
+from conf.refusal import NO_VALUE, Refusal
+from data.tokenizers.base import SURROGATES, TEMPLATE_FILE, Spans, Tokenizer, half_a_pair
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker has the cores it was given, and ranks fork
 
@@ -95,9 +95,11 @@ class HuggingFaceTokenizer(Tokenizer):
         ids = {role: all_ids[piece] for role, piece in self.template_names.items()}
         begin, end = (next((ids[role] for role in roles if role in ids), None) for roles in (BEGINS, ENDS))
         if end is None:
-            raise DataError(
-                "The tokenizer does not say which piece ends a text: name it in tokenizer_config.json, as in "
-                '"eos_token": "</s>".'
+            raise Refusal(
+                CONFIG_FILE,
+                NO_VALUE,
+                "does not say which piece ends a text",
+                'name it there, as in "eos_token": "</s>"',
             )
         self.eos_id = end
         self.bos_id = end if begin is None else begin
@@ -111,16 +113,18 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def read(cls, folder: Path) -> HuggingFaceTokenizer:
-        """Raises DataError where tokenizer.json does not load or no piece ends a text."""
+        """Raises Refusal where tokenizer.json does not load or no piece ends a text."""
         try:
             definition = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
             config, named = _json(folder / CONFIG_FILE), _json(folder / MAP_FILE)
             special = dict(_special(json.loads(definition), config, named, config_ids(folder)))
             return cls(definition, special, *_template(folder, config))
-        except DataError as error:
-            raise DataError(f"{folder}: {error}") from error
+        except Refusal as refusal:  # of one of these files
+            raise Refusal(folder / refusal.where, refusal.value, refusal.rule, refusal.remedy) from refusal
         except Exception as error:  # `tokenizers` raises bare Exceptions
-            raise DataError(f"{folder} holds no tokenizer that can be read: {TOKENIZER_FILE}: {error}") from error
+            raise Refusal(
+                folder, NO_VALUE, f"holds no tokenizer that can be read: {TOKENIZER_FILE}: {error}"
+            ) from error
 
     def __reduce__(self) -> tuple[type[HuggingFaceTokenizer], tuple[str, dict[str, str], str | None, str]]:
         return type(self), self._made_from
@@ -129,8 +133,8 @@ class HuggingFaceTokenizer(Tokenizer):
         """`tokenizers` gives new ids to added pieces whose own it does not like."""
         for piece, number in self.control_ids.items():
             if (found := self._tokenizer.token_to_id(self._stand_in[number])) != number:
-                raise DataError(
-                    f"{TOKENIZER_FILE} gives {piece!r} the id {number} and its vocabulary {found}. Repair it."
+                raise Refusal(
+                    TOKENIZER_FILE, NO_VALUE, f"gives {piece!r} the id {number} and its vocabulary {found}", "repair it"
                 )
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -151,7 +155,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_parts(self, parts: Sequence[str | int]) -> tuple[list[int], Spans]:
         """All in one, as transformers does: what a text begins with may hang on the control piece before it."""
         if any(isinstance(part, str) and SURROGATES.search(part) for part in parts):
-            raise DataError("A text holds half a surrogate pair, which UTF-8 cannot. Decode it with errors='replace'.")
+            raise half_a_pair()
         spelled = [part.translate(TEXT_ONLY) if isinstance(part, str) else self._stand_in[part] for part in parts]
         found = self._tokenizer.encode("".join(spelled), add_special_tokens=False)
         place: list[int] = []
@@ -234,8 +238,8 @@ def _added(content: Mapping[str, Any], special: Mapping[str, str]) -> list[dict[
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {piece: at for at, (piece, _) in enumerate(vocabulary)}
     for piece in pieces - added.keys():
         if piece not in ids:
-            raise DataError(
-                f"The special piece {piece!r} is not in {TOKENIZER_FILE}. Save the tokenizer again with it."
+            raise Refusal(
+                TOKENIZER_FILE, NO_VALUE, f"lacks the special piece {piece!r}", "save the tokenizer again with it"
             )
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         added[piece] = {"id": ids[piece], "content": piece, **flags, "special": True}
@@ -276,7 +280,9 @@ def _template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str]
     if isinstance(template, list):
         template = next((one["template"] for one in template if one.get("name") == "default"), None)
     if template is not None and not isinstance(template, str):
-        raise DataError(f"chat_template in {CONFIG_FILE} is {str(template)[:40]!r}: it has to be a text, in Jinja.")
+        raise Refusal(
+            CONFIG_FILE, NO_VALUE, f"its chat_template is {str(template)[:40]!r} and has to be a text, in Jinja"
+        )
     return template, f"chat_template in {folder / CONFIG_FILE}"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from data.errors import DataError
+from conf.refusal import NO_VALUE, Refusal
 from data.tokenizers.base import MASK, READERS, TEMPLATE_FILE, Spans, Tokenizer
 from data.tokenizers.huggingface import FILES, HuggingFaceTokenizer, read_foreign
 
@@ -160,14 +160,16 @@ def _own(folder: Path) -> tuple[Tokenizer | None, str]:
 def _spelled(text: str, pieces: Sequence[str]) -> Spans:
     """The characters of SentencePiece pieces that spell a text, byte by byte.
 
-    Raises DataError where the pieces are not as long as the text.
+    Raises Refusal where the pieces are not as long as the text.
     """
     raw = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
     ends = np.cumsum([len(_bytes_of(piece)) for piece in pieces], dtype=np.int64)
     if (ends[-1] if len(ends) else 0) != len(raw):
-        raise DataError(
-            f"The tokenizer spells a text of {len(raw)} bytes in {ends[-1] if len(ends) else 0}, so characters and "
-            "tokens do not match. Trace with the tokenizer the shards were made with."
+        raise Refusal(
+            "tokenizer",
+            NO_VALUE,
+            f"spells a text of {len(raw)} bytes in {ends[-1] if len(ends) else 0}, so characters and tokens do not match",
+            "trace with the tokenizer the shards were made with",
         )
     begins = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])[: len(ends)]
     is_first_byte = np.append((raw & 0xC0) != 0x80, True)

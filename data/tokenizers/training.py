@@ -18,7 +18,8 @@ from typing import Any
 
 import sentencepiece
 
-from data.errors import DataError
+from conf.refusal import NO_VALUE, Refusal, refuse_below
+from conf.refusal import field as key_of
 from data.tokenizers.base import MASK, SENTINEL, TEMPLATE_FILE
 from data.tokenizers.sentencepiece import (
     ASSISTANT,
@@ -67,24 +68,24 @@ class TokenizerSettings:
     def __post_init__(self) -> None:
         if self.vocab_size % 128 or self.vocab_size < 384:
             near = max(384, round(self.vocab_size / 128) * 128)
-            raise DataError(
-                f"tokenizer.vocab_size = {self.vocab_size}: must be a multiple of 128 and at least 384 "
-                f"(8 control pieces and 256 bytes come first). Try tokenizer.vocab_size={near}."
+            raise Refusal(
+                "vocab_size",
+                self.vocab_size,
+                "must be a multiple of 128 and at least 384 (8 control pieces and 256 bytes come first)",
+                f"set {key_of('vocab_size')}={near}",
             )
         if self.sentinel_pieces < 0 or self.vocab_size < 384 + self.sentinel_pieces:
-            raise DataError(
-                f"tokenizer.sentinel_pieces = {self.sentinel_pieces} with tokenizer.vocab_size = {self.vocab_size}: they "
-                "are part of the vocabulary and leave room for 384 pieces at least. Try tokenizer.vocab_size="
-                f"{max(512, -(-(384 + self.sentinel_pieces) // 128) * 128)}."
+            raise Refusal(
+                "sentinel_pieces",
+                self.sentinel_pieces,
+                f"they are part of {key_of('vocab_size')} = {self.vocab_size} and leave room for 384 pieces at least",
+                f"set {key_of('vocab_size')}={max(512, -(-(384 + self.sentinel_pieces) // 128) * 128)}",
             )
-        if not 0.9 <= self.character_coverage <= 1:
-            raise DataError(f"tokenizer.character_coverage = {self.character_coverage}: must lie between 0.9 and 1.")
-        if not 1 <= self.max_piece_characters <= 512:
-            raise DataError(
-                f"tokenizer.max_piece_characters = {self.max_piece_characters}: must lie between 1 and 512."
-            )
-        if self.training_bytes < 1:
-            raise DataError(f"tokenizer.training_bytes = {self.training_bytes}: must be at least 1.")
+        for name, least, most in (("character_coverage", 0.9, 1), ("max_piece_characters", 1, 512)):
+            if not least <= (value := getattr(self, name)) <= most:
+                usual = getattr(type(self), name)
+                raise Refusal(name, value, f"must lie between {least} and {most}", f"set {key_of(name)}={usual}")
+        refuse_below(self, 1, "training_bytes")
 
     @property
     def more_control_pieces(self) -> tuple[str, ...]:
@@ -96,14 +97,17 @@ class TokenizerSettings:
 def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings, out_dir: Path) -> dict[str, Any]:
     """Learn a vocabulary and write it with the chat template to `out_dir`; equal texts give equal bytes.
 
-    Returns vocab_size, training bytes, lines split, and bytes per token on the text learned from. Raises DataError when
+    Returns vocab_size, training bytes, lines split, and bytes per token on the text learned from. Raises Refusal when
     the text is too small for the vocabulary, or the vocabulary too small for the text's characters.
     """
     counts: Counter[str] = Counter()
     sample = _sample(_training_lines(texts, counts), settings, counts)
     if not sample:
-        raise DataError(
-            "There is no text to train a tokenizer on: the corpus is empty. Name files with text in corpus.paths."
+        raise Refusal(
+            "corpus",
+            NO_VALUE,
+            "there is no text to train a tokenizer on: the corpus is empty",
+            "name files with text in corpus.paths",
         )
     model = _train(sample, settings)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -157,31 +161,34 @@ def _train(sample: list[str], settings: TokenizerSettings) -> bytes:
     return model.getvalue()
 
 
-def _training_error(message: str, settings: TokenizerSettings) -> DataError:
+def _training_error(message: str, settings: TokenizerSettings) -> Refusal:
     """SentencePiece's two complaints about the user's numbers, with the remedy."""
     too_large = re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", message)
     if too_large:
         most = int(too_large[1]) // 128 * 128
         least = -(-(384 + settings.sentinel_pieces) // 128) * 128
         remedy = (
-            f"Set tokenizer.vocab_size={most}, or give more text."
+            f"set tokenizer.vocab_size={most}, or give more text"
             if most >= least
-            else f"The smallest vocabulary is tokenizer.vocab_size={least}, and this text does not fill it: give more text."
+            else f"the smallest vocabulary is tokenizer.vocab_size={least}, and this text does not fill it: give more text"
         )
-        return DataError(
-            f"The corpus is too small for tokenizer.vocab_size = {settings.vocab_size}: it holds only {too_large[1]} "
-            f"distinct pieces. {remedy}"
+        return Refusal(
+            "tokenizer.vocab_size",
+            settings.vocab_size,
+            f"the corpus is too small for it: it holds only {too_large[1]} distinct pieces",
+            remedy,
         )
     too_small = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if too_small:
         # Below this SentencePiece learns nothing: as many pieces as are needed, and one at least besides.
         least = (int(too_small[1]) // 128 + 1) * 128
-        return DataError(
-            f"tokenizer.vocab_size = {settings.vocab_size} cannot hold the corpus's characters: {too_small[1]} pieces "
-            f"are needed before any is learned. Set tokenizer.vocab_size={least} or more, or lower "
-            "tokenizer.character_coverage."
+        return Refusal(
+            "tokenizer.vocab_size",
+            settings.vocab_size,
+            f"cannot hold the corpus's characters: {too_small[1]} pieces are needed before any is learned",
+            f"set tokenizer.vocab_size={least} or more, or lower tokenizer.character_coverage",
         )
-    return DataError(f"SentencePiece could not learn a vocabulary from this corpus: {message}")
+    return Refusal("tokenizer", NO_VALUE, f"SentencePiece could not learn a vocabulary from this corpus: {message}")
 
 
 def _training_lines(texts: Iterable[str], counts: Counter[str]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from conf.identity import identity
 from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.files import FileHashes, relative_names
 from pipelines.engine.fingerprint import digest
-from pipelines.engine.step import Step
+from pipelines.engine.step import Artifact, Step
 from pipelines.engine.waiting import working
 
 
@@ -35,18 +35,24 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """The targets, and every node they need: each digest once, inputs before what uses them."""
+    """The targets, and every node they need: each digest once, inputs and what comes first before what waits for them."""
 
     targets: list[Node]
     nodes: list[Node]
+    after: dict[str, list[Node]]
+    """Node digest to the nodes of this graph that it waits for without using them (`Step.after`)."""
 
 
 def resolve(targets: Sequence[Step], hashes: FileHashes) -> Graph:
     """Digests of the targets and of every step they need. Raises Refusal for what has none."""
     by_step: dict[Step, Node] = {}
     by_digest: dict[str, Node] = {}
+    here = _needed(targets)
 
     def visit(step: Step) -> Node:
+        for first in step.after:
+            if first in here:
+                visit(first)
         if step not in by_step:
             inputs = {name: visit(source) for name, source in step.sources.items()}
             node = node_of(step, inputs, hashes)
@@ -54,7 +60,21 @@ def resolve(targets: Sequence[Step], hashes: FileHashes) -> Graph:
         return by_step[step]
 
     wanted = [visit(target) for target in targets]
-    return Graph(targets=wanted, nodes=list(by_digest.values()))
+    nodes = list(by_digest.values())
+    after = {node.digest: [by_step[step] for step in node.step.after if step in here] for node in nodes}
+    return Graph(targets=wanted, nodes=nodes, after=after)
+
+
+def _needed(targets: Sequence[Step]) -> set[Step]:
+    """The targets and every step they need."""
+    needed: set[Step] = set()
+    waiting = list(targets)
+    while waiting:
+        step = waiting.pop()
+        if step not in needed:
+            needed.add(step)
+            waiting += step.sources.values()
+    return needed
 
 
 def node_of(step: Step, inputs: dict[str, Node], hashes: FileHashes) -> Node:
@@ -74,11 +94,18 @@ def node_of(step: Step, inputs: dict[str, Node], hashes: FileHashes) -> Node:
     return Node(step=step, digest=digest(payload), identity=payload, sources=sources, inputs=inputs)
 
 
-def check(step: Step) -> None:
-    """Run a step's early check, which raises what its stage would refuse later."""
-    if step.check is not None:
-        with working(f"{step.name}: what it would refuse later is tried now"):
+def check(step: Step, there: Mapping[str, Artifact]) -> None:
+    """Run a step's early checks, which raise what its stage would refuse later. there: its inputs that exist, by key."""
+    with working(f"{step.name}: what it would refuse later is tried now"):
+        if step.check is not None:
             step.check()
+        check_inputs(step, there)
+
+
+def check_inputs(step: Step, there: Mapping[str, Artifact]) -> None:
+    """Raise what the step's stage would refuse of these inputs."""
+    if step.check_inputs is not None:
+        step.check_inputs(step.only(there).grouped(there))
 
 
 def check_sources(node: Node, hashes: FileHashes) -> None:

@@ -23,7 +23,7 @@ from pipelines.engine.backends.machines import Resources
 from pipelines.engine.context import CancelledError, RunContext, run_stage
 from pipelines.engine.events import Event, OnEvent, State, StepReport
 from pipelines.engine.files import FileHashes
-from pipelines.engine.resolve import Graph, Node, check, check_sources, node_of, resolve
+from pipelines.engine.resolve import Graph, Node, check, check_inputs, check_sources, node_of, resolve
 from pipelines.engine.secrets import refuse_secrets, without_secrets
 from pipelines.engine.step import Artifact, Step
 from pipelines.engine.store import manifest as manifests
@@ -47,12 +47,17 @@ def run(
         return _Run(targets, store, backend, on_event).all()
 
 
-def plan(targets: Sequence[Step], *, store: Store) -> list[StepReport]:
-    """What ``run`` would find and make; runs nothing."""
+def plan(targets: Sequence[Step], *, store: Store, checked: bool = False) -> list[StepReport]:
+    """What ``run`` would find and make; runs nothing. With `checked` it raises what ``run`` would refuse at its start."""
     with storage_errors(store):
         graph = resolve(targets, FileHashes(store.file_hashes))
         needed = _needed(graph, store)
-        return [_report(node, store, needed=node.digest in needed) for node in graph.nodes]
+        reports = [_report(node, store, needed=node.digest in needed) for node in graph.nodes]
+        for node, report in zip(graph.nodes, reports, strict=True):
+            if checked and report.state in ("to make", "unfinished"):
+                inputs = {key: store.find(source.name, source.digest) for key, source in node.inputs.items()}
+                check(node.step, {key: artifact for key, artifact in inputs.items() if artifact is not None})
+        return reports
 
 
 def status(targets: Sequence[Step], *, store: Store) -> list[StepReport]:
@@ -125,7 +130,7 @@ class _Run:
     def __init__(self, targets: Sequence[Step], store: Store, backend: Backend, on_event: OnEvent) -> None:
         self._hashes = FileHashes(store.file_hashes)
         graph = resolve(targets, self._hashes)
-        self._nodes, self._store, self._backend = graph.nodes, store, backend
+        self._nodes, self._after, self._store, self._backend = graph.nodes, graph.after, store, backend
         self._on_event, self._event_lock = on_event, threading.Lock()
         self._artifacts: dict[str, Artifact] = {}
         self._lost: dict[str, str] = {}
@@ -153,7 +158,7 @@ class _Run:
             written = [node.identity, to_plain(node.step.settings)]
             refuse_secrets(written, f"the settings of {node.name}")
         for node in waiting:
-            check(node.step)
+            check(node.step, self._inputs_there(node))
         if any(node.step.resumes for node in waiting):  # as trainings do
             self._backend.expect_gang()
         try:
@@ -162,8 +167,9 @@ class _Run:
                     waiting.remove(node)
                     self._launch(node)
                 failure = self._next_end()
-                error = error or failure
-                waiting = [] if _ends_the_run(failure) else self._makeable(waiting)
+                refusal = self._refused_inputs(waiting)
+                error = error or failure or refusal
+                waiting = [] if refusal is not None or _ends_the_run(failure) else self._makeable(waiting)
         except BaseException:
             self._abandon()
             raise
@@ -192,12 +198,14 @@ class _Run:
                 )
 
     def _startable(self, waiting: list[Node], there: Resources) -> list[Node]:
-        """Nodes whose inputs are there and whose claims fit beside what runs, in graph order."""
+        """Nodes whose inputs are there, whose claims fit beside what runs and that wait for no other, in graph order."""
         free_cpus = there.cpus - sum(node.step.cpus for node, _ in self._running.values())
         free_gpus = there.gpus - sum(node.step.gpus for node, _ in self._running.values())
         chosen = []
         for node in waiting:
             ready = all(source.digest in self._artifacts for source in node.inputs.values())
+            firsts = self._after.get(node.digest, ())
+            ready = ready and not any(first in waiting or first.digest in self._running for first in firsts)
             if ready and node.step.cpus <= free_cpus and node.step.gpus <= free_gpus:
                 chosen.append(node)
                 free_cpus, free_gpus = free_cpus - node.step.cpus, free_gpus - node.step.gpus
@@ -211,7 +219,11 @@ class _Run:
                 name: self._lost[source.digest] for name, source in node.inputs.items() if source.digest in self._lost
             }
             there = {name: source for name, source in node.inputs.items() if source.digest in self._artifacts}
-            if not lost or (node.step.despite is not None and len(lost) + len(there) < len(node.inputs)):
+            failed = [first.name for first in self._after.get(node.digest, ()) if first.digest in self._lost]
+            if failed:
+                self._lost[node.digest] = f"not made: it comes after {' and '.join(failed)}, which failed"
+                self._send(node, "said", line=self._lost[node.digest])
+            elif not lost or (node.step.despite is not None and len(lost) + len(there) < len(node.inputs)):
                 kept.append(node)
             elif node.step.despite is None or not there:
                 needs = " and ".join(lost)
@@ -225,6 +237,21 @@ class _Run:
                 self._partial[partial.digest] = list(lost)
                 kept.append(partial)
         return kept
+
+    def _refused_inputs(self, waiting: list[Node]) -> Refusal | None:
+        """What a waiting step refuses of its inputs as far as they are there."""
+        for node in waiting:
+            try:
+                check_inputs(node.step, self._inputs_there(node))
+            except Refusal as refusal:
+                self._send(node, "failed", line=str(refusal))
+                return refusal
+        return None
+
+    def _inputs_there(self, node: Node) -> dict[str, Artifact]:
+        """The node's inputs that are made, by key."""
+        artifacts = self._artifacts
+        return {key: artifacts[source.digest] for key, source in node.inputs.items() if source.digest in artifacts}
 
     def _launch(self, node: Node) -> None:
         def body() -> None:

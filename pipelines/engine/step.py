@@ -15,10 +15,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines.engine.errors import EngineError
 from pipelines.engine.store.listed import listed
 
-__all__ = ["Artifact", "Context", "EngineError", "Groups", "Inputs", "StageFn", "Step"]
+__all__ = ["Artifact", "Context", "Groups", "Inputs", "StageFn", "Step"]
 
 
 class Context(Protocol):
@@ -137,6 +136,12 @@ class Step:
     check: Callable[[], None] | None = None
     """Raises what the stage would otherwise refuse only after the steps before it; called before anything runs, for
     steps that are not cached."""
+    check_inputs: Callable[[Inputs], None] | None = None
+    """Raises what the stage would refuse of its inputs. Called with those that are there: before anything runs, and as
+    soon as another is published; after a refusal nothing more is started."""
+    after: tuple[Step, ...] = ()
+    """Steps that come first where the same run makes them, though this one uses nothing of theirs: what they, or checks of
+    what they make, refuse is refused before this one costs hours. Not made where one of them failed. Never hashed."""
     cpus: float = 1
     gpus: float = 0
     """What the step uses altogether while it runs; steps whose sum fits run side by side."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.rows.shard_set import ShardSet
 from data.text.document import Document
 from data.tokenizers.lost_text import lost_bits
@@ -120,8 +120,8 @@ def conversations(work: Work, out_dir: Path) -> dict[str, Any]:
     for conversation in (there[identity] for identity in work.ids):
         try:
             encoded.append(encode_chat(tokenizer, conversation.messages))
-        except DataError as error:
-            refused = refused or f"{conversation.source} at {conversation.position}: {error}"
+        except Refusal as refusal:
+            refused = refused or f"{conversation.source} at {conversation.position}: {refusal}"
             encoded.append(([], []))
     ids, targets = [ids for ids, _ in encoded], [is_target for _, is_target in encoded]
     return {**_scores(work, ids, targets), "refused": refused}

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
+from conf.refusal import Refusal
 from conf.typed import field_types, from_plain
 from data.mixture import MixtureSettings
 from data.order import OrderSettings
@@ -41,7 +42,6 @@ from pipelines.stages.launch import ComputeSettings
 from pipelines.stages.report import ReportSettings
 from pipelines.stages.start import Start
 from pipelines.stages.train import TrainingSettings, Tuning
-from pipelines.training.errors import TrainingError
 from pipelines.training.objective import check_suits
 from pipelines.training.rates import derived
 from pipelines.training.settings import (
@@ -140,7 +140,7 @@ class Settings:
 
     @cached_property
     def start(self) -> Start | None:
-        """That folder, looked at. Raises SettingsError, EngineError or ModelError."""
+        """That folder, looked at. Raises Refusal."""
         if self.starts_from is None:
             return None
         if not self.pretrains and self.pretrain.init_from is not None:
@@ -180,17 +180,20 @@ class Settings:
         return model.causal and model.encoder is None
 
     def resolved_tokenizer(self) -> TokenizerSettings:
-        """The tokenizer with the pieces that the objective hides with. Raises DataError where sentinels are too few."""
+        """The tokenizer with the pieces that the objective hides with. Raises Refusal where sentinels are too few."""
         given, seq_len = self.tokenizer, self.shards.seq_len
         sentinels = given.sentinel_pieces or (SENTINELS if self.objective.sentinels(seq_len) else 0)
         check_sentinels(self.objective, sentinels, seq_len)
         mask = given.mask_piece or self.objective.needs_mask
-        return replace(given, mask_piece=mask, sentinel_pieces=sentinels)
+        try:
+            return replace(given, mask_piece=mask, sentinel_pieces=sentinels)
+        except Refusal as refusal:  # of what the objective needs beside what is configured
+            raise refusal.under("tokenizer") from None
 
     def pretraining(self) -> TrainingSettings:
         """What the pretrain step is told: the groups that stand beside `pretrain` put in their places.
 
-        Raises TrainingError where the objective does not suit the model.
+        Raises Refusal where the objective does not suit the model.
         """
         model = self.resolved_model()
         check_suits(self.objective.kind, model)
@@ -237,22 +240,21 @@ class Settings:
         return replace(self.evaluate, tracking=self._tracking())
 
     def check_sizes(self, steps: Collection[str] = ("pretrain", "finetune", "evaluate")) -> None:
-        """Refuse at once what one of these steps would refuse after hours of other work: a batch (TrainingError), or
-        windows of evaluation (EngineError)."""
+        """Refuse at once what one of these steps would refuse after hours of other work: a batch, or windows of
+        evaluation."""
         tuning = self.finetuning() if "finetune" in steps else None
         trainings = {"pretrain": self.pretraining().train} if self.pretrains and "pretrain" in steps else {}
         trainings |= {"finetune.train": tuning.train} if tuning is not None else {}
         for where, train in trainings.items():
             try:
                 BatchPlan.derive(train, seq_len=self.shards.seq_len, world_size=self.compute.ranks, largest_rows=1)
-            except TrainingError as error:
-                placed = re.sub(r"\b(global_batch_tokens|micro_batch_rows)(?=( = |=))", rf"{where}.\1", str(error))
-                raise TrainingError(placed) from error
+            except Refusal as refusal:
+                raise refusal.under(where) from None
         if "evaluate" in steps and self.writes_from_left_to_right():
             self.evaluation_windows()
 
     def evaluation_windows(self) -> tuple[int, int]:
-        """Context and stride in tokens of what is scored from left to right. Raises EngineError where they cannot be."""
+        """Context and stride in tokens of what is scored from left to right. Raises Refusal where they cannot be."""
         return self.evaluate.windows(self.resolved_model().max_seq_len, self.shards.seq_len if self.pretrains else None)
 
     def _everywhere(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from pipelines.engine.step import EngineError
+from conf.refusal import NO_VALUE, Refusal
 
 NAME = "SHA256SUMS"
 
@@ -19,7 +19,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def check_checksums(folder: Path) -> None:
-    """Verify a folder's files against its SHA256SUMS, if any. Raises EngineError for a changed or missing file."""
+    """Verify a folder's files against its SHA256SUMS, if any. Raises Refusal for a changed or missing file."""
     try:
         text = (folder / NAME).read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
@@ -27,23 +27,22 @@ def check_checksums(folder: Path) -> None:
     for line in text.split("\n"):
         match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
         if line and match is None:
-            raise EngineError(f"{folder / NAME} holds {line!r:.80}, which is no checksum: {_REMEDY}")
+            raise Refusal(folder / NAME, NO_VALUE, f"holds {line!r:.80}, which is no checksum", _REMEDY)
         if match is not None:
             path = folder / match[2]
             if not path.is_file() or _sha256(path) != match[1]:
                 state = "is not what was exported (checksum)" if path.is_file() else "is missing"
-                raise EngineError(f"{path} {state}: {_REMEDY}")
+                raise Refusal(path, NO_VALUE, state, _REMEDY)
 
 
 def check_published(path: Path, sha256: str | None) -> None:
-    """Compare a file of an artifact with its checksum, if there is one. Raises EngineError where it differs."""
+    """Compare a file of an artifact with its checksum, if there is one. Raises Refusal where it differs."""
     if sha256 is not None and _sha256(path) != sha256:
-        raise EngineError(
-            f"{path} is not what was published (checksum): copy the artifact again, or run the command that made it."
-        )
+        remedy = "copy the artifact again, or run the command that made it"
+        raise Refusal(path, NO_VALUE, "is not what was published (checksum)", remedy)
 
 
-_REMEDY = f"copy the folder again, or delete {NAME} from it if the change is yours."
+_REMEDY = f"copy the folder again, or delete {NAME} from it if the change is yours"
 
 
 def _sha256(path: Path) -> str:

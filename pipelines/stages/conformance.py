@@ -9,7 +9,6 @@ Importing this module imports torch and transformers, so only the task that comp
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from data.errors import DataError
+from conf.refusal import NO_VALUE, Refusal
 from data.text.document import read_documents
 from data.tokenizers.chat import encode_chat
 from data.tokenizers.chat_jinja import TODAY
@@ -28,7 +27,6 @@ from model.build import build_model
 from model.config import ModelConfig
 from model.decoding.generate import Sampling, generate
 from model.interop import has_hf_class, hf_config, load_pretrained
-from pipelines.engine.step import EngineError
 from pipelines.inference.weights import DTYPES
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -62,7 +60,7 @@ def check_export(
     """Figures of every comparison; of the tokenizer's alone where no Hugging Face class computes the model.
 
     `source` holds the weights as trained; they are rounded to the export's precision, and both sides compute in fp32.
-    Raises EngineError for the first comparison that fails.
+    Raises Refusal for the first comparison that fails.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -92,21 +90,23 @@ def check_export(
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer as transformers loads it from its files. Raises EngineError if it cannot."""
+    """The tokenizer as transformers loads it from its files. Raises Refusal if it cannot."""
     transformers_logging.set_verbosity_error()
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise EngineError(
-            f"transformers cannot read the tokenizer beside the weights ({type(error).__name__}: {error}), which the export "
-            "takes along. Give the files that transformers saves with save_pretrained."
+        raise Refusal(
+            folder,
+            NO_VALUE,
+            f"transformers cannot read the tokenizer here ({type(error).__name__}: {error}), which the export takes along",
+            "give the files that transformers saves with save_pretrained",
         ) from error
 
 
 def build_empty(config: ModelConfig, folder: Path) -> None:
     """Build the class that the weights will be loaded into, without memory, from the config.json in `folder`.
 
-    Raises EngineError where transformers cannot.
+    Raises Refusal where transformers cannot.
     """
     transformers_logging.set_verbosity_error()
     try:
@@ -114,25 +114,28 @@ def build_empty(config: ModelConfig, folder: Path) -> None:
         with torch.device("meta"):
             theirs.from_config(described) if hasattr(theirs, "from_config") else theirs(described)
     except Exception as error:
-        raise EngineError(
+        raise Refusal(
+            "export",
+            NO_VALUE,
             f"transformers {transformers.__version__} cannot build the model that would be exported "
-            f"({type(error).__name__}: {error}). Repair config.json beside the weights, so that transformers loads them."
+            f"({type(error).__name__}: {error})",
+            "repair config.json beside the weights, so that transformers loads them",
         ) from error
 
 
 def check_tokens(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> dict[str, Any]:
     """The same ids for the texts and for conversations made of them, and the same texts from the ids."""
-    compared, fault = 0, "This is a fault of the export (data/tokenizer_json), not of the settings."
+    compared, fault = 0, ("a fault of the export, not of the settings", "report it (data/tokenizers/export.py)")
     options = {"add_special_tokens": False, "split_special_tokens": True}
     changed = sum(ours.decode(ours.encode(text)) != text for text in texts)
     own = isinstance(ours, SentencePieceTokenizer)
     if not own:  # T5's vocabulary spells `</s>`, and transformers reads it there
         texts = [without_control_pieces(ours, text) for text in texts]
         fault = (
-            f"The folder's tokenizer.json goes out as it came in, and transformers' {type(theirs).__name__} reads it "
-            "otherwise. Let transformers write what it reads, in the folder of the weights: python -c "
-            '"from transformers import '
-            "AutoTokenizer; AutoTokenizer.from_pretrained('.').save_pretrained('.')\""
+            f"the folder's tokenizer.json goes out as it came in, and transformers' {type(theirs).__name__} reads it "
+            "otherwise",
+            'let transformers write what it reads: run python -c "from transformers import AutoTokenizer; '
+            "AutoTokenizer.from_pretrained('.').save_pretrained('.')\" in the folder of the weights",
         )
     for number, text in enumerate(texts):
         ids = ours.encode(text)
@@ -176,10 +179,12 @@ def _conversations(tokenizer: Tokenizer, question: str, answer: str) -> Iterator
     ]
     for until, prompt in ((3, False), (4, True)):
         for first in (0, 1):
-            with contextlib.suppress(DataError):
+            try:
                 encode_chat(tokenizer, messages[first:until], generation_prompt=prompt)
-                yield messages[first:until], prompt
-                break
+            except Refusal:
+                continue
+            yield messages[first:until], prompt
+            break
 
 
 @torch.inference_mode()
@@ -204,10 +209,13 @@ def check_logits(
         agreed += int((theirs_TV.argmax(-1) == ours_TV.argmax(-1)).sum())
     tolerance = ROUNDING_MULTIPLE * max(rounding, UNIT_ROUNDOFF * largest)
     if not error <= tolerance:  # a NaN fails, too
-        raise EngineError(
-            f"The export does not compute what was trained: transformers' logits differ by {error:.3g} (largest logit "
-            f"{largest:.3g}), and rounding explains {tolerance:.3g}; the likeliest token agrees at {agreed} of "
-            f"{positions} positions. This is a fault of the export (model/interop), not of the settings."
+        raise Refusal(
+            "export",
+            NO_VALUE,
+            f"it does not compute what was trained: transformers' logits differ by {error:.3g} (largest logit "
+            f"{largest:.3g}), and rounding explains {tolerance:.3g}; the likeliest token agrees at {agreed} of {positions} "
+            "positions",
+            "report it (model/interop): a fault of the export, not of the settings",
         )
     return {
         "compared_positions": positions,
@@ -257,10 +265,13 @@ def check_continuations(
         logits_V = ours(torch.tensor([[*starts[number], *ids[:parted]]]), **memory)["logits"][0, -1]
         first, second = logits_V.topk(2).values.tolist()
         if first - second > 2 * tolerance:
-            raise EngineError(
-                f"The export does not continue as the model does: prompt {number} parts at new token {parted}, where "
-                f"the likeliest token leads by {first - second:.3g} and rounding explains {2 * tolerance:.3g}. Ours: "
-                f"{ids[: parted + 1]}; transformers': {found[: parted + 1]}. A fault of the export or of a cache."
+            raise Refusal(
+                "export",
+                NO_VALUE,
+                f"it does not continue as the model does: prompt {number} parts at new token {parted}, where the likeliest "
+                f"token leads by {first - second:.3g} and rounding explains {2 * tolerance:.3g}; ours: {ids[: parted + 1]}, "
+                f"transformers': {found[: parted + 1]}",
+                "report it: a fault of the export or of a cache",
             )
         ties += 1
     return {"greedy_continuations": len(prompts), "greedy_ties": ties}
@@ -290,13 +301,18 @@ def _ready(config: ModelConfig, state: dict[str, torch.Tensor], dtype: torch.dty
     return model.eval()
 
 
-def _same(what: str, ours: Sequence[Any], theirs: Sequence[Any], fault: str) -> None:
+def _same(what: str, ours: Sequence[Any], theirs: Sequence[Any], fault: tuple[str, str]) -> None:
+    """Raise unless the two are equal. fault: why they may not be, and the remedy."""
     if list(ours) == list(theirs):
         return
     at = _parting(ours, theirs)
-    raise EngineError(
-        f"The exported tokenizer differs: {what} part at position {at}: ours {ours[at : at + 5]!r}, transformers' "
-        f"{theirs[at : at + 5]!r}. {fault}"
+    why, remedy = fault
+    raise Refusal(
+        "export",
+        NO_VALUE,
+        f"the exported tokenizer differs: {what} part at position {at}: ours {ours[at : at + 5]!r}, transformers' "
+        f"{theirs[at : at + 5]!r}; {why}",
+        remedy,
     )
 
 

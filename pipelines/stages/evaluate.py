@@ -85,7 +85,7 @@ def run(settings: EvaluateSettings, inputs: Inputs, out_dir: Path, ctx: Context)
 
 
 def check_prompts(samples: SampleSettings, max_seq_len: int, tokenizer: Tokenizer | None, longest_piece: int) -> None:
-    """Raise EngineError if a fixed prompt leaves no room for an answer, before training instead of after. Without a
+    """Raise Refusal if a fixed prompt leaves no room for an answer, before training instead of after. Without a
     tokenizer yet, only for prompts too long for any whose pieces have at most `longest_piece` characters."""
     from data.tokenizers.sentencepiece import TAB_RUNS
     from pipelines.inference.generator import check_room, prompt_ids
@@ -101,7 +101,7 @@ def check_prompts(samples: SampleSettings, max_seq_len: int, tokenizer: Tokenize
 
 def check_tasks(settings: EvaluateSettings, windows: tuple[int, int]) -> None:
     """Build and dry-run every task that does not come with this program, before training instead of after. Raises
-    EngineError."""
+    Refusal."""
     if read_tasks(settings.tasks, settings.task_folders).has_foreign():
         from pipelines.evaluation.harness_tasks import try_tasks
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from conf.refusal import Refusal, field
-from pipelines.engine.step import Artifact, Context, EngineError, Inputs
+from pipelines.engine.step import Artifact, Context, Inputs
 from pipelines.stages.checksums import write_checksums
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class ExportSettings:
 def run(settings: ExportSettings, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Inputs: corpora, tokenizer, the models by training. Returns the figures of conformance.json.
 
-    Raises EngineError where transformers gives other tokens, logits or continuations.
+    Raises Refusal where transformers gives other tokens, logits or continuations.
     """
     source = _source(settings, inputs["model"])
     corpora, tokenizer = [corpus for _, corpus in sorted(inputs["corpus"].items())], inputs.one("tokenizer")
@@ -133,11 +133,13 @@ def _source(settings: ExportSettings, models: Mapping[str, Artifact]) -> Artifac
 
 
 def check_source(settings: ExportSettings, steps: Iterable[str]) -> None:
-    """Raise EngineError if these weights do not exist."""
+    """Raise Refusal if these weights do not exist."""
     if settings.weights not in ("last", *steps):
-        raise EngineError(
-            f"export.weights = {settings.weights!r}: this experiment has no such step. Set export.weights=last, or add "
-            "fine-tuning with finetune=library."
+        raise Refusal(
+            "export.weights",
+            settings.weights,
+            "this experiment has no such step",
+            "set export.weights=last, or add fine-tuning with finetune=library",
         )
 
 

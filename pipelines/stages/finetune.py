@@ -9,8 +9,8 @@ from conf.refusal import Refusal
 from conf.refusal import field as key
 from data.rows.instructions import InstructionSettings, count_train_conversations
 from model.adapt import LoraConfig
-from pipelines.engine.step import EngineError
 from pipelines.stages.instructions import ConversationRows
+from pipelines.stages.train import smaller_batch
 from pipelines.training.settings import TrainSettings
 
 
@@ -46,17 +46,19 @@ class FinetuneSettings:
         return ConversationRows(data=self.data, too_long=self.too_long, seq_len=seq_len)
 
 
-def check_conversations(settings: FinetuneSettings, seq_len: int) -> None:
-    """Raise EngineError if the conversations cannot fill a batch, as far as is known before there is a tokenizer (a row
-    holds at least one), or DataError for files without conversations."""
+def check_conversations(settings: FinetuneSettings, seq_len: int, ranks: int) -> None:
+    """Raise Refusal if the conversations cannot fill a batch, as far as is known before there is a tokenizer (a row holds
+    at least one; `train.check_rows` knows the rest once they are in rows), or for files without conversations."""
     data, batch = settings.data, settings.train.global_batch_tokens
     rows = batch // seq_len
     most = data.max_conversations or rows
     there = count_train_conversations(data, rows) if data.kind == "files" else min(rows, most)
     if there < rows:
         more = "raise finetune.data.max_conversations" if there == most else "give more conversations"
-        raise EngineError(
-            f"finetune.train.global_batch_tokens = {batch:,}: the {there:,} conversations to train on fill at most as many "
-            f"rows of {seq_len} tokens, and a batch may not be larger than all of them. Use "
-            f"finetune.train.global_batch_tokens={there * seq_len} or less, or {more}."
+        raise Refusal(
+            "finetune.train.global_batch_tokens",
+            batch,
+            f"the {there:,} conversations to train on fill at most as many rows of {seq_len} tokens, and a batch may not be "
+            "larger than all of them",
+            smaller_batch("finetune", settings.train, there, seq_len, ranks, more),
         )

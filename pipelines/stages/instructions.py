@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from conf.refusal import NO_VALUE, Refusal
 from data.rows.instructions import Conversation, InstructionSettings
 from data.text.readers import ReaderSettings
 from pipelines.engine.step import Artifact, Context, Inputs
@@ -56,6 +57,8 @@ def make(settings: ConversationRows, corpora: list[Artifact], tokenizer: Artifac
     shard = make_conversation_shard(
         documents, out_dir / "rows", name="conversations", tokenizer=loaded, settings=rows, too_long=settings.too_long
     )
+    if not shard["rows"]:
+        raise no_row(documents, settings)
     totals = write_manifest(out_dir / "rows", [shard], settings=rows, vocab_size=loaded.vocab_size, masked=True)
     counts |= (
         {"conversations_refused": len(refused), "refused": refused[: ReadLog.MAX_MALFORMED_SHOWN]} if refused else {}
@@ -68,14 +71,29 @@ def make(settings: ConversationRows, corpora: list[Artifact], tokenizer: Artifac
     }
 
 
+def no_row(documents: Sequence[TokenDocument], settings: ConversationRows) -> Refusal:
+    """What to say of conversations none of which has an answer within a row."""
+    width, drops = settings.seq_len + 1, settings.too_long == "drop"
+    shortest = min(len(document.tokens) for document in documents)
+    each = "is longer than that and left out" if drops else "is cut before its answer begins"
+    cut_would_do = drops and any(d.is_target is None or any(d.is_target[1:width]) for d in documents)
+    return Refusal(
+        "finetune.too_long",
+        settings.too_long,
+        f"fine-tuning needs a row with an answer, and each of the {len(documents):,} conversations {each} (a row has "
+        f"{settings.seq_len} tokens, the shortest conversation {shortest:,})",
+        ("set finetune.too_long=truncate, or " if cut_would_do else "")
+        + f"give shorter conversations, or longer rows: shards.seq_len={shortest}",
+    )
+
+
 def encode(
     tokenizer: Tokenizer, conversations: Sequence[Conversation], reader: ReaderSettings
 ) -> tuple[list[TokenDocument], list[str]]:
     """Tokens of each conversation, and file, line and reason of each one the chat template refuses.
 
-    Those are skipped like malformed lines. Raises DataError past that limit, and if no conversation is left.
+    Those are skipped like malformed lines. Raises Refusal past that limit, and if no conversation is left.
     """
-    from data.errors import DataError
     from data.rows.packing import TokenDocument
     from data.tokenizers.chat import encode_chat
 
@@ -86,17 +104,21 @@ def encode(
     for c in conversations:
         try:
             tokens, is_target = encode_chat(tokenizer, c.messages)
-        except DataError as error:
-            refused.append(f"{c.source} line {c.position}: {error}")
+        except Refusal as refusal:
+            refused.append(f"{c.source} line {c.position}: {refusal}")
             in_file[c.source] += 1
             if in_file[c.source] > limit:
-                raise DataError(
-                    f"{c.source}: {in_file[c.source]} conversations are refused by the chat template, and {limit} a "
-                    f"file are passed over (finetune.data.reader.max_malformed_lines_per_file). The first: {refused[0]}"
-                ) from error
+                raise Refusal(
+                    c.source,
+                    NO_VALUE,
+                    f"{in_file[c.source]} of its conversations are refused by the chat template, and {limit} a file are "
+                    f"passed over; the first: {refused[0]}",
+                    "repair the template, or raise finetune.data.reader.max_malformed_lines_per_file",
+                ) from refusal
             continue
         document = TokenDocument(id=c.id, source=c.source, position=c.position, tokens=tokens, is_target=is_target)
         documents.append(document)
     if not documents:
-        raise DataError(f"No conversation is left to train on: the chat template refuses all. The first: {refused[0]}")
+        rule = f"no conversation is left to train on, as the chat template refuses all; the first: {refused[0]}"
+        raise Refusal("finetune.data", NO_VALUE, rule, "repair the template, or give other conversations")
     return documents, refused

@@ -28,7 +28,7 @@ def rehearse(config: ModelConfig, tokenizer_dir: Path | None, cache: Path) -> No
     """Raise unless transformers builds such a model and its tokenizer agrees with ours on this folder's files.
 
     tokenizer_dir: None where the tokenizer is of our own making. cache: this machine's folder.
-    Raises EngineError as the step would after all training.
+    Raises Refusal as the step would after all training.
     """
     described = hf_config(config) if has_hf_class(config) else None
     passed = cache / "rehearsed" / _key(described, tokenizer_dir)

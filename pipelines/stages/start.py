@@ -15,13 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from conf.refusal import Refusal
 from conf.typed import to_plain
-from data.errors import DataError
 from data.tokenizers.huggingface import HuggingFaceTokenizer, config_ids
 from data.tokenizers.sentencepiece import Tokenizer, tokenizer_files
 from model.config import ModelConfig
 from model.interop import checkpoint_files, config_from_hf, has_hf_class, hf_config, read_config
-from pipelines.engine.step import Context, EngineError, Inputs
+from pipelines.engine.step import Context, Inputs
 from pipelines.stages.checksums import check_checksums, check_published
 from pipelines.training.objective import reads_other_than_text
 
@@ -65,19 +65,15 @@ class Start:
         cls, setting: str, folder: str, *, trained_with: Path | None = None, checksums: Mapping[str, str] | None = None
     ) -> Start:
         """trained_with: the tokenizer's folder, if not `folder`. checksums: sha256 of the folder's files, from a manifest.
-        Raises EngineError or ModelError for a folder that cannot start a training."""
+        Raises Refusal for a folder that cannot start a training."""
         path = Path(os.path.expanduser(folder)).absolute()
         if not path.is_dir():
-            raise EngineError(
-                f"{setting}={folder}: no such folder; give a Hugging Face checkpoint on this disk, with config.json and "
-                "safetensors."
-            )
+            remedy = "give a Hugging Face checkpoint on this disk, with config.json and safetensors"
+            raise Refusal(setting, folder, "no such folder", remedy)
         config, weights = read_config(path), tuple(checkpoint_files(path))
         if other := reads_other_than_text(config):
-            raise EngineError(
-                f"{setting}={folder}: {other}, and the rows that are trained on here are text; give a checkpoint of a "
-                "language model."
-            )
+            rule = f"{other}, and the rows that are trained on here are text"
+            raise Refusal(setting, folder, rule, "give a checkpoint of a language model")
         tokenizer_folder = trained_with or path
         files = tuple(tokenizer_files(tokenizer_folder))
         if not files:
@@ -92,16 +88,19 @@ class Start:
             )
         try:
             tokenizer = Tokenizer.load(tokenizer_folder)
-        except DataError as error:
-            raise EngineError(f"{setting}={folder}: {error}") from error
+        except Refusal as refusal:
+            raise Refusal(f"{setting}: {refusal.where}", refusal.value, refusal.rule, refusal.remedy) from refusal
         if tokenizer.vocab_size > config.require_vocab_size():
             surplus = _surplus(tokenizer, config)
-            raise EngineError(
-                f"{setting}={folder}: its tokenizer has {tokenizer.vocab_size:,} pieces and its model vocab_size "
-                f"{config.vocab_size:,}: a model has a row for each piece at least. Where {surplus} never used, take that "
-                f"out of added_tokens in {tokenizer_folder / 'tokenizer.json'}, and out of tokenizer_config.json and "
-                "special_tokens_map.json where they name it; else make the model larger with transformers, "
-                f"model.resize_token_embeddings({tokenizer.vocab_size}), or give the tokenizer that belongs to the weights."
+            raise Refusal(
+                setting,
+                folder,
+                f"its tokenizer has {tokenizer.vocab_size:,} pieces and its model vocab_size {config.vocab_size:,}: a model "
+                "has a row for each piece at least",
+                f"where {surplus} never used, take that out of added_tokens in {tokenizer_folder / 'tokenizer.json'}, and "
+                "out of tokenizer_config.json and special_tokens_map.json where they name it; else make the model larger "
+                f"with transformers, model.resize_token_embeddings({tokenizer.vocab_size}), or give the tokenizer that "
+                "belongs to the weights",
             )
         piece_ids = config_ids(tokenizer_folder) if isinstance(tokenizer, HuggingFaceTokenizer) else {}
         return cls(
@@ -125,9 +124,11 @@ class Start:
         for stack in (self.config, self.config.encoder):
             longest = None if stack is None else stack.position.longest_row(stack.n_positions)
             if longest is not None and longest < seq_len:
-                raise EngineError(
-                    f"shards.seq_len = {seq_len:,}: the model of {self.setting}={self.folder} has learned "
-                    f"{longest:,} positions and knows none beyond; use shards.seq_len={longest}."
+                raise Refusal(
+                    "shards.seq_len",
+                    seq_len,
+                    f"the model of {self.setting}={self.folder} has learned {longest:,} positions and knows none beyond",
+                    f"use shards.seq_len={longest}",
                 )
         said = {name: getattr(asked, name) for name in TRAINING_ONLY}
         encoder = self.config.encoder
@@ -136,19 +137,21 @@ class Start:
         return replace(self.config, **said, encoder=encoder, max_seq_len=max(self.config.max_seq_len, seq_len))
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Whether a tokenizer trained here fits the model; it has a multiple of 128 pieces. Raises EngineError."""
+        """Whether a tokenizer trained here fits the model; it has a multiple of 128 pieces. Raises Refusal."""
         rows = self.config.require_vocab_size()
         if not self.tokenizer and vocab_size != (fitting := rows // 128 * 128):
-            raise EngineError(
-                f"tokenizer.vocab_size = {vocab_size:,} and {self.setting}={self.folder} with vocab_size {rows:,}: the "
-                "folder has no tokenizer, so one is trained here and has to fill the model's vocabulary. Set "
-                f"tokenizer.vocab_size={fitting}, or add the tokenizer that belongs to the weights."
+            raise Refusal(
+                "tokenizer.vocab_size",
+                vocab_size,
+                f"the model of {self.setting}={self.folder} has vocab_size {rows:,} and the folder no tokenizer, so one is "
+                "trained here and has to fill the model's vocabulary",
+                f"set tokenizer.vocab_size={fitting}, or add the tokenizer that belongs to the weights",
             )
 
     def check_model(self, given: ModelConfig, chosen: Iterable[str]) -> None:
         """Whether what was chosen by hand is what the folder says; `chosen`: the dotted fields that were.
 
-        Raises EngineError with the first field that differs and both values.
+        Raises Refusal with the first field that differs and both values.
         """
         theirs, ours = to_plain(as_told(self.config, self.config)), to_plain(as_told(given, self.config))
         for path in chosen:
@@ -156,9 +159,11 @@ class Start:
                 continue
             here, there = _at(ours, path), _at(theirs, path)
             if here != there:
-                raise EngineError(
-                    f"model.{path} = {here!r}, and {self.setting}={self.folder} has {there!r}: a model that starts from "
-                    "weights is what they are. Leave out model=… and model.…, or start from other weights."
+                raise Refusal(
+                    f"model.{path}",
+                    here,
+                    f"{self.setting}={self.folder} has {there!r}, and a model that starts from weights is what they are",
+                    "leave out model=… and model.…, or start from other weights",
                 )
 
 
@@ -170,7 +175,7 @@ def as_told(config: ModelConfig, like: ModelConfig) -> ModelConfig:
 
 
 def run(settings: StartSettings, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
-    """Writes model/. Raises ModelError listing the tensors that are missing, not expected or of another shape."""
+    """Writes model/. Raises Refusal listing the tensors that are missing, not expected or of another shape."""
     ctx.say(
         f"the tokenizer is that of {settings.folder}; none is trained, whatever tokenizer.* says"
         if settings.brings_tokenizer

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.engine.step import Artifact, Context, Inputs
-from pipelines.training.errors import TrainingError
-from pipelines.training.metrics import RUN_ID, RunName, Table, wandb_run
+from pipelines.training.metrics import RUN_ID, RunName, Table, TrackingRefusal, wandb_run
 from pipelines.training.settings import TrackingSettings
 
 VOLATILE = ("logs/*",)
@@ -55,8 +54,8 @@ def track_scores(
                     run.summary({f"eval/{key}": value for key, value in figures.items() if value is not None})
                     used = {artifact.step: artifact.url for artifact in models.values()}
                     run.lineage(ctx.url, inputs=used, digests=digests)
-    except TrainingError as error:
-        ctx.say(f"WARNING the scores are not at Weights & Biases: {error}")
+    except TrackingRefusal as refusal:
+        ctx.say(f"WARNING the scores are not at Weights & Biases: {refusal}")
 
 
 def _without_later(figures: Mapping[str, Any], models: list[str], name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from conf.refusal import Refusal
 from conf.typed import to_plain
 from data.mixture import MixtureSettings
 from data.order import OrderSettings
@@ -17,9 +18,9 @@ from data.tasks.settings import NextTokenSettings, ObjectiveChoice
 from data.tokenizers.sentencepiece import Tokenizer
 from model.adapt import LoraConfig
 from model.config import ModelConfig
-from pipelines.engine.step import Artifact, Context, EngineError, Inputs
+from pipelines.engine.step import Artifact, Context, Inputs
 from pipelines.stages.launch import ComputeSettings, train_in_ranks
-from pipelines.training.settings import TrainSettings
+from pipelines.training.settings import TrainSettings, largest_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +61,35 @@ def run(settings: TrainingSettings, inputs: Inputs, out_dir: Path, ctx: Context)
     """Inputs: tokenizer, rows of each source or conversations, perhaps begin: the model whose weights it begins with. Writes
     model/, adapter/ with LoRA, metrics.jsonl, the last checkpoint."""
     if settings.tuning is not None:
+        check_rows(settings, inputs)
         shorter = shortened(settings.train, settings.tuning, inputs.one("conversations"))
         if shorter.total_tokens < settings.train.total_tokens:
             ctx.say(f"{shorter.total_tokens:,} tokens, which is {settings.label}.epochs = {settings.tuning.epochs:g}")
         settings = replace(settings, train=shorter)
     return train_in_ranks(job(settings, inputs, out_dir), settings.compute, out_dir, ctx)
+
+
+def check_rows(settings: TrainingSettings, inputs: Inputs) -> None:
+    """Raise Refusal where the conversations, once they lie in rows, do not fill one batch."""
+    conversations = inputs.first("conversations")
+    if settings.tuning is None or conversations is None:
+        return
+    train, (rows, seq_len) = settings.train, _shape(conversations)
+    if rows * seq_len < train.global_batch_tokens:
+        left_out = "; ".join(f"{times:,} {reason}" for reason, times in conversations.metrics["left_out"].items())
+        raise Refusal(
+            f"{settings.label}.train.global_batch_tokens",
+            train.global_batch_tokens,
+            f"the conversations fill only {rows:,} rows of {seq_len} tokens, and a batch may not be larger than all of "
+            f"them{f' (left out: {left_out})' if left_out else ''}",
+            smaller_batch(settings.label, train, rows, seq_len, settings.compute.ranks, "give more conversations"),
+        )
+
+
+def smaller_batch(step: str, train: TrainSettings, rows: int, seq_len: int, ranks: int, more: str) -> str:
+    """Remedy for a batch larger than so many rows: the largest one that they fill, if there is one, or `more`."""
+    fits = largest_batch(train, rows, seq_len=seq_len, world_size=ranks)
+    return f"set {step}.train.global_batch_tokens={fits} or less, or {more}" if fits else more
 
 
 def job(settings: TrainingSettings, inputs: Inputs, out_dir: Path) -> dict[str, Any]:
@@ -93,19 +118,15 @@ def job(settings: TrainingSettings, inputs: Inputs, out_dir: Path) -> dict[str, 
 
 
 def shortened(train: TrainSettings, tuning: Tuning, conversations: Artifact) -> TrainSettings:
-    """The train settings with `total_tokens` cut to the configured epochs, in whole batches.
+    """The train settings with `total_tokens` cut to the configured epochs, in whole batches."""
+    rows, seq_len = _shape(conversations)
+    return replace(train, total_tokens=tuning_tokens(train, tuning.epochs, rows * seq_len))
 
-    Raises EngineError where the conversations do not fill one batch.
-    """
-    metrics, batch = conversations.metrics, train.global_batch_tokens
-    seq_len = (metrics["tokens"] + metrics["padding"]) // metrics["rows"]
-    if metrics["rows"] * seq_len < batch:
-        raise EngineError(
-            f"finetune.train.global_batch_tokens = {batch:,}: the conversations fill only {metrics['rows']} rows of "
-            f"{seq_len} tokens, and a batch may not be larger than all of them. Use at most "
-            f"{metrics['rows'] * seq_len:,}, or give more conversations."
-        )
-    return replace(train, total_tokens=tuning_tokens(train, tuning.epochs, metrics["rows"] * seq_len))
+
+def _shape(conversations: Artifact) -> tuple[int, int]:
+    """Rows, and tokens of each."""
+    metrics = conversations.metrics
+    return metrics["rows"], (metrics["tokens"] + metrics["padding"]) // metrics["rows"]
 
 
 def tuning_tokens(train: TrainSettings, epochs: float, tokens: float) -> int:

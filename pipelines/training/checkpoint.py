@@ -27,8 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from conf.refusal import NO_VALUE, Refusal
 from pipelines.engine.store.sealed import sealed, unsealed
-from pipelines.training.errors import TrainingError
 from pipelines.training.ranks import Ranks
 from pipelines.training.zero import ZeroEngine
 
@@ -54,7 +54,7 @@ class Checkpoints:
     def save(self, engine: ZeroEngine, progress: Mapping[str, Any]) -> Path:
         """Write the state after `progress["step"]` updates, publish it by rename, drop the oldest. All ranks call it.
 
-        Raises TrainingError in every rank where one of them cannot write.
+        Raises Refusal in every rank where one of them cannot write.
         """
         final = self.folder / f"step-{progress['step']:08d}"
         draft = self.folder / f".{final.name}.writing"
@@ -78,7 +78,7 @@ class Checkpoints:
     def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint whose files are as written; `say` hears of each that is passed over.
 
-        Every rank checks its share of the files and all come to the same answer. Raises TrainingError for a checkpoint
+        Every rank checks its share of the files and all come to the same answer. Raises Refusal for a checkpoint
         of another model, data or tokenizer.
         """
         if self.ranks.is_first:
@@ -103,14 +103,14 @@ class Checkpoints:
         self.ranks.wait()
 
     def ended(self) -> dict[str, Any] | None:
-        """The figures of a run that came to its end here. Raises TrainingError where it was another run, or the note of
+        """The figures of a run that came to its end here. Raises Refusal where it was another run, or the note of
         its end is not as it was written."""
         self.ranks.wait()  # so that all ranks see the same files
         if not self._ending.exists():
             return None
         note = unsealed(self._ending)
         if note is None:
-            raise TrainingError(f"{self._ending} is not what was written. Delete it, and the run ends anew.")
+            raise Refusal(self._ending, NO_VALUE, "is not what was written", "delete it, and the run ends anew")
         self._refuse_others(self._ending, note["digests"])
         return dict(note["figures"])
 
@@ -139,9 +139,11 @@ class Checkpoints:
         for name in sorted({*saved, *self.digests}):
             here, there = self.digests.get(name), saved.get(name)
             if there not in (here, self.earlier.get(name, here)):
-                raise TrainingError(
-                    f"{path} is of another run: its {name} has the digest {there}, and this run's is "
-                    f"{here}. Give the {name} that it began with, or begin a new run in another folder."
+                raise Refusal(
+                    path,
+                    NO_VALUE,
+                    f"is of another run: its {name} has the digest {there}, and this run's is {here}",
+                    f"give the {name} that it began with, or begin a new run in another folder",
                 )
 
     def _publish(self, draft: Path, final: Path, state: Mapping[str, Any]) -> None:
@@ -158,9 +160,12 @@ class Checkpoints:
         for rank, outcome in enumerate(outcomes):
             if isinstance(outcome, str):
                 kept = sorted(path.name for path in self.folder.glob("step-*"))
-                raise TrainingError(
-                    f"{final}: rank {rank} could not write the checkpoint: {outcome}. Make room or make the folder "
-                    f"writable, then run the same command again; it continues from {kept[-1] if kept else 'the start'}."
+                raise Refusal(
+                    final,
+                    NO_VALUE,
+                    f"rank {rank} could not write the checkpoint ({outcome})",
+                    "make room or make the folder writable, then run the same command again; it continues from "
+                    f"{kept[-1] if kept else 'the start'}",
                 )
 
 
@@ -233,9 +238,12 @@ class Checkpoint:
                 out[low - start : high - start] = stored[low - first : high - first]
                 found += high - low
         if found != numel:
-            raise TrainingError(
-                f"{self.path} holds {found:,} of the {numel:,} elements of {name} that this run needs: it was written "
-                "for a model with other shapes. Begin a new run in another folder."
+            raise Refusal(
+                self.path,
+                NO_VALUE,
+                f"holds {found:,} of the {numel:,} elements of {name} that this run needs: it was written for a model with "
+                "other shapes",
+                "begin a new run in another folder",
             )
         return out
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from conf.files import machine_cache
+from conf.refusal import Refusal
 from model.heads.language import LanguageHead
 from model.stack import Stack
-from pipelines.training.errors import TrainingError
 from pipelines.training.settings import TrainSettings
 
 CPU_WORTH_FLOPS = 1e14
@@ -27,13 +27,15 @@ def compile_blocks(model: nn.Module, settings: TrainSettings, device: torch.devi
     was done, in one line.
 
     Block by block and not the whole model: the blocks are alike, so one is compiled and all use it. Shapes are static,
-    so a resumed run compiles the same code. Raises TrainingError for compile=on where it cannot be done.
+    so a resumed run compiles the same code. Raises Refusal for compile=on where it cannot be done.
     """
     whole, blocks = _no_compiler(device), _blocks_impossible(model, settings)
     if settings.compile == "on" and (whole or blocks) is not None:
-        raise TrainingError(
-            f"compile = on: not possible here, {whole or blocks}. Use "
-            "pretrain.compile=auto (of fine-tuning: finetune.train.compile=auto), or off."
+        raise Refusal(
+            "compile",
+            "on",
+            f"not possible here, {whole or blocks}",
+            "use pretrain.compile=auto (of fine-tuning: finetune.train.compile=auto), or off",
         )
     if settings.compile == "off":
         whole = "as set"

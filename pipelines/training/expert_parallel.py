@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from conf.refusal import Refusal
 from model.ffns.experts.layer import Experts
-from pipelines.training.errors import TrainingError
 from pipelines.training.optim import Together, peak_rate
 from pipelines.training.pieces import Piece
 from pipelines.training.ranks import Ranks
@@ -30,7 +30,7 @@ def share_experts(
     """Take the experts out of `model` and share them out; none where each rank keeps all: with zero.expert_parallel=1,
     and frozen ones, which `say` hears of.
 
-    Raises TrainingError where the ranks or the experts do not divide, or there are none.
+    Raises Refusal where the ranks or the experts do not divide, or there are none.
     """
     size = settings.zero.expert_parallel
     if not shared_parameters(model, size, ranks.world_size):
@@ -48,21 +48,21 @@ def layers_with_experts(model: nn.Module) -> dict[str, Experts]:
 
 
 def shared_parameters(model: nn.Module, size: int, world_size: int) -> int:
-    """How many parameters groups of `size` ranks share. Raises TrainingError where they cannot share them equally."""
+    """How many parameters groups of `size` ranks share. Raises Refusal where they cannot share them equally."""
     if size == 1:
         return 0
     layers = layers_with_experts(model)
     counts = sorted({len(module.down) for module in layers.values()})
     uneven = [count for count in counts if count % size]
-    problem = None
+    refused = None
     if not layers:
-        problem = "the model has no layer with experts: set zero.expert_parallel=1"
+        refused = "the model has no layer with experts", "set zero.expert_parallel=1"
     elif world_size % size:
-        problem = f"{world_size} ranks do not divide into groups of {size}: use as many ranks, or a multiple"
+        refused = f"{world_size} ranks do not divide into groups of {size}", "use as many ranks, or a multiple"
     elif uneven:
-        problem = f"a layer has {uneven[0]} experts, which {size} ranks cannot hold equally: choose a divisor of that"
-    if problem is not None:
-        raise TrainingError(f"zero.expert_parallel = {size}: {problem}.")
+        refused = f"a layer has {uneven[0]} experts, which {size} ranks cannot hold equally", "choose a divisor of that"
+    if refused is not None:
+        raise Refusal("zero.expert_parallel", size, *refused)
     return sum(weight.numel() for layer in layers.values() for weight in layer.parameters())
 
 

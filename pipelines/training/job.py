@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from conf.identity import identity
+from conf.refusal import NO_VALUE, Refusal
 from conf.typed import from_plain, to_plain
 from data.loader import Loader, order_over
 from data.mixture import MixtureSettings
@@ -26,7 +27,6 @@ from model.build import build_model
 from model.config import ModelConfig
 from model.costs import FLOP_FORMULA, row_and_once_bytes
 from model.interop import adapted_weights, load_pretrained, save_adapter, save_pretrained
-from pipelines.training.errors import TrainingError
 from pipelines.training.hardware import keep_freed_memory
 from pipelines.training.loop import Run, train
 from pipelines.training.objective import check_suits, flops_per_token
@@ -134,7 +134,8 @@ def _starting_model(job: TrainJob) -> Transformer:
         model.tie_weights()
         return model
     if job.model is None:
-        raise TrainingError("A training run needs `model`, a configuration, or `init`, a folder of weights; set one.")
+        rule = "a training needs `model`, a configuration, or `init`, a folder of weights"
+        raise Refusal("run.json", NO_VALUE, rule, "set one of them")
     return build_model(job.model, seed=job.train.seed)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from conf.refusal import NO_VALUE, Refusal
 from data.batch import combine_digest, hash_sum
 from data.loader import Loader, StepBatch
 from model.ffns.experts.layer import rebalance
@@ -23,7 +24,6 @@ from model.kernels.check import check_kernels
 from model.stack import Stack
 from pipelines.training.checkpoint import Checkpoint, Checkpoints
 from pipelines.training.compile import compile_blocks
-from pipelines.training.errors import TrainingError, TrainingStopped
 from pipelines.training.expert_parallel import share_experts
 from pipelines.training.hardware import peak_flops
 from pipelines.training.health import Health, few_steps, replay
@@ -34,6 +34,7 @@ from pipelines.training.metrics import (
     Row,
     RunName,
     Speed,
+    TrackingRefusal,
     WandbRun,
     read_metrics,
     summary,
@@ -43,7 +44,7 @@ from pipelines.training.metrics import (
 from pipelines.training.optim import build_optimizer, learning_rate_scale, set_learning_rates
 from pipelines.training.ranks import Ranks, join
 from pipelines.training.settings import BatchPlan, TrainSettings
-from pipelines.training.signals import Signals, catch_signals
+from pipelines.training.signals import Signals, TrainingStopped, catch_signals
 from pipelines.training.zero import ZeroEngine
 
 LoaderFactory = Callable[[BatchPlan, int], Loader]
@@ -83,9 +84,11 @@ def train_step(engine: ZeroEngine, batch: StepBatch, ranks: Ranks, *, wish: int 
     target_count = int(words[:, 0].sum())
     batch_digest = combine_digest([int(word) for word in words[:, 1]])
     if target_count == 0:
-        raise TrainingError(
-            f"The batch at row {batch.first_row} (digest {batch_digest}) has no target: every token in it is masked, "
-            "so there is nothing to learn from. Check the loss mask of the data, or enlarge the global batch."
+        raise Refusal(
+            f"batch at row {batch.first_row}",
+            NO_VALUE,
+            f"it has no target (digest {batch_digest}): every token in it is masked, so there is nothing to learn from",
+            "check the loss mask of the data, or enlarge the global batch",
         )
     sums: dict[str, torch.Tensor] = {}
     for i, micro_batch in enumerate(batch.micro_batches):
@@ -159,7 +162,7 @@ def train(
     """Train `model` to the end, from the newest checkpoint in `run.out_dir` if there is one; returns the key figures.
 
     Writes metrics.jsonl, ds_config.json and checkpoints/ on the way and model/ at the end; a run that has ended only
-    returns its figures. `on_checkpoint` hears in rank 0 of each checkpoint's folder. Raises TrainingError for a run
+    returns its figures. `on_checkpoint` hears in rank 0 of each checkpoint's folder. Raises Refusal for a run
     that cannot go on, TrainingStopped after SIGTERM or SIGINT.
     """
     began = time.monotonic()
@@ -231,7 +234,7 @@ class Trainer:
 
     def open_sinks(self, stack: ExitStack) -> WandbRun | None:
         """Where rows of metrics go, in rank 0; `stack` closes them."""
-        wandb, problem = None, None
+        wandb, refusal = None, None
         if self.ranks.is_first:
             log = stack.enter_context(closing(MetricsLog(self.run.out_dir / METRICS, keep_steps=self.first_step)))
             self._sinks = [log, Progress(self.run.label, self.plan.total_steps)]
@@ -245,15 +248,15 @@ class Trainer:
                         say=self.say,
                     )
                 )
-            except TrainingError as error:
-                problem = str(error)
+            except TrackingRefusal as refused:
+                refusal = refused
             if wandb is not None:
                 self._sinks.append(wandb)
-        self.ranks.agree(problem)
+        self.ranks.agree(refusal)
         return wandb
 
     def go(self, signals: Signals) -> None:
-        """Run all remaining steps. Raises TrainingError if the run has diverged, unless on_divergence=warn."""
+        """Run all remaining steps. Raises Refusal if the run has diverged, unless on_divergence=warn."""
         self._stop_if_diverged()
         while self.step < self.plan.total_steps:
             began = time.perf_counter()
@@ -264,15 +267,17 @@ class Trainer:
             self.step += 1
             self._report(result, lr, time.perf_counter() - began)
             if not result.applied and self.settings.on_non_finite == "stop":
-                raise TrainingError(self._non_finite(result))
+                raise self._non_finite(result)
             if result.wish != GO_ON:
                 self.save()
             if result.wish == DIVERGED:
                 self._stop_if_diverged()
             if result.wish == STOP:
                 raise TrainingStopped(
-                    f"Stopped as asked after step {self.step} of {self.plan.total_steps}, and saved. Run the same "
-                    "command again to go on from there."
+                    self.run.label,
+                    NO_VALUE,
+                    f"stopped as asked after step {self.step} of {self.plan.total_steps}, and saved",
+                    "run the same command again to go on from there",
                 )
         if self.health.diverged is not None:  # in the last step, perhaps
             self.save()
@@ -320,7 +325,7 @@ class Trainer:
                 # -0.0 + 0.0 is 0.0: a sum over ranks may lose that sign, and the bytes of the file are its digest.
                 state[name] = weight.to("cpu", torch.float32, copy=True).add_(0.0)
         self.engine.close()
-        problem = None
+        refusal = None
         if self.ranks.is_first:
             final, draft = self.run.out_dir / "model", self.run.out_dir / ".model.writing"
             try:
@@ -329,8 +334,9 @@ class Trainer:
                 self.run.save_model(state, draft)
                 os.rename(draft, final)
             except OSError as error:
-                problem = f"{final} cannot be written: {error}. Make room, then run the same command again."
-        self.ranks.agree(problem)
+                remedy = "make room, then run the same command again"
+                refusal = Refusal(final, NO_VALUE, f"cannot be written ({error})", remedy)
+        self.ranks.agree(refusal)
 
     def say(self, line: str) -> None:
         """Tell the user one line, on the screen and in the notes that the driver shows; the first rank speaks for all."""
@@ -388,15 +394,18 @@ class Trainer:
             (self.run.out_dir / "ds_config.json").write_text(json.dumps(self.engine.config, indent=2) + "\n")
 
     def _stop_if_diverged(self) -> None:
-        """Raise TrainingError in every rank if rank 0 found divergence and on_divergence=stop."""
-        warning, problem = self.health.diverged, None
+        """Raise Refusal in every rank if rank 0 found divergence and on_divergence=stop."""
+        warning, refusal = self.health.diverged, None
         if warning is not None and self.settings.on_divergence == "stop":
-            problem = (
-                f"{self.run.label} {warning.text}. A model that is worse than it was is no use to what follows, so the run "
-                f"stops; {self._kept()}. Lower {self._rates()} or take auto, or lengthen {self._key('schedule')}."
-                f"warmup_fraction; {self._key('on_divergence')}=warn goes on from there all the same."
+            refusal = Refusal(
+                self.run.label,
+                NO_VALUE,
+                f"{warning.text}; a model that is worse than it was is no use to what follows, so the run stops; "
+                f"{self._kept()}",
+                f"lower {self._rates()} or take auto, or lengthen {self._key('schedule')}.warmup_fraction; "
+                f"{self._key('on_divergence')}=warn goes on from there all the same",
             )
-        self.ranks.agree(problem)
+        self.ranks.agree(refusal)
 
     def _few_steps(self) -> str | None:
         batch, plan = self._key("global_batch_tokens"), self.plan
@@ -460,10 +469,12 @@ class Trainer:
             for warning in self.health.look(self.step, result.loss):
                 self.say(f"WARNING {warning.text}")
 
-    def _non_finite(self, result: StepResult) -> str:
-        return (
-            f"loss = {result.loss} and gradient norm = {result.grad_norm} in step {self.step} (batch digest "
-            f"{result.batch_digest}): an update must be finite, so it was not applied and the run stops; {self._kept()}. "
-            f"Lower {self._rates()}, lengthen {self._key('schedule')}.warmup_fraction or set {self._key('clip_norm')}=1; "
-            f"{self._key('on_non_finite')}=skip leaves such updates out and counts them."
+    def _non_finite(self, result: StepResult) -> Refusal:
+        return Refusal(
+            f"{self.run.label}, step {self.step}",
+            NO_VALUE,
+            f"loss = {result.loss} and gradient norm = {result.grad_norm} (batch digest {result.batch_digest}), and an "
+            f"update must be finite, so it was not applied and the run stops; {self._kept()}",
+            f"lower {self._rates()}, lengthen {self._key('schedule')}.warmup_fraction or set {self._key('clip_norm')}=1; "
+            f"{self._key('on_non_finite')}=skip leaves such updates out and counts them",
         )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from pipelines.training.errors import TrainingError
+from conf.refusal import Refusal
 from pipelines.training.settings import TrackingSettings
 from pipelines.training.wandb_mode import INIT_SECONDS, wandb_mode
 
@@ -284,6 +284,10 @@ def _reference(url: str, metadata: dict[str, Any]) -> Any:
     return artifact
 
 
+class TrackingRefusal(Refusal):
+    """Weights & Biases does not start: what a training is refused for and an evaluation says."""
+
+
 @contextmanager
 def wandb_run(
     settings: TrackingSettings,
@@ -293,7 +297,7 @@ def wandb_run(
     config: Mapping[str, Any],
     say: Callable[[str], None] = print,
 ) -> Iterator[WandbRun | None]:
-    """The run at Weights & Biases, or None where none is wanted. Raises TrainingError where it does not start."""
+    """The run at Weights & Biases, or None where none is wanted. Raises TrackingRefusal where it does not start."""
     mode, _ = wandb_mode(settings)
     if mode == "off":
         yield None
@@ -311,10 +315,8 @@ def wandb_run(
             say(f"tracking: Weights & Biases offline after all, its server took no run ({why})")
             run = WandbRun(settings, "offline", run=name, folder=folder, config=config)
     except Exception as error:
-        raise TrainingError(
-            f"tracking.mode = {settings.mode}: Weights & Biases did not start ({error}). Use tracking.mode=offline, or "
-            "tracking.mode=off."
-        ) from error
+        rule, remedy = f"Weights & Biases did not start ({error})", "use tracking.mode=offline, or tracking.mode=off"
+        raise TrackingRefusal("tracking.mode", settings.mode, rule, remedy) from error
     failed = True
     try:
         yield run

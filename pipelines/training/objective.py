@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from conf.refusal import NO_VALUE, Refusal
 from model.config import ModelConfig
 from model.costs import forward_flops, train_flops_per_token
-from pipelines.training.errors import TrainingError
 
 NEEDS = {
     "next_token": "a causal model",
@@ -27,21 +27,26 @@ PRESETS = {
 def check_suits(kind: str, config: ModelConfig) -> None:
     """Whether an objective trains such a model: an encoder is not asked for the next token, which it sees.
 
-    Raises TrainingError, of a model that reads no text too.
+    Raises Refusal, of a model that reads no text too.
     """
     if other := reads_other_than_text(config):
-        raise TrainingError(
-            f"{other}, and the rows that are trained on here are text. Choose a model of text: model=gpt2-124m, or "
-            "model=bert-base objective=masked_token, or model=t5-small objective=span_denoising."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            f"{other}, and the rows that are trained on here are text",
+            "choose a model of text: model=gpt2-124m, or model=bert-base objective=masked_token, or model=t5-small "
+            "objective=span_denoising",
         )
     needs = NEEDS[kind]
     is_one = "an encoder (model.causal=false)" if not config.causal else "a causal model"
     if config.encoder is not None:
         is_one = "an encoder-decoder"
     if needs != is_one:
-        raise TrainingError(
-            f"objective.kind={kind} trains {needs}, and this model is {is_one}: set {REMEDIES[is_one]}, or choose a "
-            f"model that is {needs}, such as {PRESETS[needs]}."
+        raise Refusal(
+            "objective.kind",
+            kind,
+            f"it trains {needs}, and this model is {is_one}",
+            f"set {REMEDIES[is_one]}, or choose a model that is {needs}, such as {PRESETS[needs]}",
         )
 
 

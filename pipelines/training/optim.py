@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from conf.refusal import NO_VALUE, Refusal
 from model.init import NO_WEIGHT_DECAY, Role, parameter_roles
-from pipelines.training.errors import TrainingError
 from pipelines.training.settings import MuonSettings, OptimSettings, ScheduleSettings
 
 Group = dict[str, Any]
@@ -20,11 +20,12 @@ Group = dict[str, Any]
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
     """The optimizer of `settings` over the parameters of `model` that are trained, one group for each treatment.
 
-    Each group keeps its peak learning rate as `peak_lr`. Raises TrainingError where nothing is to be trained.
+    Each group keeps its peak learning rate as `peak_lr`. Raises Refusal where nothing is to be trained.
     """
     groups = parameter_groups(model, settings)
     if not groups:
-        raise TrainingError("No parameter of the model is to be trained: all are frozen. Train some, or add adapters.")
+        rule = "no parameter of the model is to be trained: all are frozen"
+        raise Refusal("optimizer", NO_VALUE, rule, "train some, or add adapters")
     adamw_groups = [group for group in groups if not group["muon"]]
     betas = (settings.beta1, settings.beta2)
     # Every group has its own rate; these defaults are unused.
@@ -63,7 +64,7 @@ def peak_rate(settings: OptimSettings, role: Role, ndim: int) -> float:
         rate = settings.expert_lr
     rate = rate or settings.lr
     if isinstance(rate, str):
-        raise TrainingError(f"a learning rate = {rate}: training takes numbers; `rates.derived` makes them.")
+        raise Refusal("learning rate", rate, "training takes numbers", "derive them first, with `rates.derived`")
     return rate
 
 

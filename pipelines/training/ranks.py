@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from pipelines.training.errors import TrainingError
+from conf.refusal import Refusal
 from pipelines.training.settings import TrainSettings
 
 MPI = ("OMPI_", "PMIX_", "PMI_", "MV2_")
@@ -49,11 +49,11 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.words)
         return values
 
-    def agree(self, problem: str | None) -> None:
-        """Raise TrainingError in every rank where one of them has a problem, so that none is left waiting."""
-        for found in self.gather_objects(problem):
-            if found is not None:
-                raise TrainingError(str(found))
+    def agree(self, refusal: Refusal | None) -> None:
+        """Raise in every rank what one of them refuses, so that none is left waiting."""
+        for refused in self.gather_objects(refusal):
+            if isinstance(refused, Refusal):
+                raise refused
 
     def total(self, value: int) -> int:
         """Sum over ranks."""
@@ -68,7 +68,7 @@ def join(settings: TrainSettings) -> Ranks:
     """Take this process's place among the ranks: device, threads, process group.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_*, as torchrun and Ray Train set them; without them
-    this is a run of one process. A process group that is there already is used. Raises TrainingError for a GPU asked
+    this is a run of one process. A process group that is there already is used. Raises Refusal for a GPU asked
     for where there is none.
     """
     for name in [name for name in os.environ if name.startswith(MPI)]:
@@ -110,9 +110,11 @@ def leave(code: int = 0) -> NoReturn:
 def _device(wanted: str, local_rank: int) -> torch.device:
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
-        raise TrainingError(
-            "compute.device = cuda: this process sees no GPU (torch.cuda.is_available() is false). Run where there is one, "
-            "install a CUDA build of torch, or use compute.device=cpu."
+        raise Refusal(
+            "compute.device",
+            wanted,
+            "this process sees no GPU (torch.cuda.is_available() is false)",
+            "run where there is one, install a CUDA build of torch, or use compute.device=cpu",
         )
     if wanted == "cpu" or not available:
         return torch.device("cpu")

@@ -5,11 +5,13 @@ A field marked execution says where or how fast a run goes and never what comes 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from conf.refusal import Refusal, shown
+from conf.refusal import field as key
 from conf.typed import default_of
-from pipelines.training.errors import TrainingError
 
 _EXECUTION: Any = {"execution": True}
 Rate = float | Literal["auto"]
@@ -36,15 +38,15 @@ class _AdamSettings:
     """Of matrices and heads, per step and learning rate; norms, biases and embeddings take none."""
 
     def __post_init__(self) -> None:
-        _require("lr", self.lr, _is_rate(self.lr), "a learning rate above 0, or auto")
+        _require(self, "lr", _is_rate(self.lr), "a learning rate above 0, or auto")
         for name in ("embedding_lr", "head_lr"):
             rate = getattr(self, name)
-            _require(name, rate, rate is None or _is_rate(rate), "a learning rate above 0, auto, or null for lr")
+            _require(self, name, rate is None or _is_rate(rate), "a learning rate above 0, auto, or null for lr")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require(name, value, 0 <= value < 1, "a fraction from 0 to below 1")
-        _require("eps", self.eps, self.eps > 0, "above 0")
-        _require("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
+            _require(self, name, 0 <= value < 1, "a fraction from 0 to below 1")
+        _require(self, "eps", self.eps > 0, "above 0")
+        _require(self, "weight_decay", self.weight_decay >= 0, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +75,10 @@ class MuonSettings(_AdamSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("matrix_lr", self.matrix_lr, _is_rate(self.matrix_lr), "a learning rate above 0, or auto")
+        _require(self, "matrix_lr", _is_rate(self.matrix_lr), "a learning rate above 0, or auto")
         rate = self.expert_lr
-        _require("expert_lr", rate, rate is None or _is_rate(rate), "a learning rate above 0, auto, or null for lr")
-        _require("momentum", self.momentum, 0 <= self.momentum < 1, "a fraction from 0 to below 1")
+        _require(self, "expert_lr", rate is None or _is_rate(rate), "a learning rate above 0, auto, or null for lr")
+        _require(self, "momentum", 0 <= self.momentum < 1, "a fraction from 0 to below 1")
 
 
 OptimSettings = AdamWSettings | MuonSettings
@@ -98,12 +100,14 @@ class ScheduleSettings:
     def __post_init__(self) -> None:
         for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
             value = getattr(self, name)
-            _require(name, value, 0 <= value <= 1, "a fraction from 0 to 1")
+            _require(self, name, 0 <= value <= 1, "a fraction from 0 to 1")
         if self.shape == "wsd":
             both = self.warmup_fraction + self.decay_fraction
-            _require(
-                "schedule.warmup_fraction + decay_fraction", both, both <= 1, "at most 1: together they are the run"
+            rule = (
+                f"at most 1 together with {key('decay_fraction')} = {self.decay_fraction}, as both are parts of the run"
             )
+            left = math.floor(1e4 * (1 - self.decay_fraction)) / 1e4
+            _require(self, "warmup_fraction", both <= 1, rule, f"set {key('warmup_fraction')}={left}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +122,16 @@ class ZeroSettings:
     """Ranks that hold the experts of each layer together; 1: each rank holds all. In stages 0 to 2."""
 
     def __post_init__(self) -> None:
-        _require("stage", self.stage, self.stage in (0, 1, 2, 3), "0, 1, 2 or 3")
-        _require("bucket_elements", self.bucket_elements, self.bucket_elements > 0, "a count above 0")
-        _require("expert_parallel", self.expert_parallel, self.expert_parallel >= 1, "a number of ranks, at least 1")
+        _require(self, "stage", self.stage in (0, 1, 2, 3), "0, 1, 2 or 3")
+        _require(self, "bucket_elements", self.bucket_elements > 0, "a count above 0")
+        _require(self, "expert_parallel", self.expert_parallel >= 1, "a number of ranks, at least 1")
         if self.expert_parallel > 1 and self.stage == 3:
-            raise TrainingError(
-                f"expert_parallel = {self.expert_parallel} with stage = 3: in stage 3 DeepSpeed clips by the norm of what "
-                "it holds itself, and shared-out experts are not among that. Set zero.stage=2, or zero.expert_parallel=1."
+            raise Refusal(
+                "expert_parallel",
+                self.expert_parallel,
+                f"with {key('stage')} = 3 DeepSpeed clips by the norm of what it holds itself, and shared-out experts are "
+                "not among that",
+                f"set {key('stage')}=2, or {key('expert_parallel')}=1",
             )
 
 
@@ -142,10 +149,10 @@ class CheckpointSettings:
     """Keep them after the weights are written (12 bytes a parameter each), to train on from there."""
 
     def __post_init__(self) -> None:
-        _require("keep", self.keep, self.keep >= 1, "at least 1: a resumed run needs one")
+        _require(self, "keep", self.keep >= 1, "at least 1: a resumed run needs one")
         for name in ("every_steps", "every_seconds"):
             value = getattr(self, name)
-            _require(name, value, value is None or value > 0, "above 0, or null for never")
+            _require(self, name, value is None or value > 0, "above 0, or null for never")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,22 +218,21 @@ class TrainSettings:
     """Weights & Biases."""
 
     def __post_init__(self) -> None:
-        _require("total_tokens", self.total_tokens, self.total_tokens > 0, "above 0")
-        _require("global_batch_tokens", self.global_batch_tokens, self.global_batch_tokens > 0, "above 0")
-        _require(
-            "total_tokens",
-            self.total_tokens,
-            self.total_tokens >= self.global_batch_tokens,
-            f"at least one global batch, which is {self.global_batch_tokens:,} tokens (global_batch_tokens)",
-        )
-        _require("clip_norm", self.clip_norm, self.clip_norm is None or self.clip_norm > 0, "above 0, or null")
+        batch = self.global_batch_tokens
+        _require(self, "global_batch_tokens", batch > 0, "above 0", "give a multiple of shards.seq_len")
+        rule = f"at least one global batch, which is {batch:,} tokens ({key('global_batch_tokens')})"
+        remedy = f"set {key('total_tokens')}={batch} or more"
+        _require(self, "total_tokens", self.total_tokens >= batch, rule, remedy)
+        _require(self, "clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0, or null")
         for name in ("micro_batch_rows", "threads"):
             value = getattr(self, name)
-            _require(name, value, value is None or value >= 1, "at least 1, or null to have it derived")
+            _require(self, name, value is None or value >= 1, "at least 1, or null to have it derived")
         if self.optim.kind == "muon" and self.zero.stage != 0:
-            raise TrainingError(
-                f"zero.stage = {self.zero.stage} with optim.kind = muon: Muon orthogonalizes whole matrices, and from "
-                "stage 1 on a rank holds pieces of them. Set zero.stage=0, or optim=adamw."
+            raise Refusal(
+                "zero.stage",
+                self.zero.stage,
+                "Muon (optim.kind) orthogonalizes whole matrices, and from stage 1 on a rank holds pieces of them",
+                "set zero.stage=0, or optim=adamw",
             )
 
     def identity(self) -> TrainSettings:
@@ -254,30 +260,35 @@ class BatchPlan:
     def derive(cls, settings: TrainSettings, *, seq_len: int, world_size: int, largest_rows: int) -> BatchPlan:
         """`largest_rows`: the most rows one forward pass may take where `micro_batch_rows` is null.
 
-        Raises TrainingError where a division leaves a remainder.
+        Raises Refusal where a division leaves a remainder.
         """
         tokens = settings.global_batch_tokens
         rows, rest = divmod(tokens, seq_len)
         if rest or rows < 1:
             below = max(rows, 1) * seq_len
-            raise TrainingError(
-                f"global_batch_tokens = {tokens:,} with seq_len = {seq_len:,}: a global batch is a whole number of "
-                f"rows, so seq_len must divide it. Use for example global_batch_tokens={below} or {below + seq_len}."
+            raise Refusal(
+                "global_batch_tokens",
+                tokens,
+                f"a global batch is a whole number of rows, so seq_len = {seq_len:,} must divide it",
+                f"use for example {key('global_batch_tokens')}={below} or {below + seq_len}",
             )
         local_rows, rest = divmod(rows, world_size)
         if rest or local_rows < 1:
             fitting = max(local_rows, 1) * world_size * seq_len
-            raise TrainingError(
-                f"global_batch_tokens = {tokens:,} is {rows:,} rows of {seq_len:,}, shared by {world_size} ranks: each "
-                f"takes equally many whole rows. Use global_batch_tokens={fitting}, or a number of ranks that "
-                f"divides {rows:,}."
+            raise Refusal(
+                "global_batch_tokens",
+                tokens,
+                f"{rows:,} rows of {seq_len:,} are shared by {world_size} ranks, and each takes equally many whole rows",
+                f"use {key('global_batch_tokens')}={fitting}, or a number of ranks that divides {rows:,}",
             )
         micro = settings.micro_batch_rows or _largest_divisor(local_rows, at_most=largest_rows)
         if local_rows % micro:
-            raise TrainingError(
-                f"micro_batch_rows = {micro} with {local_rows} rows a rank and step (global_batch_tokens / seq_len / "
-                f"ranks): micro-batches are equal, so it must divide. Use "
-                f"micro_batch_rows={_largest_divisor(local_rows, at_most=micro)}, or null."
+            raise Refusal(
+                "micro_batch_rows",
+                micro,
+                f"micro-batches are equal, so it must divide the {local_rows} rows of a rank and step "
+                f"({key('global_batch_tokens')} / seq_len / ranks)",
+                f"use {key('micro_batch_rows')}={_largest_divisor(local_rows, at_most=micro)}, or null",
             )
         return cls(
             seq_len=seq_len,
@@ -287,6 +298,12 @@ class BatchPlan:
             accumulation=local_rows // micro,
             total_steps=settings.total_tokens // tokens,
         )
+
+
+def largest_batch(settings: TrainSettings, rows: int, *, seq_len: int, world_size: int) -> int:
+    """Tokens of the largest global batch of at most so many rows that `BatchPlan.derive` takes; 0 where none does."""
+    smallest = world_size * (settings.micro_batch_rows or 1)
+    return rows // smallest * smallest * seq_len
 
 
 LARGEST_TOKENS = {"cpu": 8192, "cuda": 65536}
@@ -312,6 +329,8 @@ def _is_rate(value: float | str) -> bool:
     return value == "auto" or (not isinstance(value, str) and value > 0)
 
 
-def _require(name: str, value: object, holds: bool, rule: str) -> None:
+def _require(settings: object, name: str, holds: bool, rule: str, remedy: str = "") -> None:
+    """Refuse a field unless it `holds` its rule; the remedy is its default where none is given."""
     if not holds:
-        raise TrainingError(f"{name} = {value}: it must be {rule}.")
+        remedy = remedy or f"set {key(name)}={shown(getattr(type(settings), name))}"
+        raise Refusal(name, getattr(settings, name), f"it must be {rule}", remedy)

@@ -9,9 +9,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from conf.refusal import Refusal
+
 SECONDS_OF_ONE_WISH = 2.0
 STOP_FILE = "ATHANOR_STOP_FILE"
 """Environment variable: the file that is there once the ranks are to leave; set by whoever started them."""
+
+
+class TrainingStopped(Refusal):
+    """A signal asked the ranks to leave; a checkpoint holds everything up to the step the message names."""
+
+    exit_code = 143
 
 
 class Signals:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from pipelines.console import display as console
 from pipelines.engine import explain, runner
 from pipelines.engine.events import StepReport
-from pipelines.engine.resolve import check
 from pipelines.engine.secrets import refuse_secrets
 from pipelines.engine.store.open import open_store
 from pipelines.execution import execute, found, made, named
@@ -49,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check_secrets(overrides: Sequence[str]) -> None:
-    """Refuse overrides with a secret in them: settings are written into manifests, notes and jobs. Raises EngineError."""
+    """Refuse overrides with a secret in them: settings are written into manifests, notes and jobs. Raises Refusal."""
     for override in overrides:
         key, _, value = override.partition("=")
         refuse_secrets(value or key, f"{key}=…" if value else "the command line")
@@ -92,11 +91,8 @@ def plan(arguments: argparse.Namespace) -> int:
 
     settings = compose(arguments.overrides)
     steps = build(settings, corpus_may_be_missing=True)
-    reports = runner.plan(list(steps.values()), store=open_store(settings.store))
+    reports = runner.plan(list(steps.values()), store=open_store(settings.store), checked=True)
     _log_unsealed(reports, settings.store)
-    for report in reports:
-        if report.state in ("to make", "unfinished"):
-            check(steps[report.name])
     costs = planning.estimate(settings, reports)
     if arguments.json:
         console.print_json({"steps": steps_json(reports), "costs": costs})

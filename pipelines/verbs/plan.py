@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.rows.instructions import instruction_files
 from data.text.corpus import CorpusSettings, corpus_files
 from data.text.estimate import bytes_per_token
@@ -133,11 +133,11 @@ def conversation_bytes(settings: Settings) -> float:
     chosen = settings.finetune.data
     if chosen.kind == "files":
         try:
-            with working("a sample of the conversations is read"):
-                there = text_bytes_of(instruction_files(chosen), chosen.reader, text_of=_messages_text)
-            return there * (1 - chosen.held_out_fraction)
-        except DataError:
+            files = instruction_files(chosen)
+        except Refusal:  # there are none yet
             return 0.0
+        with working("a sample of the conversations is read"):
+            return text_bytes_of(files, chosen.reader, text_of=_messages_text) * (1 - chosen.held_out_fraction)
     most = (chosen.max_conversations or 10**9) * chosen.max_characters / 4  # their mean, over this machine's library
     return min(most, FUNCTIONS_SHARE * sum(corpus_bytes(source) for source in settings.corpora().values()))
 
@@ -201,7 +201,7 @@ def corpus_bytes(settings: CorpusSettings) -> float:
     """Bytes of training text of a corpus, estimated from a sample of its files; 0 while it does not exist."""
     try:
         files = corpus_files(settings)
-    except DataError:
+    except Refusal:
         return 0.0
     with working(f"a sample of {len(files):,} files is read"):
         return text_bytes_of(files, settings.reader) * (1 - settings.held_out.fraction)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from cluster.slurm import SlurmSettings, submit
-from pipelines.engine.errors import LOST_MACHINE
+from pipelines.engine.backends.outcome import LOST_MACHINE
 from tests.cluster import nodes, slurm_cluster
 from tests.cluster.nodes import Network, Node, wait_for
 from tests.conftest import ROOT, TINY

@@ -16,7 +16,7 @@ import pytest
 from cluster import member
 from cluster.slurm import LOST_MACHINE_EXIT_CODE, SlurmSettings, render, submit
 from conf.refusal import Refusal
-from pipelines.engine.errors import LOST_MACHINE
+from pipelines.engine.backends.outcome import LOST_MACHINE
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ["run", "experiment=gpt2-124m", "corpus.paths=[/data/a b,/data/$HOME]"]

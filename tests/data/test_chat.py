@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.tokenizers import chat_jinja
 from data.tokenizers.chat import encode_chat
 from data.tokenizers.sentencepiece import ASSISTANT, CHAT_TEMPLATE, END, SYSTEM, USER, Tokenizer
@@ -53,14 +53,17 @@ def test_control_pieces_typed_into_a_message_stay_text(tokenizer: Tokenizer) -> 
     [
         ([], "non-empty list"),
         ("hello", "non-empty list"),
-        (["hello"], "Message 0 is 'hello'"),
-        ([{"role": "user"}], "Message 0"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "Message 0"),
-        ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], "Message 1 has the role 'tool'"),
+        (["hello"], r"messages\[0\] = 'hello': a message is"),
+        ([{"role": "user"}], r"messages\[0\]"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}],
+            r"messages\[1\]\.role = 'tool': known are",
+        ),
     ],
 )
 def test_what_is_no_conversation_is_refused(tokenizer: Tokenizer, messages: Any, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(Refusal, match=message):
         encode_chat(tokenizer, messages)
 
 
@@ -89,13 +92,13 @@ def test_another_template_in_the_artifact_is_followed(tokenizer: Tokenizer) -> N
     ],
 )
 def test_a_template_that_cannot_be_followed_says_why(tokenizer: Tokenizer, template: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(Refusal, match=message):
         encode_chat(with_template(tokenizer, template), [user("n")])
 
 
 def test_the_template_cannot_reach_outside(tokenizer: Tokenizer) -> None:
     escape = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
-    with pytest.raises(DataError, match="refuses"):
+    with pytest.raises(Refusal, match="refuses"):
         encode_chat(with_template(tokenizer, escape), [user("u")])
 
 
@@ -121,9 +124,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("template", HOSTILE)
 def test_whatever_a_template_does_is_one_refusal_that_names_its_file(tokenizer: Tokenizer, template: str) -> None:
-    with pytest.raises(DataError, match=HOSTILE[template]) as refused:
+    with pytest.raises(Refusal, match=HOSTILE[template]) as refused:
         encode_chat(with_template(tokenizer, template, "weights/chat_template.jinja"), [user("u")])
-    assert "It is weights/chat_template.jinja: repair it there" in str(refused.value)
+    assert str(refused.value).startswith("weights/chat_template.jinja: the chat template ")
+    assert "Repair it there" in str(refused.value)
     assert len(str(refused.value)) < 700
 
 
@@ -149,13 +153,13 @@ def test_what_no_count_sees_is_ended_by_the_kernel_and_the_next_template_is_rend
 ) -> None:
     monkeypatch.setattr("data.tokenizers.chat_render.SECONDS", 1)
     started = time.monotonic()
-    with pytest.raises(DataError, match=r"computes for more than 1 s.*It is here\.jinja"):
+    with pytest.raises(Refusal, match=r"here\.jinja: .*computes for more than 1 s.*Repair it there"):
         encode_chat(with_template(tokenizer, "{{ (9 ** (9 ** 9)) % 7 }}", "here.jinja"), [user("u")])
     assert time.monotonic() - started < 60
     ids, _ = encode_chat(with_template(tokenizer, "<s>{{ messages[0].content }}</s>"), [user("u\n\ud83d"[:2])])
     assert ids == [2, *tokenizer.encode("u\n"), 3]
     monkeypatch.setattr("data.tokenizers.chat_render.PATIENCE_SECONDS", 0.2)
-    with pytest.raises(DataError, match=r"no answer after 0 s"):
+    with pytest.raises(Refusal, match=r"no answer after 0 s"):
         encode_chat(with_template(tokenizer, "{{ (9 ** (9 ** 9)) % 7 }}"), [user("u")])
 
 

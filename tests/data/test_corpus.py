@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.text.corpus import CorpusSettings, build_corpus, corpus_files, in_process, plan_shards
 from data.text.decontaminate import HeldOutSettings, is_held_out
 from data.text.document import Document, document_id, read_documents
@@ -165,13 +165,13 @@ def test_when_chance_holds_out_too_little_the_lowest_hashes_are_taken(
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ({"a.txt": ""}, "corpus is empty"),
+        ({"a.txt": ""}, "corpus: empty, "),
         (
             {"a.txt": "short", "b.txt": "1 2 3"},
-            r"corpus is empty: .*2 documents too short \(filters.min_characters = 32\)",
+            r"corpus: empty, .*2 documents too short \(filters.min_characters = 32\)",
         ),
-        ({"a.txt": "\ufffd" * 40}, "corpus is empty: .*1 documents that are not UTF-8"),
-        ({"a.jsonl": "{}"}, "corpus is empty: .*1 malformed lines"),
+        ({"a.txt": "\ufffd" * 40}, "corpus: empty, .*1 documents that are not UTF-8"),
+        ({"a.jsonl": "{}"}, "corpus: empty, .*1 malformed lines"),
         ({"a.txt": prose(1)}, "each needs at least 1"),
         ({"a.txt": prose(1), "b.txt": prose(1)}, "each needs at least 1"),
         ({"a.txt": prose(1), "b.txt": prose(1) + " and more"}, "each needs at least 1"),
@@ -180,7 +180,7 @@ def test_when_chance_holds_out_too_little_the_lowest_hashes_are_taken(
 def test_a_corpus_with_nothing_to_train_or_evaluate_on_is_refused(
     tmp_path: Path, texts: dict[str, str], message: str
 ) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(Refusal, match=message):
         build(write_texts(tmp_path / "in", texts), tmp_path)
 
 
@@ -215,7 +215,7 @@ def test_where_a_shared_notice_leaves_nothing_it_is_named_and_the_remedy_works(t
         tmp_path / "in", lines if suffix == "jsonl" else {f"{n}.txt": t for n, t in enumerate(texts)}
     )
     with pytest.raises(
-        DataError, match=r"documents that are mostly held-out text \(held_out.max_overlap = 0.5\)"
+        Refusal, match=r"documents that are mostly held-out text \(held_out.max_overlap = 0.5\)"
     ) as refused:
         build(settings, tmp_path / "refused")
     assert "30 document(s) 0 would be left to train on" in str(refused.value)
@@ -227,7 +227,7 @@ def test_where_a_shared_notice_leaves_nothing_it_is_named_and_the_remedy_works(t
 def test_only_files_that_can_be_cut_are_told_to_be_cut(tmp_path: Path) -> None:
     for name, told in (("a.txt", True), ("a.jsonl", False)):
         text = prose(1) if told else json.dumps({"text": prose(1)})
-        with pytest.raises(DataError, match="Give more text") as refused:
+        with pytest.raises(Refusal, match="Give more text") as refused:
             build(write_texts(tmp_path / name / "in", {name: text}), tmp_path / name)
         assert ("max_document_characters" in str(refused.value)) is told
 
@@ -244,7 +244,7 @@ def test_one_long_file_is_enough_for_a_corpus(tmp_path: Path) -> None:
 
 def test_excluding_everything_is_refused(tmp_path: Path) -> None:
     settings = replace(write_texts(tmp_path / "in", {"a.txt": "a"}), exclude=("*",))
-    with pytest.raises(DataError, match="leaves none of the 1 files"):
+    with pytest.raises(Refusal, match="leaves none of the 1 files"):
         corpus_files(settings)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.text.decontaminate import HeldOutIndex, HeldOutSettings, is_held_out
 from data.text.document import Document, document_id
 
@@ -113,5 +113,5 @@ def test_an_index_survives_being_saved() -> None:
 
 @pytest.mark.parametrize("wrong", [{"fraction": 0.0}, {"fraction": 1.0}, {"max_overlap": 0.0}, {"min_documents": 0}])
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(DataError, match=next(iter(wrong))):
+    with pytest.raises(Refusal, match=next(iter(wrong))):
         HeldOutSettings(**wrong)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.text.dedup import DedupSettings, MinHash, duplicates_to_drop, near_duplicate_pairs
 from data.text.shingles import character_ngrams, word_ngrams
 
@@ -195,5 +195,5 @@ def test_words_and_characters_serve_scripts_without_spaces() -> None:
 
 @pytest.mark.parametrize("wrong", [{"threshold": 0.0}, {"bands": 33}, {"shingle_size": 0}])
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(DataError, match=next(iter(wrong))):
+    with pytest.raises(Refusal, match=next(iter(wrong))):
         DedupSettings(**wrong)  # type: ignore[arg-type]

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conf.refusal import Refusal
 from data.batch import collate, row_hashes
-from data.errors import DataError
 from data.rows.packing import PackedRows, TokenDocument, pack_stream
 from data.tasks.denoising import MaskedToken, SpanDenoising, TextInfilling
 from data.tasks.objectives import IGNORED, Objective
@@ -188,5 +188,5 @@ def test_the_batch_is_what_the_model_takes(objective: Objective) -> None:
     ],
 )
 def test_an_impossible_objective_is_refused(make: Any, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(Refusal, match=said):
         make()

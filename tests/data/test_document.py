@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.text.document import Document, DocumentWriter, document_files, read_documents, write_documents
 
 
@@ -44,7 +44,7 @@ def test_a_file_broken_off_while_writing_is_not_readable(tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt), DocumentWriter(tmp_path / "0.parquet") as writer:  # noqa: PT012
         writer.write(some_documents(1)[0])
         raise KeyboardInterrupt
-    with pytest.raises(DataError, match="not a readable Parquet"):
+    with pytest.raises(Refusal, match="not a readable Parquet"):
         list(read_documents(tmp_path))
 
 
@@ -56,8 +56,8 @@ def test_row_groups_stay_small_however_many_documents_come(tmp_path: Path, monke
 
 
 def test_a_folder_without_documents_and_a_foreign_parquet_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No document files"):
+    with pytest.raises(Refusal, match="holds no document files"):
         document_files(tmp_path)
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "foreign.parquet")
-    with pytest.raises(DataError, match="id, source, position, signals"):
+    with pytest.raises(Refusal, match="id, source, position, signals"):
         list(read_documents(tmp_path))

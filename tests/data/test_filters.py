@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.text.document import Document
 from data.text.filters import FilterSettings, filter_document, measure, rejection
 
@@ -71,5 +71,5 @@ def test_a_kept_document_carries_its_signals_and_keeps_its_place() -> None:
     [{"min_characters": 0}, {"max_characters": 5}, {"max_control_fraction": 1.5}, {"min_letter_fraction": -0.1}],
 )
 def test_limits_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(DataError, match=next(iter(wrong))):
+    with pytest.raises(Refusal, match=next(iter(wrong))):
         FilterSettings(**wrong)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.rows.instructions import (
     Conversation,
     InstructionSettings,
@@ -169,7 +169,7 @@ BAD_LINES = [
     ('{"messages": [{"role": "user", "content": "q"}]}', "nothing to learn"),
     ('{"prompt": "p", "completion": ""}', "nothing to learn"),
     ('{"prompt": "p", "completion": " \\n"}', "nothing to learn"),
-    ('{"prompt": "p", "completion": null}', "Message 1"),
+    ('{"prompt": "p", "completion": null}', "messages[1]"),
     ("not json", "not JSON"),
 ]
 
@@ -182,7 +182,7 @@ def test_malformed_conversations_are_counted_with_file_and_line_and_limited(tmp_
     for number, (place, (_, message)) in enumerate(zip(metrics["malformed"], BAD_LINES, strict=True), start=31):
         assert place.startswith(f"{tmp_path.name}/a.jsonl:{number}: ")
         assert message in place
-    with pytest.raises(DataError, match=r"a\.jsonl, line 11"):
+    with pytest.raises(Refusal, match=r"a\.jsonl, line 11"):
         build_instructions(write_lines(tmp_path / "a.jsonl", ["{}"] * 20), [], tmp_path / "out")
 
 
@@ -230,7 +230,7 @@ def test_what_is_left_out_of_conversations_is_told_by_reason(tmp_path: Path) -> 
     assert told["files of other kinds (.json 1); readable are .jsonl (also .gz or .zst)"] == 1
     [malformed] = [reason for reason in told if "in/a.jsonl:76: not JSON" in reason]
     assert told[malformed] == 1
-    with pytest.raises(DataError, match=r"left out: 5 malformed lines or rows, the first: in/b\.jsonl:1"):
+    with pytest.raises(Refusal, match=r"left out: 5 malformed lines or rows, the first: in/b\.jsonl:1"):
         build_instructions(write_lines(tmp_path / "in" / "b.jsonl", ["{}"] * 5), [], tmp_path / "none")
 
 
@@ -245,7 +245,7 @@ def test_half_a_pair_of_utf_16_is_replaced_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (InstructionSettings(kind="files"), "finetune.data.paths is empty"),
+        (InstructionSettings(kind="files"), "finetune\.data\.paths = \[\]"),
         (InstructionSettings(kind="files", paths=("a.txt",)), r"only\. Name those"),
         (InstructionSettings(kind="files", paths=("missing.jsonl",)), "does not exist"),
         (InstructionSettings(kind="files", paths=("one.jsonl",)), "Give more conversations"),
@@ -257,13 +257,13 @@ def test_what_gives_no_conversations_is_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "one.jsonl").write_text('{"prompt": "p", "completion": "c"}')
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(Refusal, match=message):
         build_instructions(settings, [], tmp_path / "out")
 
 
 def test_a_corpus_without_functions_is_refused_with_the_choices(tmp_path: Path) -> None:
     folder = corpus(tmp_path, [document("prose", "a.txt")], [document("more prose", "b.txt")])
-    with pytest.raises(DataError, match="kind=files"):
+    with pytest.raises(Refusal, match="kind=files"):
         build_instructions(InstructionSettings(), [folder], tmp_path / "out")
     assert instruction_files(InstructionSettings()) == []
 
@@ -290,9 +290,8 @@ def test_a_conversation_that_the_template_refuses_is_skipped_counted_and_named(t
     documents, refused = encode(refusing(tokenizer), conversations(1, 59), ReaderSettings())
     assert (len(documents), len(refused)) == (59, 1)
     assert refused[0].startswith(
-        "chats.jsonl line 1: The chat template refuses this conversation: System role not supp"
+        "chats.jsonl line 1: weights/chat_template.jinja: the chat template refuses this conversation: System role not supp"
     )
-    assert "It is weights/chat_template.jinja" in refused[0]
     [(line, count)] = conversations_left_out(
         {"conversations_refused": 1, "refused": refused, "malformed": [], "skipped_files": {}}
     ).items()
@@ -303,8 +302,8 @@ def test_conversations_that_the_template_refuses_have_a_limit(tokenizer: Tokeniz
     reader = ReaderSettings(max_malformed_lines_per_file=3)
     assert len(encode(refusing(tokenizer), conversations(3, 3), reader)[1]) == 3
     with pytest.raises(
-        DataError, match=r"chats.jsonl: 4 conversations are refused.*and 3 a file.*first: chats.jsonl line 1"
+        Refusal, match=r"chats.jsonl: 4 of its conversations are refused.*and 3 a file.*first: chats.jsonl line 1"
     ):
         encode(refusing(tokenizer), conversations(4, 30), reader)
-    with pytest.raises(DataError, match="the chat template refuses all"):
+    with pytest.raises(Refusal, match="the chat template refuses all"):
         encode(refusing(tokenizer), conversations(3, 0), reader)

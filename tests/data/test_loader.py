@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import pickle
 import threading
 import time
 from collections import Counter
@@ -13,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from conf.refusal import Refusal
 from data.batch import combine_digest, hash_sum
-from data.errors import DataError
 from data.loader import Loader, StepBatch, check_division, open_loader, order_over
 from data.mixture import MixturePhase, MixtureSettings
 from data.order import OrderSettings
@@ -156,7 +155,7 @@ def test_a_corrupted_block_ends_the_run_before_its_rows_are_seen(tmp_path: Path)
     clean_rows = int(np.flatnonzero(located.row // 8 == bad_row // 8)[0])
     loader = open_loader({"a": folder}, rows_per_step=1, micro_batch_rows=1, order=order)
     take(loader, clean_rows)
-    with loader, pytest.raises(DataError, match="None of it has been trained on"):
+    with loader, pytest.raises(Refusal, match="none of it has been trained on"):
         next(loader)
 
 
@@ -165,10 +164,10 @@ def test_restoring_over_other_data_or_another_order_is_refused_with_both_digests
     other_seed = open_loader(
         folders, rows_per_step=24, micro_batch_rows=2, order=OrderSettings(seed=4), mixture=MIXTURE
     )
-    with pytest.raises(DataError, match=f"{state['digest']}.*{other_seed.state()['digest']}"):
+    with pytest.raises(Refusal, match=f"{state['digest']}.*{other_seed.state()['digest']}"):
         other_seed.restore(state)
     swapped = open_({"books": folders["code"], "code": folders["books"]})
-    with pytest.raises(DataError, match="other data"):
+    with pytest.raises(Refusal, match="other data"):
         swapped.restore(state)
     assert open_(folders, world_size=2, micro=1).state() == state
 
@@ -180,16 +179,16 @@ def test_restoring_over_other_data_or_another_order_is_refused_with_both_digests
         (24, 7, 1, r"global batch of 21 or 28 rows"),
         (6, 2, 8, r"global batch of 16 rows .* or micro_batch_rows of 1, 3"),
         (4, 8, 1, r"4 rows cannot feed 8 ranks.*at most 4 ranks.*at least 8 rows"),
-        (8, 1, 0, r"micro_batch_rows=0 must be at least 1"),
+        (8, 1, 0, r"micro_batch_rows = 0: must be at least 1"),
     ],
 )
 def test_a_batch_that_does_not_divide_names_what_would(rows: int, world_size: int, micro: int, says: str) -> None:
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(Refusal, match=says):
         check_division(rows, world_size=world_size, micro_batch_rows=micro)
 
 
 def test_a_corpus_smaller_than_one_batch_is_refused(folders: dict[str, Path]) -> None:
-    with pytest.raises(DataError, match=r"too small for one batch: it packs into \d+ rows of 16 tokens.*takes 9000"):
+    with pytest.raises(Refusal, match=r"too small for one batch: it packs into \d+ rows of 16 tokens.*takes 9000"):
         open_loader(folders, rows_per_step=9000, micro_batch_rows=1)
 
 
@@ -198,7 +197,7 @@ def test_sources_of_different_row_length_are_refused(folders: dict[str, Path], t
     rows = pack_stream(texts, seq_len=8, bos_id=2, eos_id=3, pad_id=0, dtype=np.uint16)
     record = write_shard(rows, texts, tmp_path, name="a", rows_per_block=8, vocab_size=500, counts=Counter())
     write_manifest(tmp_path, [record], settings=ShardSettings(seq_len=8, rows_per_block=8), vocab_size=500)
-    with pytest.raises(DataError, match=r"different seq_len: \{'books': 16, 'short': 8\}"):
+    with pytest.raises(Refusal, match=r"different seq_len: \{'books': 16, 'short': 8\}"):
         open_loader({"books": folders["books"], "short": tmp_path}, rows_per_step=1, micro_batch_rows=1)
 
 
@@ -218,8 +217,3 @@ def test_waiting_is_measured_and_data_read_ahead_costs_none(folders: dict[str, P
         time.sleep(0.3)
         ready = next(loader)
     assert 0 <= ready.data_seconds < 0.05
-
-
-def test_data_errors_survive_pickling() -> None:
-    error = pickle.loads(pickle.dumps(DataError("one paragraph")))
-    assert (str(error), error.exit_code) == ("one paragraph", 2)

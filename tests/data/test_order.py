@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.mixture import Mixture, MixturePhase, MixtureSettings
 from data.order import Order, OrderSettings, SourceShape, permute
 
@@ -163,11 +163,11 @@ def test_without_phases_sources_come_in_proportion_to_their_size() -> None:
     ("phases", "says"),
     [
         ([MixturePhase(weights={"source-9": 1.0})], "source-9"),
-        ([MixturePhase(weights={"source-0": -1.0})], "source-0=-1.0"),
-        ([MixturePhase(weights={"source-0": 0.0})], "no weight above 0"),
+        ([MixturePhase(weights={"source-0": -1.0})], "source-0 = -1.0"),
+        ([MixturePhase(weights={"source-0": 0.0})], "no weight is above 0"),
         ([MixturePhase(from_tokens=5, weights={"source-0": 1.0})], "first must start at 0"),
     ],
 )
 def test_a_mixture_that_cannot_be_is_refused_with_its_reason(phases: list[MixturePhase], says: str) -> None:
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(Refusal, match=says):
         order_of(SourceShape(rows=10, rows_per_block=2), mixture=MixtureSettings(phases=tuple(phases)))

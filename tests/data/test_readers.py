@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.text.document import Document
 from data.text.readers import ReaderSettings, ReadLog, exclude_files, read_file
 from data.text.sources import SourceFile, list_files, python_library_files
@@ -70,7 +70,7 @@ def test_a_parquet_row_is_a_document_at_its_row_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("field", "message"), [("text", "columns are content, n"), ("n", "is int64, not text")])
 def test_a_parquet_without_the_text_column_names_those_it_has(tmp_path: Path, field: str, message: str) -> None:
     pq.write_table(pa.table({"content": ["a"], "n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(Refusal, match=message):
         read(tmp_path / "a.parquet", ReaderSettings(text_field=field))
 
 
@@ -137,7 +137,7 @@ def test_a_malformed_line_whose_fields_hold_half_a_surrogate_pair_is_told_in_utf
     log = ReadLog.new()
     read(tmp_path / "a.jsonl", log=log)
     assert "(here: k\ufffd;" in log.malformed[0]
-    with pytest.raises(DataError, match="\\(here: k\ufffd;"):
+    with pytest.raises(Refusal, match="\\(here: k\ufffd;"):
         read(tmp_path / "a.jsonl", ReaderSettings(max_malformed_lines_per_file=0))
 
 
@@ -169,7 +169,7 @@ def test_malformed_lines_are_passed_over_counted_and_located(tmp_path: Path) -> 
 
 def test_more_malformed_lines_than_allowed_end_the_run_naming_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(MALFORMED), encoding="utf-8")
-    with pytest.raises(DataError, match=r"a\.jsonl, line 3: .*max_malformed_lines_per_file") as caught:
+    with pytest.raises(Refusal, match=r"a\.jsonl, line 3: .*max_malformed_lines_per_file") as caught:
         read(tmp_path / "a.jsonl", ReaderSettings(max_malformed_lines_per_file=2))
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (str(copy), copy.exit_code) == (str(caught.value), 2)
@@ -193,7 +193,7 @@ def test_invalid_utf8_in_a_parquet_row_is_replaced_and_counted_like_a_files(tmp_
 def test_two_columns_of_the_text_fields_name_are_refused(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet has 2 columns 'text'"):
+    with pytest.raises(Refusal, match=r"a\.parquet: has 2 columns 'text'"):
         read(tmp_path / "a.parquet")
 
 
@@ -234,7 +234,7 @@ def test_a_damaged_parquet_file_is_refused_by_name_wherever_the_damage_is(tmp_pa
         (tmp_path / "a.parquet").write_bytes(raw)
         try:
             read(tmp_path / "a.parquet")
-        except DataError as error:
+        except Refusal as error:
             refused += "a.parquet" in str(error)
     assert refused > 75
 
@@ -294,7 +294,7 @@ def test_what_unpacks_beyond_belief_is_refused_by_name(
     else:
         (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else zstandard.compress(raw))
     limit = ReaderSettings(max_expansion=20)
-    with pytest.raises(DataError, match=f"{name} unpacks to more than 20 times") as refused:
+    with pytest.raises(Refusal, match=f"{name}: unpacks to more than 20 times") as refused:
         read(tmp_path / name, limit)
     (quoted,) = re.findall(r"leave it out, with (.*) \(or exclude", str(refused.value))
     (override,) = shlex.split(quoted)  # as a shell takes it
@@ -306,7 +306,7 @@ def test_what_unpacks_beyond_belief_is_refused_by_name(
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.jsonl.gz", "a.parquet"])
 def test_a_file_that_is_not_what_its_suffix_says_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"this is plain text, whatever the name says")
-    with pytest.raises(DataError, match=f"{name} cannot be read"):
+    with pytest.raises(Refusal, match=f"{name}: cannot be read"):
         read(tmp_path / name)
 
 
@@ -314,7 +314,7 @@ def test_a_truncated_archive_is_named(tmp_path: Path) -> None:
     raw = random.Random(0).randbytes(100_000)
     for name, packed in (("a.txt.gz", gzip.compress(raw)), ("b.txt.zst", zstandard.compress(raw))):
         (tmp_path / name).write_bytes(packed[:-2000])
-        with pytest.raises(DataError, match=f"{name} cannot be read"):
+        with pytest.raises(Refusal, match=f"{name}: cannot be read"):
             read(tmp_path / name)
 
 
@@ -348,5 +348,5 @@ def test_each_topic_of_the_language_reference_is_a_document_at_its_place() -> No
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(DataError, match="must be"):
+    with pytest.raises(Refusal, match="must be"):
         ReaderSettings(**wrong)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.rows.packing import PackedRows, TokenDocument, pack_conversations, pack_stream
 from data.rows.shard_set import ShardSet
 from data.rows.shards import MANIFEST, ShardSettings, write_manifest, write_shard
@@ -143,9 +143,9 @@ def test_a_flipped_bit_is_found_when_its_block_is_first_touched_and_no_sooner(tm
     first_bad = shards.manifest["shards"][0]["rows"]
     shards.gather(range(first_bad))
     shards.gather([first_bad + ROWS_PER_BLOCK])
-    with pytest.raises(DataError, match=r"train-00001\.tar, block 0 is corrupted: its sha256 is \w{64} and was \w{64}"):
+    with pytest.raises(Refusal, match=r"train-00001\.tar, block 0: is corrupted: its sha256 is \w{64} and was \w{64}"):
         shards.gather([first_bad + ROWS_PER_BLOCK - 1])
-    with pytest.raises(DataError, match="Restore the file from a copy"):
+    with pytest.raises(Refusal, match="Restore the file from a copy"):
         ShardSet.open(tmp_path, verify=True)
 
 
@@ -153,53 +153,53 @@ def test_a_flipped_bit_is_found_when_its_block_is_first_touched_and_no_sooner(tm
 def test_a_changed_sidecar_is_found_by_verify(tmp_path: Path, kind: str) -> None:
     write(tmp_path)
     flip(tmp_path / "part-0" / f"train-00000.{kind}", 300)
-    with pytest.raises(DataError, match="is corrupted"):
+    with pytest.raises(Refusal, match="is corrupted"):
         ShardSet.open(tmp_path, verify=True)
 
 
 def test_a_changed_index_is_found_before_it_is_used(tmp_path: Path) -> None:
     write(tmp_path)
     flip(tmp_path / "part-0" / "train-00000.idx", 400)
-    with pytest.raises(DataError, match=r"train-00000\.idx is corrupted"):
+    with pytest.raises(Refusal, match=r"train-00000\.idx: is corrupted"):
         ShardSet.open(tmp_path).gather([0])
 
 
 def test_cut_missing_and_unfinished_shards_are_refused_at_opening(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no shards\.json"):
+    with pytest.raises(Refusal, match=r"holds no shards\.json"):
         ShardSet.open(tmp_path)
     write(tmp_path)
     tar = tmp_path / "part-2" / "train-00002.tar"
     content = tar.read_bytes()
     tar.write_bytes(content[:-512])
-    with pytest.raises(DataError, match=f"has {len(content) - 512} bytes and the manifest says {len(content)}"):
+    with pytest.raises(Refusal, match=f"has {len(content) - 512} bytes and the manifest says {len(content)}"):
         ShardSet.open(tmp_path)
     tar.unlink()
-    with pytest.raises(DataError, match="is missing"):
+    with pytest.raises(Refusal, match="is missing"):
         ShardSet.open(tmp_path)
     (tmp_path / MANIFEST).write_text('{"version": 0}')
-    with pytest.raises(DataError, match="has format version 0; this program reads version 1"):
+    with pytest.raises(Refusal, match="has format version 0, and this program reads version 1"):
         ShardSet.open(tmp_path)
     (tmp_path / MANIFEST).write_text('{"version": 1, "sea')
-    with pytest.raises(DataError, match=r"shards\.json is not readable"):
+    with pytest.raises(Refusal, match=r"shards\.json: is not readable"):
         ShardSet.open(tmp_path)
 
 
 def test_tokens_of_another_vocabulary_and_empty_corpora_are_refused(tmp_path: Path) -> None:
     documents = documents_of(0)
-    with pytest.raises(DataError, match="is not below vocab_size=500"):
+    with pytest.raises(Refusal, match="is not below the 500 pieces"):
         write_shard(
             rows_of(documents), documents, tmp_path, name="a", rows_per_block=4, vocab_size=500, counts=Counter()
         )
     record = write_shard(
         rows_of([]), [], tmp_path, name="a", rows_per_block=4, vocab_size=500, counts=Counter(conversation_too_long=3)
     )
-    with pytest.raises(DataError, match=r"Nothing to train on.*conversation_too_long.*3"):
+    with pytest.raises(Refusal, match=r"nothing to train on.*conversation_too_long.*3"):
         write_manifest(tmp_path, [record], settings=SETTINGS, vocab_size=500)
 
 
 def test_a_folder_that_takes_no_bytes_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file where the folder should be")
-    with pytest.raises(DataError, match=r"Cannot write shard a under .*out.* then run the same command again"):
+    with pytest.raises(Refusal, match=r"out: shard a cannot be written.* then run the same command again"):
         write_shard(
             rows_of(documents_of(0)),
             documents_of(0),

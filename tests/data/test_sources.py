@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.text.readers import exclude_files
 from data.text.sources import (
     BROKEN_LINKS,
@@ -79,11 +79,11 @@ def test_names_do_not_depend_on_where_the_folder_lies(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        ([], "corpus.paths is empty"),
+        ([], r"corpus\.paths = \[\]"),
         (["missing"], "does not exist"),
         (["*.txt"], "matches no file"),
         (["pictures"], r"holds no readable text: \.jpg \(1\)"),
-        (["pictures/cover.jpg"], "suffix is not readable"),
+        (["pictures/cover.jpg"], "a file of this suffix is not read"),
         (["empty"], "no files at all"),
     ],
 )
@@ -93,10 +93,10 @@ def test_what_cannot_be_a_corpus_is_refused_with_the_reason(
     touch(tmp_path, "pictures/cover.jpg")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=message) as refused:
+    with pytest.raises(Refusal, match=message) as refused:
         list_files(paths)
     assert "corpus.paths" in str(refused.value)
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(Refusal) as refused:
         list_files(paths, key="other.paths")
     assert "other.paths" in str(refused.value) and "corpus.paths" not in str(refused.value)
 
@@ -169,13 +169,13 @@ def test_a_linked_folder_named_itself_is_read(hostile: Path) -> None:
     ],
 )
 def test_what_is_no_file_is_refused_by_name_and_never_waited_for(hostile: Path, name: str, message: str) -> None:
-    with pytest.raises(DataError, match=message) as refused:
+    with pytest.raises(Refusal, match=message) as refused:
         list_files([str(hostile / name)])
-    assert "corpus.paths names" in str(refused.value)
+    assert str(refused.value).startswith("corpus.paths = '")
 
 
 def test_a_home_that_nobody_has_is_refused() -> None:
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(Refusal, match="does not exist"):
         list_files(["~nobody-has-this-name/texts"])
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.tokenizers.sentencepiece import CONTROL_PIECES, MODEL_FILE, Tokenizer
 from data.tokenizers.training import MAX_LINE_BYTES, TokenizerSettings, _training_lines, train_tokenizer
 
@@ -72,7 +72,7 @@ def test_ids_that_stop_within_a_character_give_a_replacement_character(tokenizer
 
 def test_half_a_surrogate_pair_is_refused_with_a_reason(tokenizer: Tokenizer) -> None:
     for text in ("a\ud800b", "\u2581\ud800"):
-        with pytest.raises(DataError, match="surrogate"):
+        with pytest.raises(Refusal, match="surrogate"):
             tokenizer.encode(text)
 
 
@@ -117,14 +117,14 @@ def test_long_lines_and_reserved_characters_are_learned_from_not_skipped(
 
 @pytest.mark.parametrize("size", [0, 100, 1000, 4095])
 def test_a_vocabulary_that_is_no_multiple_of_128_is_refused_with_the_nearest(size: int) -> None:
-    with pytest.raises(DataError, match=f"Try tokenizer.vocab_size={max(384, round(size / 128) * 128)}"):
+    with pytest.raises(Refusal, match=f"Set vocab_size={max(384, round(size / 128) * 128)}"):
         TokenizerSettings(vocab_size=size)
 
 
 def test_a_corpus_too_small_for_the_vocabulary_names_one_that_fits(library_texts: list[str], tmp_path: Path) -> None:
     text = library_texts[0][:6000]
     with pytest.raises(
-        DataError, match=r"too small for tokenizer.vocab_size = 8192.*Set tokenizer.vocab_size=(\d+)"
+        Refusal, match=r"vocab_size = 8192: the corpus is too small.*Set tokenizer.vocab_size=(\d+)"
     ) as caught:
         train_tokenizer([text], TokenizerSettings(vocab_size=8192), tmp_path)
     fitting = int(str(caught.value).split("tokenizer.vocab_size=")[1].split(",")[0])
@@ -132,26 +132,26 @@ def test_a_corpus_too_small_for_the_vocabulary_names_one_that_fits(library_texts
 
 
 def test_a_hopelessly_small_or_empty_corpus_asks_for_text(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="give more text"):
+    with pytest.raises(Refusal, match="give more text"):
         train_tokenizer(["hello"], TokenizerSettings(vocab_size=512), tmp_path)
     for texts in ([], ["", "\0"]):
-        with pytest.raises(DataError, match="no text to train"):
+        with pytest.raises(Refusal, match="no text to train"):
             train_tokenizer(texts, TokenizerSettings(), tmp_path)
 
 
 def test_more_characters_than_vocabulary_is_refused_with_both_remedies(tmp_path: Path) -> None:
     text = "".join(chr(0x4E00 + n) for n in range(400)) * 5
-    with pytest.raises(DataError, match=r"vocab_size=768 or more, or lower tokenizer.character_coverage"):
+    with pytest.raises(Refusal, match=r"vocab_size=768 or more, or lower tokenizer.character_coverage"):
         train_tokenizer([text], TokenizerSettings(vocab_size=384), tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_or_with_another_kind_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
-    with pytest.raises(DataError, match="holds no tokenizer"):
+    with pytest.raises(Refusal, match="holds no tokenizer"):
         Tokenizer.load(tmp_path)
     for file in tokenizer_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / MODEL_FILE).write_bytes(b"not a model")
-    with pytest.raises(DataError, match="holds no tokenizer"):
+    with pytest.raises(Refusal, match="holds no tokenizer"):
         Tokenizer.load(tmp_path)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.loader import open_loader
 from data.rows.packing import token_dtype
 from data.rows.shard_tasks import make_shard, plan_shards
@@ -131,7 +131,7 @@ def test_a_folder_that_names_nothing_is_read_by_its_configuration_and_its_own_fr
         (folder / "tokenizer_config.json").write_text("{}")
     ids = {name: Tokenizer.load(folders["qwen"]).control_ids[f"<|{name}|>"] for name in ("endoftext", "im_end")}
     said = {"bos_token_id": ids["endoftext"], "eos_token_id": [ids["im_end"], ids["endoftext"]]}
-    with pytest.raises(DataError, match="which piece ends a text"):
+    with pytest.raises(Refusal, match="which piece ends a text"):
         Tokenizer.load(tmp_path / "qwen")
     (tmp_path / "qwen" / "generation_config.json").write_text(json.dumps(said))
     made = Tokenizer.load(tmp_path / "qwen")
@@ -150,7 +150,7 @@ def test_objectives_hide_with_the_pieces_there_are(folders: dict[str, Path]) -> 
     assert (spans.sentinel_id, spans.start_id, spans.end_id) == (t5.vocab_size - 1, 0, 1)
     assert t5.sentinels == 20
     for settings in (MaskedTokenSettings(), SpanDenoisingSettings()):
-        with pytest.raises(DataError, match="start from"):
+        with pytest.raises(Refusal, match="start from"):
             settings.over(gpt2, 0)
 
 
@@ -207,12 +207,12 @@ def test_a_template_that_hides_where_answers_are_is_refused_with_the_remedy(fold
     qwen = Tokenizer.load(folders["qwen"])
     turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
     asks = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
-    with pytest.raises(DataError, match=r"does not go on from there.*\{% generation %\}"):
+    with pytest.raises(Refusal, match=r"does not go on from there.*\{% generation %\}"):
         encode_chat(with_template(qwen, turns + asks), CONVERSATION)
-    with pytest.raises(DataError, match="leaves out or repeats"):
+    with pytest.raises(Refusal, match="leaves out or repeats"):
         encode_chat(with_template(qwen, turns.replace("m.content", "messages[0].content")), CONVERSATION)
     asks = "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
-    with pytest.raises(DataError, match="middle of text"):
+    with pytest.raises(Refusal, match="middle of text"):
         encode_chat(with_template(qwen, turns.replace("\n{{", ": {{") + asks), CONVERSATION)
     # The end of a turn may differ behind its closing piece, as Phi-3's does: the last one is followed by the end of text.
     closes = "{% if not add_generation_prompt %}<|endoftext|>{% else %}<|im_start|>assistant\n{% endif %}"
@@ -301,7 +301,7 @@ def test_a_sentencepiece_model_alone_is_refused_with_a_command_that_helps(
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     named = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
-    with pytest.raises(DataError, match="transformers makes one") as refused:
+    with pytest.raises(Refusal, match="transformers makes one") as refused:
         Tokenizer.load(tmp_path)
     real = theirs(tmp_path)
     exec(str(refused.value).split('python -c "')[1].rsplit('"', 1)[0], {})
@@ -317,12 +317,12 @@ def test_a_broken_tokenizer_file_says_so(folders: dict[str, Path], tmp_path: Pat
     folder = shutil.copytree(folders["gpt2"], tmp_path / "broken")
     content = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(content | {"model": {"type": "Unheard"}}))
-    with pytest.raises(DataError, match=r"broken holds no tokenizer that can be read: tokenizer\.json"):
+    with pytest.raises(Refusal, match=r"broken: holds no tokenizer that can be read: tokenizer\.json"):
         Tokenizer.load(folder)
     named = json.loads((folder / "tokenizer_config.json").read_text()) | {"eos_token": "<|gone|>"}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
-    with pytest.raises(DataError, match=r"'<\|gone\|>' is not in tokenizer\.json"):
+    with pytest.raises(Refusal, match=r"tokenizer\.json: lacks the special piece '<\|gone\|>'"):
         Tokenizer.load(folder)
 
 

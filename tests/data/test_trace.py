@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import DataError
+from conf.refusal import Refusal
 from data.loader import open_loader, order_over
 from data.rows.shard_set import ShardSet
 from data.rows.shard_tasks import make_conversation_shard, make_shard, plan_shards
@@ -158,9 +158,9 @@ def test_without_its_text_a_row_is_shown_by_its_tokens(folder: Path, tokenizer: 
 def test_a_corpus_that_has_changed_is_refused(corpus: Path, folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     for file in corpus.glob("*.parquet"):
         write_documents(tmp_path / file.name, [Document(text=f"other {i}", source="f", position=i) for i in range(40)])
-    with pytest.raises(DataError, match="where the shards were made of"):
+    with pytest.raises(Refusal, match="where the shards were made of"):
         trace(folder, tokenizer, {"a": tmp_path}, step=1)
-    with pytest.raises(DataError, match="There is no step 0"):
+    with pytest.raises(Refusal, match="step = 0: steps count from 1"):
         trace(folder, tokenizer, {"a": corpus}, step=0)
 
 
@@ -173,7 +173,7 @@ def test_a_damaged_tar_is_refused_when_its_rows_are_traced(
     for tar in copy.rglob("*.tar"):
         content = tar.read_bytes()
         tar.write_bytes(bytes(byte ^ 1 for byte in content) if damage == "flipped" else content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"train-\d+\.tar.* (is corrupted: its sha256|has \d+ bytes)"):
+    with pytest.raises(Refusal, match=r"train-\d+\.tar.* (is corrupted: its sha256|has \d+ bytes)"):
         trace(copy, tokenizer, {"a": corpus}, step=1)
 
 

@@ -20,9 +20,8 @@ from pipelines.engine.backends.machines import (
     interface_with,
     lost_connection,
 )
-from pipelines.engine.backends.outcome import LostMachineError, WorkerDiedError
+from pipelines.engine.backends.outcome import LOST_MACHINE, LostMachineError, WorkerDiedError
 from pipelines.engine.backends.ray_health import RayGoneError
-from pipelines.engine.errors import LOST_MACHINE
 
 TWO = Resources(cpus=12, gpus=2, machines=((8.0, 2.0), (4.0, 0.0)))
 ONE = Resources(cpus=8, gpus=2, machines=((8.0, 2.0),))

@@ -499,3 +499,52 @@ def test_a_damaged_artifact_is_named_and_not_used(store: LocalStore, backend: Ba
     assert [report.state for report in status([letters()], store=store)] == ["damaged"]
     with pytest.raises(Refusal, match="has 1 bytes instead of 3: the artifact is damaged"):
         run([joined(letters())], store=store, backend=backend)
+
+
+def refuse_few(inputs: Inputs) -> None:
+    """What tuning refuses of its letters, once they are there."""
+    chats = inputs.first("parts")
+    if chats is not None and chats.metrics["characters"] < 5:
+        raise Refusal("tune.batch", 5, f"only {chats.metrics['characters']} letters")
+
+
+def tuning() -> tuple[Step, Step, Step]:
+    """Chats, a training that comes after them, and a tuning of it on them."""
+
+    def slowly(*given: Any) -> dict[str, Any]:
+        time.sleep(0.2)  # a training that waits for its own inputs alone would have begun
+        return write_letters(*given)
+
+    chats = letters("chats", run=slowly)
+    training = replace(joined(letters("rows"), name="training"), after=(chats,))
+    return chats, training, replace(joined(chats, training, name="tuned"), check_inputs=refuse_few)
+
+
+def test_inputs_that_a_step_refuses_end_the_run_before_what_comes_after_them_begins(
+    store: LocalStore, backend: Backend
+) -> None:
+    _, training, tuned = tuning()
+    everything = [training, tuned]  # the training is named before what it comes after
+    for state in ("to make", "cached"):  # refused once the chats are made, and then before anything runs
+        assert {r.name: r.state for r in plan(everything, store=store)}["chats"] == state
+        events: list[Event] = []
+        with pytest.raises(Refusal, match="only 3 letters"):
+            run(everything, store=store, backend=backend, on_event=events.append)
+        assert "training" not in {event.step for event in events if event.kind == "started"}
+    with pytest.raises(Refusal, match="only 3 letters"):
+        plan(everything, store=store, checked=True)
+    plan([training], store=store, checked=True)
+    reports = run([training], store=store, backend=backend)  # alone it waits for nobody
+    assert [report.name for report in reports] == ["rows", "training"]
+
+
+def test_what_comes_after_a_failed_step_is_not_made_and_a_summary_says_why(store: LocalStore, backend: Backend) -> None:
+    chats, training, _ = tuning()
+    bad = replace(chats, run=failing)
+    training = replace(training, after=(bad,))
+    target = summary(training=training, good=letters("good"), chats=bad)
+    with pytest.raises(Refusal, match="no such luck"):
+        run([target], store=store, backend=backend)
+    [made] = store.root.glob("summary/*/summary.json")
+    reason = "not made: it comes after chats, which failed"
+    assert json.loads(made.read_text()) == [["good"], {"chats": "luck = 0: no such luck.", "training": reason}]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.training.errors import TrainingError
+from conf.refusal import Refusal
 from pipelines.training.job import run_rank
 from pipelines.training.metrics import read_metrics
 
@@ -100,7 +100,7 @@ def test_a_checkpoint_that_was_being_written_is_nobody_and_is_cleared(
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused_with_both_digests(interrupted: dict[str, Any]) -> None:
-    with pytest.raises(TrainingError, match=r"its tokenizer has the digest t0, and this run's is t1"):
+    with pytest.raises(Refusal, match=r"its tokenizer has the digest t0, and this run's is t1"):
         run_rank({**interrupted, "digests": {"tokenizer": "t1"}})
 
 
@@ -116,7 +116,7 @@ def test_a_checkpoint_of_other_things_is_refused_by_their_name(
     interrupted: dict[str, Any], name: str, change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
     saved = json.loads((Path(interrupted["out_dir"]) / "checkpoints/step-00000004/state.json").read_text())
-    with pytest.raises(TrainingError) as caught:
+    with pytest.raises(Refusal) as caught:
         run_rank({**interrupted, **change(interrupted)})
     assert f"its {name} has the digest {saved['digests'][name]}, and this run's is " in str(caught.value)
 

@@ -15,11 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from conf.refusal import Refusal
 from model.build import build_model
 from model.config import LayerChange, ModelConfig
 from model.ffns.experts.config import MoeConfig
 from model.mixers.attention import AttentionConfig
-from pipelines.training.errors import TrainingError
 from pipelines.training.expert_parallel import share_experts
 from pipelines.training.job import run_rank
 from pipelines.training.metrics import read_metrics
@@ -103,12 +103,12 @@ def test_a_checkpoint_is_read_at_any_size_of_expert_parallelism(runs: Path, shar
     ("zero", "said"),
     [
         ({"expert_parallel": 0}, "a number of ranks, at least 1"),
-        ({"expert_parallel": 2, "stage": 3}, r"Set zero.stage=2"),
+        ({"expert_parallel": 2, "stage": 3}, r"Set train\.zero\.stage=2"),
         ({"expert_parallel": 2}, "1 ranks do not divide into groups of 2"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(job: Make, zero: dict[str, int], said: str) -> None:
-    with pytest.raises(TrainingError, match=said):
+    with pytest.raises(Refusal, match=said):
         run_rank(experts_job(job, zero=zero))
 
 
@@ -116,10 +116,10 @@ def test_sharing_out_needs_experts_that_divide_and_are_trained() -> None:
     config = ModelConfig(vocab_size=64, d_model=16, n_layers=1, mixer=AttentionConfig(n_heads=2))
     ranks, said = Ranks(0, 3, torch.device("cpu"), 1), list[str]()
     settings = TrainSettings(total_tokens=1, global_batch_tokens=1, zero=ZeroSettings(expert_parallel=3))
-    with pytest.raises(TrainingError, match="no layer with experts"):
+    with pytest.raises(Refusal, match="no layer with experts"):
         share_experts(build_model(config), settings, ranks, said.append)
     model = build_model(replace(config, ffn=MoeConfig(n_experts=4, d_ff=8)))
-    with pytest.raises(TrainingError, match="a layer has 4 experts, which 3 ranks cannot hold equally"):
+    with pytest.raises(Refusal, match="a layer has 4 experts, which 3 ranks cannot hold equally"):
         share_experts(model, settings, ranks, said.append)
     frozen = build_model(replace(config, ffn=MoeConfig(n_experts=6, d_ff=8))).requires_grad_(False)
     assert share_experts(frozen, settings, ranks, said.append) is None

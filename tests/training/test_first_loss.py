@@ -176,7 +176,7 @@ def test_rotary_positions_go_further_and_learned_ones_end(tmp_path: Path) -> Non
     rotary, learned = (Start.open("pretrain.init_from", str(tmp_path / name)) for name in ("llama", "gpt2"))
     assert rotary.model(rotary.config, 2 * SEQ_LEN).max_seq_len == 2 * SEQ_LEN
     assert learned.model(learned.config, SEQ_LEN // 2).max_seq_len == SEQ_LEN
-    with pytest.raises(Refusal, match=f"use shards.seq_len={SEQ_LEN}"):
+    with pytest.raises(Refusal, match=f"Use shards.seq_len={SEQ_LEN}"):
         learned.model(learned.config, 2 * SEQ_LEN)
 
 
@@ -188,5 +188,5 @@ def test_a_model_chosen_by_hand_agrees_or_is_refused_with_both_values(tmp_path: 
     begun.check_model(replace(begun.config, vocab_size=None, dropout=0.1), ["vocab_size", *preset])
     wider = replace(begun.config, d_model=48)
     begun.check_model(wider, ["n_layers"])  # what nobody chose is the folder's
-    with pytest.raises(Refusal, match=r"model.d_model = 48, and pretrain.init_from=.* has 64"):
+    with pytest.raises(Refusal, match=r"model.d_model = 48: pretrain.init_from=.* has 64"):
         begun.check_model(wider, ["n_layers", "d_model"])

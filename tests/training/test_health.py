@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.training.errors import TrainingError
+from conf.refusal import Refusal
 from pipelines.training.health import Health, few_steps
 from pipelines.training.job import run_rank
 from pipelines.training.loop import NOTES
@@ -99,15 +99,15 @@ def test_a_diverging_run_stops_saved_says_what_to_type_and_goes_on_only_if_told_
     clock = {"every_steps": None, "every_seconds": None, "keep_finished": True}
     wild = job(steps=30, lr=0.3, checkpoint=clock, optim={"kind": "adamw", "lr": 3.0, "weight_decay": 0.0})
     wild["label"] = "finetune"
-    with pytest.raises(TrainingError) as stopped:
+    with pytest.raises(Refusal) as stopped:
         run_rank(wild)
     rows = read_metrics(tmp_path / "out/metrics.jsonl")
     assert 1 < len(rows) < 30
     said = str(stopped.value)
-    assert said.startswith("finetune diverged in step ") and f"checkpoints kept: step-{len(rows):08d}" in said
+    assert said.startswith("finetune: diverged in step ") and f"checkpoints kept: step-{len(rows):08d}" in said
     assert "Lower finetune.train.optim.lr or take auto" in said and "finetune.train.on_divergence=warn goes on" in said
     assert "WARNING diverged in step" in (tmp_path / "out" / NOTES).read_text()
-    with pytest.raises(TrainingError, match="diverged in step"):  # at once: not one step further
+    with pytest.raises(Refusal, match="diverged in step"):  # at once: not one step further
         run_rank(wild)
     assert len(read_metrics(tmp_path / "out/metrics.jsonl")) == len(rows)
     wild["train"]["on_divergence"] = "warn"

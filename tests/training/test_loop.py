@@ -21,13 +21,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conf.refusal import Refusal
 from data.loader import open_loader
 from data.rows.packing import TokenDocument, pack_stream
 from data.rows.shards import ShardSettings, write_manifest, write_shard
 from model.build import build_model
 from model.interop import load_pretrained
 from model.kernels.select import KERNELS
-from pipelines.training.errors import TrainingError
 from pipelines.training.job import run_rank
 from pipelines.training.metrics import read_metrics
 from tests.conftest import METRICS_KEYS
@@ -62,7 +62,7 @@ def test_a_run_that_has_ended_only_returns_its_figures(job: Make) -> None:
     files = {p: p.stat().st_mtime_ns for p in Path(this["out_dir"]).rglob("*") if p.is_file()}
     assert run_rank(this) == figures
     assert {p: p.stat().st_mtime_ns for p in Path(this["out_dir"]).rglob("*") if p.is_file()} == files
-    with pytest.raises(TrainingError, match=r"finished\.json is of another run: its tokenizer"):
+    with pytest.raises(Refusal, match=r"finished\.json: is of another run: its tokenizer"):
         run_rank({**this, "digests": {"tokenizer": "t1"}})
 
 
@@ -108,7 +108,7 @@ def test_a_run_leaves_pytorch_as_it_found_it(job: Make, stage: int) -> None:
     linear = torch.nn.functional.linear
     run_rank(job(steps=1, zero={"stage": stage}))
     assert torch.nn.functional.linear is linear
-    with pytest.raises(TrainingError):  # or as it was when it failed
+    with pytest.raises(Refusal):  # or as it was when it failed
         run_rank(job(out="failed", steps=2, zero={"stage": stage}, lr=1e30, on_non_finite="stop"))
     assert torch.nn.functional.linear is linear
 
@@ -170,7 +170,7 @@ def test_muon_learns_and_resumes_bit_for_bit(job: Make, tmp_path: Path) -> None:
 def test_an_update_that_is_not_finite_is_never_applied(job: Make, stage: int) -> None:
     exploding = {"optim": {"kind": "adamw", "lr": 1e30, "weight_decay": 0.0}, "zero": {"stage": stage}}
     stopping = job(out="stopping", **exploding)
-    with pytest.raises(TrainingError, match=r"in step 2 \(batch digest [0-9a-f]{16}\): an update must be finite"):
+    with pytest.raises(Refusal, match=r"step 2: .*\(batch digest [0-9a-f]{16}\), and an update must be finite"):
         run_rank(stopping)
     skipping = job(out="skipping", on_non_finite="skip", **exploding)
     figures = run_rank(skipping)
@@ -188,7 +188,7 @@ def test_a_batch_without_targets_is_an_error(job: Make, tmp_path: Path) -> None:
     record = write_shard(masked, [document], folder, name="train-0", rows_per_block=8, vocab_size=256, counts=Counter())
     settings = ShardSettings(seq_len=32, rows_per_block=8)
     write_manifest(folder, [record], settings=settings, vocab_size=256, masked=True)
-    with pytest.raises(TrainingError, match=r"at row 0 .* has no target: every token in it is masked"):
+    with pytest.raises(Refusal, match=r"at row 0: it has no target .*: every token in it is masked"):
         run_rank({**job(), "shards": {"made": str(folder)}})
 
 
@@ -210,7 +210,7 @@ def test_a_compiled_run_resumes_bit_for_bit_and_learns_what_an_eager_one_does(jo
 def test_compiling_what_cannot_be_compiled_is_refused_and_auto_says_why_not(
     job: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(TrainingError, match="compile = on: not possible here, ZeRO stage 3"):
+    with pytest.raises(Refusal, match="compile = 'on': not possible here, ZeRO stage 3"):
         run_rank(job(compile="on", zero={"stage": 3}))
     run_rank(job(out="short", compile="auto", steps=1))
     assert "compile: off, the run is too short to earn back the time it takes" in capsys.readouterr().out

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from conf.refusal import Refusal
 from model.interop import load_pretrained
-from pipelines.training.errors import TrainingError
 from pipelines.training.job import run_rank
 from tests.training.conftest import MODEL, VOCAB_SIZE
 
@@ -55,5 +55,5 @@ def test_a_model_learns_what_its_objective_asks(
 def test_an_objective_that_does_not_suit_the_model_is_refused(
     job: Callable[..., dict[str, Any]], model: dict[str, Any], objective: dict[str, Any] | None, said: str
 ) -> None:
-    with pytest.raises(TrainingError, match=said):
+    with pytest.raises(Refusal, match=said):
         run_rank({**job(), "model": model, "objective": objective})

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from conf.refusal import Refusal
 from model.build import build_model
 from model.config import ModelConfig
 from model.init import NO_WEIGHT_DECAY, parameter_roles
 from model.mixers.attention import AttentionConfig
-from pipelines.training.errors import TrainingError
 from pipelines.training.optim import build_optimizer, learning_rate_scale, parameter_groups, set_learning_rates
 from pipelines.training.settings import AdamWSettings, MuonSettings, ScheduleSettings
 
@@ -75,7 +75,7 @@ def test_only_matrices_decay_and_every_parameter_is_in_one_group() -> None:
 
 def test_frozen_parameters_are_left_out_and_freezing_all_is_an_error() -> None:
     model = build_model(CONFIG).requires_grad_(False)
-    with pytest.raises(TrainingError, match="all are frozen"):
+    with pytest.raises(Refusal, match="all are frozen"):
         build_optimizer(model, AdamWSettings())
     model.frontend.tokens.weight.requires_grad_(True)
     assert [g["names"] for g in parameter_groups(model, AdamWSettings())] == [["frontend.tokens.weight"]]

@@ -9,16 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conf.refusal import Refusal
 from conf.typed import from_plain, to_plain
 from model.config import ModelConfig
 from model.costs import activation_bytes, row_and_once_bytes
-from pipelines.training.errors import TrainingError
 from pipelines.training.settings import (
     BatchPlan,
     MuonSettings,
     ScheduleSettings,
     TrainSettings,
     ZeroSettings,
+    largest_batch,
     largest_rows,
 )
 
@@ -46,6 +47,22 @@ def test_a_derived_plan_shares_out_every_row_once(rows_per_rank: int, world_size
     assert plan.total_steps == 3
 
 
+@given(rows=st.integers(1, 60), world_size=st.integers(1, 5), micro_batch_rows=st.integers(1, 4) | st.none())
+def test_the_largest_batch_of_some_rows_is_the_largest_that_divides(
+    rows: int, world_size: int, micro_batch_rows: int | None
+) -> None:
+    def divides(batch_rows: int) -> bool:
+        given = settings(total_tokens=9000, global_batch_tokens=batch_rows * 16, micro_batch_rows=micro_batch_rows)
+        try:
+            BatchPlan.derive(given, seq_len=16, world_size=world_size, largest_rows=1)
+        except Refusal:
+            return False
+        return True
+
+    most = largest_batch(settings(micro_batch_rows=micro_batch_rows), rows, seq_len=16, world_size=world_size)
+    assert most == 16 * max((n for n in range(1, rows + 1) if divides(n)), default=0)
+
+
 def test_a_last_partial_batch_is_not_trained_on() -> None:
     plan = BatchPlan.derive(settings(total_tokens=5000), seq_len=128, world_size=1, largest_rows=8)
     assert plan.total_steps == 4
@@ -54,17 +71,17 @@ def test_a_last_partial_batch_is_not_trained_on() -> None:
 @pytest.mark.parametrize(
     ("changes", "seq_len", "world_size", "said"),
     [
-        ({}, 100, 1, ["1,024", "seq_len = 100", "global_batch_tokens=1000 or 1100"]),
-        ({}, 2048, 1, ["1,024", "global_batch_tokens=2048 or 4096"]),
+        ({}, 100, 1, ["global_batch_tokens = 1024", "seq_len = 100", "global_batch_tokens=1000 or 1100"]),
+        ({}, 2048, 1, ["global_batch_tokens = 1024", "global_batch_tokens=2048 or 4096"]),
         ({}, 128, 3, ["8 rows", "3 ranks", "768"]),
         ({}, 128, 16, ["8 rows", "16 ranks", "global_batch_tokens=2048"]),
-        ({"micro_batch_rows": 3}, 128, 2, ["micro_batch_rows = 3", "4 rows a rank", "Use micro_batch_rows=2"]),
+        ({"micro_batch_rows": 3}, 128, 2, ["micro_batch_rows = 3", "4 rows of a rank", "Use micro_batch_rows=2"]),
     ],
 )
 def test_what_does_not_divide_is_refused_with_numbers_that_do(
     changes: dict[str, Any], seq_len: int, world_size: int, said: list[str]
 ) -> None:
-    with pytest.raises(TrainingError) as caught:
+    with pytest.raises(Refusal) as caught:
         BatchPlan.derive(settings(**changes), seq_len=seq_len, world_size=world_size, largest_rows=8)
     for words in said:
         assert words in str(caught.value)
@@ -77,16 +94,19 @@ def test_what_does_not_divide_is_refused_with_numbers_that_do(
         ({"total_tokens": 1023}, "at least one global batch, which is 1,024 tokens"),
         ({"clip_norm": 0.0}, "clip_norm = 0.0"),
         ({"micro_batch_rows": 0}, "micro_batch_rows = 0"),
-        ({"optim": MuonSettings(), "zero": ZeroSettings(stage=1)}, "optim.kind = muon"),
+        ({"optim": MuonSettings(), "zero": ZeroSettings(stage=1)}, r"zero\.stage = 1: Muon"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(TrainingError, match=said):
+    with pytest.raises(Refusal, match=said):
         settings(**changes)
 
 
 def test_a_schedule_longer_than_the_run_is_refused() -> None:
-    with pytest.raises(TrainingError, match=r"warmup_fraction \+ decay_fraction = 1.2"):
+    with pytest.raises(
+        Refusal,
+        match=r"warmup_fraction = 0\.6: it must be at most 1 together with decay_fraction = 0\.6.*Set warmup_fraction=0\.4",
+    ):
         ScheduleSettings(shape="wsd", warmup_fraction=0.6, decay_fraction=0.6)
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from conf.refusal import NO_VALUE, Refusal
-from pipelines.engine.errors import LOST_MACHINE
 
 LOG_TAIL_BYTES = 2000
+LOST_MACHINE = 75
+"""Exit code of a run that lost a machine, or Ray itself, and can go on elsewhere or later (sysexits' EX_TEMPFAIL). A
+scheduler may requeue such a job; any other code but 0 needs a person."""
 
 
 class WorkerDiedError(Refusal):

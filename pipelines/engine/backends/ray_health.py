@@ -13,7 +13,7 @@ import threading
 import time
 
 from conf.refusal import Refusal
-from pipelines.engine.errors import LOST_MACHINE
+from pipelines.engine.backends.outcome import LOST_MACHINE
 
 SILENT_SECONDS = 30.0  # of a cluster's head, until it counts as gone
 
