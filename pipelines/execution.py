@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from conf.refusal import NO_VALUE, Refusal
 from pipelines.console import display as console
 from pipelines.engine import runner
 from pipelines.engine.backends.base import Backend
@@ -18,7 +19,6 @@ from pipelines.engine.step import Step
 from pipelines.engine.store.manifest import is_sealed
 from pipelines.engine.store.open import open_store
 from pipelines.settings.compose import Settings
-from pipelines.settings.overrides import SettingsError
 from pipelines.training.preload import ENVIRONMENT, modules, take_threads
 
 
@@ -51,19 +51,21 @@ def make_backend(settings: Settings) -> Backend:
 
 
 def named(steps: dict[str, Step], name: str) -> Step:
-    """The step of that name, or SettingsError with the names there are."""
+    """The step of that name, or Refusal with the names there are."""
     if name not in steps:
-        raise SettingsError(f"step {name!r}: this experiment has no such step. Its steps are {', '.join(steps)}.")
+        raise Refusal("step", name, "this experiment has no such step", f"its steps are {', '.join(steps)}")
     return steps[name]
 
 
 def made(settings: Settings, step: Step, overrides: Sequence[str], rechecked: tuple[str, ...] = ()) -> Path:
-    """The local folder of a step's artifact, or SettingsError that says by which command to make it."""
+    """The local folder of a step's artifact, or Refusal that says by which command to make it."""
     folder = found(settings, step, rechecked)
     if folder is None:
-        raise SettingsError(
-            f"step {step.name!r} of experiment {settings.experiment!r} is not in the store {settings.store}; make it "
-            f"first: athanor run {shlex.join(overrides)} --until {step.name}"
+        raise Refusal(
+            f"step {step.name} of experiment {settings.experiment}",
+            NO_VALUE,
+            f"it is not in the store {settings.store}",
+            f"make it first: athanor run {shlex.join(overrides)} --until {step.name}",
         )
     return folder
 

@@ -73,10 +73,10 @@ def test_what_does_not_suit_is_refused_with_the_remedy(
     def said(*more: str) -> str:
         return complaint(capsys, "run", *words(corpus_dir, tmp_path / "store", LOCAL, *more))
 
-    assert "set objective=next_token, or choose a model that is an encoder" in said("objective=masked_token")
-    assert "set objective=masked_token, or choose a model that is a causal" in said(*BERT, "objective=next_token")
+    assert "Set objective=next_token, or choose a model that is an encoder" in said("objective=masked_token")
+    assert "Set objective=masked_token, or choose a model that is a causal" in said(*BERT, "objective=next_token")
     assert "such as model=t5-small" in said(*BERT, "objective=text_infilling")
-    assert "set finetune=none" in said(*BERT, "finetune=library")
+    assert "Set finetune=none" in said(*BERT, "finetune=library")
     assert "tokenizer.sentinel_pieces=3" in said(*T5, "tokenizer.sentinel_pieces=2")
     assert "Try tokenizer.vocab_size=512" in said(*T5, "tokenizer.vocab_size=384", "tokenizer.sentinel_pieces=50")
     assert "objective.rate = 1.5: a share between 0 and 1" in said(*BERT, "objective.rate=1.5")

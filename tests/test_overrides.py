@@ -17,7 +17,7 @@ from data.text.corpus import corpus_files
 from pipelines.__main__ import VERBS, Verb, main
 from pipelines.engine.store.open import open_store
 from pipelines.settings.compose import Settings, compose
-from pipelines.settings.overrides import SettingsError, hydra_overrides, points_of
+from pipelines.settings.overrides import hydra_overrides, points_of
 from pipelines.verbs.sweep import combinations
 from tests.conftest import complaint
 
@@ -100,7 +100,7 @@ def test_a_tilde_is_the_home_folder_within_brackets_too(tmp_path: Path, monkeypa
 
 
 def test_dollar_signs_can_be_meant_as_they_stand() -> None:
-    with pytest.raises(SettingsError, match="refers to the setting x") as told:
+    with pytest.raises(Refusal, match="refers to the setting x") as told:
         compose(["experiment=text", "store=a/${x}"])
     assert r"'\${x}'" in str(told.value)
     assert compose(["experiment=text", r"store='a/\${x}'"]).store == "a/${x}"
@@ -111,8 +111,8 @@ def test_what_cannot_be_read_says_how_to_write_it(capsys: pytest.CaptureFixture[
     def said(*words: str) -> str:
         return complaint(capsys, "plan", "experiment=text", *words)
 
-    assert "the bracket is not closed; write 'corpus.paths=[a]'" in said("corpus.paths=[a")
-    assert "an entry of the list is empty; write 'corpus.paths=[a]'" in said("corpus.paths=[a,]")
+    assert "the bracket is not closed. Write 'corpus.paths=[a]'" in said("corpus.paths=[a")
+    assert "an entry of the list is empty. Write 'corpus.paths=[a]'" in said("corpus.paths=[a,]")
     assert "Write 'corpus.paths=[a,b]' or " in said("corpus.paths=a,b")
     assert "optim.lr = '3(4)': expected a finite number" in said("optim.lr=3(4)")
     assert "optim.lr = 'ü': expected a finite number" in said("optim.lr=ü")
@@ -146,14 +146,14 @@ def test_a_sweep_without_values_to_try_is_refused_in_a_sentence(
 ) -> None:
     (tmp_path / "a.txt").write_text("text")
     words = ("run", "-m", "experiment=text", f"corpus.paths=[{tmp_path}]", f"optim.lr={value}")
-    assert complaint(capsys, *words).startswith("athanor: optim.lr=")
+    assert complaint(capsys, *words).startswith("athanor: optim.lr = ")
 
 
 def test_a_point_that_cannot_be_is_one_mistake_and_the_others_run(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     points = combinations(["experiment=text", f"corpus.paths=[{tmp_path}]", "optim.lr=choice(1e-3,x)"])
     assert [point.settings is None for point in points] == [False, True]
-    assert "optim.lr = 'x': expected a finite number" in points[1].mistake
+    assert "optim.lr = 'x': expected a finite number" in str(points[1].refusal)
 
 
 def test_bytes_that_are_not_utf8_are_a_path_or_one_refusal() -> None:

@@ -88,10 +88,10 @@ def test_mistakes_are_told_with_the_value_and_the_remedy(
     shutil.copy(weights / "config.json", pickled / "config.json")
     (pickled / "pytorch_model.bin").write_bytes(b"")
     assert "only pytorch_model.bin" in said(pickled)
-    assert "model.d_model = 96, and pretrain.init_from" in said(weights, "model.d_model=96")
+    assert "model.d_model = 96: pretrain.init_from" in said(weights, "model.d_model=96")
     assert "has 64" in said(weights, "model=demo")
     assert "Set tokenizer.vocab_size=512" in said(weights, "tokenizer.vocab_size=640")
-    assert "set one of the two" in said(weights, f"finetune.init_from={weights}")
+    assert "Set one of the two" in said(weights, f"finetune.init_from={weights}")
     pictures = tmp_path / "pictures"
     shutil.copytree(weights, pictures)
     vit = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "num_labels": 3}
@@ -313,7 +313,7 @@ def test_weights_of_our_artifact_that_are_not_as_published_are_refused(
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(Refusal, match=r"model\.safetensors is not what was published"):
+    with pytest.raises(Refusal, match=r"model\.safetensors: is not what was published"):
         take(str(start.folder), tmp_path / "again", start.checksums)
 
 

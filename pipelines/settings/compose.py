@@ -4,7 +4,7 @@
     settings.optim.lr                       # 0.0003
 
 Hydra picks the files (groups under `conf`), the dataclasses decide what may stand in them: a key that no dataclass has, or
-a value of another type, is a `SettingsError` that names the nearest right one. Fields marked `{"execution": True}` say
+a value of another type, is a Refusal that names the nearest right one. Fields marked `{"execution": True}` say
 where or how fast and never what is made; `engine/fingerprint.py` leaves them out of every digest.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
-from conf.refusal import Refusal
+from conf.refusal import NO_VALUE, Refusal, Shown
 from conf.typed import field_types, from_plain
 from data.mixture import MixtureSettings
 from data.order import OrderSettings
@@ -34,7 +34,7 @@ from model.config import ModelConfig
 from pipelines.engine.secrets import COMMAND, refuse_secrets
 from pipelines.engine.store.lineage import origin
 from pipelines.engine.store.manifest import provenance
-from pipelines.settings.overrides import CONF_DIR, SettingsError, chosen_fields, fields_by_kind, hydra_overrides
+from pipelines.settings.overrides import CONF_DIR, chosen_fields, fields_by_kind, hydra_overrides
 from pipelines.stages.evaluate import EvaluateSettings
 from pipelines.stages.export import ExportSettings
 from pipelines.stages.finetune import FinetuneSettings
@@ -144,9 +144,12 @@ class Settings:
         if self.starts_from is None:
             return None
         if not self.pretrains and self.pretrain.init_from is not None:
-            raise SettingsError(
-                f"finetune.init_from={self.starts_from} and pretrain.init_from={self.pretrain.init_from}: fine-tuning "
-                "begins with what pretraining made, or with a folder and then nothing is pretrained; set one of the two."
+            raise Refusal(
+                "finetune.init_from",
+                Shown(self.starts_from),
+                f"with pretrain.init_from={self.pretrain.init_from}: fine-tuning begins with what pretraining made, or "
+                "with a folder and then nothing is pretrained",
+                "set one of the two",
             )
         setting = "pretrain.init_from" if self.pretrains else "finetune.init_from"
         folder = Path(os.path.expanduser(self.starts_from)).absolute()
@@ -219,10 +222,11 @@ class Settings:
         if self.finetune is None:
             return None
         if not self.writes_from_left_to_right():
-            raise SettingsError(
-                f"finetune={'…' if self.pretrains else f'… finetune.init_from={self.starts_from}'}: fine-tuning teaches a "
-                "causal decoder to answer, and this model is an encoder or has one; set finetune=none, or take the model "
-                "that pretraining leaves (model/ in its artifact) to your own task."
+            raise Refusal(
+                "finetune" if self.pretrains else "finetune.init_from",
+                NO_VALUE if self.pretrains else Shown(self.starts_from),
+                "fine-tuning teaches a causal decoder to answer, and this model is an encoder or has one",
+                "set finetune=none, or take the model that pretraining leaves (model/ in its artifact) to your own task",
             )
         model, adapted = self.resolved_model(), self.finetune.lora is not None
         optim = derived(self.finetune.train.optim, model, trained_before=True, adapted=adapted)
@@ -281,7 +285,7 @@ def corpus_key(step: str) -> str:
 
 
 def compose(overrides: Sequence[str]) -> Settings:
-    """Settings from overrides. Raises SettingsError for a mistake in them, naming the nearest right word."""
+    """Settings from overrides. Raises Refusal for a mistake in them, naming the nearest right word."""
     settings = typed(plain(overrides))
     if settings.starts_from is not None and os.path.isdir(os.path.expanduser(settings.starts_from)) and settings.start:
         # A folder that is not here may be where the command is sent to; `build` says so if it is needed here.
@@ -302,7 +306,7 @@ def plain(overrides: Sequence[str]) -> dict[str, Any]:
             config = hydra_compose(config_name="config", overrides=words)
         return resolved(config, overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise SettingsError(_one_line(error)) from error
+        raise _refused(error) from error
 
 
 def resolved(config: Any, overrides: Sequence[str] | None = None) -> dict[str, Any]:
@@ -342,7 +346,7 @@ def typed(config: Mapping[str, Any]) -> Settings:
         *above, key = path.split(".")
         section = value_at(config, ".".join(above))
         if isinstance(section, Mapping) and key in section:
-            raise SettingsError(f"{path}: set {instead} instead; it holds for every step.")
+            raise Refusal(path, section[key], "it holds for every step", f"set {instead} instead")
     refuse_secrets(config, "the configuration")
     return from_plain(Settings, config, where="")
 
@@ -412,7 +416,7 @@ def section(cls: type[T], file: str, values: Mapping[str, str]) -> T:
         for name in above:  # secrets.WANDB_API_KEY
             place = place.get(name) if isinstance(place, dict) else None
         if not isinstance(place, dict):
-            raise SettingsError(f"{key}: {'.'.join(above)} holds no settings of its own; set {above[0]}=….")
+            raise Refusal(key, Shown(text), f"{'.'.join(above)} holds no settings of its own", f"set {above[0]}=…")
         place[last] = _as_typed(cls, key, text)
     return from_plain(cls, config, where="")
 
@@ -434,18 +438,20 @@ def _as_typed(cls: Any, key: str, text: str) -> Any:
         return yaml.load(text, yaml.BaseLoader) if holds_text else yaml.safe_load(text)
     except yaml.YAMLError as error:
         what = "NAME: VALUE pairs in braces" if get_origin(hint) is dict else "a list in brackets"
-        raise SettingsError(
-            f"{key}={text}: not to be read; write {what if holds_text else 'a plain value'}."
+        raise Refusal(
+            key, Shown(text), "it cannot be read", f"write {what if holds_text else 'a plain value'}"
         ) from error
 
 
-def _one_line(error: Exception) -> str:
+def _refused(error: Exception) -> Refusal:
     """Hydra's message without its stack of causes."""
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     if lines and (match := re.match(r"Interpolation key '(.+)' not found", lines[0])):
         at = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "a setting")
-        return (
-            f"{at} refers to the setting {match[1]} by ${{{match[1]}}}, and there is none. Name one that there is, or write "
-            f"'\\${{{match[1]}}}' in quotes where these signs are meant as they stand."
+        return Refusal(
+            at,
+            Shown(f"${{{match[1]}}}"),
+            f"it refers to the setting {match[1]}, and there is none",
+            f"name one that there is, or write '\\${{{match[1]}}}' in quotes where these signs are meant as they stand",
         )
-    return " ".join(lines[:3]) or type(error).__name__
+    return Refusal("overrides", NO_VALUE, " ".join(lines[:3]) or type(error).__name__)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import conf
-from conf.refusal import Legacy
+from conf.refusal import NO_VALUE, Refusal, Shown
 from conf.typed import arms, field_types
 
 CONF_DIR = Path(conf.__file__).parent
@@ -29,19 +29,14 @@ _SWEEP = re.compile(r"\s*(choice|range|interval|glob|shuffle|sort|tag)\(.*\)\s*"
 _ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 ENDLESS = (
-    "this names no values that a sweep could try one after the other. Write them out and add -m, as in athanor run -m … "
-    "optim.lr=1e-3,3e-4 or 'model.n_layers=range(2,6,2)'."
+    "this names no values that a sweep could try one after the other",
+    "write them out and add -m, as in athanor run -m … optim.lr=1e-3,3e-4 or 'model.n_layers=range(2,6,2)'",
 )
-
-
-class SettingsError(Legacy):
-    """An invalid setting: offending value, rule, remedy."""
-
-    exit_code = 2
+"""Rule and remedy."""
 
 
 def hydra_overrides(overrides: Sequence[str], root: type, *, sweep: bool = False) -> list[str]:
-    """Overrides in Hydra's grammar; `root`: the dataclass whose fields the keys name. Raises SettingsError.
+    """Overrides in Hydra's grammar; `root`: the dataclass whose fields the keys name. Raises Refusal.
 
     A group choice is checked here, where the options are known. A value is forced (`++`): whether the key exists is checked
     by the dataclasses, whose defaults are in no YAML file. Commas separate points of a sweep, or are text.
@@ -50,17 +45,22 @@ def hydra_overrides(overrides: Sequence[str], root: type, *, sweep: bool = False
     for override in overrides:
         match = _OVERRIDE.match(override)
         if match is None or (match["value"] is None and match["prefix"] != "~"):
-            raise SettingsError(
-                f"{override!r} is no override; write KEY=VALUE, for example experiment=demo or optim.lr=3e-4."
+            raise Refusal(
+                "overrides", override, "no override", "write KEY=VALUE, for example experiment=demo or optim.lr=3e-4"
             )
         key, value = match["key"], match["value"] or ""
         if not key.isascii():
-            raise SettingsError(
-                f"{override!r}: names of settings and of sources are ASCII letters, digits and _; rename {key}."
+            raise Refusal(
+                "overrides",
+                override,
+                "names of settings and of sources are ASCII letters, digits and _",
+                f"rename {key}",
             )
         if match["prefix"] == "~" and (CONF_DIR / key).is_dir():
             choices = ", ".join(f"{key}={option}" for option in options(key))
-            raise SettingsError(f"{override}: {key} is a group, which has one option chosen. Write one of {choices}.")
+            raise Refusal(
+                override, NO_VALUE, f"{key} is a group, which has one option chosen", f"write one of {choices}"
+            )
         if key.startswith("hydra") or match["prefix"] == "~":
             result.append(override)
         elif (CONF_DIR / key).is_dir() and _SWEEP.fullmatch(value):
@@ -79,7 +79,7 @@ def hydra_overrides(overrides: Sequence[str], root: type, *, sweep: bool = False
             result.append(f"++{key}={_value(key, value, root, sweep=sweep)}")
     if not any(override.startswith("experiment=") for override in result):
         known = ", ".join(options("experiment"))
-        raise SettingsError(f"no experiment chosen; add experiment=NAME, one of {known}.")
+        raise Refusal("experiment", None, "none is chosen", f"add experiment=NAME, one of {known}")
     return result
 
 
@@ -103,17 +103,19 @@ def _texts(key: str, value: str) -> str:
     inner = value.strip()
     if not inner.startswith("["):
         if len(_split(inner)) > 1:
-            raise SettingsError(
-                f"{key}={value}: several stand in brackets, and a name that has a comma in quotes of its own. Write "
-                f"{shlex.quote(f'{key}=[{inner}]')} or {shlex.quote(f'{key}=[{_quoted(inner)}]')}."
+            raise Refusal(
+                key,
+                Shown(value),
+                "several stand in brackets, and a name that has a comma in quotes of its own",
+                f"write {shlex.quote(f'{key}=[{inner}]')} or {shlex.quote(f'{key}=[{_quoted(inner)}]')}",
             )
         return f"[{_text(inner)}]" if inner else "[]"
     if not inner.endswith("]"):
-        raise SettingsError(f"{key}={value}: the bracket is not closed; write {shlex.quote(f'{key}={inner}]')}.")
+        raise Refusal(key, Shown(value), "the bracket is not closed", f"write {shlex.quote(f'{key}={inner}]')}")
     items = _split(inner[1:-1]) if inner[1:-1].strip() else []
     if not all(item.strip() for item in items):
         filled = ",".join(item.strip() for item in items if item.strip())
-        raise SettingsError(f"{key}={value}: an entry of the list is empty; write {shlex.quote(f'{key}=[{filled}]')}.")
+        raise Refusal(key, Shown(value), "an entry of the list is empty", f"write {shlex.quote(f'{key}=[{filled}]')}")
     return "[" + ",".join(map(_text, items)) + "]"
 
 
@@ -140,9 +142,12 @@ def _literal(key: str, value: str, *, sweep: bool) -> str:
         parsed = OverridesParser.create().parse_override(f"++{key}={value}")
     except HydraException as error:
         if value.lstrip()[:1] in ("[", "{") or sweep:
-            raise SettingsError(
-                f"{key}={value}: {reason(error)} Lists are written [a,b], mappings {{name: value}}, and text with other "
-                "signs in quotes of its own; the whole in quotes for the shell."
+            raise Refusal(
+                key,
+                Shown(value),
+                reason(error),
+                "lists are written [a,b], mappings {name: value}, and text with other signs in quotes of its own; the whole "
+                "in quotes for the shell",
             ) from error
         return _quoted(value)
     if parsed.is_sweep_override() and not sweep:
@@ -150,19 +155,21 @@ def _literal(key: str, value: str, *, sweep: bool) -> str:
     return value
 
 
-def _several(key: str, value: str) -> SettingsError:
+def _several(key: str, value: str) -> Refusal:
     if value.lstrip().startswith("interval("):
-        return SettingsError(f"{key}={value}: {ENDLESS}")
-    return SettingsError(
-        f"{key}={value}: several values are a sweep, and this command takes one. Choose one, or let every one run: athanor "
-        f"run -m … {shlex.quote(f'{key}={value}')}"
+        return Refusal(key, Shown(value), *ENDLESS)
+    return Refusal(
+        key,
+        Shown(value),
+        "several values are a sweep, and this command takes one",
+        f"choose one, or let every one run: athanor run -m … {shlex.quote(f'{key}={value}')}",
     )
 
 
 def reason(error: Exception) -> str:
     """The message of Hydra's parser, without its pointers."""
     message = str(error).split("\n")[0].strip()
-    return f"{message}." if message.startswith(("no viable", "mismatched", "extraneous")) else "that cannot be read."
+    return message if message.startswith(("no viable", "mismatched", "extraneous")) else "it cannot be read"
 
 
 def _split(text: str) -> list[str]:
@@ -237,7 +244,7 @@ def _inside(hint: Any, name: str) -> Iterator[Any]:
 
 
 def points_of(overrides: Sequence[str], root: type) -> list[tuple[str, ...]]:
-    """The overrides of each point of a sweep, in Hydra's own order. Raises SettingsError for one without an end."""
+    """The overrides of each point of a sweep, in Hydra's own order. Raises Refusal for one without an end."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -250,7 +257,7 @@ def points_of(overrides: Sequence[str], root: type) -> list[tuple[str, ...]]:
             BasicSweeper.split_arguments(OverridesParser.create().parse_overrides([override]), max_batch_size=None)
         except HydraException as error:
             key, _, value = override.removeprefix("++").partition("=")
-            raise SettingsError(f"{key}={value}: {ENDLESS}") from error
+            raise Refusal(key, Shown(value), *ENDLESS) from error
     [points] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(written), max_batch_size=None)
     return [tuple(override.removeprefix("++") for override in point) for point in points]
 
@@ -295,5 +302,6 @@ def _check_option(group: str, option: str) -> None:
     known = options(group)
     if option not in known:
         near = difflib.get_close_matches(option, known, n=1)
-        hint = f" Did you mean {group}={near[0]}?" if near else ""
-        raise SettingsError(f"{group}={option}: no such {group}.{hint} There are {', '.join(known)}.")
+        there_are = f"there are {', '.join(known)}"
+        advice = f"did you mean {group}={near[0]}? T{there_are[1:]}" if near else there_are
+        raise Refusal(group, Shown(option), f"no such {group}", advice)

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from conf.refusal import NO_VALUE, Refusal, Shown
 from model.ffns.dense import FfnConfig
 from model.mixers.attention import AttentionConfig
 from model.mixers.linear_attention import LinearAttentionConfig
@@ -35,7 +36,6 @@ from pipelines.engine.store.open import open_store, storage_errors
 from pipelines.execution import execute, named
 from pipelines.graph import build
 from pipelines.settings.compose import Settings, compose
-from pipelines.settings.overrides import SettingsError
 
 STEPS = 12
 ATTEMPTS = 3  # to kill a training before it ends
@@ -49,7 +49,7 @@ def certify_resume(overrides: Sequence[str]) -> int:
     """Run the three trainings, print the verdict, return 0 if both comparisons hold and 1 otherwise."""
     settings = compose(overrides)
     if "://" in settings.store:
-        raise SettingsError(f"store={settings.store}: certify compares files on this machine; add store=FOLDER.")
+        raise Refusal("store", Shown(settings.store), "certify compares files on this machine", "add store=FOLDER")
     with storage_errors(open_store(settings.store)):
         return _certify(settings, overrides)
 
@@ -135,7 +135,7 @@ def _share_inputs(settings: Settings, steps: dict[str, Step], store: Path) -> No
 def _train_killed(words: Sequence[str], store: Path) -> int:
     """A training whose driver is killed at a random step, and the same command again; the step of the kill.
 
-    Raises SettingsError where every attempt was over before it could be killed.
+    Raises Refusal where every attempt was over before it could be killed.
     """
     for _ in range(ATTEMPTS):
         at = random.SystemRandom().randint(2, STEPS - 4)
@@ -143,7 +143,12 @@ def _train_killed(words: Sequence[str], store: Path) -> int:
             _train("killed", words, store)
             return at
         shutil.rmtree(store / "pretrain")
-    raise SettingsError(f"{ATTEMPTS} trainings ended before they could be killed, so nothing is shown. Run it again.")
+    raise Refusal(
+        "certify",
+        NO_VALUE,
+        f"{ATTEMPTS} trainings ended before they could be killed, so nothing is shown",
+        "run it again",
+    )
 
 
 def _train(name: str, words: Sequence[str], store: Path, *, kill_at: int | None = None) -> bool:
@@ -163,7 +168,9 @@ def _train(name: str, words: Sequence[str], store: Path, *, kill_at: int | None 
                 return True
             time.sleep(0.02)
     if process.returncode != 0:
-        raise SettingsError(f"the {name} training failed with exit code {process.returncode}; its log is {log}.")
+        raise Refusal(
+            f"the {name} training", NO_VALUE, f"it failed with exit code {process.returncode}", f"read its log, {log}"
+        )
     return False
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conf.refusal import NO_VALUE, Refusal, Shown
 from pipelines.console import display as console
 from pipelines.engine import explain, runner
 from pipelines.engine.events import StepReport
@@ -19,7 +20,6 @@ from pipelines.engine.store.open import open_store
 from pipelines.execution import execute, found, made, named
 from pipelines.graph import build
 from pipelines.settings.compose import compose, section
-from pipelines.settings.overrides import SettingsError
 
 if TYPE_CHECKING:
     from cluster.submit import ClusterSettings
@@ -147,8 +147,11 @@ def generate(arguments: argparse.Namespace) -> int:
     from pipelines.inference.generator import GenerateSettings, TextGenerator
 
     if not arguments.prompt:
-        raise SettingsError(
-            "no prompt; add --prompt 'def ' (may be given several times), or --chat --prompt 'a question'."
+        raise Refusal(
+            "--prompt",
+            NO_VALUE,
+            "there is none",
+            "add --prompt 'def ' (may be given several times), or --chat --prompt 'a question'",
         )
     step, model_dir, tokenizer_dir = _model_folders(arguments)
     if arguments.chat and step == "pretrain":
@@ -156,8 +159,7 @@ def generate(arguments: argparse.Namespace) -> int:
     generator = TextGenerator.open(model_dir, tokenizer_dir)
     if arguments.quantize:
         sys.stderr.write(f"[{generator.quantize(arguments.quantize)}]\n")
-    settings = _valid(
-        GenerateSettings,
+    settings = GenerateSettings(
         max_new_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -195,9 +197,12 @@ def _model_folders(arguments: argparse.Namespace) -> tuple[str | None, Path, Pat
         check_checksums(Path(arguments.source))
         return None, Path(arguments.source), None
     if arguments.source and ("/" in arguments.source or not arguments.overrides):
-        raise SettingsError(
-            f"--from {arguments.source}: no such folder. Name an exported folder that is there, or a step and the "
-            "experiment that made it: athanor generate experiment=demo --from pretrain --prompt 'def '"
+        raise Refusal(
+            "--from",
+            Shown(arguments.source),
+            "no such folder",
+            "name an exported folder that is there, or a step and the experiment that made it: athanor generate "
+            "experiment=demo --from pretrain --prompt 'def '",
         )
     settings = compose(arguments.overrides)
     steps = build(settings)
@@ -206,14 +211,6 @@ def _model_folders(arguments: argparse.Namespace) -> tuple[str | None, Path, Pat
     words = arguments.overrides
     model = made(settings, named(steps, wanted), words, rechecked=("model/*",)) / "model"
     return wanted, model, made(settings, steps["tokenizer"], words, rechecked=("*",))
-
-
-def _valid(cls: type[Any], **values: Any) -> Any:
-    """A settings object from command-line options, whose mistakes are the user's."""
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
 
 
 def _write_now(text: str) -> None:
@@ -245,7 +242,7 @@ def trace(arguments: argparse.Namespace) -> int:
     }
     tokens_per_step = run_settings.train.global_batch_tokens
     if arguments.step > (last := run_settings.train.total_tokens // tokens_per_step):
-        raise SettingsError(f"--step {arguments.step}: this run has {last:,} steps; name one from 1 to {last}.")
+        raise Refusal("--step", arguments.step, f"this run has {last:,} steps", f"name one from 1 to {last}")
     rows = trace_step(
         shard_sets,
         order_over(shard_sets, order=run_settings.order, mixture=run_settings.mixture),
@@ -292,8 +289,11 @@ def submit(arguments: argparse.Namespace) -> int:
     from pipelines.verbs.travel import prepare_command
 
     if not arguments.command:
-        raise SettingsError(
-            "nothing to submit; put the command after two dashes: submit cluster=ray address=URL -- run experiment=demo"
+        raise Refusal(
+            "submit",
+            NO_VALUE,
+            "there is no command to submit",
+            "put it after two dashes: submit cluster=ray address=URL -- run experiment=demo",
         )
     settings = cluster_settings(arguments.overrides)
     command, lines = prepare_command(settings, arguments.command, arguments.sent)
@@ -317,20 +317,20 @@ def stop(arguments: argparse.Namespace) -> int:
 
 
 def cluster_settings(overrides: Sequence[str]) -> ClusterSettings:
-    """Settings of `submit`: conf/cluster/KIND.yaml with KEY=VALUE on top. Raises SettingsError for a mistake in them."""
+    """Settings of `submit`: conf/cluster/KIND.yaml with KEY=VALUE on top. Raises Refusal for a mistake in them."""
     from cluster.submit import KINDS
 
     if strays := [word for word in overrides if "=" not in word]:
-        raise SettingsError(
-            f"{strays[0]!r} is no setting of a cluster; write KEY=VALUE, and the command after two dashes."
+        raise Refusal(
+            "submit", strays[0], "no setting of a cluster", "write KEY=VALUE, and the command after two dashes"
         )
     values = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in overrides)}
     kind = values.pop("cluster", None)
     if kind not in KINDS:
         near = difflib.get_close_matches(kind or "", KINDS, n=1)
-        hint = f", did you mean {near[0]!r}" if near else ""
-        given = f"cluster={kind}: no such cluster{hint}" if kind else "no cluster chosen"
-        raise SettingsError(f"{given}; add cluster=KIND, one of {', '.join(KINDS)}.")
+        advice = f"add cluster=KIND, one of {', '.join(KINDS)}"
+        advice = f"did you mean cluster={near[0]}? Else {advice}" if near else advice
+        raise Refusal("cluster", Shown(kind) if kind else None, "no such cluster" if kind else "none is chosen", advice)
     return section(KINDS[kind], f"cluster/{kind}", values)
 
 
@@ -338,10 +338,12 @@ def _address(overrides: Sequence[str]) -> str | None:
     """`address=URL` of a job's cluster, or None: then the note that submit left says where the job is."""
     values = dict(word.partition("=")[::2] for word in overrides)
     if (kind := values.pop("cluster", "ray")) != "ray":
-        raise SettingsError(f"cluster={kind}: only jobs of cluster=ray can be asked about.")
+        raise Refusal("cluster", Shown(kind), "only jobs of cluster=ray can be asked about", "leave it out")
     if unknown := set(values) - {"address"}:
-        raise SettingsError(
-            f"{', '.join(sorted(unknown))}: the only settings here are address=URL of the cluster's dashboard and "
-            "cluster=ray."
+        raise Refusal(
+            ", ".join(sorted(unknown)),
+            NO_VALUE,
+            "no setting of a job",
+            "there are address=URL of the cluster's dashboard and cluster=ray",
         )
     return values.get("address")

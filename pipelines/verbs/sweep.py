@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from conf.refusal import Refusal
+from conf.refusal import NO_VALUE, Refusal, Shown
 from pipelines.console import display as console
 from pipelines.engine import runner
 from pipelines.engine.backends.search_path import portable
@@ -27,7 +27,7 @@ from pipelines.engine.store.open import open_store
 from pipelines.execution import execute, make_backend, named
 from pipelines.graph import build
 from pipelines.settings.compose import Settings, compose, multirun, resolved, typed
-from pipelines.settings.overrides import SettingsError, hydra_overrides, points_of
+from pipelines.settings.overrides import hydra_overrides, points_of
 
 METRICS = (
     ("evaluation", "bits_per_byte"),
@@ -50,7 +50,7 @@ class Combination:
 
     words: tuple[str, ...]
     settings: Settings | None
-    mistake: str = ""
+    refusal: Refusal | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +86,13 @@ class Trial:
 def sweep(overrides: Sequence[str], until: str | None = None) -> int:
     """Run every combination of the overrides and print the table. Returns 1 when a trial failed, else 0.
 
-    Raises SettingsError when no combination is valid.
+    Raises Refusal when no combination is valid.
     """
     arguments = hydra_overrides(overrides, Settings, sweep=True)
     points = combinations(overrides)
     settings = [point.settings for point in points if point.settings is not None]
     if not settings:
-        raise SettingsError(points[0].mistake)
+        raise points[0].refusal or Refusal("-m", NO_VALUE, "no combination is valid")
     trial = Trial(until=until, group=group_name(settings[0].experiment, overrides))
     if "hydra/launcher=ray" in arguments:
         with ray_joined(settings[0]), watching(points):
@@ -120,8 +120,8 @@ def group_name(experiment: str, overrides: Sequence[str]) -> str:
 def _outcome(point: Combination, answer: float | str | None) -> Outcome:
     """Outcome of a point: its figures from the store, whatever the launcher returned."""
     stored = figures(point.settings) if point.settings is not None else {}
-    if point.mistake or isinstance(answer, str):
-        failure = point.mistake or ("" if answer == LOST and stored else str(answer))
+    if point.refusal is not None or isinstance(answer, str):
+        failure = str(point.refusal or "") or ("" if answer == LOST and stored else str(answer))
     else:
         failure = ""
     return Outcome(words=point.words, figures=stored, failure=failure)
@@ -137,10 +137,8 @@ def _combination(words: tuple[str, ...]) -> Combination:
         settings = compose(words)
         build(settings)  # says at once that a corpus is not there
         return Combination(words=words, settings=settings)
-    except Exception as error:
-        if not hasattr(error, "exit_code"):
-            raise
-        return Combination(words=words, settings=None, mistake=str(error))
+    except Refusal as refusal:
+        return Combination(words=words, settings=None, refusal=refusal)
 
 
 def launch(arguments: Sequence[str], trial: Callable[[Any], Any]) -> list[float | str | None] | None:
@@ -158,8 +156,11 @@ def launch(arguments: Sequence[str], trial: Callable[[Any], Any]) -> list[float 
 def ray_joined(settings: Settings) -> Iterator[None]:
     """Ray started or joined through its one door, before Hydra's launcher would do it in its own way."""
     if settings.compute.backend != "ray":
-        raise SettingsError(
-            "hydra/launcher=ray with compute.backend=local: every trial would take all cores. Leave one out."
+        raise Refusal(
+            "hydra/launcher",
+            Shown("ray"),
+            "with compute.backend=local every trial would take all cores",
+            "leave one of the two out",
         )
     backend = make_backend(settings)
     try:

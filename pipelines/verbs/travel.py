@@ -14,8 +14,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from conf.refusal import NO_VALUE, Refusal, Shown
 from pipelines.settings.compose import Settings, compose, corpus_key
-from pipelines.settings.overrides import SettingsError, points_of
+from pipelines.settings.overrides import points_of
 
 if TYPE_CHECKING:
     from cluster.command import Machines
@@ -29,10 +30,10 @@ COMPOSES = (*TRAINS, "plan", "why", "status", "trace", "generate")
 def prepare_command(
     cluster: ClusterSettings, command: Sequence[str], parsed: argparse.Namespace
 ) -> tuple[list[str], list[str]]:
-    """The command with added overrides, and lines to print. Raises SettingsError for what would fail there."""
+    """The command with added overrides, and lines to print. Raises Refusal for what would fail there."""
     verb, sweeps = command[0], getattr(parsed, "multirun", False)
     if verb == "generate" and parsed.source and "/" in parsed.source and not parsed.source.startswith(("/", "~")):
-        raise SettingsError(f"--from {parsed.source}: a relative path; give an absolute one that the cluster sees.")
+        raise Refusal("--from", Shown(parsed.source), "a relative path", "give an absolute one that the cluster sees")
     if verb not in COMPOSES or not parsed.overrides:
         return [*command], []
     points = points_of(parsed.overrides, Settings) if sweeps else [tuple(parsed.overrides)]
@@ -56,13 +57,13 @@ def _check_corpora(verb: str, settings: Settings) -> None:
         for step, source in settings.corpora().items():
             if source.kind == "files" and not source.paths:
                 key = f"{corpus_key(step)}.paths"
-                raise SettingsError(
-                    f"{key} is empty: nothing to read; set '{key}=[DIR]', whose entries are folders, files or globs."
+                raise Refusal(
+                    key, [], "there is nothing to read", f"set '{key}=[DIR]', whose entries are folders, files or globs"
                 )
 
 
 def moved_paths(settings: Settings, *, shared_disk: bool) -> list[str]:
-    """Overrides that make relative paths absolute where the machines share this one's disk; SettingsError elsewhere."""
+    """Overrides that make relative paths absolute where the machines share this one's disk; Refusal elsewhere."""
     added = []
     for key, value in paths_of(settings):
         if key == "store":  # the cluster's own rule
@@ -71,10 +72,12 @@ def moved_paths(settings: Settings, *, shared_disk: bool) -> list[str]:
         if not relative:
             continue
         if not shared_disk:
-            raise SettingsError(
-                f"{key}: {relative[0]} is a relative path, which a job on another machine looks for in its own folder. Give "
-                f"an absolute path that every machine of the cluster sees ({os.path.abspath(relative[0])} if it is there "
-                "too), or a URL such as s3://bucket/prefix."
+            raise Refusal(
+                key,
+                Shown(relative[0]),
+                "a relative path, which a job on another machine looks for in its own folder",
+                f"give an absolute path that every machine of the cluster sees ({os.path.abspath(relative[0])} if it is "
+                "there too), or a URL such as s3://bucket/prefix",
             )
         absolute = [_quoted(os.path.abspath(path) if path in relative else path) for path in value]
         added.append(f"{key}={absolute[0] if isinstance(value, _One) else '[' + ','.join(absolute) + ']'}")
@@ -110,21 +113,25 @@ def fit_ranks(
 ) -> tuple[list[str], list[str]]:
     """Overrides that fit the ranks to the machines, and a line where some will be idle.
 
-    Raises SettingsError where GPUs would be idle without compute.ranks set, or where the ranks do not fit.
+    Raises Refusal where GPUs would be idle without compute.ranks set, or where the ranks do not fit.
     """
     set_here = {word.lstrip("+").partition("=")[0] for word in overrides}
     ranks, gpus, device = settings.compute.ranks, machines.count * machines.gpus, settings.compute.device
     added, lines = [], []
     if gpus and device != "cpu":
         if ranks > gpus:
-            raise SettingsError(
-                f"compute.ranks={ranks}: each rank takes a GPU, and {machines.settings} are {gpus}. Set "
-                f"compute.ranks={gpus}, or ask for more."
+            raise Refusal(
+                "compute.ranks",
+                ranks,
+                f"each rank takes a GPU, and {machines.settings} are {gpus}",
+                f"set compute.ranks={gpus}, or ask for more",
             )
         if ranks < gpus and "compute.ranks" not in set_here:
-            raise SettingsError(
-                f"{machines.settings}: {gpus} GPUs for a run of compute.ranks={ranks}, which takes one each: {gpus - ranks} "
-                f"would be idle. Add compute.ranks={gpus} to the command, or ask for fewer GPUs."
+            raise Refusal(
+                machines.settings,
+                NO_VALUE,
+                f"{gpus} GPUs for a run of compute.ranks={ranks}, which takes one each: {gpus - ranks} would be idle",
+                f"add compute.ranks={gpus} to the command, or ask for fewer GPUs",
             )
         if device == "auto" and not driver_has_gpus:  # `auto` is resolved on the head, which has none
             added.append("compute.device=cuda")
@@ -140,9 +147,11 @@ def fit_ranks(
     on_one = math.ceil(ranks / machines.count) if not (gpus and device != "cpu") else min(ranks, machines.gpus)
     if settings.compute.cpus_per_rank is None and (machines.count > 1 or not driver_has_gpus):
         if on_one > machines.cpus:
-            raise SettingsError(
-                f"compute.ranks={ranks}: {on_one} ranks on a machine of {machines.cpus} CPUs ({machines.settings}); give "
-                "every rank one at least."
+            raise Refusal(
+                "compute.ranks",
+                ranks,
+                f"{on_one} ranks on a machine of {machines.cpus} CPUs ({machines.settings})",
+                "give every rank one at least",
             )
         added.append(f"compute.cpus_per_rank={machines.cpus // on_one}")
     return added, lines

@@ -13,11 +13,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from conf.refusal import Refusal
 from pipelines.console import display as console
 from pipelines.engine.store.open import open_store, storage_errors
 from pipelines.engine.store.verify import findings
 from pipelines.settings.compose import compose
-from pipelines.settings.overrides import SettingsError
 
 
 def verify(overrides: Sequence[str], *, seal: bool) -> int:
@@ -53,5 +53,5 @@ def _store_of(overrides: Sequence[str]) -> str:
         return compose(overrides).store
     unknown = [override for override in overrides if not override.startswith("store=")]
     if unknown:
-        raise SettingsError(f"{unknown[0]!r}: verify looks at a whole store; write athanor verify store=DIR.")
+        raise Refusal("verify", unknown[0], "it looks at a whole store", "write athanor verify store=DIR")
     return next((override.partition("=")[2] for override in reversed(overrides)), "runs")

@@ -35,7 +35,7 @@ def test_a_chat_template_that_fails_does_not_end_what_never_uses_it(tmp_path, in
     (folder / "chat_template.jinja").write_text(template)
     ctx = in_process(out_dir)
     assert take(TakenTokenizer(folder=str(folder)), {}, out_dir, ctx)["vocab_size"] > 256
-    assert "only conversations need it, and here it does not work: The chat template" in ctx.said[0]
+    assert "only conversations need it, and here it does not work: " in ctx.said[0]
     assert str(out_dir / "chat_template.jinja") in ctx.said[0]
     assert Tokenizer.load(out_dir).end_id == Tokenizer.load(out_dir).eos_id
 
