@@ -78,7 +78,7 @@ def test_what_does_not_suit_is_refused_with_the_remedy(
     assert "such as model=t5-small" in said(*BERT, "objective=text_infilling")
     assert "Set finetune=none" in said(*BERT, "finetune=library")
     assert "tokenizer.sentinel_pieces=3" in said(*T5, "tokenizer.sentinel_pieces=2")
-    assert "Try tokenizer.vocab_size=512" in said(*T5, "tokenizer.vocab_size=384", "tokenizer.sentinel_pieces=50")
+    assert "Set tokenizer.vocab_size=512" in said(*T5, "tokenizer.vocab_size=384", "tokenizer.sentinel_pieces=50")
     assert "objective.rate = 1.5: a share between 0 and 1" in said(*BERT, "objective.rate=1.5")
     assert "objective.KEY or objective=NAME" in said("pretrain.objective.kind=masked_token")
     assert "Did you mean objective=masked_token" in said("objective=masked")
