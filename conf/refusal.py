@@ -49,7 +49,7 @@ class Refusal(Exception):  # noqa: N818  (it is what a person reads)
 
     def __str__(self) -> str:
         place = self.where if self.value is NO_VALUE else f"{self.where} = {self.value}"
-        sentences = [f"{place}: {self.rule}", self.remedy[:1].upper() + self.remedy[1:]]
+        sentences = [f"{place}: {self.rule}" if place else self.rule, self.remedy[:1].upper() + self.remedy[1:]]
         return _with_full_keys(" ".join(_ended(text) for text in sentences if text), self.above)
 
 
@@ -93,13 +93,3 @@ def _joined(above: str, name: str) -> str:
 
 def _ended(text: str) -> str:
     return text if text.endswith((".", "?", "!", "…")) else f"{text}."
-
-
-class Legacy(Refusal):
-    """While rooms are converted: an error that is one sentence already."""
-
-    def __init__(self, message: str) -> None:
-        Exception.__init__(self, message)
-
-    def __str__(self) -> str:
-        return str(self.args[0])

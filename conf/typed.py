@@ -18,7 +18,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union
 
-from conf.refusal import NO_VALUE, Legacy, Refusal
+from conf.refusal import NO_VALUE, Refusal
 from conf.registry import FROM, Registry, origin, registry_of
 
 T = TypeVar("T")
@@ -84,8 +84,6 @@ def _dataclass(cls: type, mapping: Any, where: str) -> Any:
             _refuse_broken_text(values[field.name], _at(where, field.name))
     try:
         return cls(**values)
-    except Legacy as error:
-        raise type(error)(_placed(where, cls, error)) from error
     except Refusal as refusal:
         raise refusal.under(where) from refusal.__cause__
 
@@ -101,26 +99,6 @@ def _refuse_broken_text(value: Any, where: str) -> None:
 
 def _at(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
-
-
-def _placed(where: str, cls: type, error: Exception) -> str:
-    """An error's message with full paths for the class's own fields, so that its remedy can be typed:
-    `lr = 0: …` is `optim.lr = 0: …`, `set causal=false` of a model's encoder is `set model.encoder.causal=false`."""
-    where, message = where.lstrip("."), str(error)
-    if not where:
-        return message
-    own = "|".join(field_types(cls))
-    message = re.sub(rf"(?<![\w.])({own})(?=(\.\w+)*=[^=\s])|(?<![\w.])({own})(?=\.[a-z])", rf"{where}.\g<0>", message)
-    parts = where.split(".")
-    root = message.partition(".")[0]
-    if root in parts:  # named by a part of its path: `norm.eps`, `ffn.router`, or `model.causal` of an encoder
-        at = len(parts) - 1 - parts[::-1].index(root)
-        is_above = message.startswith(".".join(parts[at:]) + ".") or message.startswith(".".join(parts[at:]) + " ")
-        place = ".".join(parts[: at + 1]) if is_above else where
-        message = re.sub(rf"(?<![\w.]){root}(?=\.\w)", place, message)
-    if message.startswith((f"{where}.", f"{where} ")):
-        return message
-    return f"{where}.{message}" if re.match(r"\w+(\.\w+)* = ", message) else f"{where}: {message}"
 
 
 def _unknown_key(cls: type, key: str, where: str) -> Refusal:

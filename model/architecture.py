@@ -7,9 +7,9 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
+from conf.refusal import NO_VALUE, Refusal
 from model.config import ModelConfig
 from model.decoding.cache import Cache, Claim, rounded_slots
-from model.errors import ModelError
 from model.ffns.experts.receipts import auxiliary_outputs, routing_outputs, with_encoders
 from model.frontends.base import Frontend
 from model.frontends.text import Embedding
@@ -131,9 +131,7 @@ class Transformer(nn.Module):
     def new_cache(self, rows: int, max_tokens: int, *, static: bool = False) -> Cache:
         """An empty cache for `rows` rows of at most `max_tokens` tokens, prompt and continuation together; see `Cache`."""
         if not self.config.causal:
-            raise ModelError(
-                "model.causal is false: an encoder sees what comes later, so it cannot continue from a cache."
-            )
+            raise Refusal("model.causal", False, "an encoder sees what comes later, so it cannot continue from a cache")
         offset = 0 if self.prefix is None else self.prefix.tokens
         device, slots = next(self.stack.parameters()).device, rounded_slots(max_tokens + offset)
         angles = self.config.rotation(torch.arange(slots, device=device)[None])
@@ -148,8 +146,11 @@ class Transformer(nn.Module):
         if cache is not None and tokens_BT is not None:
             return cache.claim(tokens_BT.shape[1])
         if self.prefix is not None:
-            raise ModelError(
-                "a model with a prefix computes through a cache: pass cache=model.new_cache(rows, tokens)."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                "a model with a prefix computes through a cache",
+                "pass cache=model.new_cache(rows, tokens)",
             )
         return None
 
@@ -166,9 +167,11 @@ class Transformer(nn.Module):
         tokens = tokens_BT.shape[1]
         longest = self.config.position.longest_row(self.config.max_seq_len)
         if longest is not None and tokens > longest:
-            raise ModelError(
-                f"a row has {tokens} tokens, the model {longest} learned positions: shorten the rows or raise "
-                "model.max_seq_len."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                f"a row has {tokens} tokens, the model {longest} learned positions",
+                "shorten the rows or raise model.max_seq_len",
             )
         if positions_BT is not None:
             return positions_BT
@@ -231,7 +234,7 @@ class Transformer(nn.Module):
         the encoder's other outputs."""
         if not inputs:
             if cache is None or not cache.longest:
-                raise ModelError("the model has an encoder: give its input too, as encoder_tokens_BT.")
+                raise Refusal("model", NO_VALUE, "the model has an encoder", "give its input too, as encoder_tokens_BT")
             mask = Mask(causal=False, key_documents_BS=cache.memory_documents_BS)
             return replace(shared, memory_mask=mask), {}
         outputs = encoder(**inputs)

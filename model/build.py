@@ -27,7 +27,7 @@ def build_model(
 ) -> Transformer:
     """The model of `config` with its starting weights, a function of `seed` alone; on the meta device, without any.
 
-    kernel: `auto`, or one of `kernels.select.KERNELS`. Raises ModelError for a configuration that cannot be built.
+    kernel: `auto`, or one of `kernels.select.KERNELS`. Raises Refusal for a configuration that cannot be built.
     """
     attend = select_kernel(kernel, _needs(config))
     with torch.device("meta"):

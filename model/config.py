@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from conf.refusal import NO_VALUE, Refusal, Shown
+from conf.refusal import field as key
 from model.block import Layout
-from model.errors import ModelError, check_counts
 from model.ffns.base import AbstractFfnConfig
 from model.ffns.dense import FfnConfig
 from model.frontends.base import FrontendConfig
@@ -15,6 +16,7 @@ from model.frontends.text import TokenFrontendConfig
 from model.heads.base import HeadConfig
 from model.heads.language import LanguageHeadConfig
 from model.init import InitConfig, Role, parameter_roles
+from model.limits import check_counts
 from model.mixers.attention import AttentionConfig
 from model.mixers.base import MixerConfig, PositionedHeads
 from model.norms.norm import NormConfig
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from model.positions.base import Rotation
 
-__all__ = ["LayerChange", "LayerConfig", "ModelConfig", "ModelError", "Role", "parameter_roles"]
+__all__ = ["LayerChange", "LayerConfig", "ModelConfig", "Role", "parameter_roles"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +61,13 @@ class LayerChange:
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.first < 0:
-            raise ModelError(
-                f"model.pattern has every={self.every}, first={self.first}: layers are counted from 0, and every k-th "
-                "needs a k of at least 1."
+            raise Refusal(
+                "",
+                NO_VALUE,
+                (
+                    f"has every={self.every}, first={self.first}: layers are counted "
+                    "from 0, and every k-th needs a k of at least 1"
+                ),
             )
 
     def covers(self, layer: int) -> bool:
@@ -116,65 +122,90 @@ class ModelConfig:
     """Weight of logsumexp² in the training objective."""
 
     def __post_init__(self) -> None:
-        check_counts("model", self, "vocab_size", "d_model", "n_layers", "max_seq_len")
+        check_counts(self, "vocab_size", "d_model", "n_layers", "max_seq_len")
         for change in self.pattern:
             if change.first >= self.n_layers:
-                raise ModelError(
-                    f"model.pattern has first={change.first} with n_layers={self.n_layers}: layers are counted from 0, so "
-                    "it changes none; lower first, or leave the change out."
+                raise Refusal(
+                    "pattern",
+                    NO_VALUE,
+                    (
+                        f"has first={change.first} with n_layers={self.n_layers}: layers are counted from 0, so it"
+                        " changes none"
+                    ),
+                    "lower first, or leave the change out",
                 )
         for layer in self.layers:
             layer.mixer.check(self)
         self.position.check(self)
         if self.is_random and not self.frontend.uses_vocabulary:
-            raise ModelError(
-                f"model.frontend.kind is {self.frontend.kind} with ffn.router.jitter or second_by_chance: a router's "
-                "noise is a function of a row's tokens, and here there are none; set jitter to 0 and second_by_chance to "
-                "false."
+            raise Refusal(
+                "frontend.kind",
+                self.frontend.kind,
+                (
+                    "with ffn.router.jitter or second_by_chance: a router's noise is a function of a row's "
+                    "tokens, and here there are none"
+                ),
+                "set jitter to 0 and second_by_chance to false",
             )
         if self.encoder is not None:
             self._check_encoder(self.encoder)
         if (self.tower is not None) != self.head.compares:
-            raise ModelError(
-                f"model.tower is {'null' if self.tower is None else 'set'} with head {self.head}: a tower is there to be "
-                "compared with; set model.head.kind=embedding with model.head.contrast=true and a tower, or neither."
+            raise Refusal(
+                "tower",
+                None if self.tower is None else Shown("…"),
+                f"with head {self.head}: a tower is there to be compared with",
+                f"set {key('head.kind')}=embedding with {key('head.contrast')}=true and a tower, or neither",
             )
         self.head.check(self)
         if self.causal and self.head.pools_first:
-            raise ModelError(
-                f"model.causal is true with head.kind={self.head.kind} and head.pool first: the first token sees itself "
-                "alone, so its vector says nothing of the rest; set causal=false, or another pool."
+            raise Refusal(
+                "causal",
+                True,
+                (
+                    f"with {key('head.kind')}={self.head.kind} and head.pool first: the first token sees "
+                    "itself alone, so its vector says nothing of the rest"
+                ),
+                f"set {key('causal')}=false, or another pool",
             )
         if not 0 <= self.dropout < 1:
-            raise ModelError(f"model.dropout is {self.dropout}: it is a probability below 1; use 0 for none.")
+            raise Refusal("dropout", self.dropout, "it is a probability below 1", "use 0 for none")
         if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
-            raise ModelError(f"model.logit_soft_cap is {self.logit_soft_cap}: use a positive cap such as 30, or null.")
+            raise Refusal("logit_soft_cap", self.logit_soft_cap, "use a positive cap such as 30, or null")
         if self.z_loss < 0:
-            raise ModelError(f"model.z_loss is {self.z_loss}: a loss needs a weight of 0 or more.")
+            raise Refusal("z_loss", self.z_loss, "a loss needs a weight of 0 or more")
 
     def _check_encoder(self, encoder: ModelConfig) -> None:
         if encoder.encoder is not None or not encoder.head.passes_features:
-            raise ModelError(
-                f"model.encoder.head.kind is {encoder.head.kind} and there is {'an' if encoder.encoder else 'no'} encoder "
-                "of its own: its output goes to the decoder as it is; set model.encoder.head.kind=none and no encoder."
+            raise Refusal(
+                "encoder.head.kind",
+                encoder.head.kind,
+                (
+                    f"and there is {'an' if encoder.encoder else 'no'} encoder of its own: its output goes to "
+                    "the decoder as it is"
+                ),
+                f"set {key('encoder.head.kind')}=none and no encoder",
             )
         if not self.causal:
-            raise ModelError(
-                "model.causal is false with an encoder: what reads an encoder's output is a causal decoder."
-            )
+            raise Refusal("causal", False, "with an encoder: what reads an encoder's output is a causal decoder")
         if self.layout in ("parallel", "parallel_two_norms"):
-            raise ModelError(
-                f"model.layout is {self.layout} with an encoder: that block has no cross-attention; use pre or post."
+            raise Refusal(
+                "layout", self.layout, "with an encoder: that block has no cross-attention", "use pre or post"
             )
         if not all(layer.mixer.crosses for layer in self.layers):
-            raise ModelError("model.encoder needs attention layers: cross-attention takes its shape from the mixer.")
+            raise Refusal(
+                "encoder", Shown("…"), "it needs attention layers: cross-attention takes its shape from the mixer"
+            )
         if (encoder.tie_embeddings and encoder.frontend.uses_vocabulary) and (
             encoder.d_model != self.d_model or encoder.vocab_size not in (None, self.vocab_size)
         ):
-            raise ModelError(
-                f"model.encoder.tie_embeddings is true with d_model {encoder.d_model} and vocab_size {encoder.vocab_size}: "
-                f"its table is the decoder's, which has {self.d_model} and {self.vocab_size}; make them equal or set "
-                "model.encoder.tie_embeddings=false."
+            raise Refusal(
+                "encoder.tie_embeddings",
+                True,
+                (
+                    f"with d_model {encoder.d_model} and vocab_size {encoder.vocab_size}: its table is the "
+                    f"decoder's, which has {self.d_model} and {self.vocab_size}"
+                ),
+                f"make them equal or set {key('encoder.tie_embeddings')}=false",
             )
 
     @cached_property
@@ -248,12 +279,14 @@ class ModelConfig:
         return None if self.head_dim is None else self.position.rotated_channels(self.head_dim)
 
     def require_vocab_size(self) -> int:
-        """The vocabulary size, or ModelError while no tokenizer has set it; 0 for a model of images that needs none."""
+        """The vocabulary size, or Refusal while no tokenizer has set it; 0 for a model of images that needs none."""
         if not self.frontend.uses_vocabulary and not self.head.uses_vocabulary:
             return 0
         if self.vocab_size is None:
-            raise ModelError(
-                "model.vocab_size is null: a model needs its tokenizer's vocabulary size before it can be built or "
-                "counted; run the tokenizer step first or set model.vocab_size."
+            raise Refusal(
+                "model.vocab_size",
+                None,
+                "a model needs its tokenizer's vocabulary size before it can be built or counted",
+                "run the tokenizer step first or set model.vocab_size",
             )
         return self.vocab_size

@@ -30,7 +30,7 @@ class ParameterCounts(NamedTuple):
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
-    """Closed-form counts, an encoder's included; ModelError while the vocabulary size is unknown."""
+    """Closed-form counts, an encoder's included; Refusal while the vocabulary size is unknown."""
     vocab_size, width = config.require_vocab_size(), config.d_model
     embedding = config.frontend.parameters(vocab_size, width, config.norm)
     embedding += config.position.parameters(config.n_positions, width, config.attention_heads)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import Refusal
 
 Role = Literal["matrix", "embedding", "head", "router", "expert", "norm", "bias", "adapter", "recurrence", "features"]
 """`recurrence`: rates and passages of a state space mixer. `features`: random ones, which are never trained."""
@@ -61,7 +61,7 @@ class InitConfig:
         for name in ("std", "embedding_std", "head_std"):
             value = getattr(self, name)
             if value is not None and value < 0:
-                raise ModelError(f"init.{name} is {value}: a standard deviation cannot be negative; use 0 or more.")
+                raise Refusal(f"init.{name}", value, "a standard deviation cannot be negative", "use 0 or more")
 
 
 @dataclass(frozen=True)

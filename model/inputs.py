@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal
 
 if TYPE_CHECKING:
     from model.architecture import Transformer
@@ -32,12 +32,17 @@ class Inputs:
 
 
 def sort_inputs(model: Transformer, inputs: Tensors) -> Inputs:
-    """Split keyword inputs by owner. Raises ModelError for those that the model does not take, and for what it lacks."""
+    """Split keyword inputs by owner. Raises Refusal for those that the model does not take, and for what it lacks."""
     inner: list[Tensors] = []
     for prefix, module in ((ENCODER, model.encoder), (TOWER, model.tower)):
         given = {name: tensor for name, tensor in inputs.items() if name.startswith(prefix)}
         if given and module is None:
-            raise ModelError(f"{', '.join(given)} was given, but the model has no {prefix.rstrip('_')}: leave it out.")
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                f"{', '.join(given)} was given, but the model has no {prefix.rstrip('_')}",
+                "leave it out",
+            )
         inner.append({name.removeprefix(prefix): tensor for name, tensor in given.items()})
         inputs = {name: tensor for name, tensor in inputs.items() if name not in given}
     frontend, head = model.frontend, model.head
@@ -48,9 +53,14 @@ def sort_inputs(model: Transformer, inputs: Tensors) -> Inputs:
         unknown = ", ".join(sorted(of_frontend.keys() - known)) or "nothing of what it reads"
         modules = ((ENCODER, model.encoder), (TOWER, model.tower))
         others = [f"{prefix}…" for prefix, module in modules if module is not None]
-        raise ModelError(
-            f"the model was given {unknown}: it reads {frontend.reads}, and takes "
-            f"{', '.join([*sorted(known | head.takes), *others])} besides documents_BT, positions_BT and "
-            "what else forward names; give it those."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            (
+                f"the model was given {unknown}: it reads {frontend.reads}, and takes "
+                f"{', '.join([*sorted(known | head.takes), *others])} besides documents_BT, positions_BT "
+                "and what else forward names"
+            ),
+            "give it those",
         )
     return Inputs(of_frontend, of_head, *inner)

@@ -12,7 +12,6 @@ import pytest
 
 from conf.refusal import Refusal
 from data.rows.instructions import InstructionSettings, instruction_files
-from model.errors import ModelError
 from pipelines.engine.files import FileHashes
 from pipelines.stages.start import Start
 from pipelines.verbs.help import settings_help
@@ -89,7 +88,7 @@ def test_a_special_file_is_refused_and_not_waited_for_wherever_files_are_read(
         (tmp_path / name).symlink_to(target) if target else os.mkfifo(tmp_path / name)
     with pytest.raises(Refusal, match=r"task\.yaml: is no plain file"):
         FileHashes(tmp_path / "hashes").of([tmp_path / "task.yaml"])
-    with pytest.raises(ModelError, match=r"config\.json is no plain file"):
+    with pytest.raises(Refusal, match=r"config\.json: no plain file"):
         Start.open("pretrain.init_from", str(tmp_path))
     with pytest.raises(Refusal, match="a FIFO, a socket or a device"):
         instruction_files(InstructionSettings(kind="files", paths=(str(tmp_path / "config.json"),)))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from model.errors import ModelError
+from conf.refusal import Refusal
 from model.interop import load_imported, load_pretrained, read_config
 from tests.conftest import LOCAL, answer, complaint, tiny
 from tests.data.foreign import save
@@ -103,10 +103,10 @@ def test_a_tokenizer_that_transformers_reads_otherwise_is_refused_before_trainin
 def test_odd_values_of_a_config_json_are_one_sentence(tmp_path: Path, key: str) -> None:
     for value in (*ODD, None):
         (tmp_path / "config.json").write_text(json.dumps({**LLAMA, key: value}))
-        with contextlib.suppress(ModelError):
+        with contextlib.suppress(Refusal):
             read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "hidden_size": "64"}))
-    with pytest.raises(ModelError, match=r"config\.json has hidden_size='64', and it has to be a whole number"):
+    with pytest.raises(Refusal, match=r"config\.json: it has hidden_size='64', and it has to be a whole number"):
         read_config(tmp_path)
 
 
@@ -115,7 +115,7 @@ def test_odd_values_of_a_config_json_are_one_sentence(tmp_path: Path, key: str) 
 )
 def test_a_config_json_that_is_no_configuration_is_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ModelError, match=r"config\.json"):
+    with pytest.raises(Refusal, match=r"config\.json"):
         read_config(tmp_path)
 
 
@@ -133,7 +133,7 @@ def test_sizes_that_cannot_be_are_refused_at_once(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, key: 10**13}))
     began = time.monotonic()
-    with pytest.raises(ModelError, match=f"{ours} is {10**13}: no model is that large; at most"):
+    with pytest.raises(Refusal, match=rf"{ours} = {10**13}: no model is that large\. At most"):
         read_config(tmp_path)
     path = f"model.ffn.{ours}" if ours == "d_ff" else f"model.{ours}"
     assert "no model is that large" in complaint(capsys, "plan", "experiment=text", f"{path}={10**13}")
@@ -154,7 +154,7 @@ def test_a_head_that_a_headless_encoder_lacks_begins_anew_and_what_is_left_is_na
     for model in made:
         folder, out = tmp_path / type(model).__name__, tmp_path / f"{type(model).__name__}-taken"
         model.save_pretrained(folder)
-        with pytest.raises(ModelError, match="missing"):
+        with pytest.raises(Refusal, match="missing"):
             load_pretrained(folder)
         told = take(str(folder), out)
         assert told["new_head"] and all("head" in name or "cls." in name for name in told["new_head"])
@@ -175,5 +175,5 @@ def test_a_model_that_lacks_more_than_its_head_is_refused(tmp_path: Path) -> Non
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["encoder.layer.0.output.dense.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"bert\.encoder\.layer\.0\.output\.dense\.weight"):
+    with pytest.raises(Refusal, match=r"bert\.encoder\.layer\.0\.output\.dense\.weight"):
         load_imported(tmp_path, head_seed=0)

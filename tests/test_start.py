@@ -84,7 +84,7 @@ def test_mistakes_are_told_with_the_value_and_the_remedy(
     empty, pickled = tmp_path / "empty", tmp_path / "pickled"
     for folder in (empty, pickled):
         folder.mkdir()
-    assert f"{empty / 'config.json'} does not exist" in said(empty)
+    assert f"{empty / 'config.json'}: it does not exist" in said(empty)
     shutil.copy(weights / "config.json", pickled / "config.json")
     (pickled / "pytorch_model.bin").write_bytes(b"")
     assert "only pytorch_model.bin" in said(pickled)

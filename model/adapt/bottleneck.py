@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from conf.refusal import Refusal
 from model.block import Block
-from model.errors import ModelError
 from model.ffns.dense import ACTIVATIONS
 from model.init import InitConfig, Linear, Parameter, declarations, declare, initial_value
 
@@ -31,7 +31,7 @@ class BottleneckConfig:
 
     def __post_init__(self) -> None:
         if self.width < 1:
-            raise ModelError(f"bottleneck.width is {self.width}: the narrow layer needs at least one unit.")
+            raise Refusal("bottleneck.width", self.width, "the narrow layer needs at least one unit")
 
 
 class Bottleneck(nn.Module):
@@ -51,15 +51,16 @@ class Bottleneck(nn.Module):
 def attach_bottlenecks(model: nn.Module, config: BottleneckConfig, *, seed: int = 0) -> list[str]:
     """Put an adapter behind the chosen sublayers of every block and freeze everything else; the adapters' names.
 
-    Raises ModelError where no block has such a sublayer.
+    Raises Refusal where no block has such a sublayer.
     """
     places = ("mixer", "ffn") if config.placement == "houlsby" else ("ffn",)
     names = []
     blocks = [(name, block) for name, block in model.named_modules() if isinstance(block, Block)]
     if not any(getattr(block, place) is not None for _, block in blocks for place in places):
-        raise ModelError(
-            f"bottleneck.placement is {config.placement}, behind the ffn, and no block of this model has one: use houlsby, "
-            "which adapts mixers too."
+        raise Refusal(
+            "bottleneck.placement",
+            config.placement,
+            "behind the ffn, and no block of this model has one: use houlsby, which adapts mixers too",
         )
     model.requires_grad_(False)
     for name, block in blocks:

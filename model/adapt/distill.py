@@ -2,7 +2,7 @@
 
 import torch
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal
 
 
 def logit_distillation(
@@ -12,15 +12,25 @@ def logit_distillation(
     https://arxiv.org/abs/1503.02531); the factor keeps gradients as large at any T.
 
     valid_N: bool, which tokens count; divide by their number for a mean. No gradient reaches the teacher. Raises
-    ModelError for other vocabularies or a temperature that is not positive.
+    Refusal for other vocabularies or a temperature that is not positive.
     """
     if student_NV.shape != teacher_NV.shape:
-        raise ModelError(
-            f"the student's logits are {list(student_NV.shape)}, the teacher's {list(teacher_NV.shape)}: both need the "
-            "same tokens and the same vocabulary; use the teacher's tokenizer."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            (
+                f"the student's logits are {list(student_NV.shape)}, the teacher's "
+                f"{list(teacher_NV.shape)}: both need the same tokens and the same vocabulary"
+            ),
+            "use the teacher's tokenizer",
         )
     if temperature <= 0:
-        raise ModelError(f"temperature is {temperature}: logits are divided by it; use 1 for none, 2 to 4 to soften.")
+        raise Refusal(
+            "temperature",
+            temperature,
+            "logits are divided by it",
+            "use 1 for none, 2 to 4 to soften",
+        )
     student_log_p_NV = (student_NV.float() / temperature).log_softmax(-1)
     teacher_log_p_NV = (teacher_NV.detach().float() / temperature).log_softmax(-1)
     divergence_N = (teacher_log_p_NV.exp() * (teacher_log_p_NV - student_log_p_NV)).sum(-1)
@@ -42,13 +52,15 @@ def hidden_distillation(
     projection_DD: [teacher's width, student's width], learned with the student where the widths differ.
     """
     if kind not in ("mse", "cosine"):
-        raise ModelError(f"kind is {kind!r}: hidden states are compared by mse or cosine.")
+        raise Refusal("kind", kind, "hidden states are compared by mse or cosine")
     if projection_DD is not None:
         student_ND = torch.nn.functional.linear(student_ND, projection_DD)
     if student_ND.shape != teacher_ND.shape:
-        raise ModelError(
-            f"the student's states are {list(student_ND.shape)}, the teacher's {list(teacher_ND.shape)}: give a "
-            "projection of [teacher's width, student's width]."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            f"the student's states are {list(student_ND.shape)}, the teacher's {list(teacher_ND.shape)}",
+            "give a projection of [teacher's width, student's width]",
         )
     student_ND, teacher_ND = student_ND.float(), teacher_ND.detach().float()
     if kind == "mse":

@@ -6,28 +6,30 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Train no parameter whose name matches one of `patterns`, such as `frontend.*` or `stack.layers.0.*`; their names.
 
-    A tied head is its embedding and freezes with it. Raises ModelError where a pattern matches nothing.
+    A tied head is its embedding and freezes with it. Raises Refusal where a pattern matches nothing.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     frozen = []
     for pattern in patterns:
         matching = [name for name in named if fnmatch.fnmatch(name, pattern)]
         if not matching:
-            raise ModelError(
-                f"freeze has {pattern!r}, which matches no parameter: a parameter's name is like {next(iter(named))!r}, "
-                "and * stands for any part of it."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                f"freeze has {pattern!r}, which matches no parameter",
+                f"a parameter's name is like {next(iter(named))!r}, and * stands for any part of it",
             )
         frozen += matching
     for name in frozen:
         named[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ModelError(f"freeze = {list(patterns)} leaves nothing to train: freeze less.")
+        raise Refusal("model", NO_VALUE, f"freeze = {list(patterns)} leaves nothing to train", "freeze less")
     return list(dict.fromkeys(frozen))
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from conf.refusal import NO_VALUE, Refusal
 from model.adapt.quantize import QuantizedLinear
-from model.errors import ModelError
 from model.init import InitConfig, Linear, Parameter, declare, initial_value
 from model.mixers.mamba import Mamba
 
@@ -41,9 +41,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ModelError(f"lora.rank is {self.rank}: an adapter has at least rank 1.")
+            raise Refusal("lora.rank", self.rank, "an adapter has at least rank 1")
         if not 0 <= self.dropout < 1:
-            raise ModelError(f"lora.dropout is {self.dropout}: it is a probability below 1; use 0 for none.")
+            raise Refusal("lora.dropout", self.dropout, "it is a probability below 1", "use 0 for none")
 
     @property
     def scale(self) -> float:
@@ -77,7 +77,7 @@ class LoraLinear(Linear):
 def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> list[str]:
     """Give the target layers adapters and freeze everything else; the names of the adapted modules.
 
-    Raises ModelError where a pattern matches no linear map, or null finds none.
+    Raises Refusal where a pattern matches no linear map, or null finds none.
     """
     linear = {name: module for name, module in model.named_modules() if type(module) is Linear}
     kept = {f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, Mamba)}
@@ -85,15 +85,21 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> list[
     for pattern in patterns:
         found = [name for name, _ in model.named_modules() if fnmatch.fnmatch(name, pattern)]
         if quantized := [name for name in found if isinstance(model.get_submodule(name), QuantizedLinear)]:
-            raise ModelError(
-                f"lora.targets has {pattern!r}, and {quantized[0]!r} is quantized: an adapter is trained beside whole "
-                "weights; attach it to the model as it was, merge it, and quantize then."
+            raise Refusal(
+                "lora.targets",
+                NO_VALUE,
+                f"has {pattern!r}, and {quantized[0]!r} is quantized: an adapter is trained beside whole weights",
+                "attach it to the model as it was, merge it, and quantize then",
             )
         if linear.keys().isdisjoint(found):
             other = f"; {found[0]!r} is no linear map, nor are routers and the experts' joint weights" if found else ""
-            raise ModelError(
-                f"lora.targets has {pattern!r}, which matches no layer{other}: a layer's name is like "
-                f"{next(iter(linear), 'none')!r}, and * stands for any part of it."
+            raise Refusal(
+                "lora.targets",
+                NO_VALUE,
+                (
+                    f"has {pattern!r}, which matches no layer{other}: a layer's name is like "
+                    f"{next(iter(linear), 'none')!r}, and * stands for any part of it"
+                ),
             )
     chosen = [name for name in linear if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     if config.targets is None:

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import nn
 
+from conf.refusal import NO_VALUE, Refusal
 from model.adapt.bottleneck import start
 from model.architecture import Transformer
-from model.errors import ModelError
 from model.init import Declared, Parameter, declare
 from model.mixers.attention import Attention
 
@@ -30,7 +30,7 @@ class PrefixConfig:
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
-            raise ModelError(f"prefix.tokens is {self.tokens}: at least one key and value is learned.")
+            raise Refusal("prefix.tokens", self.tokens, "at least one key and value is learned")
 
 
 class Prefix(Declared):
@@ -54,25 +54,34 @@ def attach_prefix(model: Transformer, config: PrefixConfig, *, seed: int = 0) ->
     """Give the model a prefix and freeze everything else; the names of what is trained.
 
     The keys and values of a decoder that has an encoder stand before its own tokens, not before the encoder's output.
-    Raises ModelError where a layer has no keys and values, or their shapes differ, and for a model that computes through
+    Raises Refusal where a layer has no keys and values, or their shapes differ, and for a model that computes through
     no cache.
     """
     if not model.config.causal:
-        raise ModelError(
-            "a prefix stands in the first slots of a cache, and model.causal is false: an encoder has none; use lora, "
-            "bottlenecks or prompt tuning."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            "a prefix stands in the first slots of a cache, and model.causal is false: an encoder has none",
+            "use lora, bottlenecks or prompt tuning",
         )
     mixers = [block.mixer for block in model.stack.layers]
     shapes = {(mixer.kv_heads, mixer.head_dim) for mixer in mixers if isinstance(mixer, Attention)}
     if len(shapes) != 1 or not all(isinstance(mixer, Attention) for mixer in mixers):
-        raise ModelError(
-            "a prefix is keys and values of one shape in every layer, and this model's layers have "
-            f"{', '.join(sorted({type(mixer).__name__ for mixer in mixers}))}: use prompt tuning, lora or bottlenecks."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            (
+                "a prefix is keys and values of one shape in every layer, and this model's layers have "
+                f"{', '.join(sorted({type(mixer).__name__ for mixer in mixers}))}"
+            ),
+            "use prompt tuning, lora or bottlenecks",
         )
     if model.config.grids:
-        raise ModelError(
-            "a prefix moves every token's slot, and a mixer of kind grid counts a text and its image from the first: use "
-            "prompt tuning, lora or bottlenecks."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            "a prefix moves every token's slot, and a mixer of kind grid counts a text and its image from the first",
+            "use prompt tuning, lora or bottlenecks",
         )
     model.requires_grad_(False)
     [(kv_heads, channels)] = shapes

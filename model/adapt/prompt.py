@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from conf.refusal import NO_VALUE, Refusal
 from model.architecture import Transformer
-from model.errors import ModelError
 from model.frontends.text import Embedding, TokenFrontend
 from model.init import Parameter, declare
 
@@ -28,7 +28,7 @@ class PromptConfig:
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
-            raise ModelError(f"prompt.tokens is {self.tokens}: at least one virtual token is learned.")
+            raise Refusal("prompt.tokens", self.tokens, "at least one virtual token is learned")
 
 
 class PromptedEmbedding(Embedding):
@@ -53,14 +53,16 @@ class PromptedEmbedding(Embedding):
 def attach_prompt(model: Transformer, config: PromptConfig, *, seed: int = 0) -> list[str]:
     """Let the model know virtual tokens, and freeze everything else; the names of what is trained.
 
-    Where an encoder reads a text, as in the paper's T5, they stand before that one. Raises ModelError for a model whose
+    Where an encoder reads a text, as in the paper's T5, they stand before that one. Raises Refusal for a model whose
     input is not tokens.
     """
     within, reader = ("encoder.", model.encoder) if _reads_text(model.encoder) else ("", model)
     if reader is None or not isinstance(reader.frontend, TokenFrontend):
-        raise ModelError(
-            f"virtual tokens need a frontend of tokens, this model has {type(model.frontend).__name__}: use lora or "
-            "bottlenecks."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            f"virtual tokens need a frontend of tokens, this model has {type(model.frontend).__name__}",
+            "use lora or bottlenecks",
         )
     model.requires_grad_(False)
     base = reader.frontend.tokens

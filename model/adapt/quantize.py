@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import Refusal
 from model.ffns.experts.layer import Experts
 from model.init import Linear
 
@@ -87,27 +87,36 @@ def quantize(model: nn.Module, kind: Quantization) -> list[str]:
 
     int8: one scale for each output. int4: a scale and an offset for every 32 inputs; maps whose inputs are no multiple of
     that, or outputs of 16, stay. int8_dynamic: inputs are rounded too, a scale for each token, and the product is one of
-    integers. Raises ModelError for other kinds, for a model that
+    integers. Raises Refusal for other kinds, for a model that
     has adapters or is quantized already, where no map fits, and off the CPU, where these kernels do not run.
     """
     if kind not in ("int8", "int4", "int8_dynamic"):
-        raise ModelError(f"quantization is {kind!r}: choose int8, int4 or int8_dynamic.")
+        raise Refusal("quantization", kind, "there is no such kind", "choose int8, int4 or int8_dynamic")
     for name, part in model.named_modules():
         if getattr(part, "lora_A", None) is not None:
-            raise ModelError(
-                f"quantization is {kind}, and {name} has an adapter: quantized weights take none; load "
-                "merged(model.state_dict(), lora) into a model without adapters and quantize that."
+            raise Refusal(
+                "quantization",
+                kind,
+                f"{name} has an adapter, and quantized weights take none",
+                "load merged(model.state_dict(), lora) into a model without adapters and quantize that",
             )
         if isinstance(part, QuantizedLinear):
-            raise ModelError(f"quantization is {kind}, and {name} is {part.kind} already: start from whole weights.")
+            raise Refusal(
+                "quantization",
+                kind,
+                f"{name} is {part.kind} already",
+                "start from whole weights",
+            )
     maps = whole_maps(model)
     if any(parameter.device.type != "cpu" for part in maps.values() for parameter in part.parameters()):
-        raise ModelError("quantize runs on the CPU only: move the model there first.")
+        raise Refusal("quantization", kind, "it runs on the CPU only", "move the model there first")
     fitting = {name: part for name, part in maps.items() if kind != "int4" or all(map(_fits_int4, _weights(part)))}
     if not fitting:
-        raise ModelError(
-            f"quantization is {kind}, and no map of the blocks fits it: int4 takes a multiple of {GROUP} inputs and of 16 "
-            "outputs; choose int8, or leave the weights as they are."
+        raise Refusal(
+            "quantization",
+            kind,
+            (f"no map of the blocks fits it: int4 takes a multiple of {GROUP} inputs and of 16 outputs"),
+            "choose int8, or leave the weights as they are",
         )
     for name, part in fitting.items():
         parent, _, local = name.rpartition(".")

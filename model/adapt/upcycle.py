@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from conf.refusal import NO_VALUE, Refusal
 from model.build import build_model
 from model.config import ModelConfig
-from model.errors import ModelError
 from model.ffns.dense import FfnConfig
 from model.ffns.experts.config import MoeConfig
 from model.init import declarations, initial_value
@@ -26,7 +26,7 @@ def upcycled(
     4 of a pass's tokens, of which there are at least 4; products of 1, 2 or 3 rows, and the last columns at other
     widths, are summed in another order. So many experts for few tokens, or decoding token by token, differ by rounding
     (about 1e-7 of the largest logit). Routers are drawn from `seed`, and shared experts start with a last matrix of
-    zeros. An encoder may have experts too. Raises ModelError where `target` differs from `config` in more than its
+    zeros. An encoder may have experts too. Raises Refusal where `target` differs from `config` in more than its
     experts, or could not compute the same.
     """
     _check(config, target)
@@ -57,28 +57,42 @@ def upcycled(
 def _check(config: ModelConfig, target: ModelConfig, of: str = "") -> None:
     same = replace(target, ffn=config.ffn, pattern=config.pattern, init=config.init, encoder=config.encoder)
     if same != config or (target.encoder is None) != (config.encoder is None):
-        raise ModelError(
-            "upcycling needs a target that differs from the dense model in the ffn of its layers only; begin with the "
-            "dense model's configuration and change `ffn` or `pattern`."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            "upcycling needs a target that differs from the dense model in the ffn of its layers only",
+            "begin with the dense model's configuration and change `ffn` or `pattern`",
         )
     for number, (before, after) in enumerate(zip(config.layers, target.layers, strict=True)):
         dense, experts = before.ffn, after.ffn
         if after == before:
             continue
         if not isinstance(dense, FfnConfig) or not isinstance(experts, MoeConfig) or after.mixer != before.mixer:
-            raise ModelError(
-                f"{of}layer {number} of the target has {after}: upcycling puts experts where the dense model has a dense "
-                "network, and changes nothing else."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                f"{of}layer {number} of the target has {after}",
+                "upcycling puts experts where the dense model has a dense network, and changes nothing else",
             )
         wanted = FfnConfig(d_ff=experts.d_ff, activation=experts.activation, gated=experts.gated)
         if dense != wanted:
-            raise ModelError(
-                f"{of}layer {number} has a dense {dense}, and experts of {wanted}: each expert is a copy, so give it the "
-                "same d_ff, activation and gate; experts have no biases."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                (
+                    f"{of}layer {number} has a dense {dense}, and experts of {wanted}: each expert is a copy, "
+                    "so give it the same d_ff, activation and gate"
+                ),
+                "experts have no biases",
             )
         if not experts.router.renormalize or experts.router.scale != 1.0 or experts.capacity is not None:
-            raise ModelError(
-                f"{of}layer {number} of the target weighs its experts with {experts.router} and capacity "
-                f"{experts.capacity}: copies add up to what they are copied from only where weights sum to one and no "
-                "token is dropped; set router.renormalize, router.scale to 1 and capacity to null."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                (
+                    f"{of}layer {number} of the target weighs its experts with {experts.router} and capacity "
+                    f"{experts.capacity}: copies add up to what they are copied from only where weights sum to"
+                    " one and no token is dropped"
+                ),
+                "set router.renormalize, router.scale to 1 and capacity to null",
             )

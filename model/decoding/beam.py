@@ -10,12 +10,12 @@ from typing import Literal, Protocol
 
 import torch
 
+from conf.refusal import Refusal
 from model.architecture import Transformer
 from model.decoding.generate import budget, read_prompts
 from model.decoding.joined import arranged_products
 from model.decoding.packed import Packing
 from model.decoding.sampling import Sampling, allowed
-from model.errors import ModelError
 from model.frontends.base import Source
 
 
@@ -33,9 +33,9 @@ class BeamConfig:
 
     def __post_init__(self) -> None:
         if self.beams < 1:
-            raise ModelError(f"beams is {self.beams}: follow at least one continuation.")
+            raise Refusal("beams", self.beams, "follow at least one continuation")
         if self.early_stopping not in (True, False, "never"):
-            raise ModelError(f"early_stopping is {self.early_stopping!r}: it is true, false or never.")
+            raise Refusal("early_stopping", self.early_stopping, "it is true, false or never")
 
 
 @dataclass(frozen=True)

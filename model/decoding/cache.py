@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal
 from model.mixers.base import MixerState
 from model.positions.base import Rotation
 
@@ -75,11 +75,13 @@ class Cache:
         return None if self.static or min(self.lengths) != max(self.lengths) else self.lengths[0] + self.offset
 
     def claim(self, tokens: int) -> Claim:
-        """Places for `tokens` further tokens of every row. Raises ModelError when they do not fit."""
+        """Places for `tokens` further tokens of every row. Raises Refusal when they do not fit."""
         if self.longest + tokens > self.max_tokens:
-            raise ModelError(
-                f"{self.longest} remembered and {tokens} new tokens do not fit a cache of {self.max_tokens}: make it "
-                "larger with new_cache(max_tokens=...)."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                f"{self.longest} remembered and {tokens} new tokens do not fit a cache of {self.max_tokens}",
+                "make it larger with new_cache(max_tokens=...)",
             )
         first = self.common_slot
         if first is not None:
@@ -107,13 +109,18 @@ class Cache:
     def rewind(self, lengths: Sequence[int]) -> None:
         """Forget all but the first `lengths[i]` tokens of row i, such as a rejected draft.
 
-        Raises ModelError where a layer's state has no place for each token and cannot go back (state space mixers,
+        Raises Refusal where a layer's state has no place for each token and cannot go back (state space mixers,
         linear attention).
         """
         if list(lengths) != self.lengths and not all(state.rewindable for state in self.states):
-            raise ModelError(
-                f"a cache of {self.lengths} tokens cannot be rewound to {list(lengths)}: a recurrent layer keeps one state "
-                "and none of its past; read the shorter rows into a new cache, or give `lengths` when reading padded rows."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                (
+                    f"a cache of {self.lengths} tokens cannot be rewound to {list(lengths)}: a recurrent layer"
+                    " keeps one state and none of its past"
+                ),
+                "read the shorter rows into a new cache, or give `lengths` when reading padded rows",
             )
         self.lengths = list(lengths)
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
+from conf.refusal import NO_VALUE, Refusal
 from model.architecture import Transformer
 from model.decoding.cache import Cache
 from model.decoding.joined import arranged_products
 from model.decoding.packed import Packing
 from model.decoding.sampling import Sampling, allowed, choose
-from model.errors import ModelError
 from model.frontends.base import Source
 from model.inputs import ENCODER
 
@@ -41,7 +41,7 @@ def generate(
     sources: what the encoder of an encoder-decoder reads for each prompt: tokens, mel frames [A, W], pixels [A, Y, X] or
     samples [W], as its frontend takes them; the prompt is then what its decoder starts from, `decoder_start_token_id` in
     the words of transformers, or for Whisper the tokens of language and task.
-    Raises ModelError for an empty prompt or one that fills the model's context, and for sources that cannot be batched.
+    Raises Refusal for an empty prompt or one that fills the model's context, and for sources that cannot be batched.
     """
     if not prompts:
         return []
@@ -88,14 +88,21 @@ def unpadded(tokens_BT: torch.Tensor, attention_mask_BT: torch.Tensor) -> list[l
 
 
 def budget(model: Transformer, prompt: Sequence[int], row: int, max_new_tokens: int) -> int:
-    """How many tokens may follow a prompt. Raises ModelError for an empty one, or one that leaves no room."""
+    """How many tokens may follow a prompt. Raises Refusal for an empty one, or one that leaves no room."""
     if not prompt:
-        raise ModelError(f"prompt {row} has no tokens: a model continues something; start it with the <s> token.")
+        raise Refusal(
+            "model", NO_VALUE, f"prompt {row} has no tokens: a model continues something", "start it with the <s> token"
+        )
     room = model.config.max_seq_len - len(prompt) - (0 if model.prefix is None else model.prefix.tokens)
     if room < 1:
-        raise ModelError(
-            f"prompt {row} has {len(prompt)} tokens: the model's max_seq_len is {model.config.max_seq_len}, which must "
-            "leave room for at least one more; shorten the prompt."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            (
+                f"prompt {row} has {len(prompt)} tokens: the model's max_seq_len is "
+                f"{model.config.max_seq_len}, which must leave room for at least one more"
+            ),
+            "shorten the prompt",
         )
     return min(room, max_new_tokens)
 
@@ -147,7 +154,12 @@ def read_prompts(
 def _encoder_inputs(model: Transformer, sources: Sequence[Source], device: torch.device) -> dict[str, torch.Tensor]:
     """What the encoder reads, under the names that the decoder hands on."""
     if model.encoder is None:
-        raise ModelError("sources were given, but the model has no encoder to read them: put them into the prompts.")
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            "sources were given, but the model has no encoder to read them",
+            "put them into the prompts",
+        )
     return {f"{ENCODER}{name}": row for name, row in model.encoder.frontend.batched(sources, device).items()}
 
 

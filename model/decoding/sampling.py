@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal
 
 Bias = tuple[tuple[int, ...], float]
 
@@ -44,29 +44,32 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ModelError(f"max_new_tokens is {self.max_new_tokens}: ask for at least one token.")
+            raise Refusal("max_new_tokens", self.max_new_tokens, "ask for at least one token")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ModelError(
-                f"min_new_tokens is {self.min_new_tokens}: it lies between 0 and max_new_tokens {self.max_new_tokens}."
+            raise Refusal(
+                "min_new_tokens", self.min_new_tokens, f"it lies between 0 and max_new_tokens {self.max_new_tokens}"
             )
         if self.temperature < 0:
-            raise ModelError(f"temperature is {self.temperature}: use 0 for the likeliest token, or above 0 to sample.")
+            raise Refusal("temperature", self.temperature, "use 0 for the likeliest token, or above 0 to sample")
         if self.top_k is not None and self.top_k < 1:
-            raise ModelError(f"top_k is {self.top_k}: keep at least one candidate, or null for all.")
+            raise Refusal("top_k", self.top_k, "keep at least one candidate, or null for all")
         for name in ("top_p", "min_p", "typical_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise ModelError(f"{name} is {value}: it is a probability above 0 and at most 1, or null for all.")
+                raise Refusal(f"{name}", value, "it is a probability above 0 and at most 1, or null for all")
         if self.repetition_penalty <= 0:
-            raise ModelError(f"repetition_penalty is {self.repetition_penalty}: 1 is none, above 1 avoids repetition.")
+            raise Refusal("repetition_penalty", self.repetition_penalty, "1 is none, above 1 avoids repetition")
         if self.no_repeat_ngram_size is not None and self.no_repeat_ngram_size < 1:
-            raise ModelError(f"no_repeat_ngram_size is {self.no_repeat_ngram_size}: at least 1, or null for any.")
+            raise Refusal("no_repeat_ngram_size", self.no_repeat_ngram_size, "at least 1, or null for any")
         if self.within is not None and not 0 <= self.within[0] < self.within[1]:
-            raise ModelError(
-                f"within is {self.within}: the first entry that may be chosen, and the one after the last."
-            )
+            raise Refusal("within", self.within, "the first entry that may be chosen, and the one after the last")
         if any(not tokens for tokens, _ in self.bias):
-            raise ModelError("bias has an entry without tokens: the last one is what the offset is added to; name it.")
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                "bias has an entry without tokens: the last one is what the offset is added to",
+                "name it",
+            )
 
     @property
     def reads_text(self) -> bool:

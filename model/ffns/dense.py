@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from model.decoding.joined import Joins
-from model.errors import check_counts
 from model.ffns.base import AbstractFfnConfig
 from model.init import Linear
+from model.limits import check_counts
 from model.mixers.base import MixerInput
 from model.slots import Record, SlotCosts
 
@@ -43,7 +43,7 @@ class FfnConfig(AbstractFfnConfig):
     """Whether its maps have offsets."""
 
     def __post_init__(self) -> None:
-        check_counts("ffn", self, "d_ff")
+        check_counts(self, "d_ff")
 
     def costs(self, d_model: int) -> SlotCosts:
         """Two matrices, or three with a gate."""

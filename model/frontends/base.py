@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from conf.refusal import NO_VALUE, Refusal
 from conf.registry import Registry
-from model.errors import ModelError
 from model.init import Declared
 from model.norms.norm import NormConfig
 
@@ -85,12 +85,14 @@ class Frontend(Declared):
         return None
 
     def batched(self, sources: Sequence[Source], device: torch.device) -> dict[str, torch.Tensor]:
-        """The inputs by name of a batch of these. Raises ModelError where their shapes differ and no padding is known."""
+        """The inputs by name of a batch of these. Raises Refusal where their shapes differ and no padding is known."""
         rows = [torch.as_tensor(source, device=device) for source in sources]
         shapes = list(dict.fromkeys(tuple(row.shape) for row in rows))
         if len(shapes) > 1:
-            raise ModelError(
-                f"{self.reads} would have rows of {shapes[0]} and {shapes[1]}: this frontend knows no padding; bring them "
-                "to one shape, or hand them over one by one."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                f"{self.reads} would have rows of {shapes[0]} and {shapes[1]}: this frontend knows no padding",
+                "bring them to one shape, or hand them over one by one",
             )
         return {self.reads: torch.stack(rows)}

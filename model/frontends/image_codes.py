@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from model.errors import ModelError, check_counts
+from conf.refusal import NO_VALUE, Refusal
 from model.init import Declared, InitConfig, Parameter, declare, initialize
+from model.limits import check_counts
 
 EDGE = 0.1
 """Pixels are squeezed from [0, 1] to [EDGE, 1 - EDGE], where their logits are finite."""
@@ -43,11 +44,13 @@ class ImageTokenizerConfig:
     steps)."""
 
     def __post_init__(self) -> None:
-        check_counts("image_tokenizer", self, "codes", "planes", "width", "blocks")
+        check_counts(self, "codes", "planes", "width", "blocks")
         if self.halvings < 0 or self.kl_weight < 0:
-            raise ModelError(
-                f"image_tokenizer has halvings={self.halvings}, kl_weight={self.kl_weight}: neither is below 0; the paper "
-                "has 3 and 6.6."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                f"image_tokenizer has halvings={self.halvings}, kl_weight={self.kl_weight}: neither is below 0",
+                "the paper has 3 and 6.6",
             )
 
     @property
@@ -114,7 +117,7 @@ class ImageTokenizer(nn.Module):
         """{"loss_sum": fp32 Σ -ln p(pixel) + kl_weight Σ KL, "kl_sum", "target_count": how many pixels and planes}.
 
         Codes are drawn by the Gumbel-softmax relaxation from PyTorch's generator, as dropout is; pixels follow the
-        logit-Laplace distribution. Raises ModelError for sizes that do not divide.
+        logit-Laplace distribution. Raises Refusal for sizes that do not divide.
         """
         scores_BVYX = self._scores(pixels_BAYX).float()
         relaxed_BVYX = nn.functional.gumbel_softmax(scores_BVYX, tau=self.temperature, dim=1)
@@ -143,9 +146,14 @@ class ImageTokenizer(nn.Module):
     def _scores(self, pixels_BAYX: torch.Tensor) -> torch.Tensor:
         planes, *sides = pixels_BAYX.shape[1:]
         if planes != self.config.planes or any(side % self.config.side for side in sides):
-            raise ModelError(
-                f"pixels_BAYX has images of {tuple(pixels_BAYX.shape[1:])}: it takes {self.config.planes} planes "
-                f"and sides that {self.config.side} divides; crop or resize them."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                (
+                    f"pixels_BAYX has images of {tuple(pixels_BAYX.shape[1:])}: it takes {self.config.planes} "
+                    f"planes and sides that {self.config.side} divides"
+                ),
+                "crop or resize them",
             )
         scores_BVYX: torch.Tensor = self.encoder(pixels_BAYX)
         return scores_BVYX

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal
 from model.frontends.base import Frontend, FrontendConfig
 from model.init import Declared, Parameter, declare
 from model.norms.norm import NormConfig, build_norm
@@ -35,9 +35,7 @@ class MelFrontendConfig(FrontendConfig):
 
     def __post_init__(self) -> None:
         if self.bands < 1:
-            raise ModelError(
-                f"frontend.bands is {self.bands}: a spectrogram has at least one; Whisper's have 80 or 128."
-            )
+            raise Refusal("bands", self.bands, "a spectrogram has at least one", "Whisper's have 80 or 128")
 
     def parameters(self, vocab_size: int, d_model: int, norm: NormConfig) -> int:
         """How many parameters it has, those of positions aside."""
@@ -93,9 +91,11 @@ class MelFrontend(Frontend):
     def forward(self, positions_BT: torch.Tensor | None, mels_BAW: torch.Tensor) -> torch.Tensor:
         """mels_BAW: floats, a column for each frame, such as `log_mel` makes."""
         if mels_BAW.shape[1] != self.bands:
-            raise ModelError(
-                f"mels_BAW has {mels_BAW.shape[1]} bands: this model takes {self.bands}; make them with "
-                f"log_mel(samples_BW, bands={self.bands})."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                f"mels_BAW has {mels_BAW.shape[1]} bands: this model takes {self.bands}",
+                f"make them with log_mel(samples_BW, bands={self.bands})",
             )
         x_BDT = self.second(self.first(mels_BAW.to(self.first.weight.dtype)))
         x_BTD = x_BDT.transpose(1, 2)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError, check_counts
+from conf.refusal import NO_VALUE, Refusal
 from model.frontends.base import Frontend, FrontendConfig
 from model.init import Parameter, declare
+from model.limits import check_counts
 from model.norms.norm import NormConfig, build_norm
 from model.positions.base import Positions
 
@@ -38,11 +39,15 @@ class PatchFrontendConfig(FrontendConfig):
     """The model's norm after positions are added (CLIP)."""
 
     def __post_init__(self) -> None:
-        check_counts("frontend", self, "image_size", "patch_size", "planes")
+        check_counts(self, "image_size", "patch_size", "planes")
         if self.image_size % self.patch_size:
-            raise ModelError(
-                f"frontend.patch_size is {self.patch_size}, image_size {self.image_size}: patches cover an image without a "
-                "remainder, so patch_size must divide image_size."
+            raise Refusal(
+                "patch_size",
+                self.patch_size,
+                (
+                    f"image_size {self.image_size}: patches cover an image without a remainder, so patch_size "
+                    "must divide image_size"
+                ),
             )
 
     @property
@@ -101,9 +106,14 @@ class PatchFrontend(Frontend):
         """pixels_BAYX: floats, scaled as the data says."""
         size = (self.config.planes, self.config.image_size, self.config.image_size)
         if pixels_BAYX.shape[1:] != size:
-            raise ModelError(
-                f"pixels_BAYX has images of {tuple(pixels_BAYX.shape[1:])}: this model takes {size} (planes, height, "
-                "width); resize them or set model.frontend.image_size."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                (
+                    f"pixels_BAYX has images of {tuple(pixels_BAYX.shape[1:])}: this model takes {size} "
+                    "(planes, height, width)"
+                ),
+                "resize them or set model.frontend.image_size",
             )
         patches_BDYX = nn.functional.conv2d(
             pixels_BAYX.to(self.weight.dtype), self.weight, self.bias, stride=self.config.patch_size

@@ -6,7 +6,7 @@ negatives_BTO = distractors(masked_BT, 100, keys_B, seed=epoch)
 
 import torch
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal
 from model.noise import uniform
 
 MASKS, OTHERS, CODES = range(1 << 20, (1 << 20) + 3)
@@ -20,12 +20,17 @@ def masked_spans(
     may overlap (wav2vec 2.0, Baevski et al. 2020, https://arxiv.org/abs/2006.11477, section 3.1).
 
     keys_B: `row_keys` of the rows. No span begins where it would pass the end of its row, if the row is longer than one.
-    Raises ModelError for a share that is none, and for spans or rows of a single frame.
+    Raises Refusal for a share that is none, and for spans or rows of a single frame.
     """
     if not 0 < share <= 1 or span < 2 or int(frames_B.min()) < 2:
-        raise ModelError(
-            f"share is {share}, span {span}, and the shortest row has {int(frames_B.min())} frames: a part of a row of at "
-            "least 2 frames begins spans of at least 2; leave such recordings out, or use 0.065 and 10."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            (
+                f"share is {share}, span {span}, and the shortest row has {int(frames_B.min())} frames: a "
+                "part of a row of at least 2 frames begins spans of at least 2"
+            ),
+            "leave such recordings out, or use 0.065 and 10",
         )
     place_T = torch.arange(frames, device=keys_B.device)
     possible_BT = place_T <= (frames_B - span).clamp(min=0)[:, None]
@@ -41,12 +46,15 @@ def distractors(masked_BT: torch.Tensor, count: int, keys_B: torch.Tensor, *, se
     """int64 negatives_BTO: for each masked frame, `count` places drawn evenly among the other masked ones of its row; 0 for
     other frames. keys_B: `row_keys` of the rows.
 
-    Raises ModelError where fewer than two frames of a row are masked.
+    Raises Refusal where fewer than two frames of a row are masked.
     """
     masked_B1 = masked_BT.sum(1, keepdim=True)
     if int(masked_B1.min()) < 2:
-        raise ModelError(
-            f"{int(masked_B1.min())} frames of a row are masked: one is told from others, so mask at least 2."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            f"{int(masked_B1.min())} frames of a row are masked",
+            "one is told from others, so mask at least 2",
         )
     draws_BTO = uniform(keys_B, seed=seed, layer=OTHERS, tokens=masked_BT.shape[1], draws=count)
     drawn_BTO = (draws_BTO * (masked_B1 - 1)[..., None]).long()

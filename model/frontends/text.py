@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal
 from model.frontends.base import Frontend, FrontendConfig, Source
 from model.init import Declared, Parameter, declare
 from model.norms.norm import NormConfig, build_norm
@@ -36,7 +36,7 @@ class TokenFrontendConfig(FrontendConfig):
 
     def __post_init__(self) -> None:
         if self.token_types < 0:
-            raise ModelError(f"frontend.token_types is {self.token_types}: it counts segments; use 0 for none.")
+            raise Refusal("token_types", self.token_types, "it counts segments", "use 0 for none")
 
     def parameters(self, vocab_size: int, d_model: int, norm: NormConfig) -> int:
         """How many parameters it has, those of positions aside."""
@@ -129,21 +129,33 @@ class TokenFrontend(Frontend):
     def forward(
         self, positions_BT: torch.Tensor, tokens_BT: torch.Tensor, token_types_BT: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """token_types_BT: int64 segment of each token; null is segment 0 everywhere. Raises ModelError for unknown ids."""
+        """token_types_BT: int64 segment of each token; null is segment 0 everywhere. Raises Refusal for unknown ids."""
         try:
             x_BTD = self.tokens(tokens_BT)
         except IndexError as error:
-            raise ModelError(
-                f"token ids from {int(tokens_BT.min())} to {int(tokens_BT.max())} were given, the vocabulary is 0 to "
-                f"{self.tokens.weight.shape[0] - 1}: check the tokenizer. Ids below 0 are virtual tokens, which "
-                "attach_prompt teaches one text only: the encoder's, where the model has one that reads text."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                (
+                    f"token ids from {int(tokens_BT.min())} to {int(tokens_BT.max())} were given, the "
+                    f"vocabulary is 0 to {self.tokens.weight.shape[0] - 1}"
+                ),
+                (
+                    "check the tokenizer. Ids below 0 are virtual tokens, which attach_prompt teaches one "
+                    "text only: the encoder's, where the model has one that reads text"
+                ),
             ) from error
         if self.scale != 1.0:
             x_BTD = x_BTD * self.scale
         if self.types is not None:
             x_BTD = x_BTD + self.types(torch.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT)
         elif token_types_BT is not None:
-            raise ModelError("token_types_BT was given, but model.frontend.token_types is 0: set it or leave them out.")
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                "token_types_BT was given, but model.frontend.token_types is 0",
+                "set it or leave them out",
+            )
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(positions_BT).to(x_BTD.dtype)
         if self.norm is not None:

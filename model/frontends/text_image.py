@@ -4,7 +4,7 @@ https://arxiv.org/abs/2102.12092)."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +30,27 @@ class TextImageVocabulary:
         return self.entries + self.places, self.size
 
     def prompt(self, text: Sequence[int]) -> list[int]:
-        """The text's tokens and its padding: what an image is generated after. Raises ModelError for one too long."""
+        """The text's tokens and its padding: what an image is generated after. Raises Refusal for one too long."""
         if len(text) > self.places or any(not 0 <= token < self.entries for token in text):
-            raise ModelError(
-                f"a text has {len(text)} tokens up to {max(text)}: a row has {self.places} places for it, and its tokenizer "
-                f"{self.entries} entries; shorten it, or take the tokenizer that the model was made with."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                (
+                    f"a text has {len(text)} tokens up to {max(text)}: a row has {self.places} places for it, "
+                    f"and its tokenizer {self.entries} entries"
+                ),
+                "shorten it, or take the tokenizer that the model was made with",
             )
         return [*text, *range(self.entries + len(text), self.entries + self.places)]
 
     def row(self, text: Sequence[int], codes: Sequence[int]) -> list[int]:
-        """A whole row of training. Raises ModelError for a code that there is not."""
+        """A whole row of training. Raises Refusal for a code that there is not."""
         if any(not 0 <= code < self.codes for code in codes):
-            raise ModelError(
-                f"an image has codes from {min(codes)} to {max(codes)}: there are {self.codes}, from 0 on."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                f"an image has codes from {min(codes)} to {max(codes)}",
+                f"there are {self.codes}, from 0 on",
             )
         return [*self.prompt(text), *(code + self.image[0] for code in codes)]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal
 from model.frontends.base import Frontend, FrontendConfig, Source
 from model.heads.codebook import Codebook, CodebookConfig
 from model.init import Declared, Linear, Parameter, declare
@@ -57,14 +57,24 @@ class WaveformFrontendConfig(FrontendConfig):
     def __post_init__(self) -> None:
         sizes = [self.channels, self.kernels, self.strides]
         if len({len(size) for size in sizes}) > 1 or not self.channels or min(min(size) for size in sizes) < 1:
-            raise ModelError(
-                f"frontend has channels={self.channels}, kernels={self.kernels}, strides={self.strides}: each "
-                "convolution needs one of each, at least 1; give three lists of one length."
+            raise Refusal(
+                "",
+                NO_VALUE,
+                (
+                    f"has channels={self.channels}, kernels={self.kernels}, "
+                    f"strides={self.strides}: each convolution needs one of each, at least 1"
+                ),
+                "give three lists of one length",
             )
         if self.positional_kernel < 1 or self.positional_groups < 1:
-            raise ModelError(
-                f"frontend has positional_kernel={self.positional_kernel}, positional_groups={self.positional_groups}: "
-                "both count something; use at least 1."
+            raise Refusal(
+                "",
+                NO_VALUE,
+                (
+                    f"has positional_kernel={self.positional_kernel}, positional_groups={self.positional_groups}:"
+                    " both count something"
+                ),
+                "use at least 1",
             )
 
     def lengths(self, frames: int) -> list[int]:
@@ -152,9 +162,10 @@ class PositionalConvolution(Declared):
     def __init__(self, d_model: int, kernel: int, groups: int) -> None:
         super().__init__()
         if d_model % groups:
-            raise ModelError(
-                f"frontend.positional_groups is {groups} with model.d_model {d_model}: groups share the width equally, so "
-                "it must divide d_model."
+            raise Refusal(
+                "frontend.positional_groups",
+                groups,
+                f"with model.d_model {d_model}: groups share the width equally, so it must divide d_model",
             )
         self.groups = groups
         self.weight = nn.Parameter(torch.empty(d_model, d_model // groups, kernel))
@@ -237,9 +248,11 @@ class WaveformFrontend(Frontend):
         masked_BT: bool, the frames whose vector is replaced by the mask token before positions are added.
         with_codes: return what the codebook makes too, {"codes_BTC", "unused"}; without a mask of all frames."""
         if samples_BW.shape[1] < self.config.lengths(1)[0]:
-            raise ModelError(
-                f"samples_BW has rows of {samples_BW.shape[1]} samples: one frame takes {self.config.lengths(1)[0]}; "
-                "leave such recordings out."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                f"samples_BW has rows of {samples_BW.shape[1]} samples: one frame takes {self.config.lengths(1)[0]}",
+                "leave such recordings out",
             )
         x_BCW = samples_BW.to(self.projection.weight.dtype)[:, None]
         for convolution in self.convolutions:
@@ -256,7 +269,12 @@ class WaveformFrontend(Frontend):
                 masked_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
             x_BTD = torch.where(masked_BT[..., None], self.mask_token.to(x_BTD.dtype), x_BTD)
         elif masked_BT is not None:
-            raise ModelError("masked_BT was given, but model.frontend.mask_token is false: set it or leave masks out.")
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                "masked_BT was given, but model.frontend.mask_token is false",
+                "set it or leave masks out",
+            )
         if sample_lengths_B is not None:
             real_BT = self.documents({"samples_BW": samples_BW, "sample_lengths_B": sample_lengths_B})
             assert real_BT is not None

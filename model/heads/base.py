@@ -58,7 +58,7 @@ class HeadConfig:
         return False
 
     def check(self, model: ModelConfig) -> None:
-        """Raises ModelError where it does not suit the rest of the model."""
+        """Raises Refusal where it does not suit the rest of the model."""
 
     @abstractmethod
     def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:

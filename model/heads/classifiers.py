@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import Refusal
 from model.heads.base import Head, HeadConfig
 from model.init import Linear
 from model.losses.cross_entropy import IGNORED
@@ -192,4 +192,4 @@ def cross_entropy(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> dict[st
 
 def _check_classes(classes: int) -> None:
     if classes < 1:
-        raise ModelError(f"head.classes is {classes}: there is at least one to choose.")
+        raise Refusal("head.classes", classes, "there is at least one to choose")

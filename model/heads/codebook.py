@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal
 from model.frontends.spans import CODES
 from model.init import Declared, Linear, Parameter, declare
 from model.noise import uniform
@@ -26,9 +26,13 @@ class CodebookConfig:
 
     def __post_init__(self) -> None:
         if min(self.groups, self.entries) < 1 or self.width < 1 or self.width % self.groups:
-            raise ModelError(
-                f"frontend.codebook has groups={self.groups}, entries={self.entries}, width={self.width}: groups share "
-                "the width equally, so groups must divide it."
+            raise Refusal(
+                "",
+                NO_VALUE,
+                (
+                    f"has groups={self.groups}, entries={self.entries}, width={self.width}:"
+                    " groups share the width equally, so groups must divide it"
+                ),
             )
 
     def parameters(self, channels: int) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import Refusal
 from model.heads.base import Head, HeadConfig
 from model.init import Parameter, declare
 from model.norms.norm import NormConfig
@@ -31,7 +31,7 @@ class CtcHeadConfig(HeadConfig):
 
     def __post_init__(self) -> None:
         if self.blank < 0:
-            raise ModelError(f"head.blank is {self.blank}: it is an entry of the vocabulary, counted from 0.")
+            raise Refusal("blank", self.blank, "it is an entry of the vocabulary, counted from 0")
 
     def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
         """One matrix and its offset."""
@@ -51,9 +51,7 @@ class CtcHead(Head):
     def __init__(self, config: CtcHeadConfig, vocab_size: int, d_model: int) -> None:
         super().__init__()
         if config.blank >= vocab_size:
-            raise ModelError(
-                f"head.blank is {config.blank}, the vocabulary has {vocab_size} entries: choose one of them."
-            )
+            raise Refusal("head.blank", config.blank, f"the vocabulary has {vocab_size} entries: choose one of them")
         self.blank = config.blank
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
         self.bias = nn.Parameter(torch.empty(vocab_size))

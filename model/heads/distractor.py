@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import Refusal
 from model.heads.base import Head, HeadConfig
 from model.init import Linear
 from model.norms.norm import NormConfig
@@ -35,7 +35,7 @@ class DistractorHeadConfig(HeadConfig):
 
     def __post_init__(self) -> None:
         if self.temperature <= 0 or self.diversity < 0 or min(self.codes, self.width) < 1:
-            raise ModelError(f"head is {self}: temperature and sizes must be above 0, diversity 0 or more.")
+            raise Refusal("", self, "temperature and sizes must be above 0, diversity 0 or more")
 
     def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
         """Two matrices and their offsets; cosines are left out."""
@@ -45,9 +45,11 @@ class DistractorHeadConfig(HeadConfig):
     def build(self, model: ModelConfig, vocab_size: int) -> DistractorHead:
         book = model.frontend.book()
         if book is None or book.width != self.codes:
-            raise ModelError(
-                f"head.codes is {self.codes} with frontend.codebook {book}: frames are told apart by entries of that "
-                "codebook, so set frontend.codebook with width equal to head.codes."
+            raise Refusal(
+                "head.codes",
+                self.codes,
+                f"with frontend.codebook {book}: frames are told apart by entries of that codebook",
+                "set frontend.codebook with width equal to head.codes",
             )
         return DistractorHead(self, model.d_model)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal, Shown, field
 from model.heads.base import Head, HeadConfig
 from model.init import Linear, Parameter, declare
 from model.losses.cross_entropy import IGNORED
@@ -38,11 +38,13 @@ class EmbeddingHeadConfig(HeadConfig):
 
     def __post_init__(self) -> None:
         if self.width < 1:
-            raise ModelError(f"head.width is {self.width}: the vector needs at least one channel.")
+            raise Refusal("width", self.width, "the vector needs at least one channel")
         if (self.pool == "end") != (self.end_token is not None):
-            raise ModelError(
-                f"head.pool is {self.pool} with end_token {self.end_token}: the pool end looks for that token, and no other "
-                "does; set both or neither."
+            raise Refusal(
+                "pool",
+                self.pool,
+                f"with end_token {self.end_token}: the pool end looks for that token, and no other does",
+                "set both or neither",
             )
 
     def costs(self, vocab_size: int, d_model: int, norm: NormConfig) -> SlotCosts:
@@ -63,15 +65,22 @@ class EmbeddingHeadConfig(HeadConfig):
         if tower is None or not self.contrast:
             return
         if any(layer.ffn.routes for layer in tower.layers):
-            raise ModelError(
-                "model.tower.ffn.kind is moe: its rows are not this model's, so what its routers lose has no row to be "
-                "weighed with; give experts to this model, or none."
+            raise Refusal(
+                "tower.ffn.kind",
+                Shown("moe"),
+                "its rows are not this model's, so what its routers lose has no row to be weighed with",
+                "give experts to this model, or none",
             )
         other = tower.head if isinstance(tower.head, EmbeddingHeadConfig) else None
         if other is None or other.contrast or other.width != self.width:
-            raise ModelError(
-                f"model.tower has head {tower.head}: its vectors are compared with this model's, so it needs "
-                f"model.tower.head.kind=embedding, model.tower.head.width={self.width} and model.tower.head.contrast=false."
+            raise Refusal(
+                "tower",
+                NO_VALUE,
+                (
+                    f"has head {tower.head}: its vectors are compared with this model's, so it needs "
+                    f"{field('tower.head.kind')}=embedding, {field('tower.head.width')}={self.width} and "
+                    f"{field('tower.head.contrast')}=false"
+                ),
             )
 
     def build(self, model: ModelConfig, vocab_size: int) -> EmbeddingHead:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal, field
 from model.ffns.dense import ACTIVATIONS, Activation
 from model.heads.base import Head, HeadConfig
 from model.init import Linear, Multiplies, Parameter, declare
@@ -40,9 +40,13 @@ class TargetWeight:
 
     def __post_init__(self) -> None:
         if self.first < 0 or self.weight < 0:
-            raise ModelError(
-                f"head.weights has first={self.first}, weight={self.weight}: entries are counted from 0, and no target "
-                "weighs less than nothing."
+            raise Refusal(
+                "",
+                NO_VALUE,
+                (
+                    f"has first={self.first}, weight={self.weight}: entries are counted "
+                    "from 0, and no target weighs less than nothing"
+                ),
             )
 
 
@@ -69,14 +73,16 @@ class LanguageHeadConfig(HeadConfig):
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
-            raise ModelError(f"head.label_smoothing is {self.label_smoothing}: it is a share below 1; use 0 for none.")
+            raise Refusal("label_smoothing", self.label_smoothing, "it is a share below 1", "use 0 for none")
 
     def check(self, model: ModelConfig) -> None:
         for weight in self.weights:
             if model.vocab_size is not None and weight.first >= model.vocab_size:
-                raise ModelError(
-                    f"head.weights has first={weight.first} with model.vocab_size={model.vocab_size}: no target "
-                    "reaches it; name an entry of the vocabulary."
+                raise Refusal(
+                    "head.weights",
+                    NO_VALUE,
+                    f"has first={weight.first} with {field('vocab_size')}={model.vocab_size}: no target reaches it",
+                    "name an entry of the vocabulary",
                 )
 
     def build(self, model: ModelConfig, vocab_size: int) -> LanguageHead:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from conf.refusal import NO_VALUE, Refusal
 from model.adapt.lora import LORA_A, LORA_B, LoraConfig, adapted_layers
 from model.config import ModelConfig
-from model.errors import ModelError
 from model.interop.convert import State, family_of, side_by_side, spelled_weights
 from model.interop.tables import Family, Weight, dotted
 from model.mixers.attention import AttentionConfig
@@ -22,7 +22,7 @@ def save_adapter(state: Mapping[str, torch.Tensor], model: ModelConfig, config: 
     """Write adapter_model.safetensors and adapter_config.json, which the `peft` package loads over the exported model.
 
     Where their layer is several of ours side by side (GPT-2's fused projection), its adapter is the block-diagonal one
-    of all of them: rank times as many, scale the same. Raises ModelError where no Hugging Face class matches, and for
+    of all of them: rank times as many, scale the same. Raises Refusal where no Hugging Face class matches, and for
     adapted layers that peft could not load.
     """
     family, weights = family_of(model), adapted_weights(adapted_layers(state), model)
@@ -59,7 +59,7 @@ def save_adapter(state: Mapping[str, torch.Tensor], model: ModelConfig, config: 
 def adapted_weights(adapted: Sequence[str], model: ModelConfig) -> list[Weight]:
     """The weights of the Hugging Face class beside which adapters of these layers of ours stand.
 
-    Raises ModelError where no class matches, and for layers that peft could not load: what `save_adapter` would raise
+    Raises Refusal where no class matches, and for layers that peft could not load: what `save_adapter` would raise
     after training, told before.
     """
     family = family_of(model)
@@ -72,9 +72,14 @@ def adapted_weights(adapted: Sequence[str], model: ModelConfig) -> list[Weight]:
     ]
     unwritten = set(adapted) - {name for weight in weights for name in _layers(weight)}
     if unwritten or not weights:
-        raise ModelError(
-            f"peft could not load the adapters of {', '.join(sorted(unwritten)) or 'no layer'} over {family.architecture}: "
-            "leave these out of lora.targets, or write the whole model with save_pretrained(merged(state, config))."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            (
+                f"peft could not load the adapters of {', '.join(sorted(unwritten)) or 'no layer'} over "
+                f"{family.architecture}"
+            ),
+            "leave these out of lora.targets, or write the whole model with save_pretrained(merged(state, config))",
         )
     return weights
 
@@ -87,19 +92,24 @@ def _layers(weight: Weight) -> list[str]:
 def save_virtual_tokens(state: Mapping[str, torch.Tensor], model: ModelConfig, folder: Path) -> None:
     """Write a learned prompt or prefix, whichever the state dict has, as the `peft` package loads it.
 
-    Raises ModelError where there is neither, no Hugging Face class matches, or peft has no task for it.
+    Raises Refusal where there is neither, no Hugging Face class matches, or peft has no task for it.
     """
     kinds = {PROMPT: "PROMPT_TUNING", f"encoder.{PROMPT}": "PROMPT_TUNING", "prefix.weight": "PREFIX_TUNING"}
     name = next((name for name in kinds if name in state), None)
     if name is None:
-        raise ModelError(
-            f"the state dict has none of {', '.join(kinds)}: attach a prompt or a prefix before saving it."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            f"the state dict has none of {', '.join(kinds)}",
+            "attach a prompt or a prefix before saving it",
         )
     family = family_of(model)
     if family.peft_task is None:
-        raise ModelError(
-            f"{kinds[name]} over {family.architecture}: peft puts virtual tokens before no text of this class; adapt it "
-            "with lora, or keep trained_state(model)."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            f"{kinds[name]} over {family.architecture}: peft puts virtual tokens before no text of this class",
+            "adapt it with lora, or keep trained_state(model)",
         )
     learned, layers = state[name].detach().float().contiguous(), model.n_layers
     heads, width = dotted(model, "mixer.n_heads") or 1, model.d_model

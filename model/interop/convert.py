@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from conf.refusal import Refusal
+from conf.refusal import NO_VALUE, Refusal
 from conf.typed import from_plain
 from model.build import build_model
 from model.config import LayerChange, ModelConfig
-from model.errors import ModelError
 from model.interop.families import FAMILIES
 from model.interop.families.common import GRANTED
 from model.interop.tables import Family, Setting, Weight, dotted, has_field
@@ -21,20 +20,22 @@ State = dict[str, torch.Tensor]
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The Hugging Face class that computes what `config` does; else ModelError, naming what the nearest needs."""
+    """The Hugging Face class that computes what `config` does; else Refusal, naming what the nearest needs."""
     config = as_exceptions(config)
     differences = [_differences(config, family) for family in FAMILIES]
     needs, nearest = min(zip(differences, FAMILIES, strict=True), key=lambda pair: len(pair[0]))
     if not needs:
         return nearest
-    raise ModelError(
-        f"no Hugging Face class computes this model: {nearest.model_type} comes nearest but needs {', '.join(needs)}; "
-        "change these or keep the model in this package's own format."
+    raise Refusal(
+        "model",
+        NO_VALUE,
+        f"no Hugging Face class computes this model: {nearest.model_type} comes nearest but needs {', '.join(needs)}",
+        "change these or keep the model in this package's own format",
     )
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """config.json of the matching class, but for token ids and precision. Raises ModelError where no class matches."""
+    """config.json of the matching class, but for token ids and precision. Raises Refusal where no class matches."""
     family, config = family_of(config), as_exceptions(config)
     theirs: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for setting in family.settings:
@@ -54,15 +55,16 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of a config.json. Raises ModelError for a class or a setting that we cannot compute."""
+    """ModelConfig of a config.json. Raises Refusal for a class or a setting that we cannot compute."""
     try:
         return _config_from_hf(theirs)
-    except ModelError:
-        raise
-    except (Refusal, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise ModelError(
-            f"config.json has values that no model of type {theirs.get('model_type')!r} can have "
-            f"({type(error).__name__}: {error}); copy or download it again."
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise Refusal(
+            "config.json",
+            NO_VALUE,
+            f"it has values that no model of type {theirs.get('model_type')!r} can have ({problem})",
+            "copy or download it again",
         ) from error
 
 
@@ -71,9 +73,11 @@ def _config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
     theirs = family.modernised(theirs)
     for key, value in family.constants.items():
         if theirs.get(key, value) != value:
-            raise ModelError(
-                f"config.json has {key}={theirs[key]!r}: a {family.model_type} checkpoint can be imported with "
-                f"{value!r} only; this variant computes something else."
+            raise Refusal(
+                "config.json",
+                NO_VALUE,
+                f"it has {key}={theirs[key]!r}: a {family.model_type} checkpoint can be imported with {value!r} only",
+                "this variant computes something else",
             )
     tangled = family.read_position is not None
     fields = {path: value for path, value in family.fixed.items() if not (tangled and path.startswith("position."))}
@@ -99,7 +103,7 @@ def _config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
     nested = _nested(fields)
     if family.read_position is not None:
         nested["position"] = family.read_position(theirs)
-    return from_plain(ModelConfig, nested, "")
+    return from_plain(ModelConfig, nested, "config.json")
 
 
 def to_hf(state: Mapping[str, torch.Tensor], config: ModelConfig, *, in_memory: bool = False) -> State:
@@ -142,7 +146,7 @@ class Imported:
 
 
 def from_hf(theirs_config: Mapping[str, Any], theirs: Mapping[str, torch.Tensor]) -> tuple[ModelConfig, State]:
-    """(ModelConfig, state dict) of a checkpoint. Raises ModelError as `import_checkpoint` does, for a missing head too."""
+    """(ModelConfig, state dict) of a checkpoint. Raises Refusal as `import_checkpoint` does, for a missing head too."""
     checkpoint = import_checkpoint(theirs_config, theirs)
     return checkpoint.config, checkpoint.state
 
@@ -152,7 +156,7 @@ def import_checkpoint(
 ) -> Imported:
     """A checkpoint as ours; with `head_seed`, a head that it lacks altogether (BertModel, LlamaModel) is initialized.
 
-    Raises ModelError listing every tensor that is missing, not expected, or of another shape.
+    Raises Refusal listing every tensor that is missing, not expected, or of another shape.
     """
     config = config_from_hf(theirs_config)
     family = _family_for(theirs_config)
@@ -189,7 +193,7 @@ def import_checkpoint(
 
 
 def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
-    """Raises ModelError that lists missing, unexpected and misshapen tensors, if there are any."""
+    """Raises Refusal that lists missing, unexpected and misshapen tensors, if there are any."""
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "not expected": sorted(found.keys() - expected.keys()),
@@ -201,9 +205,11 @@ def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.
     }
     listed = [f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names]
     if listed:
-        raise ModelError(
-            f"the checkpoint's tensors do not fit its configuration; {'; '.join(listed)}. Use the config.json that "
-            "belongs to these weights."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            "the checkpoint's tensors do not fit its configuration",
+            f"{'; '.join(listed)}. Use the config.json that belongs to these weights",
         )
 
 
@@ -291,7 +297,12 @@ def _family_for(theirs: Mapping[str, Any]) -> Family:
     none, but whose model type has, is read as the first of that type."""
     model_type, architectures = theirs.get("model_type"), theirs.get("architectures")
     if not isinstance(architectures, list | None):
-        raise ModelError(f"config.json has architectures={architectures!r}: it is a list of names; copy it again.")
+        raise Refusal(
+            "config.json",
+            NO_VALUE,
+            f"it has architectures={architectures!r}: it is a list of names",
+            "copy it again",
+        )
     tables = [family for family in FAMILIES if family.model_type == model_type]
     tables = [family for family in tables if family.architecture in (architectures or ())] or tables
     for family in tables:
@@ -301,18 +312,22 @@ def _family_for(theirs: Mapping[str, Any]) -> Family:
     if tables:
         return tables[0]
     known = ", ".join(dict.fromkeys(family.model_type for family in FAMILIES))
-    raise ModelError(f"config.json has model_type {model_type!r}: checkpoints of {known} can be imported.")
+    raise Refusal(
+        "config.json", NO_VALUE, f"it has model_type {model_type!r}", f"checkpoints of {known} can be imported"
+    )
 
 
 def _our_word(key: str, theirs: Any, names: Mapping[Any, Any]) -> Any:
     aliases = {name: ours for ours, name in names.items()} | {"gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
     if theirs not in aliases:
-        raise ModelError(f"config.json has {key}={theirs!r}: known here are {', '.join(sorted(aliases))}.")
+        raise Refusal(
+            "config.json", NO_VALUE, f"it has {key}={theirs!r}", f"known here are {', '.join(sorted(aliases))}"
+        )
     return aliases[theirs]
 
 
 def _check_type(setting: Setting, value: Any) -> None:
-    """Raises ModelError for a value of config.json that is not of its default's type."""
+    """Raises Refusal for a value of config.json that is not of its default's type."""
     like = setting.default
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is None or setting.names is not None:
@@ -331,8 +346,11 @@ def _check_type(setting: Setting, value: Any) -> None:
     else:
         fits, wanted = isinstance(value, bool | int | float), "a number"
     if not fits:
-        raise ModelError(
-            f"config.json has {setting.theirs}={value!r}, and it has to be {wanted}: copy or download it again."
+        raise Refusal(
+            "config.json",
+            NO_VALUE,
+            f"it has {setting.theirs}={value!r}, and it has to be {wanted}",
+            "copy or download it again",
         )
 
 
@@ -375,12 +393,17 @@ def _is_ignored(name: str, family: Family, config: ModelConfig) -> bool:
 def _without_computed(
     family: Family, config: ModelConfig, theirs: Mapping[str, torch.Tensor]
 ) -> Mapping[str, torch.Tensor]:
-    """Without tensors that the configuration alone decides. Raises ModelError where one has been changed."""
+    """Without tensors that the configuration alone decides. Raises Refusal where one has been changed."""
     for name, make in family.computed.items():
         if name in theirs and not torch.allclose(theirs[name].float(), make(config), atol=1e-2):
-            raise ModelError(
-                f"the checkpoint's {name} is not what its config.json implies: it was trained further, and this package "
-                "computes it; use the original tensor."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                (
+                    f"the checkpoint's {name} is not what its config.json implies: it was trained further, and"
+                    " this package computes it"
+                ),
+                "use the original tensor",
             )
     return {name: tensor for name, tensor in theirs.items() if name not in family.computed}
 
@@ -388,15 +411,17 @@ def _without_computed(
 def _without_tied(
     family: Family, config: ModelConfig, theirs: Mapping[str, torch.Tensor]
 ) -> Mapping[str, torch.Tensor]:
-    """Without the copies of a tied weight that some checkpoints store. Raises ModelError where one is no copy."""
+    """Without the copies of a tied weight that some checkpoints store. Raises Refusal where one is no copy."""
     names = {weight.ours[0]: weight.theirs for weight in family.weights}
     copies = {names[name]: names[source] for name, source in config.tied_weights.items() if name in names}
     copies |= family.copies
     theirs = {**{source: theirs[copy] for copy, source in copies.items() if copy in theirs}, **theirs}
     for copy, source in copies.items():
         if copy in theirs and source in theirs and not torch.equal(theirs[copy], theirs[source]):
-            raise ModelError(
-                f"config.json ties the embeddings, but {copy} differs from {source}: set tie_word_embeddings to false to "
-                "keep both, or remove the former tensor."
+            raise Refusal(
+                "config.json",
+                NO_VALUE,
+                f"it ties the embeddings, but {copy} differs from {source}",
+                "set tie_word_embeddings to false to keep both, or remove the former tensor",
             )
     return {name: tensor for name, tensor in theirs.items() if name not in copies}

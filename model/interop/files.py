@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from conf.refusal import NO_VALUE, Refusal
 from model.build import build_model
 from model.config import ModelConfig
-from model.errors import ModelError
 from model.interop.convert import (
     Imported,
     State,
@@ -39,7 +39,7 @@ def save_pretrained(
     """Write config.json and safetensors of a model's state dict, each tensor in its own precision.
 
     The names and layout are those of the matching Hugging Face class, or ours where there is none (`family_of` tells).
-    extra: further keys of config.json, such as bos_token_id and eos_token_id. Raises ModelError, and writes nothing, for
+    extra: further keys of config.json, such as bos_token_id and eos_token_id. Raises Refusal, and writes nothing, for
     a state dict that is not the model's: with adapters, quantized, or not whole.
     """
     _check_state(state, config)
@@ -56,7 +56,7 @@ def save_pretrained(
 
 
 def _check_state(state: Mapping[str, torch.Tensor], config: ModelConfig) -> None:
-    """Raise ModelError where a tensor would not be written, or is not there to be."""
+    """Raise Refusal where a tensor would not be written, or is not there to be."""
     expected = build_model(config, device="meta").state_dict().keys()
     strange, missing = sorted(state.keys() - expected), sorted(expected - state.keys() - config.tied_weights.keys())
     told = [
@@ -65,16 +65,21 @@ def _check_state(state: Mapping[str, torch.Tensor], config: ModelConfig) -> None
         if names
     ]
     if told:
-        raise ModelError(
-            f"the state dict has {' and '.join(told)}: a checkpoint is the whole model and nothing else. With adapters save "
-            "merged(state, lora), or the adapter alone by save_adapter; save before quantize()."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            (
+                f"the state dict has {' and '.join(told)}: a checkpoint is the whole model and nothing "
+                "else. With adapters save merged(state, lora), or the adapter alone by save_adapter"
+            ),
+            "save before quantize()",
         )
 
 
 def load_pretrained(directory: Path) -> tuple[ModelConfig, State]:
     """(ModelConfig, state dict) of a folder written by `save_pretrained` or by transformers.
 
-    Raises ModelError for a folder without safetensors (pickles are never opened), a damaged file, or tensors that do
+    Raises Refusal for a folder without safetensors (pickles are never opened), a damaged file, or tensors that do
     not fit the configuration.
     """
     checkpoint = load_imported(directory)
@@ -95,7 +100,7 @@ def load_imported(directory: Path, *, head_seed: int | None = None) -> Imported:
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The ModelConfig of a checkpoint folder, from its config.json alone. Raises ModelError as `load_pretrained` does."""
+    """The ModelConfig of a checkpoint folder, from its config.json alone. Raises Refusal as `load_pretrained` does."""
     described = _read_json(directory / "config.json")
     return config_from_native(described) if described.get("model_type") == MODEL_TYPE else config_from_hf(described)
 
@@ -103,13 +108,15 @@ def read_config(directory: Path) -> ModelConfig:
 def checkpoint_files(directory: Path) -> list[Path]:
     """What `load_pretrained` reads: config.json, the index of shards if there is one, the safetensors.
 
-    Raises ModelError where one is missing, or where there are pickles only.
+    Raises Refusal where one is missing, or where there are pickles only.
     """
     files = [directory / "config.json", *([directory / INDEX] if (directory / INDEX).exists() else [])]
     files += [directory / name for name in _shards(directory)]
     for file in files:
         if not file.is_file():
-            raise ModelError(f"{file} does not exist: the checkpoint is not complete; copy or download it again.")
+            raise Refusal(
+                file, NO_VALUE, "it does not exist, so the checkpoint is not complete", "copy or download it again"
+            )
     return files
 
 
@@ -117,7 +124,7 @@ def has_hf_class(config: ModelConfig) -> bool:
     """Whether a Hugging Face class computes this model, so that `save_pretrained` writes what transformers loads."""
     try:
         family_of(config)
-    except ModelError:
+    except Refusal:
         return False
     return True
 
@@ -149,17 +156,25 @@ def _shards(directory: Path) -> list[str]:
     if (directory / INDEX).exists():
         places = _read_json(directory / INDEX).get("weight_map")
         if not isinstance(places, dict) or not all(_is_name(file) for file in places.values()):
-            raise ModelError(
-                f"{directory / INDEX} has no weight_map of names of files beside it: copy or download it again."
+            raise Refusal(
+                directory / INDEX,
+                NO_VALUE,
+                "it has no weight_map of names of files beside it",
+                "copy or download it again",
             )
         return sorted(set(places.values()))
     if (directory / WEIGHTS).exists():
         return [WEIGHTS]
     pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
     found = f"only {', '.join(pickles)}" if pickles else "no weights"
-    raise ModelError(
-        f"{directory} holds {found}: weights are read from {WEIGHTS} (or its index of shards), because opening a "
-        "pickle runs whatever code is in it; convert the checkpoint with save_pretrained(safe_serialization=True)."
+    raise Refusal(
+        directory,
+        NO_VALUE,
+        (
+            f"it holds {found}: weights are read from {WEIGHTS} (or its index of shards), "
+            "because opening a pickle runs whatever code is in it"
+        ),
+        "convert the checkpoint with save_pretrained(safe_serialization=True)",
     )
 
 
@@ -173,26 +188,33 @@ def _read_tensors(directory: Path) -> State:
         try:
             tensors |= load_file(directory / file)
         except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{directory / file} cannot be read as safetensors ({error}): it is missing, cut short or damaged; "
-                "copy or download it again."
+            raise Refusal(
+                directory / file,
+                NO_VALUE,
+                f"it cannot be read as safetensors ({error}): missing, cut short or damaged",
+                "copy or download it again",
             ) from error
     return tensors
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():  # opening a FIFO would block
-        raise ModelError(f"{path} is no plain file: copy or download it again.")
+        raise Refusal(path, NO_VALUE, "no plain file", "copy or download it again")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(
-            f"{path} does not exist: a checkpoint is a folder with config.json and {WEIGHTS}; point at that folder."
+        raise Refusal(
+            path,
+            NO_VALUE,
+            f"it does not exist: a checkpoint is a folder with config.json and {WEIGHTS}",
+            "point at that folder",
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON ({error}): copy or download it again.") from error
+        raise Refusal(path, NO_VALUE, f"not valid JSON ({error})", "copy or download it again") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path} holds a {type(content).__name__}: it should be a JSON object; copy it again.")
+        raise Refusal(
+            path, NO_VALUE, f"it holds a {type(content).__name__}, and it should be a JSON object", "copy it again"
+        )
     return content
 
 

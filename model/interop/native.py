@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from conf.refusal import Refusal
+from conf.refusal import NO_VALUE, Refusal
 from conf.typed import from_plain, to_plain
 from model.config import ModelConfig
-from model.errors import ModelError
 
 MODEL_TYPE = "athanor"
 
@@ -17,11 +16,16 @@ def native_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def config_from_native(stored: Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig of a native config.json. Raises ModelError where it is not one of this version's."""
+    """The ModelConfig of a native config.json. Raises Refusal where it is not one of this version's."""
     try:
         return from_plain(ModelConfig, stored.get("config", {}), "config")
     except Refusal as refusal:
-        raise ModelError(
-            f"config.json is marked {MODEL_TYPE} but cannot be read ({refusal}): it must have been written by the "
-            "version of this package that reads it; write it again with that version."
+        raise Refusal(
+            "config.json",
+            NO_VALUE,
+            (
+                f"it is marked {MODEL_TYPE} but cannot be read ({refusal}): it must have been "
+                "written by the version of this package that reads it"
+            ),
+            "write it again with that version",
         ) from refusal

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal
 from model.kernels.columns import by_columns
 from model.masks import Mask
 from model.uncompiled import uncompiled
@@ -226,7 +226,7 @@ def _flex(compiled: bool) -> tuple[Any, Any]:
     try:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     except ImportError as error:
-        raise ModelError(
-            f"this PyTorch has no FlexAttention ({error}): choose the kernel sdpa or install 2.6."
+        raise Refusal(
+            "model", NO_VALUE, f"this PyTorch has no FlexAttention ({error})", "choose the kernel sdpa or install 2.6"
         ) from error
     return (torch.compile(flex_attention, dynamic=False) if compiled else flex_attention), create_block_mask

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from model.errors import ModelError
+from conf.refusal import Refusal
 from model.kernels.accelerated import flash_attention, flash_installed, flex_attention, varlen_attention
 from model.kernels.attention import AttentionKernel, cached_attention, dense_attention, sdpa_attention
 from model.kernels.blockwise import banded_attention
@@ -93,7 +93,7 @@ class Selection:
 def select_kernel(name: str = "auto", needs: Collection[Kind] = ()) -> Selection:
     """The kernel of that name where it can serve, else the fastest that runs on the device; `auto` is always these.
 
-    needs: kinds of mask that the model cannot do without. Raises ModelError for an unknown name, or one that lacks them.
+    needs: kinds of mask that the model cannot do without. Raises Refusal for an unknown name, or one that lacks them.
     """
     flash = "flash" if flash_installed() else None
     tables: dict[str, dict[Kind, str]] = {
@@ -118,13 +118,15 @@ def select_kernel(name: str = "auto", needs: Collection[Kind] = ()) -> Selection
         return Selection(tables)
     if name not in KERNELS or name == "cached":
         known = ", ".join(sorted(KERNELS.keys() - {"cached"}))
-        raise ModelError(f"kernel is {name!r}: choose auto, or one of {known}.")
+        raise Refusal("kernel", name, "there is no such kernel", f"choose auto, or one of {known}")
     lacking = [kind for kind in needs if kind not in CAN[name]]
     if lacking:
         able = ", ".join(sorted(other for other in KERNELS if set(needs) <= CAN[other]))
-        raise ModelError(
-            f"kernel is {name!r}, which has no {' and no '.join(lacking)} masks, and the model needs them: choose auto "
-            f"or one of {able}."
+        raise Refusal(
+            "kernel",
+            name,
+            f"it has no {' and no '.join(lacking)} masks, and the model needs them",
+            f"choose auto or one of {able}",
         )
     for table in tables.values():
         table.update(dict.fromkeys(CAN[name] - ({"cached"} if name == "sdpa" else set()), name))

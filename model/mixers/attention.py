@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import nn
 
+from conf.refusal import Refusal
 from model.decoding.joined import Joins
-from model.errors import ModelError, check_counts
 from model.init import Linear, Parameter, declare
 from model.kernels.attention import AttentionKernel
+from model.limits import check_counts
 from model.masks import Mask
 from model.mixers.base import Mixer, MixerConfig, MixerInput, MixerState, PositionedHeads
 from model.norms.norm import NormConfig, build_norm
@@ -51,18 +52,20 @@ class AttentionConfig(MixerConfig):
     """Scores are divided by the square root of a head's channels; T5 leaves that to the start of its weights."""
 
     def __post_init__(self) -> None:
-        check_counts("mixer", self, "n_heads")
+        check_counts(self, "n_heads")
         if self.kv_heads < 1 or self.n_heads % self.kv_heads:
-            raise ModelError(
-                f"mixer.n_kv_heads is {self.n_kv_heads} with n_heads {self.n_heads}: query heads share key/value heads "
-                "in equal groups, so n_kv_heads must divide n_heads."
+            raise Refusal(
+                "n_kv_heads",
+                self.n_kv_heads,
+                (
+                    f"with n_heads {self.n_heads}: query heads share key/value heads in equal groups, so "
+                    "n_kv_heads must divide n_heads"
+                ),
             )
         if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
-            raise ModelError(f"mixer.head_dim is {self.head_dim}: rotary halves need an even number of channels.")
+            raise Refusal("head_dim", self.head_dim, "rotary halves need an even number of channels")
         if self.window is not None and self.window < 1:
-            raise ModelError(
-                f"mixer.window is {self.window}: it counts the token itself, so the smallest is 1; null sees all."
-            )
+            raise Refusal("window", self.window, "it counts the token itself, so the smallest is 1", "null sees all")
 
     @property
     def kv_heads(self) -> int:
@@ -80,9 +83,11 @@ class AttentionConfig(MixerConfig):
 
     def check(self, model: ModelConfig) -> None:
         if self.head_dim is None and model.d_model % self.n_heads:
-            raise ModelError(
-                f"model.d_model is {model.d_model} with mixer.n_heads {self.n_heads}: heads share the width equally, so "
-                "n_heads must divide d_model; change one of them or set mixer.head_dim."
+            raise Refusal(
+                "d_model",
+                model.d_model,
+                f"with mixer.n_heads {self.n_heads}: heads share the width equally, so n_heads must divide d_model",
+                "change one of them or set mixer.head_dim",
             )
 
     def positioned_heads(self, d_model: int) -> PositionedHeads:

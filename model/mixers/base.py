@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 
+from conf.refusal import NO_VALUE, Refusal
+from conf.refusal import field as key
 from conf.registry import Registry
-from model.errors import ModelError
 from model.init import Declared
 from model.masks import Mask
 from model.positions.base import Rotation
@@ -58,7 +59,7 @@ class MixerConfig:
 
     @abstractmethod
     def check(self, model: ModelConfig) -> None:
-        """Raises ModelError where it cannot stand in a layer of that model."""
+        """Raises Refusal where it cannot stand in a layer of that model."""
 
     @abstractmethod
     def costs(self, d_model: int, norm: NormConfig) -> SlotCosts:
@@ -94,20 +95,28 @@ class MixerConfig:
 
 
 def refuse_encoder_only(kind: str, model: ModelConfig) -> None:
-    """Raises ModelError in a causal model, for mixers with global tokens."""
+    """Raises Refusal in a causal model, for mixers with global tokens."""
     if model.causal:
-        raise ModelError(
-            f"model.causal is true with model.mixer.kind={kind}, whose global tokens see what is ahead: "
-            "set model.causal=false, or take model.mixer.kind=attention with a window."
+        raise Refusal(
+            "causal",
+            True,
+            (
+                f"with {key('mixer.kind')}={kind}, whose global tokens see what is ahead: set "
+                f"{key('causal')}=false, or take {key('mixer.kind')}=attention with a window"
+            ),
         )
 
 
 def refuse_decoder_only(kind: str, model: ModelConfig) -> None:
-    """Raises ModelError in a model that is not causal, for mixers that cannot look ahead."""
+    """Raises Refusal in a model that is not causal, for mixers that cannot look ahead."""
     if not model.causal:
-        raise ModelError(
-            f"model.causal is false with model.mixer.kind={kind}, which looks back only: set model.causal=true, or "
-            "take attention or linear attention."
+        raise Refusal(
+            "causal",
+            False,
+            (
+                f"with {key('mixer.kind')}={kind}, which looks back only: set {key('causal')}=true, or"
+                " take attention or linear attention"
+            ),
         )
 
 
@@ -156,7 +165,12 @@ class MixerState:
 
     def begin(self, k_KSC: torch.Tensor, v_KSC: torch.Tensor) -> None:
         """Remember the same keys and values before the first token of every row (a learned prefix)."""
-        raise ModelError("a prefix is keys and values, which a layer without attention does not have: leave it out.")
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            "a prefix is keys and values, which a layer without attention does not have",
+            "leave it out",
+        )
 
     @abstractmethod
     def reorder(self, rows_B: torch.Tensor) -> None:

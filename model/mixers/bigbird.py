@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from model.errors import ModelError
+from conf.refusal import Refusal
 from model.kernels.attention import AttentionKernel
 from model.masks import Mask
 from model.mixers.attention import Attention, AttentionConfig
@@ -47,9 +47,11 @@ class BigBirdConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.random_blocks < 0:
-            raise ModelError(
-                f"mixer.block is {self.block} and mixer.random_blocks {self.random_blocks}: a block has tokens, and "
-                "what is drawn is counted; use 64 and 3."
+            raise Refusal(
+                "block",
+                self.block,
+                f"and mixer.random_blocks {self.random_blocks}: a block has tokens, and what is drawn is counted",
+                "use 64 and 3",
             )
         self.attention  # noqa: B018 - refuses what no attention can be
 

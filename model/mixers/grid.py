@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal, field
 from model.kernels.attention import AttentionKernel
 from model.masks import Mask
 from model.mixers.attention import Attention, AttentionConfig
@@ -52,12 +52,14 @@ class GridAttentionConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         if self.text < 1 or self.width < 1:
-            raise ModelError(
-                f"mixer.text is {self.text} and mixer.width {self.width}: a text and a row of an image have tokens; "
-                "DALL-E's are 256 and 32."
+            raise Refusal(
+                "text",
+                self.text,
+                f"and mixer.width {self.width}: a text and a row of an image have tokens",
+                "DALL-E's are 256 and 32",
             )
         if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ModelError(f"mixer.kernel is {self.kernel}: a square around a token has an odd side; DALL-E's is 11.")
+            raise Refusal("kernel", self.kernel, "a square around a token has an odd side", "DALL-E's is 11")
         self.attention  # noqa: B018 - refuses what no attention can be
 
     @property
@@ -77,9 +79,10 @@ class GridAttentionConfig(MixerConfig):
         self.attention.check(model)
         refuse_decoder_only(self.kind, model)
         if model.position.kind not in ("grid", "learned", "sinusoidal", "none"):
-            raise ModelError(
-                f"model.position.kind is {model.position.kind} with model.mixer.kind=grid, where a distance says little: "
-                "choose grid, or learned."
+            raise Refusal(
+                "position.kind",
+                model.position.kind,
+                f"with {field('mixer.kind')}=grid, where a distance says little: choose grid, or learned",
             )
 
     def build(self, d_model: int, norm: NormConfig, attend: AttentionKernel) -> GridAttention:
@@ -91,7 +94,7 @@ class GridAttentionConfig(MixerConfig):
 
 
 class GridAttention(Attention):
-    """Attention under a grid. Raises ModelError for a row with several documents or padding before its end."""
+    """Attention under a grid. Raises Refusal for a row with several documents or padding before its end."""
 
     def __init__(self, config: GridAttentionConfig, d_model: int, norm: NormConfig, kernel: AttentionKernel) -> None:
         super().__init__(config.attention, d_model, norm, kernel)
@@ -100,14 +103,17 @@ class GridAttention(Attention):
     def mask(self, shared: MixerInput, tokens: int) -> Mask:
         """The grid besides what the model says; made once for all layers of one pattern.
 
-        Raises ModelError for prefixes, global tokens, and rows of several documents.
+        Raises Refusal for prefixes, global tokens, and rows of several documents.
         """
         mask = shared.mask
 
         def lower() -> Mask:
             if mask.prefix_B is not None or mask.globals_BT is not None:
-                raise ModelError(
-                    "prefix_B or globals_BT was given, and mixer.kind is grid, which says what is seen: leave them out."
+                raise Refusal(
+                    "model",
+                    NO_VALUE,
+                    "prefix_B or globals_BT was given, and mixer.kind is grid, which says what is seen",
+                    "leave them out",
                 )
             if mask.documents_BT is not None:
                 _refuse_packed(mask.documents_BT)
@@ -121,7 +127,12 @@ class GridAttention(Attention):
 def _refuse_packed(documents_BT: torch.Tensor) -> None:
     before_BT, after_BT = documents_BT[:, :-1], documents_BT[:, 1:]
     if ((before_BT != after_BT) & (after_BT != 0)).any():
-        raise ModelError(
-            "documents_BT has rows of several documents, or padding before the end, and mixer.kind is grid: a row is one "
-            "text and its image; give each a row, and pad behind it."
+        raise Refusal(
+            "model",
+            NO_VALUE,
+            (
+                "documents_BT has rows of several documents, or padding before the end, and mixer.kind is"
+                " grid: a row is one text and its image"
+            ),
+            "give each a row, and pad behind it",
         )

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from model.errors import ModelError, check_counts
+from conf.refusal import Refusal
 from model.init import Linear
 from model.kernels.attention import AttentionKernel
+from model.limits import check_counts
 from model.mixers.base import Mixer, MixerConfig, MixerInput, MixerState, PositionedHeads
 from model.norms.norm import NormConfig, build_norm
 from model.slots import SlotCosts
@@ -43,9 +44,9 @@ class LatentAttentionConfig(MixerConfig):
     """Of the latents' norms, whatever the model's norms have."""
 
     def __post_init__(self) -> None:
-        check_counts("mixer", self, "n_heads", "q_rank", "kv_rank", "plain_dim", "rope_dim", "v_dim")
+        check_counts(self, "n_heads", "q_rank", "kv_rank", "plain_dim", "rope_dim", "v_dim")
         if self.rope_dim % 2:
-            raise ModelError(f"mixer.rope_dim is {self.rope_dim}: pairs of channels are turned, so make it even.")
+            raise Refusal("rope_dim", self.rope_dim, "pairs of channels are turned", "make it even")
 
     @property
     def key_dim(self) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError, check_counts
+from conf.refusal import NO_VALUE, Refusal, Shown
 from model.init import Declared, Linear, Parameter, declare
 from model.kernels.linear_attention import (
     CHUNK,
@@ -21,6 +21,7 @@ from model.kernels.linear_attention import (
     causal_linear_attention,
     recurrent_linear_attention,
 )
+from model.limits import check_counts
 from model.mixers.base import Mixer, MixerConfig, MixerInput, MixerState
 from model.norms.norm import NormConfig
 from model.slots import SlotCosts
@@ -70,16 +71,16 @@ class FavorConfig:
 
     def __post_init__(self) -> None:
         if self.n_features < 1:
-            raise ModelError(
-                f"mixer.features.n_features is {self.n_features}: use at least 1, and better 4 * head_dim."
-            )
+            raise Refusal("n_features", self.n_features, "use at least 1, and better 4 * head_dim")
 
     def check(self, channels: int) -> None:
-        """Raises ModelError for a head too wide."""
+        """Raises Refusal for a head too wide."""
         if channels > LARGEST_FAVOR_HEAD:
-            raise ModelError(
-                f"mixer.features.kind is favor with {channels} channels a head: its exponentials stay "
-                f"within fp32 up to {LARGEST_FAVOR_HEAD}; use more heads."
+            raise Refusal(
+                "mixer.features.kind",
+                Shown("favor"),
+                f"with {channels} channels a head its exponentials stay within fp32 up to {LARGEST_FAVOR_HEAD}",
+                "use more heads",
             )
 
     def count(self, channels: int) -> int:
@@ -113,7 +114,7 @@ class LinearAttentionConfig(MixerConfig):
     """What replaces the softmax."""
 
     def __post_init__(self) -> None:
-        check_counts("mixer", self, "n_heads", "head_dim")
+        check_counts(self, "n_heads", "head_dim")
 
     def channels(self, d_model: int) -> int:
         """Channels of one head."""
@@ -125,9 +126,11 @@ class LinearAttentionConfig(MixerConfig):
 
     def check(self, model: ModelConfig) -> None:
         if self.head_dim is None and model.d_model % self.n_heads:
-            raise ModelError(
-                f"model.d_model is {model.d_model} with mixer.n_heads {self.n_heads}: heads share the width equally, so "
-                "n_heads must divide d_model; change one of them or set mixer.head_dim."
+            raise Refusal(
+                "d_model",
+                model.d_model,
+                f"with mixer.n_heads {self.n_heads}: heads share the width equally, so n_heads must divide d_model",
+                "change one of them or set mixer.head_dim",
             )
         self.features.check(self.channels(model.d_model))
 
@@ -184,7 +187,7 @@ class LinearAttention(Mixer):
         self.out = Linear(self.heads * self.head_dim, d_model, bias=config.out_bias, residual=True)
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
-        """Features and their sums are fp32 whatever the precision of x_BTD. Raises ModelError for a prefix."""
+        """Features and their sums are fp32 whatever the precision of x_BTD. Raises Refusal for a prefix."""
         rows, tokens, _ = x_BTD.shape
         heads = (rows, tokens, self.heads, self.head_dim)
         q_BTHC, k_BTHC, v_BTHC = (part(x_BTD).view(heads) for part in (self.q, self.k, self.v))
@@ -206,9 +209,14 @@ class LinearAttention(Mixer):
         """Numerators, and the denominator as the last channel."""
         documents_BT = shared.mask.documents_BT
         if shared.mask.prefix_B is not None or shared.mask.globals_BT is not None:
-            raise ModelError(
-                "prefix_B or globals_BT was given, and mixer.kind is linear_attention, which has no prefixes and no "
-                "global tokens: leave them out."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                (
+                    "prefix_B or globals_BT was given, and mixer.kind is linear_attention, which has no "
+                    "prefixes and no global tokens"
+                ),
+                "leave them out",
             )
         if documents_BT is not None:  # padding is seen by nothing
             k_BTHP = k_BTHP * (documents_BT != 0)[..., None, None]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from model.errors import ModelError
+from conf.refusal import Refusal
 from model.init import Linear
 from model.kernels.attention import AttentionKernel
 from model.masks import Mask
@@ -39,7 +39,7 @@ class LongformerConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         if self.window < 2:
-            raise ModelError(f"mixer.window is {self.window}: below 2 a token has no neighbours to see; use 257.")
+            raise Refusal("window", self.window, "below 2 a token has no neighbours to see", "use 257")
         self.attention  # noqa: B018 - refuses what no attention can be
 
     @property

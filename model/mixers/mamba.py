@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError, check_counts
+from conf.refusal import NO_VALUE, Refusal
 from model.init import Declared, Linear, Parameter, declare
 from model.kernels.causal_conv import causal_conv
 from model.kernels.selective_scan import CHUNK, FUSED, recurrent_scan, selective_scan
+from model.limits import check_counts
 from model.mixers.base import Mixer, MixerConfig, MixerInput, MixerState, refuse_decoder_only
 from model.norms.norm import NormConfig
 from model.positions.documents import document_starts
@@ -42,7 +43,7 @@ class MambaConfig(MixerConfig):
     """The convolution has an offset."""
 
     def __post_init__(self) -> None:
-        check_counts("mixer", self, "expand", "d_state", "d_conv", "dt_rank")
+        check_counts(self, "expand", "d_state", "d_conv", "dt_rank")
 
     def rank(self, d_model: int) -> int:
         """Rank of the map to time steps."""
@@ -107,11 +108,13 @@ class Mamba(Mixer):
         self.out_proj = Linear(width, d_model, bias=config.bias, residual=True)
 
     def forward(self, x_BTD: torch.Tensor, shared: MixerInput, state: MixerState | None = None) -> torch.Tensor:
-        """The state is forgotten where a document begins. Raises ModelError for a prefix."""
+        """The state is forgotten where a document begins. Raises Refusal for a prefix."""
         if shared.mask.prefix_B is not None or shared.mask.globals_BT is not None:
-            raise ModelError(
-                "prefix_B or globals_BT was given, and mixer.kind is mamba: a scan looks back only; leave prefixes and "
-                "global tokens out."
+            raise Refusal(
+                "model",
+                NO_VALUE,
+                "prefix_B or globals_BT was given, and mixer.kind is mamba: a scan looks back only",
+                "leave prefixes and global tokens out",
             )
         x_BTF, gate_BTF = self.in_proj(x_BTD).chunk(2, dim=-1)
         documents_BT = shared.mask.documents_BT

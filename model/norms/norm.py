@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import Refusal, field
 from model.init import Declared, Parameter, declare
 
 
@@ -23,10 +23,13 @@ class NormConfig:
 
     def __post_init__(self) -> None:
         if self.eps <= 0:
-            raise ModelError(f"norm.eps is {self.eps}: it keeps a division finite and must be above 0, such as 1e-5.")
+            raise Refusal("eps", self.eps, "it keeps a division finite and must be above 0, such as 1e-5")
         if self.kind == "rms" and self.bias:
-            raise ModelError(
-                "norm.bias is true with norm.kind=rms: RMSNorm has no offset; drop it or use norm.kind=layer."
+            raise Refusal(
+                "bias",
+                True,
+                f"with {field('kind')}=rms: RMSNorm has no offset",
+                f"drop it or use {field('kind')}=layer",
             )
 
     def parameters(self, width: int) -> int:

@@ -41,7 +41,7 @@ class PositionConfig:
     """Which part this is."""
 
     def check(self, model: ModelConfig) -> None:
-        """Raises ModelError where this does not suit the rest of the model."""
+        """Raises Refusal where this does not suit the rest of the model."""
 
     def parameters(self, max_seq_len: int, d_model: int, heads: int) -> int:
         """How many are learned."""

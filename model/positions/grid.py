@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError, check_counts
+from conf.refusal import NO_VALUE, Refusal
 from model.init import Declared, Parameter, declare
+from model.limits import check_counts
 from model.positions.base import PositionConfig
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class GridPositionConfig(PositionConfig):
     """Columns of the image, in tokens."""
 
     def __post_init__(self) -> None:
-        check_counts("position", self, "text", "height", "width")
+        check_counts(self, "text", "height", "width")
 
     @property
     def tokens(self) -> int:
@@ -108,14 +109,21 @@ class GridPositionConfig(PositionConfig):
     def check(self, model: ModelConfig) -> None:
         for grid in model.grids:
             if (grid.text, grid.width) != (self.text, self.width):
-                raise ModelError(
-                    f"model.mixer has text={grid.text} width={grid.width}, model.position has text={self.text} "
-                    f"width={self.width}: both are of the same image; make them equal."
+                raise Refusal(
+                    "mixer",
+                    NO_VALUE,
+                    (
+                        f"has text={grid.text} width={grid.width}, model.position has text={self.text} width={self.width}:"
+                        " both are of the same image"
+                    ),
+                    "make them equal",
                 )
         if model.max_seq_len > self.tokens:
-            raise ModelError(
-                f"model.max_seq_len is {model.max_seq_len}: model.position has places for {self.tokens}, text and "
-                "image together; lower it, or make those larger."
+            raise Refusal(
+                "max_seq_len",
+                model.max_seq_len,
+                f"model.position has places for {self.tokens}, text and image together",
+                "lower it, or make those larger",
             )
 
     def parameters(self, max_seq_len: int, d_model: int, heads: int) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import Refusal
 from model.init import Declared, Parameter, declare
 from model.positions.base import PositionConfig
 
@@ -24,7 +24,7 @@ class LearnedPositionConfig(PositionConfig):
 
     def __post_init__(self) -> None:
         if self.offset < 0:
-            raise ModelError(f"position.offset is {self.offset}: it counts unused rows; use 0 for none.")
+            raise Refusal("offset", self.offset, "it counts unused rows", "use 0 for none")
 
     def parameters(self, max_seq_len: int, d_model: int, heads: int) -> int:
         return (max_seq_len + self.offset) * d_model

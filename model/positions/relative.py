@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal, field
 from model.init import Parameter, declare
 from model.positions.base import Distances, PositionConfig
 
@@ -34,9 +34,13 @@ class RelativePositionConfig(PositionConfig):
 
     def __post_init__(self) -> None:
         if self.buckets < 4 or self.buckets % 4 or self.max_distance <= self.buckets // 2:
-            raise ModelError(
-                f"position has buckets={self.buckets}, max_distance={self.max_distance}: take a multiple of 4 and a "
-                "distance above half of it, such as 32 and 128."
+            raise Refusal(
+                "",
+                NO_VALUE,
+                (
+                    f"has buckets={self.buckets}, max_distance={self.max_distance}: take"
+                    " a multiple of 4 and a distance above half of it, such as 32 and 128"
+                ),
             )
 
     def check(self, model: ModelConfig) -> None:
@@ -78,17 +82,26 @@ def distance_buckets(distance_L: torch.Tensor, config: RelativePositionConfig, *
 
 
 def check_distances(model: ModelConfig) -> None:
-    """A bias by distance is one for all layers, and added by plain and latent attention only. Raises ModelError."""
+    """A bias by distance is one for all layers, and added by plain and latent attention only. Raises Refusal."""
     mixers = [layer.mixer for layer in model.layers]
     without = [mixer for mixer in mixers if mixer.drops_bias] or mixers[: 0 if model.positioned_heads else 1]
     if without:
-        raise ModelError(
-            f"model.position.kind is {model.position.kind} with model.mixer.kind={without[0].kind}: it is a bias on "
-            "the scores of plain or latent attention, which other mixers do not add; set model.position.kind=none or "
-            "learned, or take model.mixer.kind=attention."
+        raise Refusal(
+            "position.kind",
+            model.position.kind,
+            (
+                f"with {field('mixer.kind')}={without[0].kind}: it is a bias on the scores of plain or "
+                "latent attention, which other mixers do not add"
+            ),
+            f"set {field('position.kind')}=none or learned, or take {field('mixer.kind')}=attention",
         )
     if len({each.heads for each in model.positioned_heads}) > 1:
-        raise ModelError(
-            "model.pattern gives attention layers different n_heads: all layers share one ALiBi slope or one table "
-            "of distances for each head; give them the same n_heads or choose other positions."
+        raise Refusal(
+            "pattern",
+            NO_VALUE,
+            (
+                "it gives attention layers different n_heads: all layers share one ALiBi slope"
+                " or one table of distances for each head"
+            ),
+            "give them the same n_heads or choose other positions",
         )

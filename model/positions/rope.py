@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal, Shown, field
 from model.positions.base import PositionConfig, Rotation
 
 if TYPE_CHECKING:
@@ -50,10 +50,15 @@ class Llama3Scaling(Scaling):
 
     def __post_init__(self) -> None:
         if self.factor < 1 or not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ModelError(
-                f"position.scaling has factor={self.factor}, low_freq_factor={self.low_freq_factor}, "
-                f"high_freq_factor={self.high_freq_factor}: the factor must be at least 1 and the frequencies positive "
-                "and in rising order; Llama 3.1 uses 8, 1 and 4."
+            raise Refusal(
+                "",
+                NO_VALUE,
+                (
+                    f"has factor={self.factor}, low_freq_factor={self.low_freq_factor}, "
+                    f"high_freq_factor={self.high_freq_factor}: the factor must be at least 1 and "
+                    "the frequencies positive and in rising order"
+                ),
+                "Llama 3.1 uses 8, 1 and 4",
             )
 
     def stretched(self, inverse_C: torch.Tensor, theta: float) -> torch.Tensor:
@@ -80,7 +85,7 @@ class LinearScaling(Scaling):
 
     def __post_init__(self) -> None:
         if self.factor < 1:
-            raise ModelError(f"position.scaling.factor is {self.factor}: stretching a context needs at least 1.")
+            raise Refusal("factor", self.factor, "stretching a context needs at least 1")
 
     def stretched(self, inverse_C: torch.Tensor, theta: float) -> torch.Tensor:
         """Radians per position after scaling, of those before it."""
@@ -112,10 +117,16 @@ class YarnScaling(Scaling):
 
     def __post_init__(self) -> None:
         if self.factor < 1 or not 0 < self.beta_slow < self.beta_fast or min(self.mscale, self.mscale_all) < 0:
-            raise ModelError(
-                f"position.scaling has factor={self.factor}, beta_slow={self.beta_slow}, beta_fast={self.beta_fast}, "
-                f"mscale={self.mscale}, mscale_all={self.mscale_all}: the factor must be at least 1, the numbers of turns "
-                "positive and in rising order, the weights 0 or more; DeepSeek-V3 uses 40, 1, 32, 1 and 1."
+            raise Refusal(
+                "",
+                NO_VALUE,
+                (
+                    f"has factor={self.factor}, beta_slow={self.beta_slow}, "
+                    f"beta_fast={self.beta_fast}, mscale={self.mscale}, "
+                    f"mscale_all={self.mscale_all}: the factor must be at least 1, the numbers of "
+                    "turns positive and in rising order, the weights 0 or more"
+                ),
+                "DeepSeek-V3 uses 40, 1, 32, 1 and 1",
             )
 
     def _m(self, weight: float) -> float:
@@ -164,35 +175,44 @@ class RopeConfig(PositionConfig):
 
     def __post_init__(self) -> None:
         if self.theta <= 1:
-            raise ModelError(f"position.theta is {self.theta}: wavelengths need a base above 1, e.g. 10000.")
+            raise Refusal("theta", self.theta, "wavelengths need a base above 1, e.g. 10000")
         if self.channels is not None and (self.channels < 2 or self.channels % 2):
-            raise ModelError(
-                f"position.channels is {self.channels}: pairs are rotated, so make it even and at least 2."
-            )
+            raise Refusal("channels", self.channels, "pairs are rotated", "make it even and at least 2")
 
     def check(self, model: ModelConfig) -> None:
         """All attention layers share one set of angles."""
         heads = model.positioned_heads
         if not heads:
-            raise ModelError(
-                f"model.position.kind is rope, but no layer attends (mixer.kind is {model.mixer.kind}): rotary positions "
-                "turn queries and keys; set model.position.kind=none, or learned."
+            raise Refusal(
+                "position.kind",
+                Shown("rope"),
+                f"no layer attends (mixer.kind is {model.mixer.kind}), and rotary positions turn queries and keys",
+                f"set {field('position.kind')}=none, or learned",
             )
         channels = sorted({each.channels for each in heads})
         if len(channels) > 1:
-            raise ModelError(
-                f"model.pattern gives attention layers {' and '.join(map(str, channels))} channels a head: all layers "
-                "share one set of rotary angles; set mixer.head_dim to the same everywhere."
+            raise Refusal(
+                "pattern",
+                NO_VALUE,
+                (
+                    f"it gives attention layers {' and '.join(map(str, channels))} channels a head:"
+                    " all layers share one set of rotary angles"
+                ),
+                "set mixer.head_dim to the same everywhere",
             )
         if self.channels is not None and self.channels > channels[0]:
-            raise ModelError(
-                f"model.position.channels is {self.channels} with heads of {channels[0]} channels: no more can be rotated "
-                "than there are; lower it, or null rotates all."
+            raise Refusal(
+                "position.channels",
+                self.channels,
+                f"with heads of {channels[0]} channels: no more can be rotated than there are",
+                "lower it, or null rotates all",
             )
         if self.channels is None and channels[0] % 2:
-            raise ModelError(
-                f"model.d_model {model.d_model} over {heads[0].heads} heads leaves {channels[0]} channels "
-                "a head: rotary positions rotate pairs, so make it even."
+            raise Refusal(
+                "d_model",
+                model.d_model,
+                f"over {heads[0].heads} heads it leaves {channels[0]} channels a head: rotary positions rotate pairs",
+                "make it even",
             )
 
     def rotated_channels(self, channels: int) -> int:

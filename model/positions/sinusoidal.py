@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError
+from conf.refusal import Refusal
 from model.positions.base import PositionConfig
 
 
@@ -26,9 +26,7 @@ class SinusoidalPositionConfig(PositionConfig):
 
     def build(self, max_seq_len: int, d_model: int) -> SinusoidalPositions:
         if self.inclusive and (d_model < 4 or d_model % 2):
-            raise ModelError(
-                f"model.d_model is {d_model} with position.inclusive: two equal halves need an even 4 or more."
-            )
+            raise Refusal("model.d_model", d_model, "with position.inclusive: two equal halves need an even 4 or more")
         return SinusoidalPositions(d_model, self.inclusive)
 
 

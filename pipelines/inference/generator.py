@@ -96,7 +96,7 @@ class TextGenerator:
         return cls(model, Tokenizer.load(tokenizer_dir or model_dir))
 
     def quantize(self, kind: Quantization) -> str:
-        """Fewer bits a weight (`model.adapt.quantize`); what was done in one line. Raises ModelError where it cannot be."""
+        """Fewer bits a weight (`model.adapt.quantize`); what was done in one line. Raises Refusal where it cannot be."""
         from model.adapt.quantize import QuantizedLinear, held_bytes, quantize, whole_maps
 
         before = held_bytes(self.model)

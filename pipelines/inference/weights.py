@@ -15,7 +15,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_model(folder: Path, *, precision: Literal["fp32", "bf16"] = "fp32", device: str = "cpu") -> Transformer:
-    """The model of a folder of safetensors and config.json, in evaluation mode. Raises ModelError if there is none."""
+    """The model of a folder of safetensors and config.json, in evaluation mode. Raises Refusal if there is none."""
     config, state = load_pretrained(folder)
     model = build_model(config, device="meta", dtype=DTYPES[precision])
     placed = {name: tensor.to(device=device, dtype=DTYPES[precision]) for name, tensor in state.items()}

@@ -9,8 +9,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conf.refusal import Refusal
 from model.build import build_model
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig
 from model.decoding.beam import BeamConfig, beam_generate
 from model.decoding.generate import Sampling, generate, unpadded
 from model.interop import from_hf, hf_config
@@ -133,8 +134,9 @@ def test_a_search_ends_where_the_models_context_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "said"), [({"beams": 0}, "beams is 0"), ({"early_stopping": "always"}, "early_stopping is 'always'")]
+    ("values", "said"),
+    [({"beams": 0}, "beams = 0"), ({"early_stopping": "always"}, "early_stopping = '?'always''?")],
 )
 def test_an_impossible_search_is_refused(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(Refusal, match=said):
         BeamConfig(**values)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from conf.refusal import Refusal
 from model.build import build_model
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig
 from model.costs import forward_flops, parameter_counts
 from model.ffns.dense import FfnConfig
 from model.frontends.patches import PatchFrontendConfig
@@ -217,14 +218,14 @@ def test_both_towers_start_by_their_own_settings_and_from_names_alone() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: EmbeddingHeadConfig(width=0), "width is 0"),
-        (lambda: EmbeddingHeadConfig(pool="end"), "pool is end with end_token None"),
-        (lambda: replace(CLIP, tower=None), "tower is null"),
-        (lambda: replace(GPT2, tower=CLIP.tower), "tower is set with head LanguageHeadConfig"),
+        (lambda: EmbeddingHeadConfig(width=0), "width = 0"),
+        (lambda: EmbeddingHeadConfig(pool="end"), "pool = '?end'?: with end_token None"),
+        (lambda: replace(CLIP, tower=None), "tower = null"),
+        (lambda: replace(GPT2, tower=CLIP.tower), "tower = '?set'?: with head LanguageHeadConfig"),
         (lambda: replace(CLIP, tower=replace(CLIP.tower, head=EmbeddingHeadConfig(width=8))), "width=20"),
         (lambda: build_model(GPT2)(sentences(1), tower_pixels_BAYX=images(1)), "has no tower"),
     ],
 )
 def test_what_cannot_be_is_refused(make: Any, said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(Refusal, match=said):
         make()

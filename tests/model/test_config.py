@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conf.refusal import Refusal
 from conf.typed import from_plain, to_plain
 from model.adapt import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig
 from model.build import build_model
-from model.config import LayerChange, ModelConfig, ModelError
+from model.config import LayerChange, ModelConfig
 from model.costs import parameter_counts
 from model.decoding.generate import Sampling
 from model.ffns.dense import FfnConfig
@@ -81,87 +82,87 @@ PUBLISHED = {
 @pytest.mark.parametrize(
     ("make", "value"),
     [
-        (lambda: ModelConfig(d_model=0), "model.d_model is 0"),
-        (lambda: ModelConfig(d_model=100, mixer=AttentionConfig(n_heads=8)), "d_model is 100"),
+        (lambda: ModelConfig(d_model=0), "d_model = 0"),
+        (lambda: ModelConfig(d_model=100, mixer=AttentionConfig(n_heads=8)), "d_model = 100"),
         (lambda: ModelConfig(d_model=24, mixer=AttentionConfig(n_heads=8)), "3 channels"),
-        (lambda: ModelConfig(dropout=1.0), "dropout is 1.0"),
-        (lambda: ModelConfig(logit_soft_cap=0.0), "logit_soft_cap is 0.0"),
-        (lambda: ModelConfig(z_loss=-0.1), "z_loss is -0.1"),
+        (lambda: ModelConfig(dropout=1.0), "dropout = 1.0"),
+        (lambda: ModelConfig(logit_soft_cap=0.0), "logit_soft_cap = 0.0"),
+        (lambda: ModelConfig(z_loss=-0.1), "z_loss = -0.1"),
         (lambda: LayerChange(every=0), "every=0"),
         (lambda: ModelConfig(pattern=(LayerChange(every=2, mixer=AttentionConfig(n_heads=4)),)), "32 and 64 channels"),
-        (lambda: AttentionConfig(n_heads=0), "n_heads is 0"),
-        (lambda: AttentionConfig(n_heads=8, n_kv_heads=3), "n_kv_heads is 3"),
-        (lambda: AttentionConfig(head_dim=7), "head_dim is 7"),
-        (lambda: AttentionConfig(window=0), "window is 0"),
+        (lambda: AttentionConfig(n_heads=0), "n_heads = 0"),
+        (lambda: AttentionConfig(n_heads=8, n_kv_heads=3), "n_kv_heads = 3"),
+        (lambda: AttentionConfig(head_dim=7), "head_dim = 7"),
+        (lambda: AttentionConfig(window=0), "window = 0"),
         (
             lambda: replace(ALIBI, pattern=(LayerChange(every=2, mixer=AttentionConfig(n_heads=2)),)),
             "different n_heads",
         ),
-        (lambda: ModelConfig(mixer=MambaConfig()), "position.kind is rope"),
-        (lambda: MambaConfig(d_state=0), "d_state is 0"),
-        (lambda: LinearAttentionConfig(n_heads=0), "n_heads is 0"),
-        (lambda: FavorConfig(n_features=0), "n_features is 0"),
-        (lambda: replace(LINEAR, d_model=30), "d_model is 30"),
+        (lambda: ModelConfig(mixer=MambaConfig()), "kind = '?rope'?"),
+        (lambda: MambaConfig(d_state=0), "d_state = 0"),
+        (lambda: LinearAttentionConfig(n_heads=0), "n_heads = 0"),
+        (lambda: FavorConfig(n_features=0), "n_features = 0"),
+        (lambda: replace(LINEAR, d_model=30), "d_model = 30"),
         (lambda: replace(PERFORMER, d_model=516), "129 channels"),
-        (lambda: LongformerConfig(window=1), "window is 1"),
-        (lambda: BigBirdConfig(block=0), "block is 0"),
-        (lambda: GridAttentionConfig(text=0), "text is 0"),
-        (lambda: GridAttentionConfig(kernel=4), "kernel is 4"),
-        (lambda: GridPositionConfig(width=0), "width is 0"),
+        (lambda: LongformerConfig(window=1), "window = 1"),
+        (lambda: BigBirdConfig(block=0), "block = 0"),
+        (lambda: GridAttentionConfig(text=0), "text = 0"),
+        (lambda: GridAttentionConfig(kernel=4), "kernel = 4"),
+        (lambda: GridPositionConfig(width=0), "width = 0"),
         (
             lambda: ModelConfig(vocab_size=8, head=LanguageHeadConfig(weights=(TargetWeight(first=8, weight=7.0),))),
             "first=8",
         ),
-        (lambda: ModelConfig(mixer=GridAttentionConfig()), "position.kind is rope"),
-        (lambda: replace(DALLE, causal=False), "causal is false with model.mixer.kind=grid"),
+        (lambda: ModelConfig(mixer=GridAttentionConfig()), "kind = '?rope'?"),
+        (lambda: replace(DALLE, causal=False), "causal = false: with mixer.kind=grid"),
         (
             lambda: replace(MAMBA, causal=False),
-            "causal is false with model.mixer.kind=mamba, which looks back only: set",
+            "causal = false: with mixer.kind=mamba, which looks back only: set",
         ),
-        (lambda: replace(HYBRID, causal=False), "causal is false with model.mixer.kind=mamba"),
+        (lambda: replace(HYBRID, causal=False), "causal = false: with mixer.kind=mamba"),
         (
             lambda: replace(BERT, mixer=MambaConfig(), position=NoPositionConfig()),
-            "causal is false with model.mixer.kind=mamba",
+            "causal = false: with mixer.kind=mamba",
         ),
-        (lambda: replace(GPT2, mixer=LongformerConfig()), "causal is true with model.mixer.kind=longformer"),
+        (lambda: replace(GPT2, mixer=LongformerConfig()), "causal = true: with mixer.kind=longformer"),
         (lambda: replace(DALLE, mixer=replace(ROW, width=5)), "width=5"),
-        (lambda: replace(DALLE, max_seq_len=27), "max_seq_len is 27"),
+        (lambda: replace(DALLE, max_seq_len=27), "max_seq_len = 27"),
         (lambda: build_model(DALLE, kernel="blockwise"), "no sparse masks"),
         *(
             (
                 lambda config=config, position=position: replace(config, position=position),
-                f"{position.kind} with model.mixer",
+                f"{position.kind}': with mixer.kind",
             )
             for config in (MAMBA, LINEAR, replace(BERT, mixer=BigBirdConfig(n_heads=4)))
             for position in (AlibiConfig(), RelativePositionConfig())
         ),
         (lambda: replace(BERT, causal=True, head=ClassifierHeadConfig()), "head.pool first"),
-        (lambda: preset("vit-base", causal=True), "causal is true with model.head.kind=classifier"),
-        (lambda: PatchFrontendConfig(image_size=30), "patch_size is 16, image_size 30"),
+        (lambda: preset("vit-base", causal=True), "causal = true: with model.head.kind=classifier"),
+        (lambda: PatchFrontendConfig(image_size=30), "patch_size = 16: image_size 30"),
         (lambda: replace(LLAMA, pattern=(LayerChange(first=99),)), "first=99 with n_layers=2"),
         (lambda: TargetWeight(weight=-1.0), "weight=-1.0"),
-        (lambda: Sampling(within=(3, 3)), r"within is \(3, 3\)"),
-        (lambda: FfnConfig(d_ff=0), "d_ff is 0"),
-        (lambda: NormConfig(eps=0.0), "eps is 0.0"),
-        (lambda: NormConfig(kind="rms", bias=True), "norm.bias is true"),
-        (lambda: RopeConfig(theta=1.0), "theta is 1.0"),
-        (lambda: RopeConfig(channels=3), "channels is 3"),
-        (lambda: ModelConfig(d_model=32, position=RopeConfig(channels=6)), "channels is 6"),
-        (lambda: LinearScaling(factor=0.5), "factor is 0.5"),
+        (lambda: Sampling(within=(3, 3)), r"within = \(3, 3\)"),
+        (lambda: FfnConfig(d_ff=0), "d_ff = 0"),
+        (lambda: NormConfig(eps=0.0), "eps = 0.0"),
+        (lambda: NormConfig(kind="rms", bias=True), "bias = true"),
+        (lambda: RopeConfig(theta=1.0), "theta = 1.0"),
+        (lambda: RopeConfig(channels=3), "channels = 3"),
+        (lambda: ModelConfig(d_model=32, position=RopeConfig(channels=6)), "channels = 6"),
+        (lambda: LinearScaling(factor=0.5), "factor = 0.5"),
         (lambda: Llama3Scaling(low_freq_factor=4.0, high_freq_factor=1.0), "low_freq_factor=4.0"),
-        (lambda: InitConfig(std=-1.0), "init.std is -1.0"),
-        (lambda: LoraConfig(rank=0), "lora.rank is 0"),
-        (lambda: BottleneckConfig(width=0), "bottleneck.width is 0"),
-        (lambda: PromptConfig(tokens=0), "prompt.tokens is 0"),
-        (lambda: PrefixConfig(tokens=0), "prefix.tokens is 0"),
-        (lambda: Sampling(temperature=-1.0), "temperature is -1.0"),
-        (lambda: Sampling(top_p=0.0), "top_p is 0.0"),
-        (lambda: build_model(ModelConfig()), "vocab_size is null"),
-        (lambda: build_model(LLAMA, kernel="flash9"), "kernel is 'flash9'"),
+        (lambda: InitConfig(std=-1.0), "std = -1.0"),
+        (lambda: LoraConfig(rank=0), "lora.rank = 0"),
+        (lambda: BottleneckConfig(width=0), "bottleneck.width = 0"),
+        (lambda: PromptConfig(tokens=0), "prompt.tokens = 0"),
+        (lambda: PrefixConfig(tokens=0), "prefix.tokens = 0"),
+        (lambda: Sampling(temperature=-1.0), "temperature = -1.0"),
+        (lambda: Sampling(top_p=0.0), "top_p = 0.0"),
+        (lambda: build_model(ModelConfig()), "vocab_size = null"),
+        (lambda: build_model(LLAMA, kernel="flash9"), "kernel = 'flash9'"),
     ],
 )
 def test_an_impossible_setting_is_refused_naming_its_value(make: Callable[[], object], value: str) -> None:
-    with pytest.raises(ModelError, match=value) as caught:
+    with pytest.raises(Refusal, match=value) as caught:
         make()
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
@@ -170,14 +171,14 @@ def test_an_impossible_setting_is_refused_naming_its_value(make: Callable[[], ob
 def test_a_window_with_a_kernel_that_has_none_is_refused_at_build(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel there is has windows; one that lost them is asked for."""
     monkeypatch.setitem(CAN, "varlen", CAN["varlen"] - {"window"})
-    with pytest.raises(ModelError, match=r"'varlen', which has no window masks, .* choose auto or one of"):
+    with pytest.raises(Refusal, match=r"'varlen': it has no window masks, .* Choose auto or one of"):
         build_model(MISTRAL, kernel="varlen")
     build_model(LLAMA, kernel="varlen")
 
 
 def test_an_error_survives_the_way_between_processes() -> None:
-    error = pickle.loads(pickle.dumps(ModelError("d_model is 0: at least 1.")))
-    assert (type(error), str(error), error.exit_code) == (ModelError, "d_model is 0: at least 1.", 2)
+    error = pickle.loads(pickle.dumps(Refusal("d_model", 0, "at least 1")))
+    assert (type(error), str(error), error.exit_code) == (Refusal, "d_model = 0: at least 1.", 2)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conf.refusal import Refusal
 from model.adapt import PrefixConfig
 from model.adapt.prefix import attach_prefix
 from model.build import build_model
-from model.config import ModelError
 from model.costs import forward_flops
 from model.decoding.generate import Sampling, generate
 from model.frontends.text_image import TextImageVocabulary
@@ -222,7 +222,7 @@ def test_every_place_of_a_text_has_a_padding_token_of_its_own_and_what_does_not_
         lambda: VOCABULARY.prompt([20]),
         lambda: VOCABULARY.row([1], [12]),
     ):
-        with pytest.raises(ModelError):
+        with pytest.raises(Refusal):
             wrong()
 
 
@@ -236,9 +236,9 @@ def test_flops_are_counted_for_the_pairs_that_a_grid_lets_through() -> None:
 def test_rows_that_are_packed_or_padded_in_front_are_refused() -> None:
     model = build_model(DALLE)
     for documents in ([[1] * 13 + [2] * 13], [[0] * 3 + [1] * 23]):
-        with pytest.raises(ModelError, match="documents_BT"):
+        with pytest.raises(Refusal, match="documents_BT"):
             model(rows(1), documents_BT=torch.tensor(documents, dtype=torch.int32))
-    with pytest.raises(ModelError, match="prefix"):
+    with pytest.raises(Refusal, match="prefix"):
         attach_prefix(model, PrefixConfig(tokens=2))
 
 

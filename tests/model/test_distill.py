@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conf.refusal import Refusal
 from model.adapt.distill import hidden_distillation, logit_distillation
 from model.build import build_model
-from model.errors import ModelError
 from tests.model.configurations import LLAMA
 from tests.model.learning import learn
 
@@ -65,11 +65,11 @@ def test_a_student_comes_nearer_to_its_teacher() -> None:
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
-    with pytest.raises(ModelError, match="same vocabulary"):
+    with pytest.raises(Refusal, match="same vocabulary"):
         logit_distillation(torch.zeros(2, 3), torch.zeros(2, 4))
-    with pytest.raises(ModelError, match="temperature is 0"):
+    with pytest.raises(Refusal, match="temperature = 0"):
         logit_distillation(torch.zeros(2, 3), torch.zeros(2, 3), temperature=0)
-    with pytest.raises(ModelError, match="give a projection"):
+    with pytest.raises(Refusal, match="Give a projection"):
         hidden_distillation(torch.zeros(2, 3), torch.zeros(2, 4))
-    with pytest.raises(ModelError, match="kind is 'l1'"):
+    with pytest.raises(Refusal, match="kind = 'l1'"):
         hidden_distillation(torch.zeros(2, 3), torch.zeros(2, 3), kind="l1")

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conf.refusal import Refusal
 from model.build import build_model
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig
 from model.decoding.generate import Sampling, choose, generate, unpadded
 from model.decoding.joined import arranged_products
 from tests.model.configurations import (
@@ -175,7 +176,7 @@ def test_a_cache_that_is_full_says_so() -> None:
     model = build_model(LLAMA)
     cache = model.new_cache(1, 8)
     model(torch.zeros(1, 8, dtype=torch.int64), cache=cache)
-    with pytest.raises(ModelError, match="cache of 8"):
+    with pytest.raises(Refusal, match="cache of 8"):
         model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
 
 
@@ -230,7 +231,7 @@ def test_a_row_ends_where_the_models_context_does(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize(("prompts", "said"), [([[1], []], "prompt 1 has no tokens"), ([[1] * 64], "64 tokens")])
 def test_a_prompt_that_cannot_be_continued_is_refused(prompts: list[list[int]], said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(Refusal, match=said):
         generate(build_model(LLAMA), prompts, GREEDY)
 
 

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from conf.refusal import Refusal
 from model.build import build_model
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig
 from model.decoding.generate import Sampling, generate
 from model.ffns.dense import FfnConfig
 from model.heads.language import LanguageHeadConfig
@@ -238,7 +239,7 @@ def test_a_model_no_class_computes_is_kept_in_our_own_format(tmp_path: Path) -> 
         logit_soft_cap=15.0,
     )
     assert not has_hf_class(config)
-    with pytest.raises(ModelError, match=r"no Hugging Face class .* llama comes nearest but needs layout='pre'"):
+    with pytest.raises(Refusal, match=r"no Hugging Face class .* llama comes nearest but needs layout='pre'"):
         hf_config(config)
     state = written(config, tmp_path)
     loaded, again = load_pretrained(tmp_path)
@@ -261,7 +262,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_listed(tmp_path: Path)
     written(LLAMA, tmp_path)
     changed(tmp_path, model__norm__weight=torch.ones(31), extra__weight=torch.ones(1))
     changed(tmp_path, model__layers__1__mlp__up_proj__weight=None)
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(Refusal) as caught:
         load_pretrained(tmp_path)
     for said in (
         "1 missing: model.layers.1.mlp.up_proj.weight",
@@ -285,7 +286,7 @@ def test_a_tied_head_may_be_stored_but_not_differ(tmp_path: Path) -> None:
     changed(tmp_path, lm_head__weight=state["head.weight"].clone())
     assert torch.equal(load_pretrained(tmp_path)[1]["head.weight"], state["head.weight"])
     changed(tmp_path, lm_head__weight=state["head.weight"] + 1)
-    with pytest.raises(ModelError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+    with pytest.raises(Refusal, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         load_pretrained(tmp_path)
 
 
@@ -293,7 +294,7 @@ def test_a_pickled_checkpoint_is_refused_without_being_opened(tmp_path: Path) ->
     written(LLAMA, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + bytes(tmp_path / "run") + b"'\ntR.")
-    with pytest.raises(ModelError, match=r"only pytorch_model\.bin"):
+    with pytest.raises(Refusal, match=r"only pytorch_model\.bin"):
         load_pretrained(tmp_path)
     assert not (tmp_path / "run").exists()
 
@@ -305,25 +306,25 @@ def test_a_pickled_checkpoint_is_refused_without_being_opened(tmp_path: Path) ->
         ({"hidden_act": "mish"}, "hidden_act='mish'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn'"),
         ({"pretraining_tp": 2}, "pretraining_tp=2"),
-        ({"num_key_value_heads": 3}, "n_kv_heads is 3"),
+        ({"num_key_value_heads": 3}, "n_kv_heads = 3"),
     ],
 )
 def test_a_configuration_we_cannot_compute_is_refused(edit: dict[str, Any], said: str, tmp_path: Path) -> None:
     written(LLAMA, tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**described, **edit}))
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(Refusal, match=said):
         load_pretrained(tmp_path)
 
 
 def test_damaged_and_absent_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"config\.json does not exist"):
+    with pytest.raises(Refusal, match=r"config\.json: it does not exist"):
         load_pretrained(tmp_path)
     written(LLAMA, tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-10])
-    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(Refusal, match=r"model\.safetensors: it cannot be read"):
         load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="not valid JSON"):
+    with pytest.raises(Refusal, match="not valid JSON"):
         load_pretrained(tmp_path)

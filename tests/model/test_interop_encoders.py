@@ -12,8 +12,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from conf.refusal import Refusal
 from model.build import build_model
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig
 from model.frontends.text import TokenFrontendConfig
 from model.heads.base import HeadConfig
 from model.heads.classifiers import ClassifierHeadConfig, SpanHeadConfig, TokenClassifierHeadConfig
@@ -208,7 +209,7 @@ def test_a_model_that_bert_cannot_be_is_not_called_bert() -> None:
         replace(bert, head=ClassifierHeadConfig(pool="mean")),
         replace(bert, mixer=AttentionConfig(n_heads=4, qkv_bias=True)),
     ):
-        with pytest.raises(ModelError, match="no Hugging Face class"):
+        with pytest.raises(Refusal, match="no Hugging Face class"):
             family_of(replace(changed, norm=NormConfig(kind="layer", bias=True, eps=1e-5)))
     seven = replace(bert, head=TokenClassifierHeadConfig(classes=7))
     labels_only = {**hf_config(seven), "id2label": {str(label): "?" for label in range(7)}}

@@ -9,8 +9,9 @@ import transformers
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from conf.refusal import Refusal
 from model.build import build_model
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig
 from model.heads.language import LanguageHeadConfig
 from model.interop import config_from_hf, family_of, from_hf, hf_config, load_pretrained, save_pretrained, to_hf
 from model.masks import Mask
@@ -183,7 +184,7 @@ def test_import_and_export_are_exact_and_transformers_loads_it(config: ModelConf
 
 def test_a_window_that_differs_between_layers_is_refused() -> None:
     described = {**hf_config(LONGFORMER), "attention_window": [4, 8]}
-    with pytest.raises(ModelError, match=r"attention_window=\[4, 8\]"):
+    with pytest.raises(Refusal, match=r"attention_window=\[4, 8\]"):
         config_from_hf(described)
 
 
@@ -218,5 +219,5 @@ def test_every_parameter_of_longformer_has_a_gradient_without_global_tokens_and_
     ours, _ = batch(LONGFORMER)
     model(**ours, targets_BT=ours["tokens_BT"])["loss_sum"].backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    with pytest.raises(ModelError, match=r"causal is true with mixer\.kind=longformer"):
+    with pytest.raises(Refusal, match=r"causal = true: with mixer\.kind=longformer"):
         replace(LONGFORMER, causal=True)

@@ -9,9 +9,10 @@ import transformers
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from conf.refusal import Refusal
 from conf.typed import from_plain
 from model.build import build_model
-from model.config import LayerChange, ModelConfig, ModelError
+from model.config import LayerChange, ModelConfig
 from model.costs import parameter_counts
 from model.decoding.beam import BeamConfig, beam_generate
 from model.decoding.generate import Sampling, generate, unpadded
@@ -186,8 +187,8 @@ def test_layers_that_the_class_cannot_have_are_refused_by_name() -> None:
     assert family_of(config).model_type == "switch_transformers"
     experts = config.pattern[0].ffn
     elsewhere = replace(config, pattern=(LayerChange(every=12, first=5, ffn=experts),))
-    with pytest.raises(ModelError, match=r"experts in layers 1, k \+ 1, 2k \+ 1 … of the decoder"):
+    with pytest.raises(Refusal, match=r"experts in layers 1, k \+ 1, 2k \+ 1 … of the decoder"):
         hf_config(elsewhere)
     wider = replace(config, ffn=replace(config.ffn, d_ff=100))
-    with pytest.raises(ModelError, match="layers of the decoder without experts dense"):
+    with pytest.raises(Refusal, match="layers of the decoder without experts dense"):
         hf_config(wider)

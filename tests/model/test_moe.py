@@ -14,8 +14,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
+from conf.refusal import Refusal
 from model.build import build_model
-from model.config import LayerChange, ModelConfig, ModelError
+from model.config import LayerChange, ModelConfig
 from model.costs import parameter_counts
 from model.ffns.dense import FfnConfig
 from model.ffns.experts.config import BalanceConfig, CapacityConfig, MoeConfig, RouterConfig
@@ -461,24 +462,24 @@ def test_the_small_model_with_experts_works_as_hard_for_a_token_as_the_one_witho
 @pytest.mark.parametrize(
     ("make", "value"),
     [
-        (lambda: MoeConfig(n_experts=4, top_k=5), "top_k is 5 of 4"),
-        (lambda: MoeConfig(n_experts=0), "n_experts is 0"),
-        (lambda: MoeConfig(top_k=1), "top_k is 1 with router.renormalize"),
+        (lambda: MoeConfig(n_experts=4, top_k=5), "top_k = 5: of 4"),
+        (lambda: MoeConfig(n_experts=0), "n_experts = 0"),
+        (lambda: MoeConfig(top_k=1), "top_k = 1: with router.renormalize"),
         (lambda: MoeConfig(router=RouterConfig(groups=3)), "groups must divide"),
-        (lambda: MoeConfig(top_k=3, router=RouterConfig(groups=4)), "top_k is 3 of 2"),
-        (lambda: MoeConfig(router=RouterConfig(groups=8, top_groups=4)), "groups is 8 for 8 experts"),
-        (lambda: MoeConfig(top_k=3, router=RouterConfig(second_by_chance=True)), "second_by_chance is set"),
+        (lambda: MoeConfig(top_k=3, router=RouterConfig(groups=4)), "top_k = 3: of 2"),
+        (lambda: MoeConfig(router=RouterConfig(groups=8, top_groups=4)), "groups = 8: for 8 experts"),
+        (lambda: MoeConfig(top_k=3, router=RouterConfig(second_by_chance=True)), "second_by_chance = true"),
         (lambda: RouterConfig(groups=2, top_groups=3), "top_groups=3"),
-        (lambda: RouterConfig(jitter=1.0), "jitter is 1.0"),
-        (lambda: RouterConfig(scale=0.0), "scale is 0.0"),
-        (lambda: BalanceConfig(loss=-1.0), "balance.loss is -1.0"),
+        (lambda: RouterConfig(jitter=1.0), "jitter = 1.0"),
+        (lambda: RouterConfig(scale=0.0), "scale = 0.0"),
+        (lambda: BalanceConfig(loss=-1.0), "loss = -1.0"),
         (lambda: CapacityConfig(), "factor=None, tokens=None"),
         (lambda: CapacityConfig(factor=1.0, tokens=3), "tokens=3"),
         (lambda: CapacityConfig(tokens=0), "tokens=0"),
     ],
 )
 def test_impossible_mixtures_are_refused_naming_the_value(make: Any, value: str) -> None:
-    with pytest.raises(ModelError, match=value):
+    with pytest.raises(Refusal, match=value):
         make()
 
 

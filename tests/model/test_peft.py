@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conf.refusal import Refusal
 from model.adapt import (
     BottleneckConfig,
     LoraConfig,
@@ -25,7 +26,7 @@ from model.adapt import (
 from model.adapt.quantize import quantize
 from model.architecture import Transformer
 from model.build import build_model
-from model.config import ModelConfig, ModelError, parameter_roles
+from model.config import ModelConfig, parameter_roles
 from model.decoding.generate import Sampling, generate
 from model.ffns.dense import FfnConfig
 from model.init import Linear
@@ -99,7 +100,7 @@ def test_the_peft_package_reads_the_adapter_over_the_exported_model(config: Mode
 
 
 def test_a_target_that_matches_nothing_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"matches no layer"):
+    with pytest.raises(Refusal, match=r"matches no layer"):
         attach_lora(build_model(LLAMA), LoraConfig(targets=("*.query",)))
 
 
@@ -218,7 +219,7 @@ def test_freezing_by_pattern_keeps_what_matches_and_trains_the_rest() -> None:
 
 @pytest.mark.parametrize(("patterns", "said"), [(("*.query",), "matches no parameter"), (("*",), "nothing to train")])
 def test_freezing_nothing_or_everything_is_refused(patterns: tuple[str, ...], said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(Refusal, match=said):
         freeze(build_model(LLAMA), patterns)
 
 
@@ -236,14 +237,14 @@ def test_a_prefix_is_learned_where_activations_are_recomputed_too() -> None:
 def test_a_model_with_a_prefix_says_how_it_wants_to_be_called() -> None:
     model = build_model(LLAMA)
     attach(model, "prefix")
-    with pytest.raises(ModelError, match="new_cache"):
+    with pytest.raises(Refusal, match="new_cache"):
         model(tokens())
 
 
 def test_a_pattern_that_names_experts_or_routers_is_told_what_adapters_take() -> None:
     model = build_model(MIXTRAL)
     for pattern in ("*experts*", "*router*"):
-        with pytest.raises(ModelError, match="is no linear map, nor are routers"):
+        with pytest.raises(Refusal, match="is no linear map, nor are routers"):
             attach_lora(model, LoraConfig(targets=(pattern,)))
     names = attach_lora(model, LORA)
     assert names == [f"stack.layers.{layer}.mixer.{part}" for layer in (0, 1) for part in ("q", "k", "v", "out")]
@@ -257,9 +258,9 @@ def test_null_targets_adapt_every_map_of_encoders_too_but_what_peft_refuses() ->
     assert not [name for name in attach_lora(build_model(MAMBA), LORA) if name.endswith("out_proj")]
     chosen = build_model(MAMBA)
     assert attach_lora(chosen, LoraConfig(targets=("*out_proj",)))
-    with pytest.raises(ModelError, match=r"peft could not load the adapters of .*out_proj.*targets"):
+    with pytest.raises(Refusal, match=r"peft could not load the adapters of .*out_proj.*targets"):
         save_adapter(chosen.state_dict(), MAMBA, LoraConfig(), Path("nowhere"))
-    with pytest.raises(ModelError, match="over MambaForCausalLM"):
+    with pytest.raises(Refusal, match="over MambaForCausalLM"):
         adapted_weights(["stack.layers.0.mixer.out_proj"], MAMBA)
 
 
@@ -267,13 +268,13 @@ def test_null_targets_adapt_every_map_of_encoders_too_but_what_peft_refuses() ->
 def test_adapters_beside_quantized_weights_are_refused(kind: Any) -> None:
     model = build_model(LLAMA)
     quantize(model, kind)
-    with pytest.raises(ModelError, match="is quantized"):
+    with pytest.raises(Refusal, match="is quantized"):
         attach_lora(model, LORA)
     assert any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_placement_without_a_sublayer_is_refused() -> None:
-    with pytest.raises(ModelError, match="use houlsby"):
+    with pytest.raises(Refusal, match="use houlsby"):
         attach(build_model(MAMBA), "pfeiffer")
     assert attach(build_model(MAMBA), "houlsby") == [f"stack.layers.{layer}.mixer.adapter" for layer in (0, 1)]
 
@@ -298,20 +299,20 @@ def test_a_prefix_stands_before_a_decoder_that_has_an_encoder_and_learns() -> No
 
 
 def test_an_encoder_takes_no_prefix() -> None:
-    with pytest.raises(ModelError, match="causal is false"):
+    with pytest.raises(Refusal, match=r"model\.causal is false"):
         attach(build_model(BERT), "prefix")
 
 
 def test_virtual_tokens_stand_before_the_encoders_text_and_are_unknown_elsewhere() -> None:
     model, row = build_model(VASWANI), tokens()
     virtual = torch.tensor([with_prompt(ids, 3) for ids in row.tolist()])
-    with pytest.raises(ModelError, match=r"from -3 to .*attach_prompt"):
+    with pytest.raises(Refusal, match=r"from -3 to .*attach_prompt"):
         model(row, encoder_tokens_BT=virtual)
     assert attach(model, "prompt") == ["encoder.frontend.tokens.prompt"]
     assert model(row, encoder_tokens_BT=virtual)["logits"].shape == (*row.shape, 97)
-    with pytest.raises(ModelError, match="the encoder's, where the model has one"):
+    with pytest.raises(Refusal, match="the encoder's, where the model has one"):
         model(virtual, encoder_tokens_BT=row)
-    with pytest.raises(ModelError, match="vocabulary is 0 to 96"):
+    with pytest.raises(Refusal, match="vocabulary is 0 to 96"):
         model(row, encoder_tokens_BT=row + 97)
 
 
@@ -331,7 +332,7 @@ def test_a_state_dict_that_is_not_the_whole_model_alone_is_not_written(
         attach(model, change)
         state = model.state_dict()
     said = {"lora": "lora_A", "prompt": "tokens.prompt", "int8": "packed", "missing": r"1 missing \(stack.final_norm"}
-    with pytest.raises(ModelError, match=said[change]):
+    with pytest.raises(Refusal, match=said[change]):
         save_pretrained(state, config, tmp_path / "model")
     assert not (tmp_path / "model").exists()
     if change == "lora":

@@ -8,8 +8,8 @@ import peft
 import pytest
 import torch
 
+from conf.refusal import Refusal
 from model.adapt import LoraConfig, PrefixConfig, PromptConfig, attach_lora, attach_prefix, attach_prompt, with_prompt
-from model.errors import ModelError
 from model.interop import family_of, save_adapter, save_pretrained, save_virtual_tokens
 from model.interop.families import FAMILIES
 from tests.model.parity import imported, stirred
@@ -85,7 +85,7 @@ def test_peft_computes_what_virtual_tokens_do_or_they_are_refused(
     attach = {"prompt": attach_prompt, "prefix": attach_prefix}[kind]
     chosen = PromptConfig(tokens=3) if kind == "prompt" else PrefixConfig(tokens=3)
     if refused:
-        with pytest.raises(ModelError, match=refused):
+        with pytest.raises(Refusal, match=refused):
             attach(ours, chosen)
         assert all(parameter.requires_grad for parameter in ours.parameters())
         return
@@ -100,7 +100,7 @@ def test_peft_computes_what_virtual_tokens_do_or_they_are_refused(
         expected = answer(ours(**own))
     assert expected.shape != plain.shape or (expected - plain).abs().max() > 1e-2 * plain.abs().max()
     if family_of(ours.config).peft_task is None:
-        with pytest.raises(ModelError, match="adapt it with lora"):
+        with pytest.raises(Refusal, match="adapt it with lora"):
             save_virtual_tokens(ours.state_dict(), ours.config, tmp_path)
         return
     save_virtual_tokens(ours.state_dict(), ours.config, tmp_path)

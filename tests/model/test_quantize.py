@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from conf.refusal import Refusal
 from model.adapt import LoraConfig, attach_lora
 from model.adapt.quantize import QuantizedLinear, held_bytes, quantize
 from model.build import build_model
 from model.config import ModelConfig
 from model.decoding.generate import Sampling, generate
-from model.errors import ModelError
 from model.ffns.dense import FfnConfig
 from model.ffns.experts.layer import Experts
 from model.init import Linear
@@ -137,16 +137,16 @@ def test_what_a_mixer_asks_of_its_maps_quantized_ones_have(config: ModelConfig) 
 def test_quantizing_what_has_adapters_or_is_quantized_is_refused_by_its_name() -> None:
     model = build_model(WIDE)
     attach_lora(model, LoraConfig(rank=2, targets=("*.mixer.q",)))
-    with pytest.raises(ModelError, match=r"layers\.0\.mixer\.q has an adapter.*merged"):
+    with pytest.raises(Refusal, match=r"layers\.0\.mixer\.q has an adapter.*merged"):
         quantize(model, "int8")
     model = build_model(WIDE)
     quantize(model, "int8")
-    with pytest.raises(ModelError, match="is int8 already"):
+    with pytest.raises(Refusal, match="is int8 already"):
         quantize(model, "int8")
 
 
 def test_what_does_not_fit_a_group_stays_and_other_kinds_are_refused() -> None:
     model = build_model(replace(LLAMA, ffn=FfnConfig(d_ff=40)))
     assert not [name for name in quantize(model, "int4") if name.endswith("ffn.down")]
-    with pytest.raises(ModelError, match="quantization is 'int3'"):
+    with pytest.raises(Refusal, match="quantization = 'int3'"):
         quantize(model, "int3")  # type: ignore[arg-type]

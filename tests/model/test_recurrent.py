@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conf.refusal import Refusal
 from model.build import build_model
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig
 from model.init import initial_value, parameter_roles
 from model.kernels import causal_conv, linear_attention, selective_scan
 from model.kernels.attention import dense_attention
@@ -324,7 +325,7 @@ def test_a_state_without_places_for_tokens_cannot_be_rewound(config: ModelConfig
     cache = model.new_cache(2, 20)
     model(torch.ones(2, 9, dtype=torch.int64), cache=cache)
     cache.rewind([9, 9])
-    with pytest.raises(ModelError, match=r"cannot be rewound to \[9, 4\].*give `lengths`"):
+    with pytest.raises(Refusal, match=r"cannot be rewound to \[9, 4\].*give `lengths`"):
         cache.rewind([9, 4])
 
 
@@ -335,7 +336,7 @@ def test_a_state_without_places_for_tokens_cannot_be_rewound(config: ModelConfig
 def test_what_a_mixer_cannot_honour_of_a_mask_is_refused_not_ignored(
     config: ModelConfig, given: dict[str, torch.Tensor]
 ) -> None:
-    with pytest.raises(ModelError, match=r"prefix_B or globals_BT was given"):
+    with pytest.raises(Refusal, match=r"prefix_B or globals_BT was given"):
         build_model(config)(torch.ones(2, 9, dtype=torch.int64), **given)
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
+from conf.refusal import Refusal
 from model.decoding.sampling import Sampling, allowed, kept
-from model.errors import ModelError
 
 QUICK = settings(max_examples=40, deadline=None)
 VOCABULARY = 23
@@ -94,14 +94,14 @@ def test_what_the_text_forbids_is_what_transformers_forbids(
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"min_p": 0.0}, "min_p is 0.0"),
-        ({"typical_p": 1.5}, "typical_p is 1.5"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
-        ({"no_repeat_ngram_size": 0}, "no_repeat_ngram_size is 0"),
-        ({"min_new_tokens": 9, "max_new_tokens": 3}, "min_new_tokens is 9"),
+        ({"min_p": 0.0}, "min_p = 0.0"),
+        ({"typical_p": 1.5}, "typical_p = 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
+        ({"no_repeat_ngram_size": 0}, "no_repeat_ngram_size = 0"),
+        ({"min_new_tokens": 9, "max_new_tokens": 3}, "min_new_tokens = 9"),
         ({"bias": (((), 1.0),)}, "without tokens"),
     ],
 )
 def test_an_impossible_option_is_refused_naming_its_value(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(Refusal, match=said):
         Sampling(**values)

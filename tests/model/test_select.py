@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from conf.refusal import Refusal
 from model.build import build_model
-from model.errors import ModelError
 from model.kernels import select
 from model.kernels.check import check_kernels
 from model.kernels.select import CAN, KERNELS, KINDS, Selection, kind_of, select_kernel
@@ -78,13 +78,17 @@ def test_the_choice_is_said_in_one_line_at_build(caplog: pytest.LogCaptureFixtur
 @pytest.mark.parametrize(
     ("config", "kernel", "said"),
     [
-        (ALIBI, "flash", r"kernel is 'flash', which has no biased masks, and the model needs them: choose auto or one"),
-        (ALIBI, "varlen", "'varlen', which has no biased"),
-        (LLAMA, "cached", "kernel is 'cached': choose auto, or one of blockwise"),
+        (
+            ALIBI,
+            "flash",
+            r"kernel = 'flash': it has no biased masks, and the model needs them\. Choose auto or one",
+        ),
+        (ALIBI, "varlen", "'varlen': it has no biased"),
+        (LLAMA, "cached", "kernel = 'cached': there is no such kernel. Choose auto, or one of blockwise"),
     ],
 )
 def test_a_kernel_that_lacks_what_the_model_needs_is_refused(config: object, kernel: str, said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(Refusal, match=said):
         build_model(config, kernel=kernel)  # type: ignore[arg-type]
 
 

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conf.refusal import Refusal
 from model.block import Layout
 from model.build import build_model
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig
 from model.positions.rope import RopeConfig
 from tests.model.configurations import ALIBI, GPT2, GPTJ, LIVELY, LLAMA, MIXTRAL, VASWANI, WINDOWED, any_config, preset
 from tests.model.learning import learn
@@ -223,7 +224,7 @@ def test_half_precision_stays_close_to_full(config: ModelConfig, how: str) -> No
 
 
 def test_a_row_longer_than_its_learned_positions_is_refused() -> None:
-    with pytest.raises(ModelError, match="65 tokens"):
+    with pytest.raises(Refusal, match="65 tokens"):
         build_model(GPT2)(tokens_of(GPT2, 1, 65))
 
 
@@ -245,5 +246,5 @@ def test_inputs_that_a_model_does_not_take_are_refused_naming_those_it_does(
     config: ModelConfig, inputs: dict[str, int], said: str
 ) -> None:
     ones = {name: torch.ones(1, 4, dtype=torch.int64) for name in inputs}
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(Refusal, match=said):
         build_model(config)(**ones)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from conf.refusal import Refusal
 from model.build import build_model
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig
 from model.costs import forward_flops, parameter_counts
 from model.ffns.dense import FfnConfig
 from model.frontends.waveform import WaveformFrontendConfig
@@ -206,19 +207,19 @@ def test_costs_are_those_counted(config: ModelConfig) -> None:
     [
         (lambda: WaveformFrontendConfig(strides=(5, 2)), r"strides=\(5, 2\)"),
         (lambda: WaveformFrontendConfig(positional_groups=0), "positional_groups=0"),
-        (lambda: build_model(replace(SPEECH, d_model=30, mixer=replace(SPEECH.mixer, n_heads=3))), "groups is 4"),
-        (lambda: build_model(replace(SPEECH, head=CtcHeadConfig(blank=11))), "blank is 11"),
-        (lambda: CtcHeadConfig(blank=-1), "blank is -1"),
+        (lambda: build_model(replace(SPEECH, d_model=30, mixer=replace(SPEECH.mixer, n_heads=3))), "groups = 4"),
+        (lambda: build_model(replace(SPEECH, head=CtcHeadConfig(blank=11))), "blank = 11"),
+        (lambda: CtcHeadConfig(blank=-1), "blank = -1"),
         (lambda: build_model(SPEECH)(samples_BW=torch.zeros(1, 20)), "rows of 20 samples: one frame takes 30"),
         (
             lambda: build_model(replace(SPEECH, frontend=replace(SPEECH.frontend, mask_token=False)))(
                 samples_BW=samples(), masked_BT=torch.zeros(3, 3, dtype=torch.bool)
             ),
-            "mask_token is false",
+            "mask_token = false",
         ),
-        (lambda: build_model(replace(SPEECH, vocab_size=None)), "vocab_size is null"),
+        (lambda: build_model(replace(SPEECH, vocab_size=None)), "vocab_size = null"),
     ],
 )
 def test_what_cannot_be_is_refused(make: Any, said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(Refusal, match=said):
         make()

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from conf.refusal import Refusal
 from model.architecture import Transformer
 from model.build import build_model
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig
 from model.costs import forward_flops, parameter_counts
 from model.frontends.spans import CODES, distractors, masked_spans
 from model.frontends.waveform import WaveformFrontendConfig, sound_keys
@@ -223,7 +224,7 @@ def test_costs_are_those_counted(config: ModelConfig) -> None:
     [
         (lambda: CodebookConfig(groups=3, width=256), "groups=3"),
         (lambda: DistractorHeadConfig(temperature=0.0), "temperature=0.0"),
-        (lambda: build_model(replace(LISTENING, head=DistractorHeadConfig(codes=8))), "head.codes is 8"),
+        (lambda: build_model(replace(LISTENING, head=DistractorHeadConfig(codes=8))), "codes = 8"),
         (lambda: build_model(replace(SPEECH, head=DistractorHeadConfig())), "frontend.codebook None"),
         (
             lambda: distractors(torch.tensor([[True, False]]), 3, torch.tensor([0]), seed=0),
@@ -233,5 +234,5 @@ def test_costs_are_those_counted(config: ModelConfig) -> None:
     ],
 )
 def test_what_cannot_be_is_refused(make: Any, said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(Refusal, match=said):
         make()

@@ -16,7 +16,6 @@ from conf.typed import from_plain, to_plain
 from data.loader import Loader, order_over
 from data.rows.shard_set import ShardSet
 from data.tasks.denoising import AnyObjective, MaskedToken
-from model.errors import ModelError
 from model.interop import checkpoint_files
 from pipelines.engine.step import Inputs
 from pipelines.stages.start import Start, run
@@ -137,7 +136,7 @@ def test_every_tensor_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(5, 24)
     save_file(tensors, file)
     begun = Start.open("pretrain.init_from", str(tmp_path / "weights"))
-    with pytest.raises(ModelError) as refused:
+    with pytest.raises(Refusal) as refused:
         run(begun.settings, {}, tmp_path / "start", InProcess(tmp_path / "start"))
     said = str(refused.value)
     assert "1 missing: model.norm.weight" in said and "1 not expected: model.extra" in said
@@ -158,7 +157,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> Non
     index = tmp_path / "weights" / "model.safetensors.index.json"
     places = json.loads(index.read_text())
     index.write_text(json.dumps({"weight_map": dict.fromkeys(places["weight_map"], "../elsewhere.safetensors")}))
-    with pytest.raises(ModelError, match="weight_map of names of files beside it"):
+    with pytest.raises(Refusal, match="weight_map of names of files beside it"):
         Start.open("pretrain.init_from", str(tmp_path / "weights"))
 
 
@@ -166,7 +165,7 @@ def test_a_missing_shard_is_named_before_anything_runs(tmp_path: Path) -> None:
     saved(LLAMA, tmp_path / "weights", max_shard_size="20kB")
     lost = min((tmp_path / "weights").glob("*.safetensors"))
     lost.unlink()
-    with pytest.raises(ModelError, match=f"{lost.name} does not exist"):
+    with pytest.raises(Refusal, match=f"{lost.name}: it does not exist"):
         Start.open("pretrain.init_from", str(tmp_path / "weights"))
 
 

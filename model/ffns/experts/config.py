@@ -8,10 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from model.errors import ModelError, check_counts
+from conf.refusal import NO_VALUE, Refusal
 from model.ffns.base import AbstractFfnConfig
 from model.ffns.dense import Activation, FfnConfig
 from model.ffns.experts.layer import MixtureOfExperts
+from model.limits import check_counts
 from model.slots import SlotCosts
 
 
@@ -41,14 +42,18 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         if self.groups < 1 or not 1 <= self.top_groups <= self.groups:
-            raise ModelError(
-                f"ffn.router has groups={self.groups}, top_groups={self.top_groups}: a token chooses from at least one "
-                "group and from no more than there are."
+            raise Refusal(
+                "",
+                NO_VALUE,
+                (
+                    f"has groups={self.groups}, top_groups={self.top_groups}: a token "
+                    "chooses from at least one group and from no more than there are"
+                ),
             )
         if not 0 <= self.jitter < 1:
-            raise ModelError(f"ffn.router.jitter is {self.jitter}: noise of 1 ± jitter needs a jitter from 0 to 1.")
+            raise Refusal("jitter", self.jitter, "noise of 1 ± jitter needs a jitter from 0 to 1")
         if self.scale <= 0:
-            raise ModelError(f"ffn.router.scale is {self.scale}: weights are multiplied by it, so it must be positive.")
+            raise Refusal("scale", self.scale, "weights are multiplied by it, so it must be positive")
 
     @property
     def is_random(self) -> bool:
@@ -76,7 +81,7 @@ class BalanceConfig:
         for name in ("loss", "z_loss", "bias_rate"):
             value = getattr(self, name)
             if value is not None and value < 0:
-                raise ModelError(f"ffn.balance.{name} is {value}: a weight or a rate is 0 or more.")
+                raise Refusal(f"{name}", value, "a weight or a rate is 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +103,11 @@ class CapacityConfig:
 
     def __post_init__(self) -> None:
         if (self.factor is None) is (self.tokens is None) or (self.factor or self.tokens or 0) <= 0:
-            raise ModelError(
-                f"ffn.capacity has factor={self.factor}, tokens={self.tokens}: give one of them, above 0; or set "
-                "ffn.capacity to null, which drops no token."
+            raise Refusal(
+                "",
+                NO_VALUE,
+                f"has factor={self.factor}, tokens={self.tokens}: give one of them, above 0",
+                "or set ffn.capacity to null, which drops no token",
             )
 
     def limit(self, *, document_tokens: torch.Tensor, top_k: int, n_experts: int) -> torch.Tensor:
@@ -141,35 +148,44 @@ class MoeConfig(AbstractFfnConfig):
     """Null: every token goes to all the experts it chose (dropless)."""
 
     def __post_init__(self) -> None:
-        check_counts("ffn", self, "n_experts", "d_ff")
+        check_counts(self, "n_experts", "d_ff")
         if self.shared_d_ff < 0:
-            raise ModelError(f"ffn.shared_d_ff is {self.shared_d_ff}: it must be at least 0.")
+            raise Refusal("shared_d_ff", self.shared_d_ff, "it must be at least 0")
         router = self.router
         if self.n_experts % router.groups:
-            raise ModelError(
-                f"ffn.n_experts is {self.n_experts} with router.groups {router.groups}: groups are equally large, so "
-                "groups must divide n_experts."
+            raise Refusal(
+                "n_experts",
+                self.n_experts,
+                f"with router.groups {router.groups}: groups are equally large, so groups must divide n_experts",
             )
         if router.groups > 1 and self.n_experts // router.groups < 2:
-            raise ModelError(
-                f"ffn.router.groups is {router.groups} for {self.n_experts} experts: a group is judged by its two best "
-                "experts, so give it two; use fewer groups."
+            raise Refusal(
+                "router.groups",
+                router.groups,
+                (f"for {self.n_experts} experts: a group is judged by its two best experts, so give it two"),
+                "use fewer groups",
             )
         reachable = self.n_experts // router.groups * router.top_groups
         if not 1 <= self.top_k <= reachable:
-            raise ModelError(
-                f"ffn.top_k is {self.top_k} of {reachable} experts within reach: a token chooses at least one expert "
-                "and none twice; lower top_k, or raise n_experts or router.top_groups."
+            raise Refusal(
+                "top_k",
+                self.top_k,
+                f"of {reachable} experts within reach: a token chooses at least one expert and none twice",
+                "lower top_k, or raise n_experts or router.top_groups",
             )
         if self.top_k == 1 and router.renormalize and self.n_experts > 1:
-            raise ModelError(
-                "ffn.top_k is 1 with router.renormalize: the one weight would always be 1 and the router would never "
-                "learn; set router.renormalize to false."
+            raise Refusal(
+                "top_k",
+                1,
+                "with router.renormalize: the one weight would always be 1 and the router would never learn",
+                "set router.renormalize to false",
             )
         if router.second_by_chance and self.top_k != 2:
-            raise ModelError(
-                f"ffn.router.second_by_chance is set with top_k {self.top_k}: GShard's rule is about the second of two "
-                "experts; set top_k to 2."
+            raise Refusal(
+                "router.second_by_chance",
+                True,
+                (f"with top_k {self.top_k}: GShard's rule is about the second of two experts"),
+                "set top_k to 2",
             )
 
     @property

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal
 from model.frontends.text import TokenFrontendConfig
 from model.interop.tables import Weight
 from model.positions.base import PositionConfig
@@ -74,7 +74,7 @@ def write_rope(position: PositionConfig) -> dict[str, Any]:
 
 
 def read_rope(theirs: Mapping[str, Any]) -> PositionConfig:
-    """The rotary positions that a config.json asks for. Raises ModelError for a scaling that is not known here."""
+    """The rotary positions that a config.json asks for. Raises Refusal for a scaling that is not known here."""
     parameters = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     theta = float(parameters.get("rope_theta", theirs.get("rope_theta") or 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -93,9 +93,15 @@ def read_rope(theirs: Mapping[str, Any]) -> PositionConfig:
     plain = parameters.get("attention_factor") is None and parameters.get("truncate") is not False
     if kind == "yarn" and plain and parameters.keys() >= {"factor", "original_max_position_embeddings"}:
         return RopeConfig(theta=theta, scaling=_read_yarn(parameters))
-    raise ModelError(
-        f"config.json has rope_type {kind!r} with {dict(parameters)}: rotary positions can be imported plain or scaled by "
-        "`linear`, `llama3` or `yarn`, this with its factor, without attention_factor, truncated; convert it first."
+    raise Refusal(
+        "config.json",
+        NO_VALUE,
+        (
+            f"it has rope_type {kind!r} with {dict(parameters)}: rotary positions can be "
+            "imported plain or scaled by `linear`, `llama3` or `yarn`, this with its factor, without "
+            "attention_factor, truncated"
+        ),
+        "convert it first",
     )
 
 

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal
 from model.interop.families.bert import BERT, ROBERTA, bert_weights
 from model.interop.families.common import ACTIVATION_NAMES, OURS, pairs
 from model.interop.tables import Setting
@@ -18,9 +18,11 @@ def _with_one_window(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
     neighbours = theirs.get("attention_window", 512)
     different = set(neighbours) if isinstance(neighbours, list | tuple) else {neighbours}
     if len(different) != 1:
-        raise ModelError(
-            f"config.json has attention_window={neighbours!r}: Longformer checkpoints with the same window in every layer "
-            "can be imported."
+        raise Refusal(
+            "config.json",
+            NO_VALUE,
+            f"it has attention_window={neighbours!r}",
+            "Longformer checkpoints with the same window in every layer can be imported",
         )
     return {**theirs, "attention_window": different.pop() // 2 + 1}
 

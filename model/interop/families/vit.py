@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from model.errors import ModelError
+from conf.refusal import NO_VALUE, Refusal
 from model.interop.families.common import ACTIVATION_NAMES, OURS, pairs
 from model.interop.tables import Family, Setting, Weight
 
@@ -17,7 +17,12 @@ def _modernised(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(modern.get(key), list | tuple):
             height, width = modern[key]
             if height != width:
-                raise ModelError(f"config.json has {key}={modern[key]!r}: images and patches must be square here.")
+                raise Refusal(
+                    "config.json",
+                    NO_VALUE,
+                    f"it has {key}={modern[key]!r}",
+                    "images and patches must be square here",
+                )
             modern[key] = height
     return modern
 
