@@ -178,8 +178,9 @@ def _full(key: str, line: Line) -> list[str]:
     if place and not _known(key):
         parts, root = place.split("."), key.split(".")[0]
         above = parts[: parts.index(root)] if root in parts else parts
-        return [".".join([*above, key])]
-    return [key]
+        placed = ".".join([*above, key])
+        return [placed if _known(placed) else f"model.{key}"]  # what a part says of its model, in `check`
+    return [key if _known(key) or not line.where.startswith("model/") else f"model.{key}"]
 
 
 def _in_cluster(key: str) -> list[str]:
@@ -256,7 +257,7 @@ def overrides_of(line: Line) -> Iterator[tuple[str, str, int]]:
     if " " not in line.text and line.where.startswith("pipelines/settings") and line.text.startswith("hydra"):
         return  # handed to Hydra
     for match in _OVERRIDE.finditer(line.text):
-        if re.search(r"\w has (\S+=\S+ )*$", line.text[: match.start()]):
+        if re.search(r"(^|\w )has (\S+=\S+,? )*(with )?$", line.text[: match.start()]):
             continue  # `model.pattern has first=4`: an entry is described
         yield match["key"], match["value"].rstrip(".?!") or match["value"], match.start()
 
