@@ -18,7 +18,7 @@ from pipelines.engine.events import StepReport
 from pipelines.engine.step import Step
 from pipelines.engine.store.manifest import is_sealed
 from pipelines.engine.store.open import open_store
-from pipelines.settings.compose import Settings
+from pipelines.settings.derive import Settings
 from pipelines.training.preload import ENVIRONMENT, modules, take_threads
 
 
@@ -50,16 +50,16 @@ def make_backend(settings: Settings) -> Backend:
     return RayBackend(address=settings.compute.address, wait_seconds=settings.compute.wait_seconds)
 
 
-def named(steps: dict[str, Step], name: str) -> Step:
+def get_step(steps: dict[str, Step], name: str) -> Step:
     """The step of that name, or Refusal with the names there are."""
     if name not in steps:
         raise Refusal("step", name, "this experiment has no such step", f"its steps are {', '.join(steps)}")
     return steps[name]
 
 
-def made(settings: Settings, step: Step, overrides: Sequence[str], rechecked: tuple[str, ...] = ()) -> Path:
+def require_artifact(settings: Settings, step: Step, overrides: Sequence[str], rechecked: tuple[str, ...] = ()) -> Path:
     """The local folder of a step's artifact, or Refusal that says by which command to make it."""
-    folder = found(settings, step, rechecked)
+    folder = find_artifact(settings, step, rechecked)
     if folder is None:
         raise Refusal(
             f"step {step.name} of experiment {settings.experiment}",
@@ -70,7 +70,7 @@ def made(settings: Settings, step: Step, overrides: Sequence[str], rechecked: tu
     return folder
 
 
-def found(settings: Settings, step: Step, rechecked: tuple[str, ...] = ()) -> Path | None:
+def find_artifact(settings: Settings, step: Step, rechecked: tuple[str, ...] = ()) -> Path | None:
     """Local folder of a step's artifact, or None. Raises Refusal for a damaged one.
 
     `rechecked`: patterns of files that are hashed now, whatever is remembered of them.

@@ -22,7 +22,7 @@ from data.tokenizers.sentencepiece import Tokenizer
 from pipelines.engine.step import Groups, StageFn, Step
 from pipelines.engine.waiting import working
 from pipelines.evaluation.measure import BASE
-from pipelines.settings.compose import Settings, corpus_key
+from pipelines.settings.derive import Settings, corpus_key
 from pipelines.stages import (
     corpus,
     denoise,
@@ -69,15 +69,15 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
         )
         for name, source in s.corpora().items()
     }
-    begun = {}
-    if s.start is not None:
-        begun["start"] = add("start", "start", start.run, s.start.settings, {}, files={"weights": s.start.weights})
+    begun, weights = {}, s.open_start()
+    if weights is not None:
+        begun["start"] = add("start", "start", start.run, weights.settings, {}, files={"weights": weights.weights})
     brought = None
-    if s.start is not None and s.start.tokenizer:
-        brought = Tokenizer.load(s.start.tokenizer_folder)
-        taken = tokenizer.TakenTokenizer(folder=str(s.start.tokenizer_folder), config_ids=s.start.config_ids)
+    if weights is not None and weights.tokenizer:
+        brought = Tokenizer.load(weights.tokenizer_folder)
+        taken = tokenizer.TakenTokenizer(folder=str(weights.tokenizer_folder), config_ids=weights.config_ids)
         check_pieces(s.objective, brought, s.shards.seq_len)
-        pieces = add("tokenizer", "tokenizer", tokenizer.take, taken, {}, files={"tokenizer": s.start.tokenizer})
+        pieces = add("tokenizer", "tokenizer", tokenizer.take, taken, {}, files={"tokenizer": weights.tokenizer})
     else:
         pieces = add("tokenizer", "tokenizer", tokenizer.run, s.resolved_tokenizer(), {"corpus": corpora})
     of_tokenizer = {"tokenizer": {"tokenizer": pieces}}
@@ -110,8 +110,8 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
     if s.pretrains:
         sources = {"rows": rows, **of_tokenizer, "begin": begun}
         # Conversations that cannot be tuned on are refused before hours of pretraining.
-        begins = {**training, "after": tuple(chats.values())}
-        models = {"pretrain": add("pretrain", "model", train.run, s.pretraining(), sources, **begins)}
+        begins_after = {**training, "after": tuple(chats.values())}
+        models = {"pretrain": add("pretrain", "model", train.run, s.pretraining(), sources, **begins_after)}
     else:
         s.resolved_model()  # raises where folder, rows and tokenizer do not fit
         models = {"pretrain": begun["start"]}
@@ -155,11 +155,11 @@ def build(s: Settings, *, corpus_may_be_missing: bool = False) -> dict[str, Step
         )
     export.check_source(s.export, models)
     foreign = None
-    if s.start is not None:
+    if weights is not None:
         foreign = partial(
             rehearsal.rehearse,
             s.resolved_model(),
-            s.start.tokenizer_folder if s.start.tokenizer else None,
+            weights.tokenizer_folder if weights.tokenizer else None,
             machine_cache(),
         )
     proof = {"corpus": corpora, **of_tokenizer, "model": models}

@@ -92,7 +92,7 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """First what names a dependency that moved, then the longest; workers take whole files, whose tests share fixtures."""
-    order = ("test_ray_private.py", *LONGEST)
+    order = ("test_ray_private.py", "test_hydra_private.py", *LONGEST)
     items.sort(key=lambda item: order.index(item.path.name) if item.path.name in order else len(order))
 
 

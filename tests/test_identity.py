@@ -26,7 +26,9 @@ from pipelines.engine.files import FileHashes
 from pipelines.engine.resolve import resolve
 from pipelines.engine.step import Step
 from pipelines.graph import build
-from pipelines.settings.compose import SET_ELSEWHERE, Settings, compose
+from pipelines.settings.compose import compose
+from pipelines.settings.derive import Settings
+from pipelines.settings.schema import SET_ELSEWHERE
 
 OWNER = {
     "corpus": {"corpus"},

@@ -16,7 +16,8 @@ from conf.refusal import Refusal
 from data.text.corpus import corpus_files
 from pipelines.__main__ import VERBS, Verb, main
 from pipelines.engine.store.open import open_store
-from pipelines.settings.compose import Settings, compose
+from pipelines.settings.compose import compose
+from pipelines.settings.derive import Settings
 from pipelines.settings.overrides import hydra_overrides, points_of
 from pipelines.verbs.sweep import combinations
 from tests.conftest import complaint

@@ -11,7 +11,7 @@ from typing import Any
 from cluster.submit import ClusterSettings
 from conf.described import described
 from conf.typed import arms, field_types
-from pipelines.settings.compose import Settings
+from pipelines.settings.derive import Settings
 from pipelines.verbs.help import reference
 
 ROOT = Path(__file__).parents[1]

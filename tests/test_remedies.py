@@ -31,7 +31,8 @@ from conf.typed import field_types
 from data.tokenizers.training import TokenizerSettings, train_tokenizer
 from pipelines.__main__ import VERBS, _parse
 from pipelines.engine.backends.ray_backend import _in_lasting_thread
-from pipelines.settings.compose import Settings, compose, plain, resolved, typed
+from pipelines.settings.compose import compose, plain, resolved, typed
+from pipelines.settings.derive import Settings
 from pipelines.settings.overrides import CONF_DIR, options, points_of, types_at
 from pipelines.verbs.commands import cluster_settings
 from tests.conftest import ROOT

@@ -32,6 +32,7 @@ DOORS = {
     "pipelines/training/zero.py": {"deepspeed"},
     "pipelines/settings/compose.py": {"hydra", "omegaconf"},
     "pipelines/settings/overrides.py": {"hydra"},
+    "pipelines/settings/hydra_private.py": {"hydra"},
     "pipelines/verbs/torchrun.py": {"torch"},  # process groups, no tensors
     "pipelines/verbs/commands.py": {"cluster"},
     "pipelines/verbs/travel.py": {"cluster"},  # names of its settings, for annotations

@@ -305,7 +305,7 @@ def test_weights_of_our_artifact_that_are_not_as_published_are_refused(
     corpus_dir: Path, weights: Path, tmp_path: Path
 ) -> None:
     pretrained = of_ours(corpus_dir, weights, tmp_path / "store")["pretrain"]
-    start = compose(with_weights(corpus_dir, pretrained)).start
+    start = compose(with_weights(corpus_dir, pretrained)).open_start()
     assert start is not None
     assert set(start.checksums) == {"config.json", "model.safetensors"}
     take(str(start.folder), tmp_path / "taken", start.checksums)

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.__main__ import main
-from pipelines.settings.compose import Settings, hydra_overrides, multirun
+from pipelines.settings.compose import multirun
+from pipelines.settings.derive import Settings
+from pipelines.settings.overrides import hydra_overrides
 from pipelines.verbs.sweep import Outcome, show
 from tests.cluster.head import ray_head
 from tests.conftest import LOCAL, athanor, complaint, tiny

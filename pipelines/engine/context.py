@@ -69,7 +69,7 @@ class RunContext(Context):
             if name not in done
         }
         self.progress(label, len(done), len(payloads), "shards")
-        results = self.backend.map(run_shard, calls, cpus=cpus, gpus=gpus, poll=self.still_holds, log=self.say)
+        results = self.backend.map(run_shard, calls, cpus=cpus, gpus=gpus, poll=self.still_holds, log=self.log)
         with contextlib.closing(results):  # an error here ends the workers now, not when its traceback is forgotten
             for name, result in results:
                 done[name] = result
@@ -79,7 +79,7 @@ class RunContext(Context):
 
     def call(self, fn: Callable[..., Any], *args: Any, cpus: float = 1, gpus: float = 0) -> Any:
         name = getattr(fn, "__name__", "call")
-        results = self.backend.map(fn, {name: args}, cpus=cpus, gpus=gpus, poll=self.still_holds, log=self.say)
+        results = self.backend.map(fn, {name: args}, cpus=cpus, gpus=gpus, poll=self.still_holds, log=self.log)
         return dict(results)[name]
 
     def gang(
@@ -116,7 +116,7 @@ class RunContext(Context):
                 logs=self._new_logs(),
             )
             try:
-                return self.backend.gang(gang, poll=poll, log=self.say, again=failures > 0)
+                return self.backend.gang(gang, poll=poll, log=self.log, again=failures > 0)
             except LostMachineError:
                 raise  # a replacement was waited for already
             except WorkerDiedError as error:
@@ -129,7 +129,7 @@ class RunContext(Context):
                         f"gave up after {failures} attempts. What is finished is kept",
                         f"run the same command again to continue. The last attempt: {error}",
                     ) from error
-                self.say(f"{error} Starting all ranks again ({failures} of at most {max_failures} times).")
+                self.log(f"{error} Starting all ranks again ({failures} of at most {max_failures} times).")
 
     def _new_logs(self) -> Path:
         number = 1 + sum(1 for _ in self.work.logs.iterdir())
@@ -144,7 +144,7 @@ class RunContext(Context):
     def progress(self, label: str, done: float, total: float | None, unit: str = "", note: str = "") -> None:
         self._emit("progress", label=label, done=done, total=total, unit=unit, line=note)
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         self._emit("said", line=line)
 
     def still_holds(self) -> None:

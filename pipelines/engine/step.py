@@ -89,7 +89,7 @@ class Context(Protocol):
         """Tell the display how far this stage is. `label` stays the same from call to call; `note` may change."""
         ...
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """One line for the person watching."""
         ...
 

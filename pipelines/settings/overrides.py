@@ -21,6 +21,7 @@ from typing import Any, Literal
 import conf
 from conf.refusal import NO_VALUE, Refusal, Shown
 from conf.typed import arms, field_types
+from pipelines.settings import hydra_private
 
 CONF_DIR = Path(conf.__file__).parent
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[\w./@-]+?)(?:=(?P<value>.*))?$", re.DOTALL)
@@ -245,8 +246,6 @@ def _inside(hint: Any, name: str) -> Iterator[Any]:
 
 def points_of(overrides: Sequence[str], root: type) -> list[tuple[str, ...]]:
     """The overrides of each point of a sweep, in Hydra's own order. Raises Refusal for one without an end."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     written = [
@@ -254,12 +253,11 @@ def points_of(overrides: Sequence[str], root: type) -> list[tuple[str, ...]]:
     ]
     for override in written:
         try:
-            BasicSweeper.split_arguments(OverridesParser.create().parse_overrides([override]), max_batch_size=None)
+            hydra_private.sweep_points([override])
         except HydraException as error:
             key, _, value = override.removeprefix("++").partition("=")
             raise Refusal(key, Shown(value), *ENDLESS) from error
-    [points] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(written), max_batch_size=None)
-    return [tuple(override.removeprefix("++") for override in point) for point in points]
+    return [tuple(each.removeprefix("++") for each in point) for point in hydra_private.sweep_points(written)]
 
 
 def chosen_fields(overrides: Sequence[str]) -> list[str]:

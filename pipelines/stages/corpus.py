@@ -14,7 +14,7 @@ def run(settings: CorpusSettings, inputs: Inputs, out_dir: Path, ctx: Context) -
     card = build_corpus(settings, out_dir, ctx.map_shards, scratch=ctx.scratch)
     for repair, times in card["repaired"].items():
         if not repair.startswith(LEFT_OUT):
-            ctx.say(f"{times:,} {repair.replace('_', ' ')}")
+            ctx.log(f"{times:,} {repair.replace('_', ' ')}")
     counts = {key: value for key, value in card.items() if isinstance(value, int)}
     documents = card["train_documents"] + card["heldout_documents"]
     return {"documents": documents, **counts, "left_out": card["left_out"]}

@@ -66,7 +66,7 @@ def run(settings: DenoiseSettings, inputs: Inputs, out_dir: Path, ctx: Context) 
     corpora = dict(sorted(inputs["corpus"].items()))
     chosen = {name: held_out.choose(artifact.path, asked) for name, artifact in corpora.items()}
     if line := held_out.unscored(chosen.values()):
-        ctx.say(line)
+        ctx.log(line)
     documents = list({document.id: document for part in chosen.values() for document in part.documents}.values())
     groups = held_out.group_by_bytes([len(d.text.encode("utf-8")) for d in documents], asked.bytes_per_shard)
     work = {
@@ -109,7 +109,7 @@ def run(settings: DenoiseSettings, inputs: Inputs, out_dir: Path, ctx: Context) 
     (out_dir / "results.md").write_text(f"{words}. {brackets}.\n", encoding="utf-8")
     pq.write_table(pa.table(columns), out_dir / "documents.parquet", compression="zstd")
     missing = f" (no intervals: {loss.missing})" if loss.missing else ""
-    ctx.say(f"{words}{missing}; bits per byte, tasks and samples are for models that write from left to right")
+    ctx.log(f"{words}{missing}; bits per byte, tasks and samples are for models that write from left to right")
     figures = {
         "hidden_token_loss": loss.value,
         "hidden_token_perplexity": math.exp(loss.value),

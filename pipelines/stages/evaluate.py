@@ -39,7 +39,7 @@ def run(settings: EvaluateSettings, inputs: Inputs, out_dir: Path, ctx: Context)
     corpora = sorted(inputs["corpus"].items())
     chosen = {name: held_out.choose(artifact.path, settings) for name, artifact in corpora}
     if line := held_out.unscored(chosen.values()):
-        ctx.say(line)
+        ctx.log(line)
     documents = list({document.id: document for part in chosen.values() for document in part.documents}.values())
     groups = held_out.group_by_bytes([len(d.text.encode("utf-8")) for d in documents], settings.bytes_per_shard)
     groups = groups if documents else []
@@ -61,7 +61,7 @@ def run(settings: EvaluateSettings, inputs: Inputs, out_dir: Path, ctx: Context)
         "tasks": {name: done[f"tasks-{name}"]["tasks"] for name in models if settings.tasks},
     }
     if documents and (lost := summary.lost_line(columns)) is not None:
-        ctx.say(lost)
+        ctx.log(lost)
         results["lost_by_tokenizer"] = lost
     if chats:
         chat_columns = summary.collect_conversations(chats, ids_of_chats, models, done)
@@ -69,7 +69,7 @@ def run(settings: EvaluateSettings, inputs: Inputs, out_dir: Path, ctx: Context)
         summary.write_columns(out_dir / "conversations.parquet", chat_columns)
         if refused := next((r["refused"] for r in done.values() if r.get("refused")), ""):
             count = results["conversations"]["refused"]
-            ctx.say(
+            ctx.log(
                 f"not scored: {count} of the held-out conversations, refused by the chat template; the first: {refused}"
             )
     _write_json(out_dir / "results.json", results)
@@ -78,7 +78,7 @@ def run(settings: EvaluateSettings, inputs: Inputs, out_dir: Path, ctx: Context)
     if documents:
         summary.write_columns(out_dir / "documents.parquet", columns)
     for line in summary.headlines(results):
-        ctx.say(line)
+        ctx.log(line)
     figures = summary.metrics(results)
     track_scores(settings.tracking, figures, inputs, out_dir, ctx)
     return figures

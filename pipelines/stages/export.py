@@ -52,7 +52,7 @@ def run(settings: ExportSettings, inputs: Inputs, out_dir: Path, ctx: Context) -
     ctx.call(write_model, settings, source, tokenizer, out_dir / "model")
     report = ctx.call(compare, settings, source, tokenizer, corpora, out_dir / "model")
     if "compared_positions" not in report:
-        ctx.say(
+        ctx.log(
             "no Hugging Face class computes this model: exported in this program's own format, without transformers"
         )
     write_checksums(out_dir / "model")

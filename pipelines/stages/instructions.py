@@ -37,7 +37,7 @@ def run(settings: ConversationRows, inputs: Inputs, out_dir: Path, ctx: Context)
     corpora = [corpus for _, corpus in sorted(inputs["corpus"].items())]
     metrics: dict[str, Any] = ctx.call(make, settings, corpora, inputs.one("tokenizer"), out_dir)
     if cut := metrics["counts"].get("conversation_truncated"):
-        ctx.say(f"{cut:,} conversations cut to a row of {settings.seq_len} tokens (finetune.too_long=truncate)")
+        ctx.log(f"{cut:,} conversations cut to a row of {settings.seq_len} tokens (finetune.too_long=truncate)")
     return metrics
 
 

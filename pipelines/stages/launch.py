@@ -104,7 +104,7 @@ class Watch:
         """Called about once a second."""
         for line in self._notes()[self._notes_told :]:
             self._notes_told += 1
-            self._ctx.say(line)
+            self._ctx.log(line)
         record = self._newest_record()
         if record is not None:
             mfu = f", {record['mfu']:.0%} MFU" if record.get("mfu") is not None else ""

@@ -25,7 +25,7 @@ def run(settings: ShardSettings, inputs: Inputs, out_dir: Path, ctx: Context) ->
     vocab_size = Tokenizer.load(tokenizer.path).vocab_size
     totals = write_manifest(out_dir, [done[name] for name in tasks], settings=settings, vocab_size=vocab_size)
     if changed := totals["counts"].get(CHANGED):
-        ctx.say(
+        ctx.log(
             f"the tokenizer loses text: {changed:,} of {corpus.metrics['train_documents']:,} documents do not come back "
             "from their tokens as they were"
         )

@@ -176,7 +176,7 @@ def as_told(config: ModelConfig, like: ModelConfig) -> ModelConfig:
 
 def run(settings: StartSettings, inputs: Inputs, out_dir: Path, ctx: Context) -> dict[str, Any]:
     """Writes model/. Raises Refusal listing the tensors that are missing, not expected or of another shape."""
-    ctx.say(
+    ctx.log(
         f"the tokenizer is that of {settings.folder}; none is trained, whatever tokenizer.* says"
         if settings.brings_tokenizer
         else f"{settings.folder} has no tokenizer: one is trained here, and its pieces begin with embeddings that stood for "
@@ -184,9 +184,9 @@ def run(settings: StartSettings, inputs: Inputs, out_dir: Path, ctx: Context) ->
     )
     taken = dict(ctx.call(take, settings.folder, out_dir / "model", settings.checksums))
     if new := taken.pop("new_head"):
-        ctx.say(f"{settings.folder} has no head for this training: {_listed(new)} begin anew, from seed 0")
+        ctx.log(f"{settings.folder} has no head for this training: {_listed(new)} begin anew, from seed 0")
     if left := taken.pop("left"):
-        ctx.say(f"not needed for this training and left: {_listed(left)}")
+        ctx.log(f"not needed for this training and left: {_listed(left)}")
     return taken
 
 

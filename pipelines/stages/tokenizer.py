@@ -61,13 +61,13 @@ def take(settings: TakenTokenizer, inputs: Inputs, out_dir: Path, ctx: Context) 
     tokenizer = Tokenizer.load(out_dir)
     lost = [name for name, text in PROBES.items() if tokenizer.decode(tokenizer.encode(text)) != text]
     if lost:
-        ctx.say(
+        ctx.log(
             f"it does not keep all text ({len(lost)} of {len(PROBES)} kinds tried come back changed): {', '.join(lost)}"
         )
     if (fault := template_fault(tokenizer)) is not None:
-        ctx.say(f"only conversations need it, and here it does not work: {fault}")
+        ctx.log(f"only conversations need it, and here it does not work: {fault}")
     begins, ends, closes = map(tokenizer.piece, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_id))
-    ctx.say(
+    ctx.log(
         f"{tokenizer.vocab_size:,} pieces; documents begin with {begins}, end with {ends}, and answers end with {closes}"
     )
     return {"vocab_size": tokenizer.vocab_size, "kinds_of_text_lost": len(lost)}

@@ -40,7 +40,7 @@ def track_scores(
             run_name = RunName.kept(artifact.path / "logs", label=artifact.step, url=artifact.url)
             own_config = {"evaluate": ctx.url, **config[artifact.step]}
             folder = out_dir / "logs" / artifact.step
-            with wandb_run(settings, name=run_name, folder=folder, config=own_config, say=ctx.say) as run:
+            with wandb_run(settings, name=run_name, folder=folder, config=own_config, log=ctx.log) as run:
                 if run is not None:
                     run.tables(tables(out_dir, name), step=int(artifact.metrics.get("steps", 0)) + 1)
                     shown = _without_later(figures, list(models), name)
@@ -48,14 +48,14 @@ def track_scores(
                     run.lineage(ctx.url, inputs={}, digests=digests)
         if not tracked:
             own = RunName.kept(out_dir / "logs", label="evaluate", url=ctx.url)
-            with wandb_run(settings, name=own, folder=out_dir / "logs", config=config, say=ctx.say) as run:
+            with wandb_run(settings, name=own, folder=out_dir / "logs", config=config, log=ctx.log) as run:
                 if run is not None:
                     run.tables({key: t for name in models for key, t in tables(out_dir, name).items()}, step=1)
                     run.summary({f"eval/{key}": value for key, value in figures.items() if value is not None})
                     used = {artifact.step: artifact.url for artifact in models.values()}
                     run.lineage(ctx.url, inputs=used, digests=digests)
     except TrackingRefusal as refusal:
-        ctx.say(f"WARNING the scores are not at Weights & Biases: {refusal}")
+        ctx.log(f"WARNING the scores are not at Weights & Biases: {refusal}")
 
 
 def _without_later(figures: Mapping[str, Any], models: list[str], name: str) -> dict[str, Any]:

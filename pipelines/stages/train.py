@@ -64,7 +64,7 @@ def run(settings: TrainingSettings, inputs: Inputs, out_dir: Path, ctx: Context)
         check_rows(settings, inputs)
         shorter = shortened(settings.train, settings.tuning, inputs.one("conversations"))
         if shorter.total_tokens < settings.train.total_tokens:
-            ctx.say(f"{shorter.total_tokens:,} tokens, which is {settings.label}.epochs = {settings.tuning.epochs:g}")
+            ctx.log(f"{shorter.total_tokens:,} tokens, which is {settings.label}.epochs = {settings.tuning.epochs:g}")
         settings = replace(settings, train=shorter)
     return train_in_ranks(job(settings, inputs, out_dir), settings.compute, out_dir, ctx)
 

@@ -75,7 +75,7 @@ class Checkpoints:
             self.on_saved(final)
         return final
 
-    def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
+    def newest(self, log: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint whose files are as written; `say` hears of each that is passed over.
 
         Every rank checks its share of the files and all come to the same answer. Raises Refusal for a checkpoint
@@ -89,7 +89,7 @@ class Checkpoints:
             problems = [str(found) for found in self.ranks.gather_objects(problem) if found is not None]
             if not problems:
                 return Checkpoint(path)
-            say(f"checkpoint {path.name} is passed over: {problems[0]}")
+            log(f"checkpoint {path.name} is passed over: {problems[0]}")
         return None
 
     def end(self, figures: Mapping[str, Any], *, keep: bool) -> None:

@@ -18,14 +18,14 @@ from torch import nn
 
 from conf.refusal import Refusal
 from model.ffns.experts.layer import Experts
-from pipelines.training.optim import Together, peak_rate
+from pipelines.training.optim import JointOptimizer, peak_rate
 from pipelines.training.pieces import Piece
 from pipelines.training.ranks import Ranks
 from pipelines.training.settings import TrainSettings
 
 
 def share_experts(
-    model: nn.Module, settings: TrainSettings, ranks: Ranks, say: Callable[[str], None]
+    model: nn.Module, settings: TrainSettings, ranks: Ranks, log: Callable[[str], None]
 ) -> ExpertParallel | None:
     """Take the experts out of `model` and share them out; none where each rank keeps all: with zero.expert_parallel=1,
     and frozen ones, which `say` hears of.
@@ -37,7 +37,7 @@ def share_experts(
         return None
     found = layers_with_experts(model)
     if not all(parameter.requires_grad for module in found.values() for parameter in module.parameters()):
-        say(f"zero.expert_parallel = {size} is left: experts are frozen, so each rank keeps all of them")
+        log(f"zero.expert_parallel = {size} is left: experts are frozen, so each rank keeps all of them")
         return None
     return ExpertParallel(found, settings, ranks)
 
@@ -103,9 +103,9 @@ class ExpertParallel:
             delattr(experts, local)
         experts.elsewhere = Exchange(experts, weights, self._group)
 
-    def together(self, rest: torch.optim.Optimizer) -> Together:
+    def joint_optimizer(self, rest: torch.optim.Optimizer) -> JointOptimizer:
         """With the optimizer of everything else, for schedules and checkpoints."""
-        return Together(*(rest.parts if isinstance(rest, Together) else (rest,)), self._optimizer)
+        return JointOptimizer(*(rest.parts if isinstance(rest, JointOptimizer) else (rest,)), self._optimizer)
 
     def reduce(self) -> None:
         """After the last backward pass of a step: the gradients of all replicas' tokens.

@@ -68,21 +68,21 @@ class StepResult:
     target_count: int
     batch_digest: str
     data_seconds: float
-    wish: int
+    action: int
     routing: Mapping[str, float] = field(default_factory=dict)
 
 
-def train_step(engine: ZeroEngine, batch: StepBatch, ranks: Ranks, *, wish: int = GO_ON) -> StepResult:
+def train_step(engine: ZeroEngine, batch: StepBatch, ranks: Ranks, *, action: int = GO_ON) -> StepResult:
     """One update over the global batch of which `batch` is this rank's part.
 
     The loss is Σ NLL over all micro-batches and ranks divided by the number of targets in all of them, counted before
     the first backward pass: it does not depend on how rows are shared out. So are a model's auxiliary losses, whose sums
     are over rows. Routing is counted in the same sums, and moves the selection biases of experts after the update.
-    `wish` is this rank's, and the result has the strongest of all ranks.
+    `action` is this rank's request, and the result has the strongest of all ranks'.
     """
-    words = ranks.gather(torch.tensor([batch.target_count, hash_sum(batch.row_hashes), wish], dtype=torch.int64))
-    target_count = int(words[:, 0].sum())
-    batch_digest = combine_digest([int(word) for word in words[:, 1]])
+    per_rank = ranks.gather(torch.tensor([batch.target_count, hash_sum(batch.row_hashes), action], dtype=torch.int64))
+    target_count = int(per_rank[:, 0].sum())
+    batch_digest = combine_digest([int(part) for part in per_rank[:, 1]])
     if target_count == 0:
         raise Refusal(
             f"batch at row {batch.first_row}",
@@ -109,7 +109,7 @@ def train_step(engine: ZeroEngine, batch: StepBatch, ranks: Ranks, *, wish: int 
         target_count=target_count,
         batch_digest=batch_digest,
         data_seconds=max(waits),
-        wish=int(words[:, 2].max()),
+        action=int(per_rank[:, 2].max()),
         routing=receipts(totals),
     )
 
@@ -183,7 +183,7 @@ def train(
         trainer = Trainer(model, loader, settings, run, plan, ranks, checkpoints)
         sinks.callback(trainer.engine.close)
         wandb = trainer.open_sinks(sinks)
-        trainer.go(signals)
+        trainer.run_steps(signals)
         trainer.write_model()
         figures = summary(read_metrics(run.out_dir / METRICS), resumed_at_step=trainer.first_step)
         figures |= {"parameters": trainer.parameters, "seconds": time.monotonic() - began}
@@ -215,11 +215,11 @@ class Trainer:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         (run.out_dir / "logs").mkdir(parents=True, exist_ok=True)
         self.checkpoints = checkpoints
-        saved = checkpoints.newest(self.say)
+        saved = checkpoints.newest(self.log)
         if saved is not None:
             saved.load_weights(model)
         compiled = self._prepare(model)
-        experts = share_experts(model, settings, ranks, self.say)
+        experts = share_experts(model, settings, ranks, self.log)
         optimizer = build_optimizer(model, settings.optim)
         self.engine = ZeroEngine(model, optimizer, settings=settings, plan=plan, ranks=ranks, experts=experts)
         self.first_step = self._restore(saved)
@@ -230,7 +230,7 @@ class Trainer:
         self.health = Health(uniform=run.uniform_loss, warmup_steps=warmup_steps, total_steps=plan.total_steps)
         if ranks.is_first:
             replay([row for row in read_metrics(run.out_dir / METRICS) if row["step"] <= self.step], self.health)
-        self._introduce(compiled)
+        self._log_header(compiled)
 
     def open_sinks(self, stack: ExitStack) -> WandbRun | None:
         """Where rows of metrics go, in rank 0; `stack` closes them."""
@@ -245,7 +245,7 @@ class Trainer:
                         name=RunName.kept(self.run.out_dir / "logs", label=self.run.label, url=self.run.url),
                         folder=self.run.out_dir / "logs",
                         config={**self.run.config, "ranks": self.ranks.world_size, "parameters": self.parameters},
-                        say=self.say,
+                        log=self.log,
                     )
                 )
             except TrackingRefusal as refused:
@@ -255,7 +255,7 @@ class Trainer:
         self.ranks.agree(refusal)
         return wandb
 
-    def go(self, signals: Signals) -> None:
+    def run_steps(self, signals: Signals) -> None:
         """Run all remaining steps. Raises Refusal if the run has diverged, unless on_divergence=warn."""
         self._stop_if_diverged()
         while self.step < self.plan.total_steps:
@@ -263,16 +263,16 @@ class Trainer:
             batch = next(self.loader)
             scale = learning_rate_scale(self.settings.schedule, step=self.step, total_steps=self.plan.total_steps)
             lr = set_learning_rates(self.engine.optimizer, scale)
-            result = train_step(self.engine, batch, self.ranks, wish=self._wish(signals))
+            result = train_step(self.engine, batch, self.ranks, action=self._requested_action(signals))
             self.step += 1
             self._report(result, lr, time.perf_counter() - began)
             if not result.applied and self.settings.on_non_finite == "stop":
                 raise self._non_finite(result)
-            if result.wish != GO_ON:
+            if result.action != GO_ON:
                 self.save()
-            if result.wish == DIVERGED:
+            if result.action == DIVERGED:
                 self._stop_if_diverged()
-            if result.wish == STOP:
+            if result.action == STOP:
                 raise TrainingStopped(
                     self.run.label,
                     NO_VALUE,
@@ -314,7 +314,7 @@ class Trainer:
         self._saved_step, self._saved_at = self.step, time.monotonic()
         if self.ranks.is_first:
             size = sum(file.stat().st_size for file in path.iterdir()) / 2**20
-            self.say(f"checkpoint {path.name}: {size:,.0f} MiB in {self._saved_at - began:.1f} s")
+            self.log(f"checkpoint {path.name}: {size:,.0f} MiB in {self._saved_at - began:.1f} s")
 
     def write_model(self) -> None:
         """The finished weights, as `model/`, after a checkpoint in case this is as far as the process gets."""
@@ -338,7 +338,7 @@ class Trainer:
                 refusal = Refusal(final, NO_VALUE, f"cannot be written ({error})", remedy)
         self.ranks.agree(refusal)
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Tell the user one line, on the screen and in the notes that the driver shows; the first rank speaks for all."""
         if self.ranks.is_first:
             print(f"{self.run.label}: {line}", flush=True)
@@ -355,7 +355,7 @@ class Trainer:
             stack.recompute = self.settings.recompute
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
         for line in check_kernels(model, device=self.ranks.device, dtype=dtype, tokens=self.run.seq_len):
-            self.say(line)
+            self.log(line)
         return compile_blocks(model, self.settings, self.ranks.device)
 
     def _restore(self, saved: Checkpoint | None) -> int:
@@ -363,34 +363,34 @@ class Trainer:
         if saved is None:
             return 0
         step = int(saved.state["step"])
-        self.say(f"continuing after step {step}, from {saved.path}")
+        self.log(f"continuing after step {step}, from {saved.path}")
         saved.load_optimizer(self.engine)
         if not saved.load_random_state(self.ranks):
             torch.manual_seed((self.settings.seed * 1_000_003 + self.ranks.rank) * 1_000_003 + step)
-            self.say(f"written by {saved.state['world_size']} ranks: random numbers for dropout start anew")
+            self.log(f"written by {saved.state['world_size']} ranks: dropout RNG is re-seeded (world size changed)")
         self.loader.restore({**self.loader.state(), "rows_consumed": saved.state["rows_consumed"]})
         return step
 
-    def _introduce(self, compiled: str) -> None:
+    def _log_header(self, compiled: str) -> None:
         """What is about to happen, in the log and in ds_config.json."""
         peak, source = peak_flops(self.ranks.device, self.settings.precision, self.ranks.threads)
         peaks = self.ranks.gather(torch.tensor([peak], dtype=torch.float64))
         self.speed = Speed(self.run.flops_per_token, float(peaks.sum()))
         plan, shared = self.plan, self.settings.zero.expert_parallel
-        self.say(
+        self.log(
             f"{self.parameters / 1e6:,.1f} M parameters, {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens "
             f"({plan.micro_batch_rows} rows x {plan.accumulation} micro-batches x {plan.world_size} ranks), "
             f"{self.settings.precision}, ZeRO {self.settings.zero.stage}, "
             f"{'' if shared == 1 else f'experts shared by {shared} ranks, '}{self.ranks.device.type}, "
             f"{self.ranks.threads} threads a rank"
         )
-        self.say(compiled)
+        self.log(compiled)
         if self.run.flops_per_token:
-            self.say(f"MFU is of {plan.world_size} x {source}")
+            self.log(f"MFU is of {plan.world_size} x {source}")
         if (few := self._few_steps()) is not None:
-            self.say(f"WARNING {few}")
+            self.log(f"WARNING {few}")
         if self.ranks.is_first:
-            self.say(tracking_line(self.settings.tracking, self.run.url or str(self.run.out_dir)))
+            self.log(tracking_line(self.settings.tracking, self.run.url or str(self.run.out_dir)))
             (self.run.out_dir / "ds_config.json").write_text(json.dumps(self.engine.config, indent=2) + "\n")
 
     def _stop_if_diverged(self) -> None:
@@ -428,7 +428,7 @@ class Trainer:
         kept = sorted(path.name for path in self.checkpoints.folder.glob("step-*"))
         return f"checkpoints kept: {', '.join(kept)}" if kept else "there is no checkpoint yet"
 
-    def _wish(self, signals: Signals) -> int:
+    def _requested_action(self, signals: Signals) -> int:
         if self.health.diverged is not None and self.settings.on_divergence == "stop":
             return DIVERGED
         if signals.asks_to_stop:
@@ -467,7 +467,7 @@ class Trainer:
             sink(row)
         if self.ranks.is_first and result.applied:
             for warning in self.health.look(self.step, result.loss):
-                self.say(f"WARNING {warning.text}")
+                self.log(f"WARNING {warning.text}")
 
     def _non_finite(self, result: StepResult) -> Refusal:
         return Refusal(

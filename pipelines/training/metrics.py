@@ -295,7 +295,7 @@ def wandb_run(
     name: RunName,
     folder: Path,
     config: Mapping[str, Any],
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Iterator[WandbRun | None]:
     """The run at Weights & Biases, or None where none is wanted. Raises TrackingRefusal where it does not start."""
     mode, _ = wandb_mode(settings)
@@ -312,7 +312,7 @@ def wandb_run(
 
             wandb.teardown()  # else the run's id is in use
             why = str(error).partition("\n")[0]
-            say(f"tracking: Weights & Biases offline after all, its server took no run ({why})")
+            log(f"tracking: Weights & Biases offline after all, its server took no run ({why})")
             run = WandbRun(settings, "offline", run=name, folder=folder, config=config)
     except Exception as error:
         rule, remedy = f"Weights & Biases did not start ({error})", "use tracking.mode=offline, or tracking.mode=off"

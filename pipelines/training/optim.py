@@ -34,7 +34,7 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Op
         return adamw
     matrices = [group for group in groups if group["muon"]]
     muon = torch.optim.Muon(matrices, lr=0.0, momentum=settings.momentum, adjust_lr_fn="match_rms_adamw")
-    return Together(muon, adamw)
+    return JointOptimizer(muon, adamw)
 
 
 def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[Group]:
@@ -68,7 +68,7 @@ def peak_rate(settings: OptimSettings, role: Role, ndim: int) -> float:
     return rate
 
 
-class Together(torch.optim.Optimizer):
+class JointOptimizer(torch.optim.Optimizer):
     """Several optimizers, each over its own groups, as the one that DeepSpeed and checkpoints see."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:

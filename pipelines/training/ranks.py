@@ -25,7 +25,7 @@ class Ranks:
     world_size: int
     device: torch.device
     threads: int
-    words: dist.ProcessGroup | None = None
+    counts_group: dist.ProcessGroup | None = None
     """Group for CPU tensors; None where there is nobody to talk to, or where the default group takes them."""
 
     @property
@@ -38,7 +38,7 @@ class Ranks:
         if self.world_size == 1:
             return values[None]
         rows = [torch.empty_like(values) for _ in range(self.world_size)]
-        dist.all_gather(rows, values, group=self.words)
+        dist.all_gather(rows, values, group=self.counts_group)
         return torch.stack(rows)
 
     def gather_objects(self, value: object) -> list[object]:
@@ -46,7 +46,7 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[object] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.words)
+        dist.all_gather_object(values, value, group=self.counts_group)
         return values
 
     def agree(self, refusal: Refusal | None) -> None:
@@ -89,8 +89,10 @@ def join(settings: TrainSettings) -> Ranks:
         os.environ.setdefault(name, str(value))
     os.environ["LOCAL_SIZE"] = str(local_world_size)
     # Ray starts an nccl group that takes no CPU tensors; every rank comes here, so each can make the second group.
-    words = dist.new_group(backend="gloo") if world_size > 1 and "gloo" not in str(dist.get_backend_config()) else None
-    return Ranks(rank, world_size, device, threads, words)
+    counts_group = (
+        dist.new_group(backend="gloo") if world_size > 1 and "gloo" not in str(dist.get_backend_config()) else None
+    )
+    return Ranks(rank, world_size, device, threads, counts_group)
 
 
 def leave(code: int = 0) -> NoReturn:

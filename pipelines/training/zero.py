@@ -42,7 +42,7 @@ class ZeroEngine:
         self._deepspeed = _import_deepspeed(ranks.device)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.config = ds_config(settings, plan, parameters=trained)
-        self.optimizer = optimizer if experts is None else experts.together(optimizer)
+        self.optimizer = optimizer if experts is None else experts.joint_optimizer(optimizer)
         self._experts = experts
         self._stage, self._ranks, self._clip_norm = settings.zero.stage, ranks, settings.clip_norm
         self._linear, self._open = nn.functional.linear, True

@@ -33,9 +33,10 @@ from pipelines.engine import runner
 from pipelines.engine.backends.search_path import ROOT
 from pipelines.engine.step import Step
 from pipelines.engine.store.open import open_store, storage_errors
-from pipelines.execution import execute, named
+from pipelines.execution import execute, get_step
 from pipelines.graph import build
-from pipelines.settings.compose import Settings, compose
+from pipelines.settings.compose import compose
+from pipelines.settings.derive import Settings
 
 STEPS = 12
 ATTEMPTS = 3  # to kill a training before it ends
@@ -56,7 +57,7 @@ def certify_resume(overrides: Sequence[str]) -> int:
 
 def _certify(settings: Settings, overrides: Sequence[str]) -> int:
     steps = build(settings)
-    named(steps, "pretrain")
+    get_step(steps, "pretrain")
     settings.check_sizes(["pretrain"])  # the user's own, which the scaled-down trainings replace
     folder = Path(settings.store).absolute() / ".certify" / settings.experiment
     if folder.exists():
@@ -67,7 +68,7 @@ def _certify(settings: Settings, overrides: Sequence[str]) -> int:
     stores = {name: folder / name for name in ("straight", "killed", "regrouped")}
     for store in stores.values():
         _share_inputs(settings, steps, store)
-    say(f"certify: {STEPS} steps of {settings.experiment}, scaled down: {' '.join(scaled_down(settings))}")
+    log(f"certify: {STEPS} steps of {settings.experiment}, scaled down: {' '.join(scaled_down(settings))}")
 
     _train("straight", words, stores["straight"])
     at = _train_killed(words, stores["killed"])
@@ -108,11 +109,11 @@ def scaled_down(settings: Settings) -> list[str]:
         "pretrain.compile=off",
         "pretrain.checkpoint.every_steps=3",
         "tracking.mode=off",
-        *([] if settings.start else fewer),  # weights to start from are as large as they are
+        *([] if settings.open_start() else fewer),  # weights to start from are as large as they are
     ]
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """One line of progress on stderr."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
@@ -153,13 +154,13 @@ def _train_killed(words: Sequence[str], store: Path) -> int:
 
 def _train(name: str, words: Sequence[str], store: Path, *, kill_at: int | None = None) -> bool:
     """One `athanor run`; with `kill_at`, SIGKILL its driver when that step is on record. Whether it was killed."""
-    say(f"certify: {name}" + (f", to be killed after step {kill_at}" if kill_at is not None else ""))
-    log = store / f"{name}.log"
+    log(f"certify: {name}" + (f", to be killed after step {kill_at}" if kill_at is not None else ""))
+    file = store / f"{name}.log"
     # Not from the working folder, which may contain another pipelines.py.
     command = [sys.executable, "-P", "-m", "pipelines", "run", *words, f"store={store}", "--until", "pretrain"]
     paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    with log.open("ab") as out:
+    with file.open("ab") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
         while process.poll() is None:
             if kill_at is not None and len(_records(store)) >= kill_at:
@@ -169,7 +170,7 @@ def _train(name: str, words: Sequence[str], store: Path, *, kill_at: int | None 
             time.sleep(0.02)
     if process.returncode != 0:
         raise Refusal(
-            f"the {name} training", NO_VALUE, f"it failed with exit code {process.returncode}", f"read its log, {log}"
+            f"the {name} training", NO_VALUE, f"it failed with exit code {process.returncode}", f"read its log, {file}"
         )
     return False
 

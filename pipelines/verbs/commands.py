@@ -17,7 +17,7 @@ from pipelines.engine import explain, runner
 from pipelines.engine.events import StepReport
 from pipelines.engine.secrets import refuse_secrets
 from pipelines.engine.store.open import open_store
-from pipelines.execution import execute, found, made, named
+from pipelines.execution import execute, find_artifact, get_step, require_artifact
 from pipelines.graph import build
 from pipelines.settings.compose import compose, section
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         return sweep(arguments.overrides, arguments.until)
     settings = compose(arguments.overrides)
     steps = build(settings)
-    targets = [named(steps, arguments.until)] if arguments.until else list(steps.values())
+    targets = [get_step(steps, arguments.until)] if arguments.until else list(steps.values())
     reports = execute(settings, targets)
     out = console.console()
     out.print()
@@ -105,7 +105,7 @@ def why(arguments: argparse.Namespace) -> int:
     """`athanor why STEP`: the field, input or file that makes a step run again."""
     overrides = list(arguments.overrides)
     settings = compose(overrides)
-    step = named(build(settings), arguments.step)
+    step = get_step(build(settings), arguments.step)
     console.console().print(str(explain.why(step, store=open_store(settings.store))), markup=False)
     return 0
 
@@ -207,10 +207,10 @@ def _model_folders(arguments: argparse.Namespace) -> tuple[str | None, Path, Pat
     settings = compose(arguments.overrides)
     steps = build(settings)
     trained = [name for name, step in steps.items() if step.kind == "model"][::-1]
-    wanted = arguments.source or next((name for name in trained if found(settings, steps[name])), trained[-1])
+    wanted = arguments.source or next((name for name in trained if find_artifact(settings, steps[name])), trained[-1])
     words = arguments.overrides
-    model = made(settings, named(steps, wanted), words, rechecked=("model/*",)) / "model"
-    return wanted, model, made(settings, steps["tokenizer"], words, rechecked=("*",))
+    model = require_artifact(settings, get_step(steps, wanted), words, rechecked=("model/*",)) / "model"
+    return wanted, model, require_artifact(settings, steps["tokenizer"], words, rechecked=("*",))
 
 
 def _write_now(text: str) -> None:
@@ -234,11 +234,12 @@ def trace(arguments: argparse.Namespace) -> int:
 
     settings, words = compose(arguments.overrides), arguments.overrides
     steps = build(settings)
-    pretrain_step, run_settings = named(steps, "pretrain"), settings.pretraining()
+    pretrain_step, run_settings = get_step(steps, "pretrain"), settings.pretraining()
     rows_steps = pretrain_step.inputs["rows"]
-    shard_sets = {source: ShardSet.open(made(settings, step, words)) for source, step in rows_steps.items()}
+    shard_sets = {source: ShardSet.open(require_artifact(settings, step, words)) for source, step in rows_steps.items()}
     corpora = {
-        source: made(settings, step.inputs["corpus"]["corpus"], words) / "train" for source, step in rows_steps.items()
+        source: require_artifact(settings, step.inputs["corpus"]["corpus"], words) / "train"
+        for source, step in rows_steps.items()
     }
     tokens_per_step = run_settings.train.global_batch_tokens
     if arguments.step > (last := run_settings.train.total_tokens // tokens_per_step):
@@ -248,7 +249,7 @@ def trace(arguments: argparse.Namespace) -> int:
         order_over(shard_sets, order=run_settings.order, mixture=run_settings.mixture),
         step=arguments.step,
         rows_per_step=tokens_per_step // settings.shards.seq_len,
-        tokenizer=Tokenizer.load(made(settings, steps["tokenizer"], words)),
+        tokenizer=Tokenizer.load(require_artifact(settings, steps["tokenizer"], words)),
         corpora=corpora,
     )
     if arguments.json:

@@ -10,8 +10,10 @@ from typing import Any
 
 from conf.described import described
 from conf.typed import arms, field_types
-from pipelines.settings.compose import SET_ELSEWHERE, Settings, plain
+from pipelines.settings.compose import plain
+from pipelines.settings.derive import Settings
 from pipelines.settings.overrides import CONF_DIR, groups, options
+from pipelines.settings.schema import SET_ELSEWHERE
 
 NOT_TAUGHT = ("experiment", "hydra")
 MEANING_COLUMN = 44  # of a setting's line, unless the setting is longer

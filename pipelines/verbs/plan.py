@@ -24,7 +24,7 @@ from pipelines.console import display as console
 from pipelines.console.display import count, duration, size
 from pipelines.engine.events import StepReport
 from pipelines.engine.waiting import working
-from pipelines.settings.compose import Settings, corpus_key
+from pipelines.settings.derive import Settings, corpus_key
 from pipelines.stages.train import tuning_tokens
 from pipelines.training.health import few_steps
 from pipelines.training.objective import flops_per_token

@@ -24,9 +24,10 @@ from pipelines.console import display as console
 from pipelines.engine import runner
 from pipelines.engine.backends.search_path import portable
 from pipelines.engine.store.open import open_store
-from pipelines.execution import execute, make_backend, named
+from pipelines.execution import execute, get_step, make_backend
 from pipelines.graph import build
-from pipelines.settings.compose import Settings, compose, multirun, resolved, typed
+from pipelines.settings.compose import compose, multirun, resolved, typed
+from pipelines.settings.derive import Settings
 from pipelines.settings.overrides import hydra_overrides, points_of
 
 METRICS = (
@@ -76,7 +77,7 @@ class Trial:
             tracking = settings.tracking
             settings = replace(settings, tracking=replace(tracking, group=tracking.group or self.group))
             steps = build(settings)
-            execute(settings, [named(steps, self.until)] if self.until else list(steps.values()))
+            execute(settings, [get_step(steps, self.until)] if self.until else list(steps.values()))
             return next(iter(figures(settings).values()), None)
         except Exception as error:
             # One bad combination must not end the sweep.

@@ -23,9 +23,9 @@ from pipelines.engine.backends.base import Log, Poll
 from pipelines.engine.backends.gang import Gang
 from pipelines.engine.backends.local_backend import LocalBackend
 from pipelines.engine.store.open import open_store
-from pipelines.execution import named
+from pipelines.execution import get_step
 from pipelines.graph import build
-from pipelines.settings.compose import Settings
+from pipelines.settings.derive import Settings
 from pipelines.training.ranks import leave
 
 INPUTS_MAY_TAKE = timedelta(days=2)  # how long the other ranks wait while rank 0 makes a large corpus
@@ -50,7 +50,7 @@ def pretrain(settings: Settings) -> int:
         dist.init_process_group(gloo_too, timeout=INPUTS_MAY_TAKE)
     if rank > 0:
         return _follow()
-    step = named(build(settings), "pretrain")
+    step = get_step(build(settings), "pretrain")
     backend = TorchrunBackend() if world_size > 1 else LocalBackend(in_process=True)
     try:
         with console.Display() as display:

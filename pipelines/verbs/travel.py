@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from conf.refusal import NO_VALUE, Refusal, Shown
-from pipelines.settings.compose import Settings, compose, corpus_key
+from pipelines.settings.compose import compose
+from pipelines.settings.derive import Settings, corpus_key
 from pipelines.settings.overrides import points_of
 
 if TYPE_CHECKING:

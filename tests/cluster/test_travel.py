@@ -13,7 +13,8 @@ import pytest
 from conf.refusal import Refusal
 from conf.typed import arms, field_types
 from pipelines.__main__ import _parse, main
-from pipelines.settings.compose import Settings, compose
+from pipelines.settings.compose import compose
+from pipelines.settings.derive import Settings
 from pipelines.verbs.commands import cluster_settings
 from pipelines.verbs.travel import paths_of, prepare_command
 

@@ -417,7 +417,7 @@ def test_an_exported_folder_carries_checksums_that_are_compared(tmp_path: Path) 
     assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=tmp_path).returncode == 0
     flip = tmp_path / "model.safetensors"
     flip.write_text("model.safetensorz")
-    with pytest.raises(Refusal, match=r"model\.safetensors is not what was exported"):
+    with pytest.raises(Refusal, match=r"model\.safetensors: is not what was exported"):
         check_checksums(tmp_path)
     flip.unlink()
     with pytest.raises(Refusal, match=r"model\.safetensors is missing"):

@@ -359,7 +359,10 @@ def test_a_step_held_by_another_is_waited_for_and_its_result_used(store: LocalSt
     events: list[Event] = []
     thread = threading.Thread(target=lambda: run([step], store=store, backend=backend, on_event=events.append))
     thread.start()
-    time.sleep(0.3)
+    deadline = time.monotonic() + 20
+    while not events:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     work = store.open_work(lease, "letters", digest, resumes=False)
     (work.out / "by_hand.txt").write_text("x")
     made = {key: dict[str, Any]() for key in ("identity", "inputs", "sources", "metrics")}

@@ -42,7 +42,7 @@ class InProcess:
     def call(self, fn: Callable[..., Any], *args: Any, **_: Any) -> Any:
         return fn(*args)
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         self.said.append(line)
 
     def progress(self, *_: Any, **__: Any) -> None:

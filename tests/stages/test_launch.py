@@ -27,7 +27,7 @@ class Shown:
             )
         )
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         self.said.append(line)
 
     def keep(self, relpath: str) -> None:

@@ -262,7 +262,7 @@ def test_a_server_that_answers_and_takes_no_run_leaves_auto_offline_and_says_so(
     keyed.setattr(metrics_module, "INIT_SECONDS", 2.0)
     said: list[str] = []
     described: dict[str, Any] = {"name": RunName(id="abc124", label="pretrain"), "folder": tmp_path, "config": {}}
-    with wandb_run(TrackingSettings(mode="auto"), **described, say=said.append) as run:
+    with wandb_run(TrackingSettings(mode="auto"), **described, log=said.append) as run:
         assert isinstance(run, WandbRun)
         run(row(1))
     assert len(list(tmp_path.rglob("offline-*/*.wandb"))) == 1
