@@ -420,7 +420,7 @@ def test_an_exported_folder_carries_checksums_that_are_compared(tmp_path: Path) 
     with pytest.raises(Refusal, match=r"model\.safetensors: is not what was exported"):
         check_checksums(tmp_path)
     flip.unlink()
-    with pytest.raises(Refusal, match=r"model\.safetensors is missing"):
+    with pytest.raises(Refusal, match=r"model\.safetensors: is missing"):
         check_checksums(tmp_path)
     (tmp_path / "SHA256SUMS").write_text("garbage\n")
     with pytest.raises(Refusal, match="is no checksum"):
