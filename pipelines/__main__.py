@@ -63,6 +63,10 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seal", action="store_true", help="seal manifests and leases from before there were seals")
 
 
+def _tag_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--delete", metavar="NAME", help="forget a tag; what it stands for stays")
+
+
 def _why_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("step", help="a step's name, e.g. pretrain")
 
@@ -82,8 +86,8 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="source",
-        metavar="STEP|DIR",
-        help="pretrain, finetune or an exported folder (default: the last made)",
+        metavar="STEP|DIR|tag:NAME",
+        help="pretrain, finetune, an exported folder or a tag (default: the last made)",
     )
     parser.add_argument("--max-tokens", type=int, default=128, help="most new tokens (default 128)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
@@ -135,6 +139,11 @@ VERBS: dict[str, Verb] = {
         help="compare everything in a store with what was published: verify store=DIR",
         function=verbs.verify,
         options=_verify_options,
+    ),
+    "tag": Verb(
+        help="name an artifact: tag NAME STEP experiment=…; without a name, list the store's tags",
+        function=verbs.tag,
+        options=_tag_options,
     ),
     "generate": Verb(help="continue a prompt with a trained model", function=verbs.generate, options=_generate_options),
     "trace": Verb(help="show the documents in one training batch", function=verbs.trace, options=_trace_options),

@@ -202,6 +202,29 @@ def test_a_trained_model_continues_a_prompt_the_same_for_the_same_seed(
     assert ["not fine-tuned" in said for said in chats] == [True, False]
 
 
+def test_a_tag_names_a_model_wherever_one_is_wanted(
+    capsys: pytest.CaptureFixture[str], finished: dict[str, Any], corpus_dir: Path, tmp_path: Path
+) -> None:
+    words, there = tiny(corpus_dir, finished["store"]), f"store={finished['store']}"
+    assert "tag:best is" in answer(capsys, "tag", "best", "pretrain", *words).out
+    answer(capsys, "tag", "out", "export", *words)
+    listed = answer(capsys, "tag", there).out
+    assert re.search(r"^best +pretrain ", listed, re.MULTILINE) and re.search(r"^out +export ", listed, re.MULTILINE)
+    ask = ("--prompt", "def x = 1", "--max-tokens", "12", "--seed", "3")
+    by_step = answer(capsys, "generate", *words, *ask, "--from", "pretrain").out
+    assert answer(capsys, "generate", there, *ask, "--from", "tag:best").out == by_step
+    answer(capsys, "generate", there, *ask, "--from", "tag:out")
+    planned = [word for word in words if word != "model=tiny"]
+    states = json.loads(answer(capsys, "plan", *planned, "pretrain.init_from=tag:best", "--json").out)["steps"]
+    assert [step["state"] for step in states if step["name"] == "start"] == ["to make"]
+    answer(capsys, "tag", "pieces", "tokenizer", *words)
+    assert "which holds no model" in complaint(capsys, "generate", there, *ask, "--from", "tag:pieces")
+    assert "best" not in answer(capsys, "tag", "--delete", "best", there).out
+    said = complaint(capsys, "generate", there, *ask, "--from", "tag:best")
+    assert "tag:best: no such tag" in said and "there are out, pieces" in said
+    assert "Write athanor tag NAME STEP experiment=" in complaint(capsys, "tag", "best", there)
+
+
 def test_the_export_is_loaded_by_transformers_and_agrees_with_the_artifact(finished: dict[str, Any]) -> None:
     import transformers
 

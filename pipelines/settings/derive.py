@@ -15,8 +15,10 @@ from data.tokenizers.sentencepiece import tokenizer_files
 from data.tokenizers.training import TokenizerSettings
 from model.config import ModelConfig
 from pipelines.engine.secrets import COMMAND
+from pipelines.engine.store import tags
 from pipelines.engine.store.lineage import origin
 from pipelines.engine.store.manifest import provenance
+from pipelines.engine.store.open import open_store
 from pipelines.settings.schema import Schema
 from pipelines.stages.evaluate import EvaluateSettings
 from pipelines.stages.start import Start
@@ -82,13 +84,22 @@ class Settings(Schema):
                 "set one of the two",
             )
         setting = "pretrain.init_from" if self.pretrains else "finetune.init_from"
-        folder = Path(os.path.expanduser(self.starts_from)).absolute()
-        ours = origin(folder)
+        place = self._untagged(self.starts_from)
+        ours = origin(Path(os.path.expanduser(place)).absolute())
         if ours is None:
-            return Start.open(setting, self.starts_from)
+            return Start.open(setting, place)
         brings = bool(tokenizer_files(ours.model))
         words = None if brings else ours.tokenizer(setting)
         return Start.open(setting, str(ours.model), trained_with=words, checksums=ours.checksums)
+
+    def _untagged(self, place: str) -> str:
+        """The folder that `tag:NAME` stands for in this store; any other place as it is."""
+        if not place.startswith(tags.PREFIX):
+            return place
+        store = open_store(self.store)
+        artifact = tags.find(store, place.removeprefix(tags.PREFIX))
+        store.verify(artifact, (), ("model/*",))
+        return str(artifact.path)
 
     def resolved_model(self) -> ModelConfig:
         """The model with what others decide filled in: a folder to start from, or the tokenizer's vocabulary and the

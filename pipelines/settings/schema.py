@@ -40,7 +40,7 @@ class PretrainGroup(TrainSettings):
     """What stands under `pretrain`: a training run, and what it begins with."""
 
     init_from: str | None = field(default=None, metadata={"execution": True, "path": True})
-    """A Hugging Face folder of weights; null starts anew. Its files' content enters digests, not where it lies."""
+    """A Hugging Face folder of weights, or `tag:NAME`; null starts anew. Its content enters digests, not where it lies."""
 
     def run(self, **elsewhere: Any) -> TrainSettings:
         """The training run alone, with what other groups say of it."""

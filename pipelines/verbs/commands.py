@@ -136,6 +136,13 @@ def verify(arguments: argparse.Namespace) -> int:
     return compare(arguments.overrides, seal=arguments.seal)
 
 
+def tag(arguments: argparse.Namespace) -> int:
+    """`athanor tag`: names for artifacts."""
+    from pipelines.verbs.tags import tag as give_or_list
+
+    return give_or_list(arguments.overrides, delete=arguments.delete)
+
+
 def steps_json(reports: Sequence[StepReport]) -> list[dict[str, Any]]:
     """What programs are told of steps; `status --json` promises these keys."""
     fields = ("name", "digest", "state", "path", "metrics", "seconds")
@@ -196,6 +203,10 @@ def _model_folders(arguments: argparse.Namespace) -> tuple[str | None, Path, Pat
     if arguments.source and Path(arguments.source).is_dir():
         check_checksums(Path(arguments.source))
         return None, Path(arguments.source), None
+    if arguments.source and arguments.source.startswith("tag:"):
+        from pipelines.verbs.tags import tagged_model
+
+        return tagged_model(arguments.source, arguments.overrides)
     if arguments.source and ("/" in arguments.source or not arguments.overrides):
         raise Refusal(
             "--from",

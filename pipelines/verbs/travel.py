@@ -69,7 +69,7 @@ def moved_paths(settings: Settings, *, shared_disk: bool) -> list[str]:
     for key, value in paths_of(settings):
         if key == "store":  # the cluster's own rule
             continue
-        relative = [path for path in value if not (path.startswith(("/", "~")) or "://" in path)]
+        relative = [path for path in value if not (path.startswith(("/", "~", "tag:")) or "://" in path)]
         if not relative:
             continue
         if not shared_disk:

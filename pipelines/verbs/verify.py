@@ -22,7 +22,7 @@ from pipelines.settings.compose import compose
 
 def verify(overrides: Sequence[str], *, seal: bool) -> int:
     """Read every byte of a store and print what is damaged; 1 where anything is, else 0."""
-    store = open_store(_store_of(overrides))
+    store = open_store(store_of(overrides, "verify"))
     out, damaged, artifacts, leases, unsealed = console.console(), 0, 0, 0, 0
     with storage_errors(store):
         for finding in findings(store, seal=seal):
@@ -47,11 +47,11 @@ def verify(overrides: Sequence[str], *, seal: bool) -> int:
     return 1 if damaged else 0
 
 
-def _store_of(overrides: Sequence[str]) -> str:
-    """The store of `store=`, or of an experiment's settings."""
+def store_of(overrides: Sequence[str], verb: str) -> str:
+    """The store of `store=`, or of an experiment's settings; runs/ without either."""
     if any(override.startswith("experiment=") for override in overrides):
         return compose(overrides).store
     unknown = [override for override in overrides if not override.startswith("store=")]
     if unknown:
-        raise Refusal("verify", unknown[0], "it looks at a whole store", "write athanor verify store=DIR")
+        raise Refusal(verb, unknown[0], "it looks at a whole store", f"write athanor {verb} store=DIR")
     return next((override.partition("=")[2] for override in reversed(overrides)), "runs")

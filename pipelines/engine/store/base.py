@@ -3,6 +3,7 @@
     <store>/<step>/<digest16>/manifest.json    an artifact
     <store>/.work/<step>-<digest16>/t000001/   an attempt (the number is its fencing token), kept across kills
     <store>/.leases/<step>-<digest16>.json     who is at it
+    <store>/.tags/<name>.json                  a name for an artifact
 
 This is what all stores have in common; local_store.py has files, object_store.py has S3, store.py opens either.
 """
@@ -35,6 +36,9 @@ class Store(ABC):
 
     url: str
     records: Records
+    """Leases."""
+    tags: Records
+    """Names that people gave artifacts (tags.py)."""
     file_hashes: Path
     """Where hashes of files from outside are remembered."""
 

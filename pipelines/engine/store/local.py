@@ -30,6 +30,7 @@ class LocalStore(Store):
         self.url = str(root)
         self.root = root
         self.records = FileRecords(root / ".leases")
+        self.tags = FileRecords(root / ".tags", holds_work=False)
         self.file_hashes = cache_folder(str(root.absolute())) / "file-hashes.jsonl"
 
     def published(self) -> dict[str, list[str]]:

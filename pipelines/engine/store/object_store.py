@@ -48,6 +48,7 @@ class ObjectStore(Store):
         self._objects = Objects(self.url)
         self._cache = cache_folder(self.url)
         self.records = S3Records(self._objects, ".leases")
+        self.tags = S3Records(self._objects, ".tags", holds_work=False)
         self.file_hashes = self._cache / "file-hashes.jsonl"
         self._kept: dict[Path, Entries] = {}
         self._indexed = 0.0

@@ -69,16 +69,22 @@ def opened_record(records: Records, name: str, data: bytes) -> tuple[dict[str, A
         raise records.damaged(name, str(error)) from error
 
 
-def _damaged(record: str | Path, why: str, work: str | Path) -> Refusal:
-    remedy = f"delete it, and {work} if it is there; then run again: the step begins anew"
+def _damaged(record: str | Path, why: str, work: str | Path | None) -> Refusal:
+    remedy = "delete it"
+    if work is not None:
+        remedy += f", and {work} if it is there; then run again: the step begins anew"
     return Refusal(record, NO_VALUE, f"is damaged ({why})", remedy)
 
 
 class FileRecords(Records):
-    """Records as files of one folder, also on a shared file system that has ``flock``."""
+    """Records as files of one folder, also on a shared file system that has ``flock``.
 
-    def __init__(self, folder: Path) -> None:
+    holds_work: each is a lease on an attempt, which is not to be believed either where its record is damaged.
+    """
+
+    def __init__(self, folder: Path, *, holds_work: bool = True) -> None:
         self._folder = folder
+        self._holds_work = holds_work
         self._lock = folder / ".lock"
 
     def read(self, name: str) -> Seen | None:
@@ -93,7 +99,7 @@ class FileRecords(Records):
 
     def damaged(self, name: str, why: str) -> Refusal:
         work = self._folder.parent / ".work" / name
-        return _damaged(self._path(name), why, work)
+        return _damaged(self._path(name), why, work if self._holds_work else None)
 
     def names(self) -> list[str]:
         return sorted(path.stem for path in self._folder.glob("*.json"))
@@ -127,8 +133,8 @@ def _version(data: bytes) -> str:
 class S3Records(Records):
     """Records as objects under one folder of a store in S3."""
 
-    def __init__(self, objects: Objects, folder: str) -> None:
-        self._objects, self._folder = objects, folder
+    def __init__(self, objects: Objects, folder: str, *, holds_work: bool = True) -> None:
+        self._objects, self._folder, self._holds_work = objects, folder, holds_work
 
     def read(self, name: str) -> Seen | None:
         """The ETag is the version; the age is by the server's clock."""
@@ -144,7 +150,8 @@ class S3Records(Records):
 
     def damaged(self, name: str, why: str) -> Refusal:
         url = self._objects.url
-        return _damaged(f"{url}/{self._path(name)}", why, f"{url}/.work/{name}")
+        work = f"{url}/.work/{name}" if self._holds_work else None
+        return _damaged(f"{url}/{self._path(name)}", why, work)
 
     def names(self) -> list[str]:
         return sorted(
