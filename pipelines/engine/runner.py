@@ -138,7 +138,6 @@ class _Run:
         self._partial: dict[str, list[str]] = {}
         """Node digest to the inputs it is made without."""
         self._made: set[str] = set()
-        self._unsealed: list[Artifact] = []
         self._needed = _needed(graph, store)
         self._running: dict[str, tuple[Node, threading.Thread]] = {}
         self._leases: dict[str, Lease] = {}
@@ -148,8 +147,8 @@ class _Run:
     def all(self) -> list[StepReport]:
         """Make what is missing, in parallel where resources allow; the first error is raised at the end."""
         waiting = [node for node in self._nodes if node.digest in self._needed and not self._is_cached(node)]
-        if self._unsealed:
-            self._send(self._nodes[-1], "said", line=unsealed_line([a.url for a in self._unsealed], self._store.url))
+        if unsealed := self._unsealed():
+            self._send(self._nodes[-1], "said", line=unsealed_line(unsealed, self._store.url))
         error: BaseException | None = None
         there = self._backend.resources() if waiting else Resources(cpus=0, gpus=0)
         for node in waiting:
@@ -184,8 +183,12 @@ class _Run:
         self._store.check(artifact)
         self._artifacts[node.digest] = artifact
         self._send(node, "cached", metrics=artifact.metrics)
-        self._unsealed += [] if manifests.is_sealed(artifact.manifest) else [artifact]
         return True
+
+    def _unsealed(self) -> list[str]:
+        """URLs of artifacts without a seal, needed or not: the table at the end shows the figures of all."""
+        found = (self._artifacts.get(n.digest) or self._store.find(n.name, n.digest) for n in self._nodes)
+        return [a.url for a in found if a is not None and not manifests.is_sealed(a.manifest)]
 
     def _check_claim(self, node: Node, there: Resources) -> None:
         for kind, claim, total in (("GPU", node.step.gpus, there.gpus), ("CPU", node.step.cpus, there.cpus)):
@@ -324,6 +327,8 @@ class _Run:
         self._send(node, "started")
         started = manifests.now()
         work = self._store.open_work(lease, node.name, node.digest, resumes=node.step.resumes)
+        for line in work.notes:
+            self._send(node, "said", line=line)
         context = RunContext(
             step=node.name,
             digest=node.digest,

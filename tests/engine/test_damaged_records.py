@@ -109,6 +109,12 @@ def test_a_manifest_from_before_seals_is_used_and_one_line_says_so(store: LocalS
     assert run([letters()], store=store, backend=backend, on_event=events.append)[0].state == "cached"
     [line] = [event.line for event in events if event.kind == "said"]
     assert f"athanor verify --seal store={store.url}" in line
+    events.clear()
+    for expected in ("made", "cached"):  # then nothing asks for it any more, and the table at the end shows it
+        reports = run([joined(letters())], store=store, backend=backend, on_event=events.append)
+        assert [report.state for report in reports] == ["cached", expected]
+        assert [event.line for event in events if event.kind == "said"] == [line]
+        events.clear()
 
 
 def test_a_lease_from_before_seals_is_read_and_sealed_by_the_next_write(

@@ -10,24 +10,28 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from damage import LEASES, MANIFESTS
 from engine_program import graph, make
 from test_engine_kills import lines_until, made_by, start
 from test_leases import paused, take
-from test_runner import letters
+from test_runner import joined, letters
 
 from conf.refusal import Refusal
 from pipelines.engine import waiting
 from pipelines.engine.backends.local_backend import LocalBackend
+from pipelines.engine.events import Event
 from pipelines.engine.runner import plan, run, status
 from pipelines.engine.store import objects
 from pipelines.engine.store.lease import LeaseLostError
 from pipelines.engine.store.object_store import ObjectStore
 from pipelines.engine.store.objects import Objects, is_copy
 from pipelines.engine.store.open import open_store
+from pipelines.engine.store.sealed import sealed
 from pipelines.engine.store.verify import findings
+from pipelines.engine.store.work import Work
 
 pytestmark = pytest.mark.slow
 
@@ -197,8 +201,9 @@ def test_a_manifest_or_a_lease_that_is_not_as_it_was_written_is_one_sentence(
     assert run([letters()], store=store, backend=backend)[0].state == "made"
 
 
-@pytest.mark.parametrize("index", [b"{", b'{"out/x": {"at": 1}}', b'{"sha256": "0"}'])
-def test_an_index_of_kept_files_that_is_not_as_it_was_written_is_one_sentence(bucket: str, index: bytes) -> None:
+def test_an_index_of_kept_files_is_sealed_and_believed_only_as_it_was_written(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = open_store(f"{bucket}/store")
     digest = "a" * 64
     lease = paused(store.acquire("x", digest))  # type: ignore[arg-type]
@@ -206,10 +211,37 @@ def test_an_index_of_kept_files_that_is_not_as_it_was_written_is_one_sentence(bu
     (work.out / "kept.txt").write_text("kept")
     store.keep(work, "kept.txt")
     lease.release()
-    store._objects.write(f".work/{work.root.parent.name}/{work.root.name}/kept.json", index)  # type: ignore[attr-defined]
-    again = paused(store.acquire("x", digest))  # type: ignore[arg-type]
-    with pytest.raises(Refusal, match=r"kept\.json: is damaged .* the step begins anew"):
-        store.open_work(again, "x", digest, resumes=True)
+    stored = store._objects  # type: ignore[attr-defined]
+    index = f".work/{work.root.parent.name}/{work.root.name}/kept.json"
+    good = json.loads(stored.read(index))
+    assert good == sealed({"format": 2, "files": good["files"]})
+
+    def continued(machine: int, value: Any) -> Work:
+        """The work that another machine finds where the index holds this."""
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        stored.write(index, data)
+        on_another_machine(tmp_path, monkeypatch, machine)
+        there = open_store(f"{bucket}/store")
+        lease = paused(there.acquire("x", digest))  # type: ignore[arg-type]
+        try:
+            return there.open_work(lease, "x", digest, resumes=True)
+        finally:
+            lease.release()
+
+    outside = {f"out/../../{name}": entry for name, entry in good["files"].items()}
+    for damage in (
+        *(b"{", {"out/x": {"at": 1}}, {"sha256": "0"}, {**good, "files": {}}, sealed({"format": 2})),
+        *({"format": 2, "files": good["files"]}, {"files": good["files"]}, outside, sealed(outside)),
+    ):
+        with pytest.raises(Refusal, match=rf"{index}: is damaged .* the step begins anew") as refused:
+            continued(2, damage)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(Refusal, match="has format 3 and this program knows 2"):
+        continued(2, sealed({"format": 3}))
+    for machine, (value, notes) in enumerate(((good, 0), (sealed(good["files"]), 0), (good["files"], 1)), start=3):
+        work = continued(machine, value)
+        assert (work.out / "kept.txt").read_text() == "kept" and len(work.notes) == notes
+    assert work.notes[0].startswith(f"{store.url}/{index}: written before such records were sealed")
 
 
 def test_a_stranger_in_this_machines_copy_is_not_read(bucket: str, backend: LocalBackend) -> None:
@@ -325,3 +357,26 @@ def test_verify_reads_a_bucket_names_its_strays_and_refuses_a_downgraded_manifes
     assert damaged.place == artifact.url and "published by a program that seals" in damaged.damage[0]
     assert not is_copy(copy, artifact.manifest)
     assert artifact.path == copy and is_copy(copy, artifact.manifest)  # fetched again
+
+
+def test_a_manifest_set_back_to_format_1_whose_lease_is_gone_is_used_and_told(
+    bucket: str, backend: LocalBackend
+) -> None:
+    store = open_store(f"{bucket}/store")
+    target = joined(letters())
+    make(store, backend, [target])
+    stored, url = store._objects, str(plan([letters()], store=store)[0].path)  # type: ignore[attr-defined]
+    name = url.removeprefix(f"{store.url}/")
+    value = json.loads(stored.read(f"{name}/manifest.json"))
+    del value["sha256"]
+    changed = {**value, "format": 1, "metrics": {"characters": 7}}
+    stored.write(f"{name}/manifest.json", json.dumps(changed).encode())
+    stored.delete(f".leases/{name.replace('/', '-')}.json")
+    events: list[Event] = []
+    reports = run([target], store=store, backend=backend, on_event=events.append)
+    assert [(report.state, report.sealed) for report in reports] == [("cached", False), ("cached", True)]
+    [line] = [event.line for event in events if event.kind == "said"]  # though nothing asks for it
+    assert line.startswith(f"{url}: published before") and f"athanor verify --seal store={store.url}" in line
+    assert [report.sealed for report in status([target], store=store)] == [False, True]
+    [told] = [finding.notes for finding in findings(store) if finding.unsealed]
+    assert told == [f"{url}: its manifest has no seal, so a change to its metrics would not be noticed"]

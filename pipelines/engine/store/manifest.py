@@ -84,13 +84,18 @@ def _malformed(manifest: Mapping[str, Any]) -> str | None:
     if not all(_HEX.fullmatch(manifest[name]) for name in ("digest", "content_digest")):
         return "its digests are not 64 hexadecimal digits"
     for path, entry in manifest["files"].items():
-        inside = path and not path.startswith("/") and ".." not in PurePosixPath(path).parts and "\0" not in path
-        if not inside or not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
+        if not is_entry(path, entry):
             return f"its entry for the file {path!r} is {_shown(entry)}"
-        if not isinstance(entry.get("sha256"), str) or not _HEX.fullmatch(entry["sha256"]):
-            return f"its entry for the file {path!r} has no sha256"
     wrong = [name for name, source in manifest["inputs"].items() if not isinstance(source, dict)]
     return f"its input {wrong[0]!r} is none" if wrong else None
+
+
+def is_entry(path: str, entry: Any) -> bool:
+    """Whether a file is listed as it should be: a relative path that stays inside, {"bytes", "sha256"}."""
+    inside = path and not path.startswith("/") and ".." not in PurePosixPath(path).parts and "\0" not in path
+    if not inside or not isinstance(entry, dict) or type(entry.get("bytes")) is not int or entry["bytes"] < 0:
+        return False
+    return isinstance(entry.get("sha256"), str) and _HEX.fullmatch(entry["sha256"]) is not None
 
 
 def _unsealed_wrong(manifest: Mapping[str, Any]) -> str | None:

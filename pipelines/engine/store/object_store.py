@@ -33,6 +33,7 @@ from pipelines.engine.store.sealed import opened, sealed, unsealed
 from pipelines.engine.store.work import Work, attempt_name, newest_attempt, token_of, work_name
 
 INDEX = "kept.json"
+INDEX_FORMAT = 2  # 1 had neither a format nor, at first, a seal
 INDEX_SECONDS = 2.0  # shards finished faster than this are entered in the index together
 
 Entries = dict[str, dict[str, Any]]
@@ -111,9 +112,9 @@ class ObjectStore(Store):
     def open_work(self, lease: Lease, step: str, digest: str, *, resumes: bool) -> Work:
         """This machine's folder of the last attempt goes on if nobody else had it since; else what was kept comes down."""
         folder = self._cache / "work" / work_name(step, digest)
-        work = Work(root=folder / attempt_name(lease.token))
         before = folder / attempt_name(lease.token - 1)
-        kept = self._index(step, digest, below=lease.token, floor=lease.floor)
+        kept, notes = self._index(step, digest, below=lease.token, floor=lease.floor)
+        work = Work(root=folder / attempt_name(lease.token), notes=notes)
         if before.is_dir() and lease.token - 1 >= lease.floor:  # nobody else has had it since: this is the newest
             os.rename(before, work.root)
         else:
@@ -167,32 +168,29 @@ class ObjectStore(Store):
                     del kept[path]
             kept |= uploaded
             if now or time.monotonic() - self._indexed > INDEX_SECONDS:
-                self._objects.write(f"{folder}/{INDEX}", json_bytes(sealed(kept)))
+                self._objects.write(f"{folder}/{INDEX}", json_bytes(sealed({"format": INDEX_FORMAT, "files": kept})))
                 self._indexed = time.monotonic()
 
-    def _index(self, step: str, digest: str, *, below: int, floor: int) -> Entries:
-        """What the newest earlier attempt that kept anything had kept."""
+    def _index(self, step: str, digest: str, *, below: int, floor: int) -> tuple[Entries, tuple[str, ...]]:
+        """What the newest earlier attempt that kept anything had kept, and lines to log about its index.
+
+        Raises Refusal for a damaged index.
+        """
         found = self._objects.read_all(f".work/{work_name(step, digest)}/*/{INDEX}")
         attempts = {token_of(path.split("/")[-2]): path for path in found}
         usable = [token for token in attempts if token is not None and floor <= token < below]
-        return self._opened_index(attempts[max(usable)], found[attempts[max(usable)]]) if usable else {}
-
-    def _opened_index(self, path: str, data: bytes) -> Entries:
-        """Raises Refusal for a damaged index."""
+        if not usable:
+            return {}, ()
+        path = attempts[max(usable)]
+        place = f"{self.url}/{path}"
         try:
-            kept, _ = opened(data)
-            for entry in kept.values():
-                if not isinstance(entry["at"], str) or not isinstance(entry["sha256"], str) or entry["bytes"] < 0:
-                    raise ValueError(f"{entry!r:.60} is no entry of it")
+            kept, was_sealed = _read_index(found[path], place)
         except (ValueError, LookupError, TypeError) as error:
-            folder = f"{self.url}/{path.removesuffix(f'/{INDEX}')}"
-            raise Refusal(
-                f"{self.url}/{path}",
-                NO_VALUE,
-                f"is damaged ({error})",
-                f"delete {folder}; then run again: the step begins anew",
-            ) from error
-        return kept
+            folder = place.removesuffix(f"/{INDEX}")
+            remedy = f"delete {folder}; then run again: the step begins anew"
+            raise Refusal(place, NO_VALUE, f"is damaged ({error})", remedy) from error
+        line = f"{place}: written before such records were sealed, so a change to it would not be noticed"
+        return kept, () if was_sealed else (line,)
 
     def publish(self, lease: Lease, work: Work, manifest: dict[str, Any]) -> Artifact:
         artifact = super().publish(lease, work, manifest)
@@ -225,3 +223,23 @@ class ObjectStore(Store):
             return False
         self._objects.delete(folder)
         return True
+
+
+def _read_index(data: bytes, place: str) -> tuple[Entries, bool]:
+    """(what an index lists, whether it was sealed).
+
+    Raises ValueError, LookupError or TypeError for other bytes than were written, Refusal for those of a newer program.
+    """
+    value, was_sealed = opened(data)
+    index_format, entries = value.get("format"), value
+    if index_format is not None:
+        if not was_sealed:
+            raise ValueError("it has no seal, and every one with a format is sealed")
+        if index_format != INDEX_FORMAT:
+            rule = f"has format {index_format!r:.60} and this program knows {INDEX_FORMAT}: a newer one wrote it"
+            raise Refusal(place, NO_VALUE, rule, "continue with that one")
+        entries = value["files"]
+    for path, entry in entries.items():
+        if not manifests.is_entry(path, entry) or not isinstance(entry["at"], str):
+            raise ValueError(f"its entry for {path!r:.60} is {entry!r:.60}")
+    return entries, was_sealed

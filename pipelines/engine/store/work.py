@@ -35,6 +35,8 @@ class Work:
     """One attempt's folder; can be pickled, so worker processes use it too."""
 
     root: Path
+    notes: tuple[str, ...] = ()
+    """Lines to log about what earlier attempts left."""
 
     @property
     def out(self) -> Path:
