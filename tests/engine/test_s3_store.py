@@ -68,7 +68,8 @@ def test_another_machine_continues_a_killed_run(
 ) -> None:
     undisturbed = make(open_store(tmp_path / "store"), backend, graph()[:1])
     url = f"{bucket}/store"
-    driver = start(url, "--target", "0", "--ttl", "2", "--backend", "in-process", SHARD_SECONDS="0.3")  # type: ignore[arg-type]
+    driver = start(url, "--target", "0", "--ttl", "2", "--backend", "in-process", SHARD_SECONDS="1.1")  # type: ignore[arg-type]
+    # The index is written with the first shard and then every two seconds: with the third at the latest.
     list(lines_until(driver, "progress letters again 4"))
     driver.kill()
     driver.wait()
