@@ -395,7 +395,7 @@ def test_a_corrupted_shard_is_refused_and_nothing_is_lost(
     whole = tar.read_bytes()
     tar.write_bytes(whole[:3000] + bytes([whole[3000] ^ 255]) + whole[3001:])
     command = ("run", *tiny(corpus_dir, tmp_path, LOCAL, "pretrain.total_tokens=2048"), "--until", "pretrain")
-    assert f"{tar}, block 0 is corrupted: its sha256" in complaint(capsys, *command)
+    assert f"{tar}, block 0: is corrupted: its sha256" in complaint(capsys, *command)
     tar.write_bytes(whole)
     assert re.search(r"^pretrain\s+made", answer(capsys, *command).out, re.MULTILINE)
 

@@ -100,7 +100,7 @@ def test_peft_computes_what_virtual_tokens_do_or_they_are_refused(
         expected = answer(ours(**own))
     assert expected.shape != plain.shape or (expected - plain).abs().max() > 1e-2 * plain.abs().max()
     if family_of(ours.config).peft_task is None:
-        with pytest.raises(Refusal, match="adapt it with lora"):
+        with pytest.raises(Refusal, match="Adapt it with lora"):
             save_virtual_tokens(ours.state_dict(), ours.config, tmp_path)
         return
     save_virtual_tokens(ours.state_dict(), ours.config, tmp_path)

@@ -215,7 +215,7 @@ def test_costs_are_those_counted(config: ModelConfig) -> None:
             lambda: build_model(replace(SPEECH, frontend=replace(SPEECH.frontend, mask_token=False)))(
                 samples_BW=samples(), masked_BT=torch.zeros(3, 3, dtype=torch.bool)
             ),
-            "mask_token = false",
+            "mask_token is false",
         ),
         (lambda: build_model(replace(SPEECH, vocab_size=None)), "vocab_size = null"),
     ],

@@ -243,7 +243,7 @@ def test_killed_anywhere_a_run_ends_with_the_same_losses_and_weights(job: Make) 
     second.send_signal(signal.SIGTERM)
     _, said = second.communicate(timeout=60)
     assert second.returncode == 143, said
-    stopped_after = int(said.split("Stopped as asked after step ")[1].split()[0])
+    stopped_after = int(said.split("stopped as asked after step ")[1].split()[0])
     assert (out / f"checkpoints/step-{stopped_after:08d}/state.json").exists()
     assert start(killed).wait(timeout=300) == 0
     assert reference.wait(timeout=300) == 0
@@ -275,7 +275,7 @@ def test_a_users_mistake_is_one_paragraph_and_exit_code_2(job: Make) -> None:
     done = start(job(global_batch_tokens=8 * 32 + 1))
     _, said = done.communicate(timeout=100)
     assert done.returncode == 2
-    assert said.startswith("global_batch_tokens = 257 with seq_len = 32")
+    assert said.startswith("global_batch_tokens = 257: a global batch is a whole number of rows")
     assert "Traceback" not in said
 
 

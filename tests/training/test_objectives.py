@@ -46,10 +46,10 @@ def test_a_model_learns_what_its_objective_asks(
 @pytest.mark.parametrize(
     ("model", "objective", "said"),
     [
-        (ENCODER, None, "next_token trains a causal model, and this model is an encoder"),
-        (MODEL, MASKED, "masked_token trains an encoder"),
+        (ENCODER, None, "objective.kind = 'next_token': it trains a causal model, and this model is an encoder"),
+        (MODEL, MASKED, "objective.kind = 'masked_token': it trains an encoder"),
         (SEQ2SEQ, None, "this model is an encoder-decoder"),
-        (MODEL, INFILLING, "text_infilling trains an encoder-decoder"),
+        (MODEL, INFILLING, "objective.kind = 'text_infilling': it trains an encoder-decoder"),
     ],
 )
 def test_an_objective_that_does_not_suit_the_model_is_refused(
